@@ -1,0 +1,1 @@
+"""Recipes: `schema` says what one is, `load` reads one from YAML."""

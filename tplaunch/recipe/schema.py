@@ -1,0 +1,268 @@
+"""The recipe as typed data. Field names are public: they are the keys of the YAML file.
+
+Only shape and single-value rules live here; rules between fields live in `tplaunch.check`,
+and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from tplaunch.units import parse_bytes, parse_count, parse_duration
+
+# Bounds that no real run reaches; they turn a slip of the keyboard into a message.
+Count = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstance(v, str) else v), Field(ge=1, le=10**15)]
+Small = Annotated[int, Field(ge=1, le=10**6)]
+Seconds = Annotated[float, BeforeValidator(lambda v: parse_duration(v) if isinstance(v, str) else v), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(lambda v: parse_bytes(v) if isinstance(v, str) else v), Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: unknown keys are errors, numbers are never guessed from text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """Llama 3 frequency scaling (transformers `rope_type: llama3`)."""
+
+    factor: Annotated[float, Field(gt=0)] = 8.0
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    original_max_position: Small = 8192
+
+
+class Model(Section):
+    """A decoder-only transformer, in Hugging Face and Megatron terms."""
+
+    preset: str | None = None
+    hidden_size: Small
+    num_layers: Small
+    num_heads: Small
+    num_kv_heads: Small | None = Field(None, description="key/value heads (GQA); default num_heads")
+    head_dim: Small | None = Field(None, description="default hidden_size / num_heads")
+    ffn_hidden_size: Small
+    vocab_size: Small
+    make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    position: Literal["rope", "learned"] = "rope"
+    max_position: Small | None = Field(None, description="rows of the learned position table")
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    linear_bias: bool = Field(False, description="biases on the attention output and on the MLP (GPT-2)")
+    qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys (Qwen3)")
+    tie_embeddings: bool = False
+    init_std: Annotated[float, Field(gt=0, lt=10)] = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        heads, hidden = values.get("num_heads"), values.get("hidden_size")
+        if values.get("num_kv_heads") is None:
+            values["num_kv_heads"] = heads
+        if values.get("head_dim") is None and type(heads) is int and type(hidden) is int and heads > 0:
+            if hidden % heads == 0 and hidden >= heads:
+                values["head_dim"] = hidden // heads
+        return values
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table; does not depend on tp, so that any topology loads any checkpoint."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+
+class Topology(Section):
+    """TP x PP x DP, and how each is done."""
+
+    tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
+    pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
+    dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
+    dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
+    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
+    sequence_parallel: bool = False
+    schedule: Schedule = "1f1b"
+    virtual_stages: Small = Field(1, description="model chunks a pipeline rank (interleaved and V schedules)")
+    stage_layers: list[Annotated[int, Field(ge=0, le=10**6)]] | None = Field(
+        None, description="layers of each stage, in order; default: balanced by cost"
+    )
+    nodes: Small = 1
+    gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
+
+
+class Every(Section):
+    """Recompute every k-th block."""
+
+    every: Small
+
+
+class BatchRampUp(Section):
+    """Global batch size that grows linearly (Megatron `--rampup-batch-size`)."""
+
+    start: Small
+    increment: Small
+    steps: Small = Field(description="steps at each size")
+
+
+class Training(Section):
+    """One run's length, batch, seed and numerics."""
+
+    seq_len: Small
+    micro_batch_size: Small = 1
+    global_batch_size: Small
+    batch_ramp_up: BatchRampUp | None = None
+    steps: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    precision: Precision = "bf16"
+    recompute: Literal["none", "selective", "full"] | Every = "none"
+    compile: bool = False
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
+    loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
+    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
+    eval_steps: Small = Field(8, description="global batches of one validation")
+
+
+class Optimizer(Section):
+    """AdamW (decoupled decay, on matrices only) or plain SGD."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    momentum: Probability = Field(0.0, description="sgd only")
+
+
+class LrSchedule(Section):
+    """Linear warmup, then a decay to `min_lr`."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: Count | None = Field(None, description="last steps that decay (wsd: default a tenth); else all")
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Source(Section):
+    """One corpus of a blend."""
+
+    path: str = Field(description="a .txt or .jsonl file, or the prefix of a .bin/.idx pair")
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainTokenizer(Section):
+    """Train a byte-level BPE on the training text."""
+
+    vocab_size: Annotated[int, Field(ge=257, le=10**6)]
+
+
+class Data(Section):
+    """Corpora and tokenizer. Relative paths are relative to the recipe file that says them."""
+
+    train: str | Annotated[list[Source], Field(min_length=1)]
+    validation: str | Annotated[list[Source], Field(min_length=1)] | None = None
+    tokenizer: str | TrainTokenizer | None = Field(None, description="a tokenizer.json, or {vocab_size: N} to train one")
+    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+
+    def sources(self, split: Literal["train", "validation"]) -> list[Source]:
+        """The corpora of a split, as a list of `Source`, empty when there are none."""
+        value = self.train if split == "train" else self.validation
+        if value is None:
+            return []
+        return [Source(path=value)] if isinstance(value, str) else list(value)
+
+
+class Checkpoint(Section):
+    """When to save and what to keep. The last step is always saved."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves; 0: only at the end")
+    keep: Small = Field(3, description="newest checkpoints that stay")
+    keep_every: Count | None = Field(None, description="steps whose multiples stay for ever")
+    async_: bool = Field(True, alias="async")
+
+
+class Wandb(Section):
+    """Weights & Biases. auto: online with a key, else offline."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "tplaunch"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Logging(Section):
+    every: Small = Field(10, description="steps between metric records")
+    wandb: Wandb = Wandb()
+
+
+class Container(Section):
+    """A container for every Slurm task."""
+
+    image: str
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: list[str] = []
+
+
+class Slurm(Section):
+    """The job, in sbatch's own words."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    time: Seconds | None = None
+    mem: Bytes | None = None
+    cpus_per_task: Small | None = None
+    gpus: bool = Field(True, description="ask for gpus_per_node GPUs on each node")
+    requeue: bool = True
+    grace: Seconds = Field(120.0, description="seconds before the limit at which the job is told to save")
+    container: Container | None = None
+    modules: list[str] = []
+    setup: list[str] = Field([], description="shell lines run before the workers, e.g. activating a venv")
+    env: dict[str, str] = {}
+
+
+class Launch(Section):
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="torchrun restarts after a failed rank")
+    timeout: Seconds = Field(600.0, description="seconds a collective may take")
+    first_step_timeout: Seconds = Field(1800.0, description="the same for set-up and the first step")
+    slurm: Slurm = Slurm()
+
+
+class Hardware(Section):
+    """What to plan for. Detected when absent."""
+
+    gpu: str | None = None
+
+
+class Recipe(Section):
+    """One training run, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    model: Model
+    topology: Topology = Topology()
+    training: Training
+    optimizer: Optimizer = Optimizer()
+    lr_schedule: LrSchedule = LrSchedule()
+    data: Data
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    launch: Launch = Launch()
+    hardware: Hardware = Hardware()
