@@ -1,0 +1,192 @@
+"""The run directory: where everything that belongs to one run lies, and the files that all processes share.
+
+One run, one directory, however often it restarts. `events.jsonl` and `metrics.jsonl` hold one JSON object
+a line; each line is appended by one write, so that a crash can tear only the last one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tplaunch.errors import Problem, TplaunchError
+
+Record = dict[str, Any]
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    """A record as one line of strict JSON; numbers that are not finite become null (JSON has none)."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a record by one `write` on an O_APPEND file; processes may do so at one time."""
+    line = to_line(record)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        end = os.fstat(descriptor).st_size
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            # A crash tore the last line: it keeps a line to itself. (Or another process is writing right
+            # now; then this makes an empty line, which readers skip.)
+            line = b"\n" + line
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def parse_lines(data: bytes) -> list[Record]:
+    """The records of JSON lines. Empty lines, and those that a crash has torn, are skipped."""
+    records = []
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a file of JSON lines; none where there is no file."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of a run, and its event log. Nothing is made before `create`."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    @property
+    def slurm(self) -> Path:
+        return self.root / "slurm"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.root / "lock"
+
+    def attempt_dir(self, attempt: int) -> Path:
+        return self.logs / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """What a rank printed (stdout and stderr)."""
+        return self.attempt_dir(attempt) / f"rank-{rank}.log"
+
+    def rank_error(self, attempt: int, rank: int) -> Path:
+        """The exception that ended a rank: {rank, tp, pp, dp, host, time, type, message, traceback}."""
+        return self.attempt_dir(attempt) / f"rank-{rank}.error.json"
+
+    def torchrun_log(self, attempt: int) -> Path:
+        """What torchrun itself printed."""
+        return self.attempt_dir(attempt) / "torchrun.log"
+
+    def create(self) -> None:
+        """Makes the directory; one that exists is kept as it is.
+
+        Raises:
+            TplaunchError: it cannot be made or written.
+        """
+        try:
+            for path in (self.root, self.logs, self.checkpoints, self.wandb):
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TplaunchError(
+                Problem(
+                    f"cannot make the run directory {self.root}", why=str(error), fix="choose another: --run-dir DIR"
+                )
+            ) from error
+
+    def next_attempt(self) -> int:
+        """Makes the log directory of a new attempt and returns its number, from 1; no two callers get the same."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        taken = [int(m[1]) for p in self.logs.iterdir() if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
+        attempt = max(taken, default=0) + 1
+        while True:
+            try:
+                self.attempt_dir(attempt).mkdir()
+            except FileExistsError:
+                attempt += 1
+            else:
+                return attempt
+
+    def append_event(self, event: str, **fields: Any) -> None:
+        """Appends {"event", "time" (unix seconds), **fields} to `events.jsonl`; any process may."""
+        append_line(self.events, {"event": event, "time": round(time.time(), 3), **fields})
+
+    def read_events(self) -> list[Record]:
+        return read_lines(self.events)
+
+    def read_metrics(self) -> list[Record]:
+        return read_lines(self.metrics)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run directory for this process. The kernel lets go when the process ends, however it ends.
+
+        Raises:
+            TplaunchError: another launch holds it; says which.
+        """
+        # Opened for appending, not "w": the holder's name must stay readable to those who are refused.
+        with self.lock_file.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = next(iter(parse_lines(file.read().encode())), {"pid": "?", "host": "?", "since": "?"})
+                raise TplaunchError(
+                    Problem(
+                        f"another launch is using {self.root}",
+                        why="process {pid} on {host} has held it since {since}".format_map(holder),
+                        fix="wait for it, stop it, or train in another directory: --run-dir DIR",
+                    )
+                ) from None
+            except OSError as error:
+                # Some network file systems are mounted without locks; a run there is better than none.
+                warnings.warn(f"{self.root} cannot be locked ({error}): launch only one run in it", stacklevel=3)
+            file.truncate(0)
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            file.write(to_line({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).decode())
+            file.flush()
+            yield
