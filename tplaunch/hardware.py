@@ -1,0 +1,209 @@
+"""GPUs, as far as planning and MFU need them: peaks, memory, links, and what share of a peak real kernels reach.
+
+Peaks are dense (no sparsity), from the vendors' data sheets: NVIDIA A100 (2021), H100 and H200, HGX B200,
+GB200 NVL72; AMD MI300X. `memory` is what the driver shows, below the figure on the box. Link bandwidths are one way,
+for one GPU. `matmul_efficiency` is the best share of the bf16 peak that a large matmul was measured to reach
+(S. Bekman, "Maximum Achievable Matmul FLOPS", ml-engineering, 2026); `attention_efficiency` that of FlashAttention-2
+with head_dim 128, forward and backward (Dao 2023, arXiv 2307.08691; Shah et al. 2024, arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tplaunch.errors import Problem, TplaunchError
+
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU with its place in a node and in the network.
+
+    Args:
+        name: key of the table, such as "h100-80gb".
+        peak: dense FLOP/s by precision ("fp64", "fp32", "bf16", "fp16"). fp32 is what torch's default gives: no TF32.
+        memory: bytes that the driver shows.
+        memory_bandwidth: bytes/s.
+        node_size: GPUs joined by the fast link.
+        link_bandwidth: bytes/s one way from one GPU to others of its node.
+        network_bandwidth: bytes/s one way from one GPU to other nodes (its share of the node's adapters).
+        power: watts at full load.
+        matmul_efficiency, attention_efficiency, link_efficiency, memory_efficiency: shares of the peaks that kernels
+            reach on large inputs.
+        link_latency, network_latency: seconds that each hop of a collective costs whatever its size.
+        kernel_latency: seconds that launching one kernel costs at least.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    memory: int
+    memory_bandwidth: float
+    node_size: int
+    link_bandwidth: float
+    network_bandwidth: float
+    power: float
+    matmul_efficiency: float
+    attention_efficiency: float
+    link_efficiency: float = 0.8
+    memory_efficiency: float = 0.85
+    link_latency: float = 2e-6
+    network_latency: float = 10e-6
+    kernel_latency: float = 4e-6
+
+
+def _peaks(*, fp64: float, fp32: float, half: float) -> dict[str, float]:
+    return {"fp64": fp64 * 1e12, "fp32": fp32 * 1e12, "bf16": half * 1e12, "fp16": half * 1e12}
+
+
+_A100_PEAKS = _peaks(fp64=19.5, fp32=19.5, half=312)
+_HOPPER_PEAKS = _peaks(fp64=67, fp32=67, half=989.4)
+
+_TABLE = [
+    Gpu(
+        name="a100-40gb",
+        peak=_A100_PEAKS,
+        memory=int(39.4 * GiB),
+        memory_bandwidth=1.555e12,
+        node_size=8,
+        link_bandwidth=300e9,
+        network_bandwidth=25e9,
+        power=400,
+        matmul_efficiency=0.869,
+        attention_efficiency=0.62,
+    ),
+    Gpu(
+        name="a100-80gb",
+        peak=_A100_PEAKS,
+        memory=int(79.15 * GiB),
+        memory_bandwidth=2.039e12,
+        node_size=8,
+        link_bandwidth=300e9,
+        network_bandwidth=25e9,
+        power=400,
+        matmul_efficiency=0.869,
+        attention_efficiency=0.62,
+    ),
+    Gpu(
+        name="h100-80gb",
+        peak=_HOPPER_PEAKS,
+        memory=int(79.1 * GiB),
+        memory_bandwidth=3.35e12,
+        node_size=8,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        power=700,
+        matmul_efficiency=0.803,
+        attention_efficiency=0.35,
+    ),
+    Gpu(
+        name="h200",
+        peak=_HOPPER_PEAKS,
+        memory=int(139.8 * GiB),
+        memory_bandwidth=4.8e12,
+        node_size=8,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        power=700,
+        matmul_efficiency=0.803,
+        attention_efficiency=0.35,
+    ),
+    Gpu(
+        name="b200",
+        peak=_peaks(fp64=40, fp32=80, half=2250),
+        memory=int(178.3 * GiB),
+        memory_bandwidth=8.0e12,
+        node_size=8,
+        link_bandwidth=900e9,
+        network_bandwidth=50e9,
+        power=1000,
+        matmul_efficiency=0.776,
+        attention_efficiency=0.35,
+    ),
+    Gpu(
+        name="gb200",
+        peak=_peaks(fp64=40, fp32=80, half=2500),
+        memory=int(184.3 * GiB),
+        memory_bandwidth=8.0e12,
+        node_size=72,
+        link_bandwidth=900e9,
+        network_bandwidth=50e9,
+        power=1200,
+        matmul_efficiency=0.729,
+        attention_efficiency=0.35,
+    ),
+    Gpu(
+        name="mi300x",
+        peak=_peaks(fp64=163.4, fp32=163.4, half=1307.4),
+        memory=int(191.9 * GiB),
+        memory_bandwidth=5.3e12,
+        node_size=8,
+        link_bandwidth=448e9,
+        network_bandwidth=50e9,
+        power=750,
+        matmul_efficiency=0.514,
+        attention_efficiency=0.30,
+    ),
+]
+
+GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
+
+# A device's own name (torch.cuda.get_device_name, nvidia-smi -L) holds one of these, the first that fits.
+_DEVICE_NAMES = [
+    ("GB200", "gb200"),
+    ("B200", "b200"),
+    ("H200", "h200"),
+    ("H100 80GB HBM3", "h100-80gb"),
+    ("A100-SXM4-80GB", "a100-80gb"),
+    ("A100-SXM4-40GB", "a100-40gb"),
+    ("MI300X", "mi300x"),
+]
+
+
+def detect_gpu(device_name: str) -> Gpu | None:
+    """The table's entry for a device by the name that its driver gives, or None."""
+    for part, name in _DEVICE_NAMES:
+        if part in device_name:
+            return GPUS[name]
+    return None
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name in the table, or from a calibration file (JSON, the fields of `Gpu`).
+
+    Raises:
+        TplaunchError: no such GPU, or the file does not describe one.
+    """
+    if name.endswith(".json"):
+        return _read_gpu(Path(name))
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    known = ", ".join(GPUS)
+    raise TplaunchError(
+        Problem(
+            f"no GPU is called {name!r}",
+            fix=f"use one of {known}, or a .json file with the fields of one",
+            key="hardware.gpu",
+        )
+    )
+
+
+def _read_gpu(path: Path) -> Gpu:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        gpu = Gpu(**values)
+        numbers = {**{f.name: getattr(gpu, f.name) for f in fields(Gpu) if f.name not in ("name", "peak")}, **gpu.peak}
+        bad = [key for key, value in numbers.items() if isinstance(value, bool) or not 0 < value < float("inf")]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise TplaunchError(Problem("not a GPU description", why=str(error), where=str(path))) from error
+    if bad:
+        raise TplaunchError(Problem(f"must be positive numbers: {', '.join(bad)}", where=str(path)))
+    return gpu
+
+
+def write_gpu(gpu: Gpu, path: Path) -> None:
+    """Write a GPU description that `find_gpu` reads."""
+    path.write_text(json.dumps(asdict(gpu), indent=2) + "\n", encoding="utf-8")
