@@ -173,7 +173,9 @@ class Data(Section):
 
     train: str | Annotated[list[Source], Field(min_length=1)]
     validation: str | Annotated[list[Source], Field(min_length=1)] | None = None
-    tokenizer: str | TrainTokenizer | None = Field(None, description="a tokenizer.json, or {vocab_size: N} to train one")
+    tokenizer: str | TrainTokenizer | None = Field(
+        None, description="a tokenizer.json, or {vocab_size: N} to train one"
+    )
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:

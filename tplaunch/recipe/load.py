@@ -1,0 +1,198 @@
+"""A recipe file -> a checked `Recipe` that knows where each of its values came from; and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tplaunch.errors import Problem, RecipeError
+from tplaunch.recipe.explain import explain
+from tplaunch.recipe.presets import PRESETS
+from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.tree import BROKEN, Dumper, Tree, merge, parse
+
+MAX_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it was said.
+
+    Attributes:
+        recipe: the values, defaults and preset filled in; paths under `data` are absolute.
+        path: the file.
+        origins: dotted key -> "file:line:column", "--set", "preset NAME" or "default".
+    """
+
+    recipe: Recipe
+    path: Path
+    origins: dict[str, str]
+
+    def where(self, key: str) -> str:
+        """Where a key's value was said; "" for a default."""
+        origin = self.origins.get(key, "default")
+        return "" if origin == "default" else origin
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe with what it extends, then `--set` values over it and its preset beneath.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value` texts, the values in YAML; the last one wins.
+
+    Raises:
+        RecipeError: holds every problem that was found.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    tree = _read(path, (), problems)
+    for text in overrides:
+        tree = merge(tree, _parse_override(text, problems))
+    tree, preset_known = _fill_preset(tree, problems)
+    tree = _absolute_paths(tree)
+    try:
+        recipe = Recipe.model_validate(tree.plain())
+    except ValidationError as error:
+        found = explain(error, tree)
+        problems += [p for p in found if preset_known or p.what != "is missing" or not p.key.startswith("model.")]
+        raise RecipeError(*problems) from None
+    if problems:
+        raise RecipeError(*problems)
+    origins = {key: node.origin for key, node in tree.walk()}
+    origins.update({key: "default" for key in leaves(recipe) if key not in origins})
+    return LoadedRecipe(recipe, path, origins)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, every value stated; `load_recipe` reads it back equal."""
+    return yaml.dump(recipe.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """The dotted key of every value that is not itself a section."""
+    for name, field in type(section).model_fields.items():
+        key, value = prefix + (field.alias or name), getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key
+
+
+def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> Tree:
+    """One file merged over what it extends. Raises RecipeError where nothing could be read."""
+    text = _read_text(path)
+    tree, found = parse(text, str(path), str(path.absolute().parent))
+    problems += found
+    if tree is None:
+        raise RecipeError(*(problems or [Problem("the file is empty", fix=_START, where=str(path))]))
+    if not isinstance(tree.value, dict):
+        raise RecipeError(*problems, Problem("a recipe is a mapping of keys to values", fix=_START, where=tree.origin))
+    base = tree.value.pop("extends", None)
+    if base is None or base.value is BROKEN:
+        return tree
+    if not isinstance(base.value, str) or not base.value:
+        problems.append(Problem("must be the path of one recipe", where=base.origin, key="extends"))
+        return tree
+    target = path.parent / base.value
+    chain = (*extending, path)
+    if any(target.resolve() == other.resolve() for other in chain):
+        way = " -> ".join(map(str, (*chain, target)))
+        problems.append(Problem(f"extends itself: {way}", fix="remove one link", where=base.origin, key="extends"))
+        return tree
+    try:
+        return merge(_read(target, chain, problems), tree)
+    except RecipeError as error:
+        raise RecipeError(*(replace(p, where=p.where or base.origin) for p in error.problems)) from None
+
+
+_START = "write a first recipe with `tplaunch recipe new`"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RecipeError(Problem(_cannot_read(error), where=str(path))) from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(Problem(f"larger than {MAX_BYTES} bytes: not a recipe", where=str(path)))
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        what = f"byte {raw[error.start]:#04x} is not UTF-8"
+        raise RecipeError(Problem(what, fix="save the file as UTF-8", where=f"{path}:{line}:{column}")) from None
+
+
+def _cannot_read(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a directory, not a recipe file"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _parse_override(text: str, problems: list[Problem]) -> Tree:
+    """`a.b=v` as the tree {a: {b: v}}."""
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    nothing = Tree({}, "--set")
+    if not equals or not all(names):
+        problems.append(Problem(f"{text!r} is not KEY=VALUE", fix="such as --set training.steps=20", where="--set"))
+        return nothing
+    if names == ["extends"]:
+        problems.append(Problem("cannot be set", fix="write it in the file", where="--set", key="extends"))
+        return nothing
+    tree, found = parse(value, "--set", os.getcwd(), positions=False)
+    problems += [replace(problem, key=key) for problem in found]
+    tree = tree or Tree(BROKEN if found else None, "--set")
+    tree = replace(tree, key_origin="--set")
+    for name in reversed(names):
+        tree = Tree({name: tree}, "--set", "--set")
+    return tree
+
+
+def _fill_preset(tree: Tree, problems: list[Problem]) -> tuple[Tree, bool]:
+    """The tree over the fields of its `model.preset`, and whether that preset (if any) is known."""
+    model = tree.child("model")
+    preset = model.child("preset") if model is not None else None
+    if preset is None or not isinstance(preset.value, str):
+        return tree, True
+    name = preset.value
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        problems.append(Problem(f"unknown preset {name!r}", fix=fix, where=preset.origin, key="model.preset"))
+        return tree, False
+    origin = f"preset {name}"
+    fields = {key: Tree(value, origin, origin) for key, value in PRESETS[name].items()}
+    return merge(Tree({"model": Tree(fields, origin, origin)}, origin), tree), True
+
+
+def _absolute_paths(tree: Tree) -> Tree:
+    """The tree with the paths of `data` made absolute, each from the folder of the file that says it."""
+    data = tree.child("data")
+    if data is None or not isinstance(data.value, dict):
+        return tree
+    section = dict(data.value)
+    for key in ("train", "validation", "tokenizer"):
+        if key in section:
+            section[key] = _absolute(section[key])
+    return replace(tree, value={**tree.value, "data": replace(data, value=section)})
+
+
+def _absolute(node: Tree) -> Tree:
+    if isinstance(node.value, str) and node.value:
+        return replace(node, value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
+    if isinstance(node.value, list):
+        return replace(node, value=[_absolute(child) for child in node.value])
+    if isinstance(node.value, dict) and "path" in node.value:
+        return replace(node, value={**node.value, "path": _absolute(node.value["path"])})
+    return node
