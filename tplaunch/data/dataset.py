@@ -1,0 +1,123 @@
+"""Training samples from memory-mapped corpora, and a thread that reads them ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from tplaunch.data.indexed import IndexedTokens
+from tplaunch.data.order import Ints, SampleOrder
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.recipe.schema import Source
+
+
+class TokenDataset:
+    """Samples of `seq_len + 1` tokens (inputs and targets overlap) from one corpus or a weighted blend.
+
+    The tokens of a corpus are taken as one row, documents following each other; its sample j is
+    `tokens[j * seq_len : (j + 1) * seq_len + 1]`. Which sample comes when is `SampleOrder`'s matter.
+
+    Args:
+        sources: prefixes of .bin/.idx pairs, with weights.
+        seq_len: tokens of a sample, less the one that only serves as last target.
+        seed: of the order.
+        shuffle: without it each corpus is read from its start, in order (validation).
+
+    Raises:
+        TplaunchError: a corpus is missing, damaged, or shorter than one sample.
+        ValueError: a weight under 1/1000 of the blend.
+    """
+
+    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, shuffle: bool = True) -> None:
+        self.seq_len = seq_len
+        self.corpora = [IndexedTokens.open(Path(source.path)) for source in sources]
+        sizes = tuple(samples_in(corpus, seq_len) for corpus in self.corpora)
+        self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
+
+    def __len__(self) -> int:
+        """Samples of all corpora, each counted once; `batch` goes on beyond, epoch after epoch."""
+        return sum(self.order.sizes)
+
+    def batch(self, indices: Ints) -> Ints:
+        """Tokens of the samples with these numbers in the run, any numbers >= 0.
+
+        Returns:
+            int64, shape [len(indices), seq_len + 1].
+        """
+        out = np.empty((len(indices), self.seq_len + 1), np.int64)
+        for row, corpus, start in self._places(indices):
+            out[row] = corpus.tokens[start : start + self.seq_len + 1]
+        return out
+
+    def batch_with_positions(self, indices: Ints) -> tuple[Ints, Ints]:
+        """`batch`, and each token's distance from the start of its document or of the sample, whichever is later.
+
+        A position of 0 marks where attention must not look back further, for per-document masks.
+
+        Returns:
+            two int64 arrays of shape [len(indices), seq_len + 1].
+        """
+        positions = np.empty((len(indices), self.seq_len + 1), np.int64)
+        for row, corpus, start in self._places(indices):
+            begins = corpus.starts_between(start, start + self.seq_len + 1) - start
+            bounds = np.concatenate([[0], begins, [self.seq_len + 1]])
+            positions[row] = np.arange(self.seq_len + 1) - np.repeat(bounds[:-1], np.diff(bounds))
+        return self.batch(indices), positions
+
+    def _places(self, indices: Ints) -> Iterator[tuple[int, IndexedTokens, int]]:
+        """Row, corpus and first token of each sample."""
+        corpus, sample = self.order.locate(indices)
+        for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist())):
+            yield row, self.corpora[c], j * self.seq_len
+
+
+def samples_in(corpus: IndexedTokens, seq_len: int) -> int:
+    """Samples of a corpus.
+
+    Raises:
+        TplaunchError: not even one.
+    """
+    count = (len(corpus.tokens) - 1) // seq_len
+    if count < 1:
+        raise TplaunchError(
+            Problem(
+                f"{corpus.prefix} holds {len(corpus.tokens):,} tokens, less than one sample of {seq_len:,} + 1",
+                fix="use more text, or lower training.seq_len",
+            )
+        )
+    return count
+
+
+def prefetch(
+    dataset: TokenDataset, first: int, last: int, samples_of_step: Callable[[int], Ints], ahead: int = 4
+) -> Iterator[Ints]:
+    """Batches of steps first..last-1 in order, read by one thread up to `ahead` steps before they are asked for.
+
+    Args:
+        dataset: what to read.
+        first: the first step.
+        last: the step after the last.
+        samples_of_step: this rank's sample numbers at a step.
+        ahead: batches held at one time.
+
+    An error of the reading thread is raised at its own step. Closing the iterator ends the thread.
+    """
+
+    def read(step: int) -> Ints:
+        return dataset.batch(samples_of_step(step))
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+    try:
+        steps = iter(range(first, last))
+        waiting: deque[Future[Ints]] = deque(pool.submit(read, step) for step in islice(steps, ahead))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(read, step) for step in islice(steps, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,102 @@
+"""Tokenizers: a Hugging Face `tokenizer.json`, given or trained as a byte-level BPE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tplaunch.errors import Problem, TplaunchError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# What published tokenizers call it, in order of preference: GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma.
+_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        path: a `tokenizer.json`.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        eod: id of the token that ends a document.
+        fingerprint: sha256 of the file's meaning (its JSON, key order and spaces aside), in hex.
+
+    Raises:
+        TplaunchError: the file is missing, is not a tokenizer, or has no known end-of-document token.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        try:
+            self._json = Path(path).read_text(encoding="utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except OSError as error:
+            raise TplaunchError(Problem(f"{path}: cannot read the tokenizer: {error.strerror}")) from None
+        except Exception as error:  # the library raises bare Exception on a file that it cannot parse
+            raise TplaunchError(
+                Problem(f"{path}: not a tokenizer.json", why=str(error), fix="give a Hugging Face tokenizer.json")
+            ) from None
+        # Names of special tokens inside a text are text: a document cannot end itself.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        end = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
+        if end is None:
+            raise TplaunchError(
+                Problem(
+                    f"{path}: the tokenizer has no end-of-document token",
+                    why=f"looked for {', '.join(_END_NAMES)}",
+                    fix=f"add {END_OF_DOCUMENT} to it as a special token",
+                )
+            )
+        self.eod = end
+        canonical = json.dumps(json.loads(self._json), sort_keys=True)
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Ids of each text, without any special token."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become the replacement character."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def save(self, path: Path) -> None:
+        """Write the same JSON that was read."""
+        path.write_text(self._json, encoding="utf-8")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE (as GPT-2's) and write it as a `tokenizer.json`. Same texts, same file.
+
+    Args:
+        texts: what to learn from.
+        vocab_size: at least 257: 256 bytes and the end of a document. A small text may yield fewer tokens.
+        path: the file to write.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
