@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-_BYTES = {
+_BYTES: dict[str, float] = {
     "B": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGTP", 1)},
     **{f"{p}iB": 1024**i for i, p in enumerate("KMGTP", 1)},
 }
-_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_COUNTS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
+_SECONDS: dict[str, float] = {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_COUNTS: dict[str, float] = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 

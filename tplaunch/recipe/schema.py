@@ -6,18 +6,41 @@ and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from tplaunch.units import parse_bytes, parse_count, parse_duration
 
 # Bounds that no real run reaches; they turn a slip of the keyboard into a message.
-Count = Annotated[int, BeforeValidator(lambda v: parse_count(v) if isinstance(v, str) else v), Field(ge=1, le=10**15)]
 Small = Annotated[int, Field(ge=1, le=10**6)]
-Seconds = Annotated[float, BeforeValidator(lambda v: parse_duration(v) if isinstance(v, str) else v), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(lambda v: parse_bytes(v) if isinstance(v, str) else v), Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Lets a number be written as text with a unit, such as `example`, and says so in the JSON Schema."""
+
+    parse: Callable[[str], float]
+    example: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: self.parse(value) if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        text = {"type": "string", "description": f'text such as "{self.example}"', "examples": [self.example]}
+        return {"anyOf": [handler(schema), text]}
+
+
+Count = Annotated[int, Field(ge=1, le=10**15), Unit(parse_count, "1B")]
+Seconds = Annotated[float, Field(gt=0), Unit(parse_duration, "2h")]
+Bytes = Annotated[int, Field(gt=0), Unit(parse_bytes, "80GiB")]
 
 Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -72,8 +95,9 @@ class Model(Section):
         heads, hidden = values.get("num_heads"), values.get("hidden_size")
         if values.get("num_kv_heads") is None:
             values["num_kv_heads"] = heads
-        if values.get("head_dim") is None and type(heads) is int and type(hidden) is int and heads > 0:
-            if hidden % heads == 0 and hidden >= heads:
+        if values.get("head_dim") is None and type(heads) is int and type(hidden) is int:
+            # Where it cannot be derived it stays None, and `tplaunch.check` says why.
+            if 0 < heads <= hidden and hidden % heads == 0:
                 values["head_dim"] = hidden // heads
         return values
 
@@ -158,7 +182,7 @@ class LrSchedule(Section):
 class Source(Section):
     """One corpus of a blend."""
 
-    path: str = Field(description="a .txt or .jsonl file, or the prefix of a .bin/.idx pair")
+    path: Text = Field(description="a .txt or .jsonl file, or the prefix of a .bin/.idx pair")
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -171,9 +195,9 @@ class TrainTokenizer(Section):
 class Data(Section):
     """Corpora and tokenizer. Relative paths are relative to the recipe file that says them."""
 
-    train: str | Annotated[list[Source], Field(min_length=1)]
-    validation: str | Annotated[list[Source], Field(min_length=1)] | None = None
-    tokenizer: str | TrainTokenizer | None = Field(
+    train: Text | Annotated[list[Source], Field(min_length=1)]
+    validation: Text | Annotated[list[Source], Field(min_length=1)] | None = None
+    tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
     )
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
