@@ -72,7 +72,7 @@ class TokenDataset:
     def _places(self, indices: Ints) -> Iterator[tuple[int, IndexedTokens, int]]:
         """Row, corpus and first token of each sample."""
         corpus, sample = self.order.locate(indices)
-        for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist())):
+        for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist(), strict=True)):
             yield row, self.corpora[c], j * self.seq_len
 
 

@@ -204,36 +204,44 @@ class IndexedTokens:
                 f"the last document ends at sequence {before}, but there are {len(self.lengths):,} sequences",
             )
 
-    def verify_tokens(self, vocab_size: int, progress: Callable[[int], object] = lambda tokens: None) -> int:
-        """Read every token, checking that it is in [0, vocab_size).
+    def largest_token(self, progress: Callable[[int], object] = lambda tokens: None) -> int:
+        """Read every token; the largest, -1 when there are none.
 
         Args:
-            vocab_size: size of the vocabulary.
             progress: called with the number of tokens looked at, chunk by chunk.
 
-        Returns:
-            The largest token, -1 when there are none.
-
         Raises:
-            TplaunchError: naming the .bin file and the byte offset of the first token that is outside.
+            TplaunchError: a token is negative; the .bin file and the byte offset are named.
         """
         largest = -1
         for start in range(0, len(self.tokens), _CHUNK):
             chunk = self.tokens[start : start + _CHUNK]
-            low, high = int(chunk.min()), int(chunk.max())
-            if low < 0 or high >= vocab_size:
-                bad = _first((chunk < 0) | (chunk >= vocab_size))
-                assert bad is not None
-                raise TplaunchError(
-                    Problem(
-                        f"token {chunk[bad]} is outside the vocabulary of {vocab_size:,}",
-                        where=f"{bin_path(self.prefix)}: byte {(start + bad) * self.tokens.itemsize}",
-                        fix="raise model.vocab_size, or prepare the data with this model's tokenizer",
-                    )
-                )
-            largest = max(largest, high)
+            if (bad := _first(chunk < 0)) is not None:
+                raise self._outside(start + bad, "negative")
+            largest = max(largest, int(chunk.max()))
             progress(len(chunk))
         return largest
+
+    def check_vocabulary(self, vocab_size: int, largest: int) -> None:
+        """Refuse a corpus whose largest token the model does not have.
+
+        Raises:
+            TplaunchError: naming the .bin file and the byte offset of the first such token.
+        """
+        if largest < vocab_size:
+            return
+        for start in range(0, len(self.tokens), _CHUNK):
+            if (bad := _first(self.tokens[start : start + _CHUNK] >= vocab_size)) is not None:
+                raise self._outside(start + bad, f"outside the vocabulary of {vocab_size:,}")
+
+    def _outside(self, position: int, why: str) -> TplaunchError:
+        return TplaunchError(
+            Problem(
+                f"token {self.tokens[position]} is {why}",
+                where=f"{bin_path(self.prefix)}: byte {position * self.tokens.itemsize}",
+                fix="raise model.vocab_size, or prepare the data with this model's tokenizer",
+            )
+        )
 
 
 def _first(wrong: NDArray[np.bool_]) -> int | None:
@@ -253,10 +261,10 @@ class Written:
 
 
 class IndexedWriter:
-    """Writes a corpus in constant memory. Nothing is at the prefix before `close`; the .idx comes last.
+    """Writes a corpus in constant memory: `add`, `end_document`, ..., `compose`, `commit`.
 
-    Tokens, lengths and document indices go to `PREFIX.{bin,lengths,documents}.tmp` as they come, and `close`
-    composes the index from them.
+    Tokens, lengths and document indices go to `PREFIX.{bin,lengths,documents}.tmp` as they come; `compose` makes
+    the index from them. Nothing is at the prefix itself before `commit`.
 
     Args:
         prefix: path without `.bin` or `.idx`.
@@ -319,34 +327,41 @@ class IndexedWriter:
             os.fsync(file.fileno())
         return self._written
 
-    def close(self) -> Written:
-        """Compose the index, then rename .bin and .idx into place."""
+    def compose(self) -> tuple[Path, Path]:
+        """Complete the files, still under their temporary names, and bring them to disk.
+
+        Returns:
+            the temporary .bin and .idx.
+        """
         written = self.sync()
         index = self._temporary("idx")
         with index.open("wb") as out:
             out.write(HEADER.pack(MAGIC, 1, self._code, written.sequences, written.documents + 1))
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, out)
-            start = 0
             self._lengths.seek(0)
+            start = 0
             while block := self._lengths.read(4 * _CHUNK):
                 sizes = np.frombuffer(block, "<i4").astype("<i8") * self.dtype.itemsize
                 ends = start + np.cumsum(sizes)
-                out.write((ends - sizes).astype("<i8").data)
+                out.write((ends - sizes).data)
                 start = int(ends[-1])
             out.write(struct.pack("<q", 0))
             self._documents.seek(0)
             shutil.copyfileobj(self._documents, out)
             out.flush()
             os.fsync(out.fileno())
-        self.abandon()
+        return self._temporary("bin"), index
+
+    def commit(self) -> None:
+        """Rename what `compose` made into place, .idx last, and remove the rest."""
+        self.close()
         self._temporary("bin").replace(bin_path(self.prefix))
-        index.replace(idx_path(self.prefix))
+        self._temporary("idx").replace(idx_path(self.prefix))
         for name in ("lengths", "documents"):
             self._temporary(name).unlink()
-        return written
 
-    def abandon(self) -> None:
-        """Close the temporary files and leave them, for a writer that resumes."""
+    def close(self) -> None:
+        """Close the temporary files and leave them."""
         for file in (self._bin, self._lengths, self._documents):
             file.close()

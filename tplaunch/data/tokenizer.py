@@ -12,6 +12,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tplaunch.data.indexed import token_dtype
 from tplaunch.errors import Problem, TplaunchError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -26,7 +27,9 @@ class Tokenizer:
         path: a `tokenizer.json`.
 
     Attributes:
+        json: the file's text.
         vocab_size: one more than the largest id.
+        dtype: in which its tokens are stored.
         eod: id of the token that ends a document.
         fingerprint: sha256 of the file's meaning (its JSON, key order and spaces aside), in hex.
 
@@ -36,8 +39,8 @@ class Tokenizer:
 
     def __init__(self, path: Path | str) -> None:
         try:
-            self._json = Path(path).read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+            self.json = Path(path).read_text(encoding="utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except OSError as error:
             raise TplaunchError(Problem(f"{path}: cannot read the tokenizer: {error.strerror}")) from None
         except Exception as error:  # the library raises bare Exception on a file that it cannot parse
@@ -60,25 +63,22 @@ class Tokenizer:
                 )
             )
         self.eod = end
-        canonical = json.dumps(json.loads(self._json), sort_keys=True)
+        self.dtype = token_dtype(self.vocab_size)
+        canonical = json.dumps(json.loads(self.json), sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Ids of each text, without any special token."""
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Ids of each text, of type `dtype`, without any special token."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
-    def encode(self, text: str) -> NDArray[np.int64]:
+    def encode(self, text: str) -> NDArray[np.integer]:
         """Ids of one text."""
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-
-    def save(self, path: Path) -> None:
-        """Write the same JSON that was read."""
-        path.write_text(self._json, encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

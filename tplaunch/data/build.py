@@ -1,0 +1,170 @@
+"""Raw text to `.bin/.idx`: in bounded memory, whole or not at all, going on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tplaunch.data.cache import file_sha256, locked, write_atomic
+from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
+from tplaunch.data.encode import encode_all
+from tplaunch.data.indexed import IndexedWriter, Written, idx_path
+from tplaunch.data.progress import Progress
+from tplaunch.data.text import Block, blocks, is_raw
+from tplaunch.data.tokenizer import Tokenizer, train_bpe
+from tplaunch.errors import Problem, TplaunchError
+
+FORMAT = 1  # raise it when the same text would give other files
+_SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
+_TRAINING_BYTES = 1 << 30  # a tokenizer is trained on this much text at most
+
+
+def build(
+    inputs: Sequence[Path], output: Path, tokenizer: Path | int, text_key: str = "text", progress: bool = True
+) -> Meta:
+    """Tokenize raw text into `OUTPUT.bin`, `.idx`, `.meta.json` and `.tokenizer.json`.
+
+    A .txt file is one document; so is a line of a .jsonl file and a row of a .parquet file. Empty ones are left
+    out. Each ends with the tokenizer's end-of-document token. The .idx comes last: where it is, the corpus is
+    complete. After an interruption the same call goes on where the last one had synced.
+
+    Args:
+        inputs: files, read in this order.
+        output: the prefix to write.
+        tokenizer: a tokenizer.json, or the vocabulary size of a byte-level BPE to train on the inputs.
+        text_key: field or column that holds the text.
+        progress: show bars, on a terminal.
+
+    Raises:
+        TplaunchError: an input or the tokenizer cannot be read, or the output exists already.
+    """
+    show = Progress(progress)
+    check_inputs(inputs)
+    with owned(output, show):
+        if idx_path(output).exists():
+            raise TplaunchError(Problem(f"{idx_path(output)} exists already", fix="remove it, or name another output"))
+        if isinstance(tokenizer, int):
+            train_tokenizer(inputs, tokenizer, text_key, tokenizer_path(output), show)
+        else:
+            write_atomic(tokenizer_path(output), Tokenizer(tokenizer).json)
+        return tokenize(inputs, output, text_key, show)
+
+
+def check_inputs(inputs: Sequence[Path]) -> None:
+    """Refuse inputs that are missing or of an unknown kind, all at once."""
+    problems = []
+    for path in inputs:
+        if not is_raw(path):
+            kinds = "use .txt, .jsonl (either also as .gz or .zst) or .parquet"
+            problems.append(Problem(f"{path}: unknown kind of text", fix=kinds))
+        elif not path.is_file():
+            problems.append(Problem(f"{path}: no such file"))
+    if problems:
+        raise TplaunchError(*problems)
+
+
+def owned(prefix: Path, show: Progress) -> AbstractContextManager[None]:
+    """Be the only process that prepares this corpus; waits for another one."""
+    lock = prefix.with_name(prefix.name + ".lock")
+    return locked(lock, lambda: show.say(f"waiting for another process that prepares {prefix}"))
+
+
+def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path: Path, show: Progress) -> None:
+    """Train a byte-level BPE on at most 1 GiB of the inputs, the same amount of each."""
+    share = _TRAINING_BYTES // len(inputs)
+
+    def texts(advance: Callable[[int], None]) -> Iterator[str]:
+        for source in inputs:
+            read = 0
+            for block in blocks(source, text_key):
+                yield from block.texts(text_key)
+                advance(block.read)
+                read += block.read
+                if read >= share:
+                    break
+
+    with show.task("training the tokenizer", sum(min(path.stat().st_size, share) for path in inputs)) as advance:
+        temporary = path.with_name(path.name + ".tmp")
+        train_bpe(texts(advance), vocab_size, temporary)
+        temporary.replace(path)
+
+
+def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress) -> Meta:
+    """Write the corpus, with the tokenizer that lies beside it already. The caller owns the output."""
+    tokenizer = Tokenizer(tokenizer_path(output))
+    sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path)) for path in inputs]
+    size = sum(source.bytes for source in sources)
+    journal = _Journal(output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key])
+    done, written = journal.read()
+    writer = IndexedWriter(output, tokenizer.dtype, written)
+    try:
+        with show.task(f"tokenizing {output.name}", size) as advance:
+            rest = _after(done, inputs, text_key, advance)
+            encoded_blocks = encode_all(rest, tokenizer_path(output), text_key, size)
+            for number, encoded in enumerate(encoded_blocks, done + 1):
+                start = 0
+                for end in encoded.ends:
+                    writer.add(encoded.tokens[start:end])
+                    writer.end_document()
+                    start = end
+                writer.add(encoded.tokens[start:])
+                if number % _SYNC_EVERY == 0:
+                    journal.write(number, writer.sync())
+                advance(encoded.read)
+        total = writer.sync()
+        if not total.documents:
+            raise TplaunchError(Problem(f"no text in {', '.join(map(str, inputs))}"))
+        bin_file, idx_file = writer.compose()
+        meta = Meta(
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            documents=total.documents,
+            tokens=total.tokens,
+            sources=sources,
+            bin_sha256=file_sha256(bin_file),
+            idx_sha256=file_sha256(idx_file),
+        )
+        write_atomic(meta_path(output), meta.model_dump_json(indent=1) + "\n")
+        writer.commit()
+    finally:
+        writer.close()
+    journal.remove()
+    return meta
+
+
+def _after(done: int, inputs: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[Block]:
+    """The blocks of all inputs, less the first `done`."""
+    for number, block in enumerate(chain.from_iterable(blocks(path, text_key) for path in inputs)):
+        if number < done:
+            advance(block.read)
+        else:
+            yield block
+
+
+class _Journal:
+    """How far a preparation has come, in a file beside its output, for the same task only."""
+
+    def __init__(self, output: Path, task: list[Any]) -> None:
+        self._path = output.with_name(output.name + ".journal.tmp")
+        self._task = task
+
+    def read(self) -> tuple[int, Written]:
+        """Blocks done, and what was written of them."""
+        if self._path.exists():
+            entry = json.loads(self._path.read_text(encoding="utf-8"))
+            if entry["task"] == self._task:
+                return entry["blocks"], Written(**entry["written"])
+        return 0, Written()
+
+    def write(self, blocks_done: int, written: Written) -> None:
+        entry = {"task": self._task, "blocks": blocks_done, "written": asdict(written)}
+        write_atomic(self._path, json.dumps(entry))
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)

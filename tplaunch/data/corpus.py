@@ -1,0 +1,106 @@
+"""What is known of a prepared corpus (`PREFIX.meta.json`, beside .bin and .idx), and the check before it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tplaunch.data.cache import file_sha256, remembered
+from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.data.progress import Progress
+from tplaunch.errors import Problem, TplaunchError
+
+
+def meta_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".meta.json")
+
+
+def tokenizer_path(prefix: Path) -> Path:
+    """The tokenizer that a corpus was prepared with, kept beside it."""
+    return prefix.with_name(prefix.name + ".tokenizer.json")
+
+
+class Origin(BaseModel):
+    """An input that a corpus was made from."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Meta(BaseModel):
+    """The content of `PREFIX.meta.json`; corpora of other makers have none.
+
+    Attributes:
+        format: of this file.
+        tokenizer: fingerprint of the tokenizer.
+        vocab_size: of the tokenizer.
+        eod: the token that ends each document.
+        documents, tokens: counts.
+        sources: the inputs, in order.
+        bin_sha256, idx_sha256: checksums of the two files.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    tokenizer: str
+    vocab_size: int
+    eod: int
+    documents: int
+    tokens: int
+    sources: list[Origin]
+    bin_sha256: str
+    idx_sha256: str
+
+    @classmethod
+    def read(cls, prefix: Path) -> Meta | None:
+        """None where there is no such file.
+
+        Raises:
+            TplaunchError: it does not describe a corpus.
+        """
+        path = meta_path(prefix)
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = ": ".join([*map(str, first["loc"]), first["msg"]])
+            raise TplaunchError(
+                Problem(f"{path}: does not describe a corpus", why=why, fix="prepare the data again")
+            ) from None
+
+
+def check_corpus(prefix: Path, vocab_size: int, cache: Path, progress: Progress) -> IndexedTokens:
+    """Open a corpus and check all of it: sizes, index, checksums where known, and every token.
+
+    The full reading is done once for as long as the files do not change; its result is kept in the cache.
+
+    Raises:
+        TplaunchError: with the file and the byte offset of what is wrong.
+    """
+    corpus = IndexedTokens.open(prefix)
+    meta = Meta.read(prefix)
+    files = [bin_path(prefix), idx_path(prefix), *([meta_path(prefix)] if meta else [])]
+
+    def check() -> int:
+        corpus.verify()
+        checksums = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
+        for path, checksum in checksums.items():
+            if file_sha256(path) != checksum:
+                raise TplaunchError(
+                    Problem(
+                        f"{path}: its sha256 is not the one in {meta_path(prefix).name}",
+                        why="the file changed after it was prepared",
+                        fix="copy the file again, or prepare the data again",
+                    )
+                )
+        with progress.task(f"checking {prefix.name}", len(corpus.tokens)) as advance:
+            return corpus.largest_token(advance)
+
+    corpus.check_vocabulary(vocab_size, remembered(cache, "largest token", files, check))
+    return corpus

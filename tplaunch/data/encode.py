@@ -1,0 +1,100 @@
+"""Blocks of text to tokens, in order, on all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tplaunch.data.text import Block
+from tplaunch.data.tokenizer import Tokenizer
+from tplaunch.errors import Problem, TplaunchError
+
+_POOL_FROM = 4 << 20  # input bytes from which other processes are worth their start
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a block.
+
+    Attributes:
+        tokens: of all its documents, end-of-document tokens included, shape [n].
+        ends: positions in `tokens` after which a document ends, ascending.
+        read: bytes of input that the block took.
+    """
+
+    tokens: NDArray[np.integer]
+    ends: list[int]
+    read: int
+
+
+def encode(block: Block, tokenizer: Tokenizer, text_key: str) -> Encoded:
+    """Tokenize one block. Documents without text are left out."""
+    parts = tokenizer.encode_batch([text for text in block.texts(text_key) if text])
+    if block.ends:
+        eod = np.array([tokenizer.eod], tokenizer.dtype)
+        ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64).tolist()
+        parts = [piece for part in parts for piece in (part, eod)]
+    else:
+        ends = []
+    tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
+    return Encoded(tokens, ends, block.read)
+
+
+def encode_all(blocks: Iterable[Block], tokenizer: Path, text_key: str, size: int) -> Iterator[Encoded]:
+    """Tokenize blocks in order; by a process a core where there is much, holding a few blocks of each.
+
+    Args:
+        blocks: what to tokenize.
+        tokenizer: a tokenizer.json.
+        text_key: field or column that holds the text.
+        size: bytes of input.
+
+    Raises:
+        TplaunchError: a block cannot be read, or a process was killed.
+    """
+    if size < _POOL_FROM:
+        loaded = Tokenizer(tokenizer)
+        yield from (encode(block, loaded, text_key) for block in blocks)
+        return
+    processes = len(os.sched_getaffinity(0))
+    # Not forked: the parent may have threads (progress bar, tokenizers' own) that a fork would cut off.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _single_threaded)
+    try:
+        source = iter(blocks)
+        waiting: deque[Future[Encoded]] = deque()
+        while True:
+            for block in islice(source, 2 * processes - len(waiting)):
+                waiting.append(pool.submit(_encode_in_process, block, tokenizer, text_key))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise TplaunchError(
+            Problem("a tokenizing process was killed", why="perhaps by the kernel, for want of memory", fix="run again")
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _single_threaded() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def _encode_in_process(block: Block, tokenizer: Path, text_key: str) -> Encoded:
+    return encode(block, _load(tokenizer), text_key)

@@ -1,0 +1,204 @@
+"""The data of a recipe made ready before any process starts: raw text prepared once, everything checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
+from tplaunch.data.cache import default_cache, file_sha256, remembered, subdirectory, write_atomic
+from tplaunch.data.corpus import Meta, check_corpus, tokenizer_path
+from tplaunch.data.dataset import samples_in
+from tplaunch.data.indexed import IndexedTokens, idx_path
+from tplaunch.data.order import quotas
+from tplaunch.data.progress import Progress
+from tplaunch.data.text import is_raw
+from tplaunch.data.tokenizer import Tokenizer
+from tplaunch.errors import Problem, RecipeError, TplaunchError
+from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
+
+
+def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: bool = True) -> Recipe:
+    """Prepare raw text on first use and check all data of a recipe against its model.
+
+    What is prepared lies in the cache under a hash of the text, the tokenizer and the format's version; launches
+    that need the same at one time make it once.
+
+    Args:
+        recipe: with absolute paths under `data`.
+        cache: default `$TPLAUNCH_CACHE` or `~/.cache/tplaunch`.
+        progress: show bars, on a terminal.
+
+    Returns:
+        the recipe with absolute prefixes of .bin/.idx pairs and the path of a tokenizer.json; the tokenizer stays
+        None when prepared data came without one.
+
+    Raises:
+        RecipeError: with every problem that was found: missing or damaged files, a token or a tokenizer beyond
+            the vocabulary, a tokenizer that the data was not made with, less than one sample, a weight too small.
+    """
+    return _Preparation(recipe, (cache or default_cache()).absolute(), Progress(progress)).run()
+
+
+class _Preparation:
+    """One call of `prepare_recipe_data`: the recipe, where to put things, and the problems found so far."""
+
+    def __init__(self, recipe: Recipe, cache: Path, show: Progress) -> None:
+        self.recipe, self.data, self.cache, self.show = recipe, recipe.data, cache, show
+        self.problems: list[Problem] = []
+
+    def run(self) -> Recipe:
+        entries = [*_keyed("train", self.data), *_keyed("validation", self.data)]
+        for key, source in entries:
+            with self._problems_at(key):
+                path = Path(source.path)
+                check_inputs([path]) if is_raw(path) else IndexedTokens.open(path)
+        self._raise_problems()
+
+        tokenizer_file = self._tokenizer_file([source for _, source in entries])
+        tokenizer = None
+        if tokenizer_file:
+            with self._problems_at("data.tokenizer"):
+                tokenizer = Tokenizer(tokenizer_file)
+                self._check_vocabulary(tokenizer)
+        self._raise_problems()
+
+        prefixes = {}
+        for key, source in entries:
+            with self._problems_at(key):
+                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer)
+        for split in ("train", "validation"):
+            self._check_weights(split)
+        self._raise_problems()
+
+        update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
+        for split in ("train", "validation"):
+            value = getattr(self.data, split)
+            if isinstance(value, str):
+                update[split] = str(prefixes[f"data.{split}"])
+            elif value is not None:
+                moved = [s.model_copy(update={"path": str(prefixes[key])}) for key, s in _keyed(split, self.data)]
+                update[split] = moved
+        return self.recipe.model_copy(update={"data": self.data.model_copy(update=update)})
+
+    def _tokenizer_file(self, sources: list[Source]) -> Path | None:
+        """The tokenizer that the recipe names, trains, or whose data was made with it."""
+        wanted = self.data.tokenizer
+        raw = [Path(source.path) for source in sources if is_raw(Path(source.path))]
+        if isinstance(wanted, str):
+            return Path(wanted).absolute()
+        if isinstance(wanted, TrainTokenizer):
+            return self._trained(wanted)
+        if raw:
+            self.problems.append(
+                Problem(
+                    "is needed to read raw text",
+                    why=f"{raw[0].name} is not tokenized yet",
+                    fix=f"name a tokenizer.json, or train one with {{vocab_size: {self.recipe.model.vocab_size}}}",
+                    key="data.tokenizer",
+                )
+            )
+            return None
+        beside = [tokenizer_path(Path(source.path).absolute()) for source in sources]
+        return next((path for path in beside if path.exists()), None)
+
+    def _trained(self, wanted: TrainTokenizer) -> Path | None:
+        """A tokenizer trained on the raw training text, from the cache where it was trained before."""
+        inputs = [path for source in self.data.sources("train") if is_raw(path := Path(source.path).absolute())]
+        if not inputs:
+            self.problems.append(
+                Problem(
+                    "no raw training text to train a tokenizer on",
+                    why="data.train is tokenized already",
+                    fix="name the tokenizer.json that it was made with",
+                    key="data.tokenizer",
+                )
+            )
+            return None
+        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [self._sha256(path) for path in inputs]])
+        path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
+        with self._problems_at("data.train"), owned(path, self.show):
+            if not path.exists():
+                train_tokenizer(inputs, wanted.vocab_size, self.data.text_key, path, self.show)
+        return path
+
+    def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        rows = self.recipe.model.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise TplaunchError(
+                Problem(
+                    f"is {rows:,}, but the tokenizer has {tokenizer.vocab_size:,} tokens",
+                    fix=f"set model.vocab_size: {tokenizer.vocab_size}",
+                    key="model.vocab_size",
+                )
+            )
+
+    def _ready(self, path: Path, tokenizer: Tokenizer | None) -> Path:
+        """The checked prefix of a source, prepared first where it is raw."""
+        prefix = path
+        if is_raw(path):
+            assert tokenizer is not None, "raw text without a tokenizer was refused before"
+            prefix = self._prepared(path, tokenizer)
+        corpus = check_corpus(prefix, self.recipe.model.vocab_size, self.cache, self.show)
+        samples_in(corpus, self.recipe.training.seq_len)
+        meta = Meta.read(prefix)
+        if meta and tokenizer and meta.tokenizer != tokenizer.fingerprint:
+            raise TplaunchError(
+                Problem(
+                    f"{prefix} was made with another tokenizer than the recipe's",
+                    why=f"sha256 {meta.tokenizer[:16]}..., not {tokenizer.fingerprint[:16]}...",
+                    fix=f"set data.tokenizer to the one it was made with ({tokenizer_path(prefix).name})",
+                )
+            )
+        return prefix
+
+    def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
+        """The prefix, in the cache, of a raw source."""
+        name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key])
+        prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
+        with owned(prefix, self.show):
+            if not idx_path(prefix).exists():
+                write_atomic(tokenizer_path(prefix), tokenizer.json)
+                tokenize([path], prefix, self.data.text_key, self.show)
+        return prefix
+
+    def _check_weights(self, split: str) -> None:
+        weights = [source.weight for _, source in _keyed(split, self.data)]
+        try:
+            quotas(weights) if len(weights) > 1 else None
+        except ValueError as error:
+            self.problems.append(Problem(str(error), fix="raise it, or leave the corpus out", key=f"data.{split}"))
+
+    def _sha256(self, path: Path) -> str:
+        return remembered(self.cache, "sha256", [path], lambda: file_sha256(path))
+
+    @contextmanager
+    def _problems_at(self, key: str) -> Iterator[None]:
+        """Collect what is wrong, under a key of the recipe."""
+        try:
+            yield
+        except TplaunchError as error:
+            self.problems += [replace(problem, key=problem.key or key) for problem in error.problems]
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            raise RecipeError(*self.problems)
+
+
+def _keyed(split: str, data: Data) -> list[tuple[str, Source]]:
+    """The corpora of a split with their dotted keys."""
+    value = getattr(data, split)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [(f"data.{split}", Source(path=value))]
+    return [(f"data.{split}[{number}].path", source) for number, source in enumerate(value)]
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,185 @@
+"""Raw text read in blocks of bounded size: .txt, .jsonl (each plain, .gz or .zst) and .parquet."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
+from pathlib import Path
+from typing import Any
+
+from tplaunch.errors import Problem, TplaunchError
+
+BLOCK = 1 << 20  # bytes of text that are tokenized in one go
+_FORMAT = re.compile(r"\.(?:(?P<lines>txt|jsonl)(?P<packed>\.gz|\.zst)?|(?P<table>parquet))$")
+# Places where no byte-level pre-tokenizer joins what stands left and right: after the end of a line and before
+# a single space, each between two printed characters. Cutting there leaves the tokens as they were.
+_CUTS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a path names raw text, by its ending; otherwise it is a prefix of .bin/.idx."""
+    return _FORMAT.search(path.name) is not None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of an input: some lines of a .jsonl, some rows of a table, or a part of a .txt document.
+
+    Attributes:
+        path: the input.
+        kind: of the payload.
+        payload: whole lines as bytes, rows as strings, or UTF-8 text as bytes.
+        first: line number of the first line (jsonl) or byte offset (txt), for messages.
+        ends: whether the document of a .txt ends here.
+        read: bytes of the input file consumed since the block before, for progress.
+    """
+
+    path: Path
+    kind: str
+    payload: bytes | list[Any]
+    first: int
+    ends: bool
+    read: int
+
+    def texts(self, text_key: str) -> list[str]:
+        """The texts of the block: one a document, or one part of a document (txt).
+
+        Raises:
+            TplaunchError: not UTF-8, not JSON, or without the text; the place is named.
+        """
+        if self.kind == "jsonl":
+            assert isinstance(self.payload, bytes)
+            lines = self.payload.split(b"\n")
+            return [
+                _json_text(line, text_key, self.path, n) for n, line in enumerate(lines, self.first) if line.strip()
+            ]
+        if self.kind == "parquet":
+            return [_checked(row, f"{self.path}: row {n}") for n, row in enumerate(self.payload, self.first)]
+        assert isinstance(self.payload, bytes)
+        try:
+            return [self.payload.decode("utf-8")]
+        except UnicodeDecodeError as error:
+            raise TplaunchError(
+                Problem(
+                    "not UTF-8",
+                    where=f"{self.path}: byte {self.first + error.start}",
+                    fix=f"convert it, for example: iconv -f latin1 -t utf-8 {self.path.name}",
+                )
+            ) from None
+
+
+def blocks(path: Path, text_key: str) -> Iterator[Block]:
+    """Blocks of an input, in order; a function of the file's bytes alone.
+
+    Raises:
+        TplaunchError: the format's library is missing, or the packed file is damaged.
+    """
+    match = _FORMAT.search(path.name)
+    assert match is not None, "callers ask is_raw first"
+    if match["table"]:
+        yield from _parquet_blocks(path, text_key)
+        return
+    with path.open("rb") as raw:
+        stream = _unpack(raw, match["packed"] or "", path)
+        read_blocks = _jsonl_blocks if match["lines"] == "jsonl" else _txt_blocks
+        before = 0
+        try:
+            for payload, first, ends in read_blocks(stream):
+                yield Block(path, match["lines"], payload, first, ends, raw.tell() - before)
+                before = raw.tell()
+        except (EOFError, gzip.BadGzipFile, OSError) as error:
+            raise TplaunchError(
+                Problem(f"cannot read it to its end: {error}", where=f"{path}: byte {raw.tell()}")
+            ) from None
+
+
+def _jsonl_blocks(stream: BufferedIOBase) -> Iterator[tuple[bytes, int, bool]]:
+    line = 1
+    while block := stream.read(BLOCK):
+        block += stream.readline()
+        yield block, line, True
+        line += block.count(b"\n")
+
+
+def _txt_blocks(stream: BufferedIOBase) -> Iterator[tuple[bytes, int, bool]]:
+    offset, held = 0, stream.read(BLOCK)
+    while held:
+        following = stream.read(BLOCK)
+        cut = _last_cut(held) if following else len(held)
+        if cut:
+            yield held[:cut], offset, not following
+        offset, held = offset + cut, held[cut:] + following
+
+
+def _last_cut(block: bytes) -> int:
+    for pattern in _CUTS:
+        end = max((match.end() for match in pattern.finditer(block)), default=0)
+        if end:
+            return end
+    # One endless word: cut before its last character, which may have bytes missing.
+    end = len(block) - 1
+    while end > 0 and block[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _parquet_blocks(path: Path, text_key: str) -> Iterator[Block]:
+    parquet = _library("pyarrow.parquet", "pyarrow", path)
+    table = parquet.ParquetFile(path)
+    if text_key not in table.schema_arrow.names:
+        raise TplaunchError(
+            Problem(f"{path}: no column {text_key!r}", why=f"its columns: {', '.join(table.schema_arrow.names)}")
+        )
+    size, rows, done = path.stat().st_size, max(1, table.metadata.num_rows), 0
+    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+        texts = batch.column(0).to_pylist()
+        share = size * (done + len(texts)) // rows - size * done // rows
+        yield Block(path, "parquet", texts, done, True, share)
+        done += len(texts)
+
+
+def _unpack(raw: BufferedIOBase, packed: str, path: Path) -> BufferedIOBase:
+    if packed == ".gz":
+        return gzip.open(raw)
+    if packed == ".zst":
+        zstandard = _library("zstandard", "zstandard", path)
+        return BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def _library(module: str, package: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise TplaunchError(
+            Problem(f"{path}: reading this format needs {package}", fix=f"pip install {package}")
+        ) from None
+
+
+def _json_text(line: bytes, text_key: str, path: Path, number: int) -> str:
+    where = f"{path}:{number}"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TplaunchError(Problem("not JSON", why=str(error), where=where)) from None
+    if not isinstance(record, dict) or text_key not in record:
+        fields = f"its fields: {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+        raise TplaunchError(Problem(f"no field {text_key!r}", why=fields, fix="set data.text_key", where=where))
+    return _checked(record[text_key], where)
+
+
+def _checked(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise TplaunchError(Problem(f"the text is a {type(text).__name__}, not a string", where=where))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TplaunchError(
+            Problem("the text holds half of a surrogate pair", why=f"at character {error.start}", where=where)
+        ) from None
+    return text
