@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
 from tplaunch.recipe.tree import BROKEN, Tree
+
+Path = tuple[str | int, ...]  # of a value in a recipe: keys and list indices
 
 # Names that Hugging Face configs, Megatron options and other trainers use for a key here.
 SYNONYMS = {
@@ -50,26 +54,34 @@ SYNONYMS = {
 
 
 def explain(error: ValidationError, tree: Tree) -> list[Problem]:
-    """One problem for each value of `tree` that `error` is about, in the order of the schema."""
+    """One problem for each value of `tree` that `error` is about."""
     schema = recipe_json_schema()
-    by_key: dict[str, list[tuple[tuple[str | int, ...], dict[str, Any]]]] = {}
+    found: dict[Path, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        path = _tree_path(detail["loc"], tree, missing=detail["type"] == "missing")
-        by_key.setdefault(dotted(path), []).append((path, dict(detail)))
-    problems = []
-    for key, found in by_key.items():
-        # Of a union each member complains; the one that got deepest is the one that was meant.
-        if any(other.startswith((f"{key}.", f"{key}[")) for other in by_key if other != key):
-            continue
-        path, detail = found[0]
-        node = _node(path, tree)
-        if node is not None and node.value is BROKEN:
-            continue
-        problems.append(_problem(key, path, node, [d for _, d in found], detail, schema, tree))
-    return problems
+        found.setdefault(_tree_path(detail, tree), []).append(detail)
+    # Of a union every member complains; the one that got deepest is the one that was meant.
+    meant = [path for path in found if not any(other[: len(path)] == path and other != path for other in found)]
+    problems = [_problem(path, found[path], tree, schema) for path in meant]
+    return [problem for problem in problems if problem is not None]
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def _problem(path: Path, details: list[ErrorDetails], tree: Tree, schema: dict[str, Any]) -> Problem | None:
+    node, key, kinds = _node(path, tree), dotted(path), {detail["type"] for detail in details}
+    allowed = _schema_at(path, schema)
+    if node is None:
+        section = _node(path[:-1], tree) or tree
+        return Problem("is missing", fix=f"add it: {_words(allowed, schema)}", where=section.key_origin, key=key)
+    if node.value is BROKEN:
+        return None
+    if "extra_forbidden" in kinds:
+        return Problem("no such key", fix=_nearest(path, schema), where=node.key_origin, key=key)
+    value = node.plain()
+    why = next((str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"), "")
+    what = f"expected {_words(allowed, schema)}, got {show_value(value)}"
+    return Problem(what, why=why, fix=_hint(value, allowed, schema), where=node.origin, key=key)
+
+
+def dotted(path: Path) -> str:
     """("data", "train", 0, "path") -> "data.train[0].path"."""
     text = ""
     for part in path:
@@ -83,43 +95,40 @@ def show_value(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _tree_path(loc: tuple[str | int, ...], tree: Tree, *, missing: bool) -> tuple[str | int, ...]:
-    """The part of pydantic's location that names values: names of union members are left out."""
+def _tree_path(detail: ErrorDetails, tree: Tree) -> Path:
+    """Where pydantic's location leads in the tree; its names of union members lead nowhere and are left out."""
     path: list[str | int] = []
-    node: Tree | None = tree
-    for part in loc:
-        child = node.child(part) if node is not None else None
+    node = tree
+    for part in detail["loc"]:
+        child = node.child(part)
         if child is not None:
             path.append(part)
             node = child
-    return (*path, loc[-1]) if missing else tuple(path)
+    return (*path, detail["loc"][-1]) if detail["type"] == "missing" else tuple(path)
 
 
-def _node(path: tuple[str | int, ...], tree: Tree) -> Tree | None:
+def _node(path: Path, tree: Tree) -> Tree | None:
     node: Tree | None = tree
     for part in path:
         node = node.child(part) if node is not None else None
     return node
 
 
-def _problem(
-    key: str,
-    path: tuple[str | int, ...],
-    node: Tree | None,
-    details: list[dict[str, Any]],
-    detail: dict[str, Any],
-    schema: dict[str, Any],
-    tree: Tree,
-) -> Problem:
-    field = _schema_at(path, schema)
-    if node is None:
-        parent = _node(path[:-1], tree) or tree
-        return Problem("is missing", fix=f"add it: {_allowed(field, schema)}", where=parent.key_origin, key=key)
-    if any(d["type"] == "extra_forbidden" for d in details):
-        return Problem("is not a key here", fix=_nearest(path, schema), where=node.key_origin, key=key)
-    reason = next((str(d["ctx"]["error"]) for d in details if d["type"] == "value_error"), "")
-    allowed = f"must be {_allowed(field, schema)}"
-    return Problem(f"{show_value(node.plain())} {allowed}", why=reason, where=node.origin, key=key)
+def _hint(value: Any, field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """What was probably meant."""
+    members = list(_members(field, schema))
+    kinds = {member.get("type") for member in members}
+    if isinstance(value, float) and value.is_integer() and "integer" in kinds:
+        return f"write {int(value)}"
+    if not isinstance(value, str):
+        return ""
+    if "boolean" in kinds and value.lower() in ("yes", "no", "on", "off", "true", "false"):
+        return f"write {'true' if value.lower() in ('yes', 'on', 'true') else 'false'}"
+    if kinds & {"integer", "number"} and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE):
+        return "write the number without quotes"
+    names = [str(name) for member in members for name in member.get("enum", [member.get("const", "")])]
+    near = difflib.get_close_matches(value.lower(), names, n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -127,47 +136,51 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def _resolve(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema with its reference followed."""
-    return schema["$defs"][field["$ref"].rsplit("/", 1)[1]] if "$ref" in field else field
-
-
 def _members(field: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The members of a union, or the field itself."""
-    field = _resolve(field, schema)
-    for member in field.get("anyOf", [field]):
-        yield _resolve(member, schema)
+    """The members of a union, or the field itself, with references followed."""
+    if "$ref" in field:
+        yield from _members(schema["$defs"][field["$ref"].rpartition("/")[2]], schema)
+    elif "anyOf" in field:
+        for member in field["anyOf"]:
+            yield from _members(member, schema)
+    else:
+        yield field
 
 
-def _schema_at(path: tuple[str | int, ...], schema: dict[str, Any]) -> dict[str, Any]:
+def _schema_at(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
     """The schema of the value at a path; empty when the recipe has no such key."""
     field = schema
     for part in path:
-        name = "items" if isinstance(part, int) else "properties"
-        holder = next((m for m in _members(field, schema) if name in m), {})
-        field = holder.get("items", {}) if name == "items" else holder.get("properties", {}).get(part, {})
+        found = (_child(member, part) for member in _members(field, schema))
+        field = next((child for child in found if child is not None), {})
     return field
 
 
-def _allowed(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def _child(field: dict[str, Any], part: str | int) -> dict[str, Any] | None:
+    if isinstance(part, int):
+        return field.get("items")
+    values = field.get("additionalProperties")  # False, or the schema of a free mapping's values
+    return field.get("properties", {}).get(part) or (values if isinstance(values, dict) else None)
+
+
+def _words(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a field takes, in words."""
-    said = dict.fromkeys(_allowed_one(member, schema) for member in _members(field, schema))
+    said = dict.fromkeys(_word(member, schema) for member in _members(field, schema))
     return " or ".join(said)
 
 
-def _allowed_one(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def _word(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return "one of " + ", ".join(map(str, field["enum"])) if "enum" in field else str(field["const"])
     kind = field.get("type")
     if kind in ("integer", "number"):
         return {"integer": "a whole number", "number": "a number"}[kind] + _range(field)
     if kind == "string":
-        text = field.get("description") or "text"
-        return f"{text} matching {field['pattern']}" if "pattern" in field else text
+        return field.get("description") or ("text that is not empty" if field.get("minLength") else "text")
     if kind == "array":
         count = field.get("minItems")
         exactly = f" of {count}" if count is not None and count == field.get("maxItems") else ""
-        return f"a list{exactly}, each {_allowed(field.get('items', {}), schema)}"
+        return f"a list{exactly}, each {_words(field.get('items', {}), schema)}"
     if kind == "object":
         names = ", ".join(field.get("properties", {}))
         return f"a mapping ({names})" if names else "a mapping of names to text"
@@ -199,26 +212,20 @@ def all_keys(schema: dict[str, Any]) -> list[str]:
     return list(below(schema, ""))
 
 
-def _nearest(path: tuple[str | int, ...], schema: dict[str, Any]) -> str:
+def _nearest(path: Path, schema: dict[str, Any]) -> str:
     """What to write in place of an unknown key."""
-    name = str(path[-1])
-    holders = list(_members(_schema_at(path[:-1], schema), schema))
-    here = [key for member in holders for key in member.get("properties", {})]
+    name, section = str(path[-1]), dotted(path[:-1])
+    here = [key for member in _members(_schema_at(path[:-1], schema), schema) for key in member.get("properties", {})]
     everywhere = all_keys(schema)
-    elsewhere = [key for key in everywhere if key.rsplit(".", 1)[-1] == name or key == name]
+    if name in everywhere and "." in name:
+        return "nest it: write {2} inside of {0}".format(*name.rpartition("."))
     if name in SYNONYMS:
-        elsewhere.insert(0, SYNONYMS[name])
-    section = dotted(path[:-1])
-    if elsewhere:
-        best = elsewhere[0]
-        if best.rsplit(".", 1)[0] == section:
-            return f"write {best.rsplit('.', 1)[1]}"
-        return f"{name} belongs elsewhere: {' or '.join(elsewhere[:3])}" if name not in SYNONYMS else f"use {best}"
-    close = difflib.get_close_matches(name, here, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    by_last = {key.rsplit(".", 1)[-1]: key for key in reversed(everywhere)}
-    close = difflib.get_close_matches(name, by_last, n=1, cutoff=0.8)
-    if close:
-        return f"did you mean {by_last[close[0]]}?"
+        return f"use {SYNONYMS[name]}"
+    if same := sorted((key for key in everywhere if key.rpartition(".")[2] == name), key=lambda key: key.count(".")):
+        return f"it belongs elsewhere: {' or '.join(same[:3])}"
+    if near := difflib.get_close_matches(name.lower(), here, n=1):
+        return f"did you mean {near[0]}?"
+    by_last = {key.rpartition(".")[2]: key for key in reversed(everywhere)}
+    if near := difflib.get_close_matches(name.lower(), by_last, n=1, cutoff=0.75):
+        return f"did you mean {by_last[near[0]]}?"
     return f"the keys of {section or 'a recipe'} are {', '.join(here)}"

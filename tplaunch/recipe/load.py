@@ -15,6 +15,7 @@ from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.explain import explain
 from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.shipped import find_recipe, shipped_recipes
 from tplaunch.recipe.tree import BROKEN, Dumper, Tree, merge, parse
 
 MAX_BYTES = 1024 * 1024
@@ -44,13 +45,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     """Read a recipe with what it extends, then `--set` values over it and its preset beneath.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe that ships (`quickstart`, `recipes/quickstart.yaml`).
         overrides: `a.b=value` texts, the values in YAML; the last one wins.
 
     Raises:
         RecipeError: holds every problem that was found.
     """
-    path = Path(path)
+    path = find_recipe(path)
     problems: list[Problem] = []
     tree = _read(path, (), problems)
     for text in overrides:
@@ -62,10 +63,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     except ValidationError as error:
         found = explain(error, tree)
         problems += [p for p in found if preset_known or p.what != "is missing" or not p.key.startswith("model.")]
-        raise RecipeError(*problems) from None
+        raise RecipeError(*sorted(problems, key=_reading_order)) from None
     if problems:
-        raise RecipeError(*problems)
-    origins = {key: node.origin for key, node in tree.walk()}
+        raise RecipeError(*sorted(problems, key=_reading_order))
+    origins = {key: node.key_origin if isinstance(node.value, dict) else node.origin for key, node in tree.walk()}
     origins.update({key: "default" for key in leaves(recipe) if key not in origins})
     return LoadedRecipe(recipe, path, origins)
 
@@ -73,6 +74,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, every value stated; `load_recipe` reads it back equal."""
     return yaml.dump(recipe.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _reading_order(problem: Problem) -> tuple[str, int, int]:
+    """File, line and column of a problem as numbers; problems without them come last in their file."""
+    file, line, column = (*problem.where.rsplit(":", 2), "", "")[:3]
+    return (file, int(line), int(column)) if line.isdigit() and column.isdigit() else (problem.where, 0, 0)
 
 
 def leaves(section: BaseModel, prefix: str = "") -> Iterator[str]:
@@ -120,7 +127,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise RecipeError(Problem(_cannot_read(error), where=str(path))) from None
+        raise RecipeError(_cannot_read(path, error)) from None
     if len(raw) > MAX_BYTES:
         raise RecipeError(Problem(f"larger than {MAX_BYTES} bytes: not a recipe", where=str(path)))
     try:
@@ -131,12 +138,14 @@ def _read_text(path: Path) -> str:
         raise RecipeError(Problem(what, fix="save the file as UTF-8", where=f"{path}:{line}:{column}")) from None
 
 
-def _cannot_read(error: OSError | ValueError) -> str:
+def _cannot_read(path: Path, error: OSError | ValueError) -> Problem:
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1)
+        fix = f"did you mean the recipe {near[0]}?" if near else "`tplaunch recipe list` shows the recipes that ship"
+        return Problem("no such file", fix=fix, where=str(path))
     if isinstance(error, IsADirectoryError):
-        return "is a directory, not a recipe file"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        return Problem("is a directory, not a recipe file", where=str(path))
+    return Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path))
 
 
 def _parse_override(text: str, problems: list[Problem]) -> Tree:
@@ -152,7 +161,7 @@ def _parse_override(text: str, problems: list[Problem]) -> Tree:
         return nothing
     tree, found = parse(value, "--set", os.getcwd(), positions=False)
     problems += [replace(problem, key=key) for problem in found]
-    tree = tree or Tree(BROKEN if found else None, "--set")
+    tree = tree or Tree(BROKEN if found else None, "--set")  # nothing after the = is null
     tree = replace(tree, key_origin="--set")
     for name in reversed(names):
         tree = Tree({name: tree}, "--set", "--set")
@@ -176,23 +185,28 @@ def _fill_preset(tree: Tree, problems: list[Problem]) -> tuple[Tree, bool]:
     return merge(Tree({"model": Tree(fields, origin, origin)}, origin), tree), True
 
 
+# Sections, their keys that hold paths, and how a value ends that is a path.
+_PATHS = [("data", ("train", "validation", "tokenizer"), ""), ("hardware", ("gpu",), ".json")]
+
+
 def _absolute_paths(tree: Tree) -> Tree:
-    """The tree with the paths of `data` made absolute, each from the folder of the file that says it."""
-    data = tree.child("data")
-    if data is None or not isinstance(data.value, dict):
+    """The tree with its paths made absolute, each from the folder of the file that says it."""
+    if not isinstance(tree.value, dict):
         return tree
-    section = dict(data.value)
-    for key in ("train", "validation", "tokenizer"):
-        if key in section:
-            section[key] = _absolute(section[key])
-    return replace(tree, value={**tree.value, "data": replace(data, value=section)})
+    sections = dict(tree.value)
+    for section, keys, ending in _PATHS:
+        holder = sections.get(section)
+        if holder is not None and isinstance(holder.value, dict):
+            values = {key: _absolute(node, ending) if key in keys else node for key, node in holder.value.items()}
+            sections[section] = replace(holder, value=values)
+    return replace(tree, value=sections)
 
 
-def _absolute(node: Tree) -> Tree:
-    if isinstance(node.value, str) and node.value:
+def _absolute(node: Tree, ending: str) -> Tree:
+    if isinstance(node.value, str) and node.value and node.value.endswith(ending):
         return replace(node, value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
     if isinstance(node.value, list):
-        return replace(node, value=[_absolute(child) for child in node.value])
+        return replace(node, value=[_absolute(child, ending) for child in node.value])
     if isinstance(node.value, dict) and "path" in node.value:
-        return replace(node, value={**node.value, "path": _absolute(node.value["path"])})
+        return replace(node, value={**node.value, "path": _absolute(node.value["path"], ending)})
     return node

@@ -95,10 +95,9 @@ class Model(Section):
         heads, hidden = values.get("num_heads"), values.get("hidden_size")
         if values.get("num_kv_heads") is None:
             values["num_kv_heads"] = heads
-        if values.get("head_dim") is None and type(heads) is int and type(hidden) is int:
-            # Where it cannot be derived it stays None, and `tplaunch.check` says why.
-            if 0 < heads <= hidden and hidden % heads == 0:
-                values["head_dim"] = hidden // heads
+        known = type(heads) is int and type(hidden) is int
+        if values.get("head_dim") is None and known and 0 < heads <= hidden and hidden % heads == 0:
+            values["head_dim"] = hidden // heads  # else it stays None, and `tplaunch.check` says why
         return values
 
     @property
@@ -195,7 +194,9 @@ class TrainTokenizer(Section):
 class Data(Section):
     """Corpora and tokenizer. Relative paths are relative to the recipe file that says them."""
 
-    train: Text | Annotated[list[Source], Field(min_length=1)]
+    train: Text | Annotated[list[Source], Field(min_length=1)] = Field(
+        description="a .txt or .jsonl file, the prefix of a .bin/.idx pair, or a list of them with weights"
+    )
     validation: Text | Annotated[list[Source], Field(min_length=1)] | None = None
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
@@ -281,7 +282,10 @@ class Hardware(Section):
 class Recipe(Section):
     """One training run, whole."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="a name of letters, digits, dots, dashes and underscores",
+    )
     model: Model
     topology: Topology = Topology()
     training: Training

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -92,10 +92,13 @@ _CORE_SCHEMA = [
 ]
 
 
+def _stop(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    """For what makes reading on senseless."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
 class _Loader(yaml.SafeLoader):
     """Composes nodes only (no objects), with the core schema, bounded depth and no self-reference."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -106,15 +109,11 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.open_anchors:
-                raise yaml.MarkedYAMLError(
-                    problem=f"alias *{event.anchor} stands for a value that contains it", problem_mark=event.start_mark
-                )
+                raise _stop(f"alias *{event.anchor} stands for a value that contains it", event.start_mark)
             return super().compose_node(parent, index)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested more than {MAX_DEPTH} levels deep", problem_mark=event.start_mark
-            )
+            raise _stop(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
         self.open_anchors.add(event.anchor)
         node = super().compose_node(parent, index)
         self.open_anchors.discard(event.anchor)
@@ -129,6 +128,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
 for _name, _pattern, _first in _CORE_SCHEMA:
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})\\Z"), _first)
@@ -147,47 +147,46 @@ class _Builder:
     def place(self, mark: yaml.Mark) -> str:
         return f"{self.name}:{mark.line + 1}:{mark.column + 1}" if self.positions else self.name
 
-    def refuse(self, mark: yaml.Mark, what: str, fix: str = "") -> Any:
-        self.problems.append(Problem(what, fix=fix, where=self.place(mark)))
+    def refuse(self, mark: yaml.Mark, key: str, what: str, fix: str = "") -> Any:
+        self.problems.append(Problem(what, fix=fix, where=self.place(mark), key=key))
         return BROKEN
 
-    def build(self, node: yaml.Node, key_mark: yaml.Mark | None = None) -> Tree:
+    def build(self, node: yaml.Node, key: str, key_mark: yaml.Mark | None = None) -> Tree:
         self.values += 1
         if self.values > MAX_VALUES:
-            raise yaml.MarkedYAMLError(
-                problem=f"more than {MAX_VALUES} values after expanding its aliases", problem_mark=node.start_mark
-            )
+            raise _stop(f"more than {MAX_VALUES} values after its aliases are expanded", node.start_mark)
         mark = node.start_mark
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-            value: Any = self.mapping(node)
+            value: Any = self.mapping(node, key)
         elif isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            value = [self.build(child) for child in node.value]
+            value = [self.build(child, f"{key}[{index}]") for index, child in enumerate(node.value)]
         elif isinstance(node, yaml.ScalarNode):
-            value = self.scalar(node)
+            value = self.scalar(node, key)
         else:
-            value = self.refuse(mark, f"the YAML tag {node.tag.replace(_TAG, '!!')!r} is not allowed", "remove the tag")
+            value = self.refuse_tag(node, key)
         return Tree(value, self.place(mark), self.place(key_mark or mark), self.folder)
 
-    def mapping(self, node: yaml.MappingNode) -> dict[str, Tree]:
+    def mapping(self, node: yaml.MappingNode, section: str) -> dict[str, Tree]:
         found: dict[str, Tree] = {}
         for key_node, value_node in node.value:
             mark = key_node.start_mark
-            key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is BROKEN:
+            name = self.scalar(key_node, section) if isinstance(key_node, yaml.ScalarNode) else None
+            key = f"{section}.{name}" if section else str(name)
+            if name is BROKEN:
                 continue
-            if not isinstance(key, str):
+            if not isinstance(name, str):
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self.refuse(mark, f"a key must be text, not {text}", "put the key in quotes")
-            elif key == "<<":
-                self.refuse(mark, "merge keys (<<) are not supported", "use `extends: base.yaml`, or repeat the keys")
-            elif key in found:
-                first = found[key].key_origin
-                self.refuse(mark, f"the key {key!r} is given twice (first at {first})", "keep one of them")
+                self.refuse(mark, section, f"a key must be text, not {text}", "put the key in quotes")
+            elif name == "<<":
+                fix = "use `extends: base.yaml`, or repeat the keys"
+                self.refuse(mark, section, "merge keys (<<) are not supported", fix)
+            elif name in found:
+                self.refuse(mark, key, f"given twice, first at {found[name].key_origin}", "keep one of them")
             else:
-                found[key] = self.build(value_node, mark)
+                found[name] = self.build(value_node, key, mark)
         return found
 
-    def scalar(self, node: yaml.ScalarNode) -> Any:
+    def scalar(self, node: yaml.ScalarNode, key: str) -> Any:
         text, mark = node.value, node.start_mark
         kind = node.tag.removeprefix(_TAG)
         if kind == "null":
@@ -196,25 +195,29 @@ class _Builder:
             return text.lower() == "true"
         if kind == "str":
             if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-                return self.refuse(mark, "text with a NUL or half of a surrogate pair", "remove that character")
+                what = "text with a NUL or half of a surrogate pair"
+                return self.refuse(mark, key, what, "remove that character")
             return text
         if kind in ("int", "float"):
-            return self.number(kind, text.replace("_", ""), mark)
-        return self.refuse(mark, f"the YAML tag {node.tag.replace(_TAG, '!!')!r} is not allowed here", "remove the tag")
+            return self.number(kind, text.replace("_", ""), mark, key)
+        return self.refuse_tag(node, key)
 
-    def number(self, kind: str, text: str, mark: yaml.Mark) -> Any:
+    def number(self, kind: str, text: str, mark: yaml.Mark, key: str) -> Any:
         if len(text) > MAX_DIGITS:
-            return self.refuse(mark, f"a number of {len(text)} characters", f"use at most {MAX_DIGITS}")
+            return self.refuse(mark, key, f"a number of {len(text)} characters", f"use at most {MAX_DIGITS}")
         try:
             if kind == "int":
-                base = {"0x": 16, "0o": 8}.get(text[:2].lower(), 10)
-                return int(text, base)
-            number = float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1:].isalpha() else text)
+                return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+            number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            return self.refuse(mark, f"{text!r} is not a number")
+            return self.refuse(mark, key, f"{text!r} is not a number")
         if not math.isfinite(number):
-            return self.refuse(mark, f"{text} is not a finite number", "write a finite number")
+            return self.refuse(mark, key, f"{text} is not a finite number", "write a finite number")
         return number
+
+    def refuse_tag(self, node: yaml.Node, key: str) -> Any:
+        tag = node.tag.replace(_TAG, "!!")
+        return self.refuse(node.start_mark, key, f"the YAML tag {tag!r} is not allowed here", "remove the tag")
 
 
 def parse(text: str, name: str, folder: str, *, positions: bool = True) -> tuple[Tree | None, list[Problem]]:
@@ -233,18 +236,18 @@ def parse(text: str, name: str, folder: str, *, positions: bool = True) -> tuple
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        tree = None if node is None else builder.build(node)
+        tree = None if node is None else builder.build(node, "")
     except yaml.reader.ReaderError as error:
         line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position) - 1
         mark = yaml.Mark(name, error.position, line, column, None, 0)
-        builder.refuse(mark, f"the control character {chr(error.character)!r} is not allowed", "remove it")
+        builder.refuse(mark, "", f"the control character {chr(error.character)!r} is not allowed", "remove it")
         return None, builder.problems
     except yaml.MarkedYAMLError as error:
         what, fix = _explain_syntax(error)
-        builder.refuse(error.problem_mark or error.context_mark or loader.get_mark(), what, fix)
+        builder.refuse(error.problem_mark or error.context_mark or loader.get_mark(), "", what, fix)
         return None, builder.problems
     except (ValueError, OverflowError) as error:  # from the scanner: an escape outside Unicode, a huge %YAML version
-        builder.refuse(loader.get_mark(), f"not valid YAML: {error}")
+        builder.refuse(loader.get_mark(), "", f"not valid YAML: {error}")
         return None, builder.problems
     return tree, builder.problems
 
