@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tplaunch import __version__
-from tplaunch.cli import recipe
+from tplaunch.cli import data, recipe
 from tplaunch.errors import Exit, TplaunchError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
 
 
 def _version(asked: bool) -> None:

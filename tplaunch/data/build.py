@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -64,14 +65,28 @@ def check_inputs(inputs: Sequence[Path]) -> None:
             problems.append(Problem(f"{path}: unknown kind of text", fix=kinds))
         elif not path.is_file():
             problems.append(Problem(f"{path}: no such file"))
+        elif not os.access(path, os.R_OK):
+            problems.append(Problem(f"{path}: no permission to read it"))
     if problems:
         raise TplaunchError(*problems)
 
 
-def owned(prefix: Path, show: Progress) -> AbstractContextManager[None]:
-    """Be the only process that prepares this corpus; waits for another one."""
+@contextmanager
+def owned(prefix: Path, show: Progress) -> Iterator[None]:
+    """Be the only process that writes at this prefix; waits for another one.
+
+    Raises:
+        TplaunchError: also for what goes wrong with the disk inside.
+    """
     lock = prefix.with_name(prefix.name + ".lock")
-    return locked(lock, lambda: show.say(f"waiting for another process that prepares {prefix}"))
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, lambda: show.say(f"waiting for another process that prepares {prefix}")):
+            yield
+    except OSError as error:
+        raise TplaunchError(
+            Problem(f"cannot prepare {prefix}", why=str(error), fix="mend that and run again; it goes on from there")
+        ) from None
 
 
 def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path: Path, show: Progress) -> None:

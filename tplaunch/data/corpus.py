@@ -75,21 +75,24 @@ class Meta(BaseModel):
             ) from None
 
 
-def check_corpus(prefix: Path, vocab_size: int, cache: Path, progress: Progress) -> IndexedTokens:
-    """Open a corpus and check all of it: sizes, index, checksums where known, and every token.
+def verify_corpus(prefix: Path, cache: Path, progress: Progress) -> tuple[IndexedTokens, int]:
+    """Open a corpus and check all of it: sizes, index, checksums where they are known, and that tokens are >= 0.
 
     The full reading is done once for as long as the files do not change; its result is kept in the cache.
+
+    Returns:
+        the corpus and its largest token.
 
     Raises:
         TplaunchError: with the file and the byte offset of what is wrong.
     """
+    prefix = prefix.absolute()
     corpus = IndexedTokens.open(prefix)
     meta = Meta.read(prefix)
-    files = [bin_path(prefix), idx_path(prefix), *([meta_path(prefix)] if meta else [])]
+    checksums = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
 
     def check() -> int:
         corpus.verify()
-        checksums = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
         for path, checksum in checksums.items():
             if file_sha256(path) != checksum:
                 raise TplaunchError(
@@ -102,5 +105,22 @@ def check_corpus(prefix: Path, vocab_size: int, cache: Path, progress: Progress)
         with progress.task(f"checking {prefix.name}", len(corpus.tokens)) as advance:
             return corpus.largest_token(advance)
 
-    corpus.check_vocabulary(vocab_size, remembered(cache, "largest token", files, check))
-    return corpus
+    files = [bin_path(prefix), idx_path(prefix), *([meta_path(prefix)] if meta else [])]
+    return corpus, remembered(cache, "largest token", files, check)
+
+
+def refuse_other_tokenizer(prefix: Path, fingerprint: str) -> None:
+    """Check that a corpus was made with a tokenizer, where its maker is known.
+
+    Raises:
+        TplaunchError: it was made with another one.
+    """
+    meta = Meta.read(prefix)
+    if meta and meta.tokenizer != fingerprint:
+        raise TplaunchError(
+            Problem(
+                f"{prefix} was made with another tokenizer",
+                why=f"its sha256 is {meta.tokenizer[:16]}..., not {fingerprint[:16]}...",
+                fix=f"use the one it was made with, {tokenizer_path(prefix)}",
+            )
+        )

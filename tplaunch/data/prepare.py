@@ -12,7 +12,7 @@ from typing import Any
 
 from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
 from tplaunch.data.cache import default_cache, file_sha256, remembered, subdirectory, write_atomic
-from tplaunch.data.corpus import Meta, check_corpus, tokenizer_path
+from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.order import quotas
@@ -144,17 +144,11 @@ class _Preparation:
         if is_raw(path):
             assert tokenizer is not None, "raw text without a tokenizer was refused before"
             prefix = self._prepared(path, tokenizer)
-        corpus = check_corpus(prefix, self.recipe.model.vocab_size, self.cache, self.show)
+        if tokenizer:
+            refuse_other_tokenizer(prefix, tokenizer.fingerprint)
+        corpus, largest = verify_corpus(prefix, self.cache, self.show)
+        corpus.check_vocabulary(self.recipe.model.vocab_size, largest)
         samples_in(corpus, self.recipe.training.seq_len)
-        meta = Meta.read(prefix)
-        if meta and tokenizer and meta.tokenizer != tokenizer.fingerprint:
-            raise TplaunchError(
-                Problem(
-                    f"{prefix} was made with another tokenizer than the recipe's",
-                    why=f"sha256 {meta.tokenizer[:16]}..., not {tokenizer.fingerprint[:16]}...",
-                    fix=f"set data.tokenizer to the one it was made with ({tokenizer_path(prefix).name})",
-                )
-            )
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:

@@ -1,0 +1,79 @@
+"""`tplaunch data`: text to token files, and a look into them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tplaunch.errors import Problem, TplaunchError
+
+app = typer.Typer(help="Make text into token files, and look into them.", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="INPUT...", help=".txt, .jsonl (either also as .gz or .zst) or .parquet files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PREFIX", help="Write PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="A tokenizer.json.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=257, max=10**6, metavar="N", help="Train a byte-level BPE of this size instead.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")] = "text",
+    as_json: JsonOption = False,
+) -> None:
+    """Tokenize text into Megatron .bin/.idx files. Run it again to go on after an interruption.
+
+    Example: tplaunch data prepare books/*.txt --output data/books --vocab-size 4096
+    """
+    choice = [given for given in (tokenizer, vocab_size) if given is not None]
+    if len(choice) != 1:
+        raise TplaunchError(Problem("give either --tokenizer FILE or --vocab-size N"))
+    from tplaunch.data.build import build
+
+    meta = build(inputs, output, choice[0], text_key)
+    if as_json:
+        typer.echo(meta.model_dump_json())
+    else:
+        typer.echo(f"{output}: {meta.documents:,} documents, {meta.tokens:,} tokens, vocabulary {meta.vocab_size:,}")
+        typer.echo(f"in a recipe: data: {{train: {output}, tokenizer: {output}.tokenizer.json}}")
+
+
+@app.command()
+def inspect(
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="The path of a .bin/.idx pair without the ending.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json; default: the one beside the data.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check token files whole, and print what is in them: counts, and the beginnings of some documents.
+
+    Example: tplaunch data inspect data/books
+    """
+    from tplaunch.data.inspect import describe
+
+    report = describe(prefix, tokenizer)
+    typer.echo(json.dumps(report) if as_json else "\n".join(_lines(report)))
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    samples = report.pop("samples")
+    lines = [f"{name.replace('_', ' '):>14}  {_value(value)}" for name, value in report.items() if value is not None]
+    for sample in samples:
+        lines += ["", f"document {sample['document']:,}, {sample['tokens']:,} tokens:", sample["text"]]
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(value) if isinstance(value, list) else str(value)
