@@ -5,17 +5,16 @@ The microbatch rules are those of `torch.distributed.pipelining` (schedules.py o
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import lcm
 
 from tplaunch.arithmetic import stage_layers
+from tplaunch.check_data import missing_files, tokenizer_problems
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.hardware import find_gpu
 from tplaunch.recipe.load import LoadedRecipe
-from tplaunch.recipe.schema import Data, Model, Recipe, TrainTokenizer
+from tplaunch.recipe.schema import Model, Recipe
 from tplaunch.topology import V_SCHEDULES, Topology
 
 SPLIT_BACKWARD = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev"})
@@ -57,9 +56,9 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     if dp is not None:
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*_batch(recipe, dp)]
-    problems += [*_run(recipe), *_tokenizer(recipe)]
+    problems += [*_run(recipe), *tokenizer_problems(recipe)]
     warnings = [*_warnings(recipe)]
-    (problems if need_data else warnings).extend(_data_files(recipe.data))
+    (problems if need_data else warnings).extend(missing_files(recipe.data))
 
     def placed(found: list[Problem]) -> list[Problem]:
         return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]
@@ -370,80 +369,6 @@ def _run(recipe: Recipe) -> Iterator[Problem]:
             find_gpu(recipe.hardware.gpu)
         except TplaunchError as error:
             yield from (replace(problem, key="hardware.gpu") for problem in error.problems)
-
-
-def _tokenizer(recipe: Recipe) -> Iterator[Problem]:
-    data, tokenizer = recipe.data, recipe.data.tokenizer
-    raw = [source.path for split in ("train", "validation") for source in data.sources(split) if _is_text(source.path)]
-    if raw and tokenizer is None:
-        yield Problem(
-            f"{os.path.basename(raw[0])} is text, which needs a tokenizer",
-            fix="tokenizer: a tokenizer.json, or {vocab_size: 4096} to train one",
-            key="data.tokenizer",
-        )
-    if isinstance(tokenizer, TrainTokenizer):
-        if tokenizer.vocab_size > recipe.model.vocab_size:
-            yield Problem(
-                f"a tokenizer of {tokenizer.vocab_size} tokens does not fit model.vocab_size {recipe.model.vocab_size}",
-                fix=f"vocab_size: {recipe.model.vocab_size} in both",
-                key="data.tokenizer",
-            )
-        if not any(_is_text(source.path) for source in data.sources("train")):
-            yield Problem(
-                "there is no training text to train a tokenizer on",
-                why="the training data is tokenized already",
-                fix="give the tokenizer.json that it was made with, or leave the key out",
-                key="data.tokenizer",
-            )
-
-
-def _data_files(data: Data) -> Iterator[Problem]:
-    for split in ("train", "validation"):
-        for index, source in enumerate(data.sources(split)):
-            key = f"data.{split}"
-            if not isinstance(getattr(data, split), str):
-                key += f"[{index}].path"
-            yield from _data_file(source.path, key)
-    if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
-        yield Problem(
-            f"{data.tokenizer}: no such file{_near_file(data.tokenizer)}",
-            fix="give a tokenizer.json, or {vocab_size: 4096} to train one",
-            key="data.tokenizer",
-        )
-
-
-def _data_file(path: str, key: str) -> Iterator[Problem]:
-    parts = [f"{path}{suffix}" for suffix in (".bin", ".idx")]
-    there = [part for part in parts if os.path.isfile(part)]
-    if os.path.isfile(path) or len(there) == 2:
-        if path.endswith((".bin", ".idx")):
-            yield Problem(f"{path}: is one half of a .bin/.idx pair", fix=f"write {path[:-4]}", key=key)
-        return
-    prepare = "make it with `tplaunch data prepare`"
-    if there:
-        missing = next(part for part in parts if part not in there)
-        yield Problem(f"{missing}: is missing beside {os.path.basename(there[0])}", fix=prepare, key=key)
-    elif os.path.isdir(path):
-        yield Problem(f"{path}: is a directory", fix="name a file in it, or the prefix of a .bin/.idx pair", key=key)
-    elif _is_text(path):
-        yield Problem(f"{path}: no such file{_near_file(path)}", key=key)
-    else:
-        yield Problem(f"{path}: no such file, and no {os.path.basename(path)}.bin/.idx pair", fix=prepare, key=key)
-
-
-def _is_text(path: str) -> bool:
-    """Whether a corpus is raw text by its name; anything else is the prefix of a .bin/.idx pair."""
-    return path.endswith((".txt", ".jsonl"))
-
-
-def _near_file(path: str) -> str:
-    """ ", but there is NAME" where the folder has a file of nearly this name."""
-    folder, name = os.path.split(path)
-    try:
-        close = difflib.get_close_matches(name, os.listdir(folder), n=1)
-    except OSError:
-        return ""
-    return f", but there is {close[0]}" if close else ""
 
 
 def _warnings(recipe: Recipe) -> Iterator[Problem]:

@@ -1,25 +1,156 @@
-"""`tplaunch recipe`: look at recipes and check them."""
+"""`tplaunch recipe`: look at recipes, check them, start one."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tplaunch.cli.options import JsonOption, RecipeArgument, SetOption
+from tplaunch.errors import Exit, Problem, RecipeError, TplaunchError
+
+if TYPE_CHECKING:
+    from tplaunch.check import Checked
+
 app = typer.Typer(help="List, show, check and start recipes.", no_args_is_help=True)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value.")]
+
+@app.command("list")
+def list_(as_json: JsonOption = False) -> None:
+    """List the recipes that ship and the model presets.
+
+    Example: tplaunch recipe list
+    """
+    from tplaunch.arithmetic import parameter_count
+    from tplaunch.recipe.presets import PRESETS
+    from tplaunch.recipe.schema import Model
+    from tplaunch.recipe.shipped import shipped_recipes
+    from tplaunch.units import format_count
+
+    recipes = {name: _first_comment(path) for name, path in shipped_recipes().items()}
+    presets = {name: parameter_count(Model.model_validate(fields)) for name, fields in PRESETS.items()}
+    if as_json:
+        typer.echo(json.dumps({"recipes": recipes, "presets": presets}))
+        return
+    typer.echo("Recipes (tplaunch train NAME):")
+    typer.echo(_columns(recipes.items()))
+    typer.echo("\nModel presets (model: {preset: NAME}):")
+    typer.echo(_columns((name, f"{format_count(count)} parameters") for name, count in presets.items()))
 
 
 @app.command()
-def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check a recipe.
+def show(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Print every value of a recipe and where it came from.
+
+    Example: tplaunch recipe show quickstart --set topology.tp=4
+    """
+    from tplaunch.recipe.load import annotate_recipe, load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    if as_json:
+        values = loaded.recipe.model_dump(mode="json", by_alias=True)
+        typer.echo(json.dumps({"path": str(loaded.path), "recipe": values, "origins": loaded.origins}))
+    else:
+        typer.echo(annotate_recipe(loaded), nl=False)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="N", help="GPUs that the whole run can have.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a recipe without running it. Missing data files are warnings here.
 
     Example: tplaunch recipe check recipes/quickstart.yaml
     """
+    from tplaunch.check import check_recipe
     from tplaunch.recipe.load import load_recipe
 
-    load_recipe(recipe, set_ or ())
-    typer.echo(f"{recipe}: ok")
+    try:
+        checked = check_recipe(load_recipe(recipe, set_ or ()), gpus=gpus, need_data=False)
+    except RecipeError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"ok": False, "problems": [dataclasses.asdict(problem) for problem in error.problems]}))
+        raise typer.Exit(Exit.USAGE) from None
+    report = _report(checked)
+    if as_json:
+        warnings = [dataclasses.asdict(problem) for problem in checked.warnings]
+        typer.echo(json.dumps({"ok": True, **report, "warnings": warnings}))
+        return
+    typer.echo(f"{checked.recipe.name}: ok")
+    typer.echo(_columns((key.replace("_", " "), _text(value)) for key, value in report.items()))
+    for warning in checked.warnings:
+        typer.echo(f"warning: {warning}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check them.
+
+    Example: tplaunch recipe schema > recipe.schema.json
+    """
+    from tplaunch.recipe.explain import editor_json_schema
+
+    typer.echo(json.dumps(editor_json_schema(), indent=2))
+
+
+@app.command()
+def new(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a first recipe, with comments, to start from.
+
+    Example: tplaunch recipe new my-run.yaml
+    """
+    from tplaunch.recipe.load import starter_recipe
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter_recipe(path.stem))
+    except FileExistsError:
+        raise TplaunchError(Problem("is there already", fix="name another file", where=str(path))) from None
+    except (OSError, ValueError) as error:
+        raise TplaunchError(Problem(f"cannot be written: {error}", where=str(path))) from None
+    typer.echo(f"wrote {path}; next: tplaunch recipe check {shlex.quote(str(path))}")
+
+
+def _report(checked: Checked) -> dict[str, Any]:
+    """The figures of a checked recipe, in the order in which they are printed."""
+    from tplaunch.arithmetic import parameter_count
+
+    topology, training = checked.topology, checked.recipe.training
+    return {
+        "world_size": topology.world_size,
+        **{axis: topology.size(axis) for axis in ("tp", "pp", "dp")},
+        "nodes": topology.nodes,
+        "gpus_per_node": topology.ranks_per_node,
+        "stage_layers": checked.stage_layers,
+        "microbatches": training.global_batch_size // (topology.dp * training.micro_batch_size),
+        "parameters": parameter_count(checked.recipe.model),
+        "tokens": training.steps * training.global_batch_size * training.seq_len,
+    }
+
+
+def _text(value: Any) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
+
+
+def _first_comment(path: Path) -> str:
+    """What a recipe says of itself in its first line."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline().strip()
+    return line.lstrip("# ") if line.startswith("#") else ""
+
+
+def _columns(rows: Iterable[tuple[str, str]]) -> str:
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows)

@@ -136,6 +136,16 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+def editor_json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file: nothing but the items of lists must be whole, `extends` may give the rest."""
+    schema = recipe_json_schema()
+    for section in (schema, *(schema["$defs"][name] for name in schema["$defs"] if name != "Source")):
+        section.pop("required", None)
+    extends = {"type": "string", "minLength": 1, "description": "a recipe that this one is merged over"}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
 def _members(field: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The members of a union, or the field itself, with references followed."""
     if "$ref" in field:

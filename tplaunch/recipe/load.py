@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,26 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, every value stated; `load_recipe` reads it back equal."""
     return yaml.dump(recipe.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def annotate_recipe(loaded: LoadedRecipe) -> str:
+    """The whole recipe as YAML, every value with a comment that says where it came from."""
+    lines = dump_recipe(loaded.recipe).splitlines()
+    tree, _ = parse("\n".join(lines), "", "")
+    assert tree is not None  # it was just dumped
+    origins = {}
+    for key, node in tree.walk():
+        if not isinstance(node.value, dict) and key in loaded.origins:
+            origins[int(node.key_origin.split(":")[1])] = loaded.origins[key]
+    width = max(len(line) for line in lines if len(line) <= 60)
+    noted = (f"{line:<{width}}  # {origins[n]}" if n in origins else line for n, line in enumerate(lines, 1))
+    return "\n".join(noted) + "\n"
+
+
+def starter_recipe(name: str) -> str:
+    """The text of a first recipe, with comments."""
+    text = (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8")
+    return text.replace("name: starter\n", f"name: {re.sub('[^A-Za-z0-9._-]', '-', name).lstrip('._-') or 'starter'}\n")
 
 
 def _reading_order(problem: Problem) -> tuple[str, int, int]:
