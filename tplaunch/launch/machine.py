@@ -1,0 +1,23 @@
+"""What this machine has, asked without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def count_gpus(devices: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs that a process started here would see; CUDA_VISIBLE_DEVICES counts, as it does for CUDA."""
+    present = sum(node.name.removeprefix("nvidia").isdecimal() for node in devices.glob("nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    names = visible.split(",")
+    # CUDA reads the list up to the first entry that is no device: "0,-1,1" shows one GPU, "" none.
+    named = next((i for i, name in enumerate(names) if name.strip() in ("", "-1")), len(names))
+    return min(present, named) if all(name.strip().isdecimal() for name in names[:named]) else named * bool(present)

@@ -1,0 +1,77 @@
+"""No process outlives its launch: children die with their parent, and what is left is found and killed.
+
+The kernel's parent-death signal covers a launcher that is killed; the launch id, an environment variable that
+every process of a launch inherits, covers children of any depth, in any session. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+LAUNCH_ID = "TPLAUNCH_LAUNCH_ID"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Asks the kernel to SIGKILL this process when the thread that started it ends.
+
+    Args:
+        parent: the id of the parent process, where it is known: then one that died before this call is
+            noticed too, and this process ends at once.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def processes_of(launch_id: str) -> set[int]:
+    """Ids of the living processes that carry a launch id."""
+    mark = f"{LAUNCH_ID}={launch_id}".encode()
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes()
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if mark in environment.split(b"\0"):
+            found.add(int(entry.name))
+    return found
+
+
+def kill(pids: set[int]) -> None:
+    """SIGKILLs processes; those that have ended meanwhile are left out."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def end_launch(launch_id: str, *, patience_s: float, kill_s: float = 10.0) -> set[int]:
+    """Waits for the processes of a launch to end, and kills those that have not after `patience_s`.
+
+    Returns:
+        Ids that did not end even `kill_s` after their SIGKILL (stuck in the kernel, e.g. on a dead GPU).
+    """
+    deadline = time.monotonic() + patience_s
+    left = processes_of(launch_id)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = processes_of(launch_id)
+    deadline = time.monotonic() + kill_s
+    while left and time.monotonic() < deadline:
+        kill(left)
+        time.sleep(0.05)
+        left = processes_of(launch_id)
+    return left

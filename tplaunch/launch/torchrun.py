@@ -1,0 +1,87 @@
+"""The exact torchrun line and its environment, for `tplaunch train`, `command` and Slurm scripts.
+
+Only options that torch 2.11 to 2.13 have in common are used; `--shutdown-timeout` is new in 2.12, so it is
+given by its environment variable, which 2.11 ignores (there torchrun waits 30 s).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tplaunch.launch.machine import count_cores
+
+WORKER = "tplaunch.worker"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the nodes of one launch meet (torchrun's c10d backend); each node then runs the same line.
+
+    Args:
+        nodes: nodes of the launch.
+        endpoint: "host:port", on one of the nodes.
+        id: a name that only this launch uses at that endpoint.
+    """
+
+    nodes: int
+    endpoint: str
+    id: str
+
+
+def torchrun_argv(
+    run_dir: Path,
+    ranks_per_node: int,
+    *,
+    rendezvous: Rendezvous | None = None,
+    max_restarts: int = 0,
+    module: str = WORKER,
+) -> list[str]:
+    """The command that runs `module RUN_DIR` in `ranks_per_node` processes on this node.
+
+    Args:
+        run_dir: the run directory; must be the same place on every node.
+        rendezvous: for more than one node; without it the launch keeps to this machine and its loopback.
+        max_restarts: how often torchrun starts the workers again after one has failed.
+    """
+    if rendezvous is None:
+        # The address is said because the default, the full host name, asks DNS and need not resolve.
+        where = ["--standalone", "--local-addr", "127.0.0.1"]
+    else:
+        where = ["--nnodes", str(rendezvous.nodes), "--rdzv-backend", "c10d"]
+        where += ["--rdzv-endpoint", rendezvous.endpoint, "--rdzv-id", rendezvous.id]
+    restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, *where, "--nproc-per-node", str(ranks_per_node), *restarts, "-m", module, str(run_dir)]
+
+
+def torchrun_environment(
+    ranks_per_node: int, *, attempt: int, resume: str, grace_s: float, one_node: bool
+) -> dict[str, str]:
+    """What torchrun and its workers need in their environment. What the user has set already is kept.
+
+    Args:
+        attempt: number of the log directory (`RunDir.next_attempt`).
+        resume: auto, none, or a checkpoint's path.
+        grace_s: seconds that the workers have to finish their step and save when they are told to stop.
+        one_node: whether gloo may keep to the loopback interface.
+    """
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, count_cores() // ranks_per_node)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
+        "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the Python stack in the rank's log
+        **({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {}),
+    }
+    ours = {"TPLAUNCH_ATTEMPT": str(attempt), "TPLAUNCH_RESUME": resume}
+    return {**{key: os.environ.get(key, value) for key, value in defaults.items()}, **ours}
+
+
+def shell_line(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A command and its environment as one line for a POSIX shell, ready to paste."""
+    assignments = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
+    return " ".join([*assignments, shlex.join(argv)])
