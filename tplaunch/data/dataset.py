@@ -30,7 +30,6 @@ class TokenDataset:
 
     Raises:
         TplaunchError: a corpus is missing, damaged, or shorter than one sample.
-        ValueError: a weight under 1/1000 of the blend.
     """
 
     def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, shuffle: bool = True) -> None:

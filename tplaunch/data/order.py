@@ -49,6 +49,8 @@ def permute(x: Ints, n: int, key: _Words) -> Ints:
         n: size of the domain, 1 <= n < 2**62.
         key: uint64, shape [k] or [1]; one key is one bijection.
     """
+    if n == 1:
+        return np.zeros_like(x)
     half = max(_MIN_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     out = x.astype(np.uint64)
@@ -79,7 +81,7 @@ def quotas(weights: Sequence[float], block: int = BLEND_BLOCK) -> Ints:
     remainders = np.round(shares - counts, 9)
     counts[np.argsort(-remainders, kind="stable")[: block - counts.sum()]] += 1
     if (counts == 0).any():
-        raise ValueError(f"a weight is under 1/{block} of the sum of the weights")
+        raise ValueError(f"a weight is so small against the others that its corpus has no sample in {block}")
     return counts
 
 
