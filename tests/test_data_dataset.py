@@ -1,0 +1,112 @@
+"""Samples cut from corpora, and the thread that reads them ahead."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tplaunch.data.dataset import TokenDataset, prefetch
+from tplaunch.data.indexed import IndexedWriter
+from tplaunch.errors import TplaunchError
+from tplaunch.recipe.schema import Source
+
+DOCUMENTS = [5, 0, 12, 1, 1, 30]  # tokens of each
+
+
+def write(prefix: Path, lengths: list[int], first: int = 0) -> Source:
+    """A corpus whose tokens are first, first + 1, ..."""
+    writer = IndexedWriter(prefix, np.dtype("<i4"))
+    for length in lengths:
+        writer.add(np.arange(first, first + length))
+        writer.end_document()
+        first += length
+    writer.compose()
+    writer.commit()
+    return Source(path=str(prefix))
+
+
+def test_samples_overlap_by_the_last_target(tmp_path: Path) -> None:
+    dataset = TokenDataset([write(tmp_path / "a", DOCUMENTS)], seq_len=8, seed=1, shuffle=False)
+    assert len(dataset) == 6  # (49 - 1) // 8
+    batch = dataset.batch(np.array([0, 1, 5, 6]))
+    assert batch.dtype == np.int64
+    expected = [np.arange(9), np.arange(8, 17), np.arange(40, 49), np.arange(9)]  # the last: again from the start
+    assert np.array_equal(batch, expected)
+
+
+def test_an_epoch_covers_every_target_once(tmp_path: Path) -> None:
+    dataset = TokenDataset([write(tmp_path / "a", [1001])], seq_len=10, seed=3)
+    for epoch in range(3):
+        batch = dataset.batch(np.arange(100 * epoch, 100 * (epoch + 1)))
+        assert np.array_equal(np.sort(batch[:, 1:].ravel()), np.arange(1, 1001))
+
+
+def test_a_blend_reads_from_each_corpus(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", [500]), write(tmp_path / "b", [500], first=1000)
+    sources = [a.model_copy(update={"weight": 3.0}), b]
+    dataset = TokenDataset(sources, seq_len=4, seed=1)
+    firsts = dataset.batch(np.arange(1000))[:, 0]
+    assert np.count_nonzero(firsts >= 1000) == 250
+
+
+def test_positions_start_again_at_each_document(tmp_path: Path) -> None:
+    dataset = TokenDataset([write(tmp_path / "a", DOCUMENTS)], seq_len=24, seed=1, shuffle=False)
+    tokens, positions = dataset.batch_with_positions(np.array([0, 1]))
+    assert np.array_equal(tokens, [np.arange(25), np.arange(24, 49)])
+    starts = np.array([*range(5), *range(12), 0, 0, *range(30)])
+    assert np.array_equal(positions[0], starts[:25])
+    assert np.array_equal(positions[1], np.arange(25))  # counted from the sample's own start
+
+
+def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", [8])
+    assert len(TokenDataset([source], seq_len=7, seed=1)) == 1
+    with pytest.raises(TplaunchError, match=r"holds 8 tokens, less than one sample of 8 \+ 1"):
+        TokenDataset([source], seq_len=8, seed=1)
+
+
+class Recorder(TokenDataset):
+    """Counts what is read; step 7 cannot be."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        self.reads.append(int(indices[0]))
+        if indices[0] == 7:
+            raise OSError("input/output error")
+        return indices
+
+
+def data_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def one(step: int) -> np.ndarray:
+    return np.array([step])
+
+
+def test_prefetch_yields_every_step_in_order() -> None:
+    assert [int(b[0]) for b in prefetch(Recorder(), 1, 6, one)] == [1, 2, 3, 4, 5]
+    assert list(prefetch(Recorder(), 3, 3, one)) == []
+    assert not data_threads()
+
+
+def test_prefetch_reads_no_further_ahead_than_asked() -> None:
+    recorder = Recorder()
+    batches = prefetch(recorder, 10, 1000, one, ahead=3)
+    assert int(next(batches)[0]) == 10
+    batches.close()
+    assert len(recorder.reads) <= 4
+    assert not data_threads()
+
+
+def test_an_error_comes_at_its_own_step() -> None:
+    batches = prefetch(Recorder(), 5, 20, one)
+    assert [int(next(batches)[0]) for _ in range(2)] == [5, 6]
+    with pytest.raises(OSError, match="input/output error"):
+        next(batches)
+    assert not data_threads()
