@@ -1,0 +1,226 @@
+"""Saving and loading training state through torch's distributed checkpoint (DCP).
+
+State is stored under global names, so that any topology reads what any other wrote: `model.<parameter>` and
+`optimizer.<parameter>.<slot>`, each a DTensor of the parameter's global shape. A tied embedding is stored once.
+
+A save copies the shards (the only part that training waits for) and hands them to a thread, which writes through
+DCP, hashes, and commits the directory on rank 0. The thread has a gloo group of its own. The next save waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+import tplaunch
+from tplaunch.checkpoint import store
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.model.build import Stage
+from tplaunch.recipe.load import dump_recipe
+from tplaunch.recipe.schema import Recipe
+from tplaunch.rundir import RunDir
+from tplaunch.train.optimizer import ShardedOptimizer
+
+State = dict[str, Any]
+
+
+class CheckpointManager:
+    """Saves and loads the state of one run; every rank makes one and calls the same methods.
+
+    Args:
+        run_dir: the run's directory.
+        recipe: the recipe.
+        stages: this rank's stages.
+        optimizer: this rank's optimizer.
+    """
+
+    def __init__(self, run_dir: RunDir, recipe: Recipe, stages: list[Stage], optimizer: ShardedOptimizer) -> None:
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.stages = stages
+        self.optimizer = optimizer
+        self.rank = dist.get_rank()
+        self.group = dist.new_group(backend="gloo")  # the thread's own
+        self.root = run_dir.checkpoints
+        self._thread: threading.Thread | None = None
+        self._stager = DefaultStager(_staging())
+        self.saved_step: int | None = None
+        self.save_s: float | None = None
+        if self.rank == 0:
+            store.sweep(self.root)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Everything that DCP stores, with its global name; the tensors are the live ones.
+
+        A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
+        """
+        found: list[tuple[str, Tensor]] = []
+        for stage in self.stages:
+            for name, tensor in stage.module.named_parameters():
+                found.append((f"model.{stage.parameters[name].name}", tensor.detach()))
+        found += [(f"optimizer.{name}", tensor) for name, tensor in self.optimizer.state()]
+        return found
+
+    def save(self, step: int, state: State, *, wait: bool = False) -> float:
+        """Save; returns at once when the recipe says async.
+
+        Args:
+            step: updates done.
+            state: JSON values to keep in the manifest.
+            wait: return only when the checkpoint is complete or has failed.
+
+        Returns:
+            Seconds that training stood still.
+        """
+        started = time.perf_counter()
+        self.finish()
+        background = self.recipe.checkpoint.async_ and not wait
+        tensors: State = dict(self.tensors())
+        if background:
+            tensors = self._stager.stage(tensors)  # type: ignore[assignment]
+        self._thread = threading.Thread(target=self._write, args=(step, state, tensors), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not background:
+            self.finish()
+        return time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait for the save under way, if any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, state: State, tensors: State) -> None:
+        """Write, hash and commit one checkpoint. A failure leaves training and older checkpoints as they are."""
+        started = time.perf_counter()
+        temporary = self.root / f"{store.checkpoint_name(step)}.tmp"
+        error: str | None = None
+        files: dict[str, store.FileEntry] = {}
+        try:
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier(self.group)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.save(tensors, storage_writer=_writer(temporary), process_group=self.group)
+            for path in sorted(temporary.glob(f"__{self.rank}_*.distcp")):
+                files[path.name] = store.hash_file(path)
+        except Exception as caught:  # whatever it is (disk full, I/O), training goes on
+            error = f"rank {self.rank}: {type(caught).__name__}: {caught}".strip().splitlines()[0]
+        outcomes: list[tuple[str | None, dict[str, store.FileEntry]]] = [(None, {})] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (error, files), group=self.group)
+        errors = [text for text, _ in outcomes if text is not None]
+        if self.rank == 0:
+            for _, theirs in outcomes:
+                files.update(theirs)
+            try:
+                if not errors:
+                    path = self._commit(temporary, step, state, files)
+            except OSError as caught:
+                errors = [f"rank 0: {type(caught).__name__}: {caught}"]
+            if errors:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.run_dir.append_event("checkpoint_failed", step=step, why=errors[0])
+            else:
+                seconds = round(time.perf_counter() - started, 3)
+                self.save_s = seconds
+                self.run_dir.append_event("checkpoint", step=step, path=str(path), seconds=seconds)
+        if not errors:
+            self.saved_step = step
+
+    def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
+        files[".metadata"] = store.hash_file(temporary / ".metadata")
+        about = {
+            "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest(),
+            "topology": self.recipe.topology.model_dump(mode="json"),
+            "model": self.recipe.model.model_dump(mode="json"),
+            "world_size": dist.get_world_size(),
+            "tplaunch": tplaunch.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        path = store.commit(temporary, store.Manifest(step, state, about, files))
+        settings = self.recipe.checkpoint
+        store.retire(self.root, keep=settings.keep, keep_every=settings.keep_every)
+        return path
+
+    def load(self, source: str) -> tuple[int, State] | None:
+        """Read a checkpoint into the live model and optimizer.
+
+        Args:
+            source: "auto" for the newest whole one of this run, "none", or the path of one.
+
+        Returns:
+            (step, state), or None when there is nothing to load.
+
+        Raises:
+            TplaunchError: the named checkpoint is damaged, or every one of this run is.
+        """
+        if source == "none":
+            return None
+        given = Path(source)
+        candidates = (
+            [p for _, p in reversed(store.list_checkpoints(self.root))] if source == "auto" else [given]
+        )
+        found: list[str] = []
+        for path in candidates:
+            manifest, problems = self._inspect(path)
+            if manifest is not None and not problems:
+                self._read(path)
+                return manifest.step, manifest.state
+            found += problems
+            if self.rank == 0:
+                self.run_dir.append_event("checkpoint_damaged", path=str(path), why=problems[0])
+        if not candidates:
+            return None
+        fix = "name an older one with --resume PATH, or train in a new --run-dir"
+        raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
+
+    def _inspect(self, path: Path) -> tuple[store.Manifest | None, list[str]]:
+        """The manifest, and what is wrong, the same on every rank; ranks share the hashing."""
+        manifest, mine = None, []
+        try:
+            manifest = store.read_manifest(path)
+            names = sorted(manifest.files)[self.rank :: dist.get_world_size()]
+            mine = store.damage(path, manifest, names)
+        except ValueError as error:
+            mine = [f"{path}: {error}"]
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return manifest, list(dict.fromkeys(text for texts in everyone for text in texts))
+
+    def _read(self, path: Path) -> None:
+        pairs = self.tensors()
+        filled: State = dict(pairs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(filled, checkpoint_id=str(path), process_group=self.group)
+        for name, tensor in pairs:
+            if tensor is not filled[name]:
+                tensor.copy_(filled[name])
+
+
+def _writer(path: Path) -> dcp.FileSystemWriter:
+    return dcp.FileSystemWriter(str(path), single_file_per_rank=True, sync_files=True, overwrite=False)
+
+
+def _staging() -> StagingOptions:
+    cuda = torch.cuda.is_available()
+    return StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False,
+                          use_non_blocking_copy=cuda)
+
+

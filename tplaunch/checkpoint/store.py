@@ -1,0 +1,182 @@
+"""The checkpoint directory: what a complete one is, which there are, and whether one is whole. Torch-free.
+
+`checkpoints/step-00000500/` holds the `.distcp` files and `.metadata` of torch's distributed checkpoint (DCP), and
+`manifest.json`: the step, the training state, the topology that wrote it, and size and SHA-256 of every file. A
+directory is written as `step-00000500.tmp` and renamed last, so that a name without `.tmp` means complete; the
+manifest says whether it still is (DCP itself keeps no checksum).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Args:
+        step: updates done.
+        state: the rest of the training state (tokens, samples, loss scale, ...), JSON values.
+        about: for people: topology, recipe hash, versions.
+        files: every other file of the directory, by name.
+    """
+
+    step: int
+    state: dict[str, Any]
+    about: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def to_json(self) -> str:
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "state": self.state,
+            "about": self.about,
+            "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
+        }
+        digest = hashlib.sha256(_canonical(body)).hexdigest()
+        return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged; the text says how.
+    """
+    try:
+        body = json.loads((path / MANIFEST).read_bytes())
+        digest = body.pop("sha256")
+        if digest != hashlib.sha256(_canonical(body)).hexdigest():
+            raise ValueError(f"{MANIFEST} does not match its own checksum")
+        if body["format"] != FORMAT:
+            raise ValueError(f"{MANIFEST} has format {body['format']}, this version reads {FORMAT}")
+        files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+        return Manifest(body["step"], body["state"], body["about"], files)
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and checksum of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        return FileEntry(file.tell(), digest.hexdigest())
+
+
+def _digest(file: Any) -> Any:
+    digest = hashlib.sha256()
+    while piece := file.read(2**20):
+        digest.update(piece)
+    return digest
+
+
+def damage(path: Path, manifest: Manifest, names: list[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files: one line each, none when all match the manifest.
+
+    Args:
+        names: check these only; ranks share the work this way.
+    """
+    found = []
+    for name in manifest.files if names is None else names:
+        expected, file = manifest.files[name], path / name
+        try:
+            size = file.stat().st_size
+            if size != expected.size:
+                found.append(f"{file} has {size} bytes instead of {expected.size}")
+            elif hash_file(file).sha256 != expected.sha256:
+                found.append(f"{file} does not match its checksum")
+        except OSError as error:
+            found.append(f"{file} cannot be read: {error.strerror}")
+    return found
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints as (step, path), oldest first. Whether they are whole is not looked at."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a directory's entries outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest into a `.tmp` directory and give it its name; atomic.
+
+    An older directory of the same step, which a run that resumed from before it writes again, is replaced.
+    """
+    with (temporary / MANIFEST).open("w") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(temporary)
+    final = temporary.with_name(checkpoint_name(manifest.step))
+    if final.exists():
+        aside = final.with_name(f"{final.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(final)
+    sync_directory(final.parent)
+    return final
+
+
+def retire(root: Path, *, keep: int, keep_every: int | None) -> list[Path]:
+    """Remove checkpoints older than the newest `keep`, but those whose step is a multiple of `keep_every`.
+
+    Returns:
+        The removed directories. The newest always stays.
+    """
+    gone = []
+    for step, path in list_checkpoints(root)[:-keep]:
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(path)
+            gone.append(path)
+    return gone
+
+
+def sweep(root: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    if root.is_dir():
+        for path in root.glob("step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,86 @@
+"""From a recipe to this rank's pipeline stages: built on the meta device, filled and sharded block by block, so that
+no rank ever holds more than one whole block beyond its own shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tplaunch.arithmetic import Parameter, first_parameters, stage_layers, stage_parameters
+from tplaunch.model.init import initialize
+from tplaunch.model.transformer import TransformerStage
+from tplaunch.parallel.data_parallel import STORAGE_DTYPE, shard
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.topology import layer_ranges, stages_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage on this rank.
+
+    Args:
+        index: its number among all stages.
+        module: the stage, under FSDP2.
+        parameters: what it holds, by the name that `module` gives each; a tied copy's `Parameter` is the
+            embedding's, whose name it has in checkpoints.
+    """
+
+    index: int
+    module: TransformerStage
+    parameters: dict[str, Parameter]
+
+
+def build_stages(recipe: Recipe, mesh: Mesh) -> list[Stage]:
+    """Build this rank's stages, initialised and sharded."""
+    knobs = recipe.topology
+    ranges = layer_ranges(stage_layers(recipe))
+    mine = stages_of(mesh.coordinates.pp, knobs.pp, knobs.virtual_stages, knobs.schedule)
+    return [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
+
+
+def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
+    model, training, zero = recipe.model, recipe.training, recipe.topology.zero
+    with torch.device("meta"), _default_dtype(STORAGE_DTYPE[training.precision]):
+        module = TransformerStage(model, training, layers, first=first, last=last, mesh=mesh)
+    parameters = {p.name: p for p in stage_parameters(model, layers, first=first, last=last)}
+    if module.tied_copy:
+        parameters["output.weight"] = first_parameters(model)[0]
+        del parameters["embedding.weight"]
+
+    def fill(part: nn.Module, prefix: str) -> None:
+        part.to_empty(device=mesh.device)
+        for name, tensor in part.named_parameters(prefix):
+            initialize(tensor, parameters[name], model, training.seed)
+
+    for number, block in module.layers.items():
+        fill(block, f"layers.{number}")
+        if training.compile:
+            block.compile()
+        shard(block, mesh.data_parallel, zero=zero, precision=training.precision)
+    tied_here = model.tie_embeddings and first and last
+    for name, part in module.named_children():
+        if name != "layers" and not (tied_here and name == "output"):
+            fill(part, name)
+    if tied_here:
+        assert module.output is not None and module.embedding is not None
+        module.output.weight = module.embedding.weight
+    module.place_rope(training.seq_len, mesh.device)
+    shard(module, mesh.data_parallel, zero=zero, precision=training.precision, root=True)
+    return Stage(index, module, parameters)
+
+
+class _default_dtype:
+    """torch's default dtype within a `with` block."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)

@@ -1,0 +1,132 @@
+"""A pipeline stage of the transformer: a run of blocks, with the embedding before the first and the head after the last."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+
+from tplaunch.model.block import TransformerBlock
+from tplaunch.model.norm import make_norm
+from tplaunch.model.rope import rope_table
+from tplaunch.parallel.collectives import enter_region
+from tplaunch.parallel.cross_entropy import output_cross_entropy
+from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
+from tplaunch.parallel.mesh import Mesh, TensorParallel
+from tplaunch.recipe.schema import Model, Training
+
+
+class LearnedPosition(nn.Module):
+    """A table of position vectors, whole on every tp rank."""
+
+    def __init__(self, rows: int, hidden_size: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = parameter((rows, hidden_size), tp.mesh, (Replicate(),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s or s/tp, b, h] -> the same, each position's vector added."""
+        first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
+        return x + local(self.weight)[first : first + x.shape[0], None]
+
+
+class Output(nn.Module):
+    """The output matrix, rows split over tp: the loss where labels are given, else whole logits."""
+
+    def __init__(self, model: Model, training: Training, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = model.vocab_size
+        self.chunk = training.loss_chunk
+        self.z_loss = training.z_loss
+        self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """x [s or s/tp, b, h]; labels int64 [b, s] -> summed loss (scalar), or None -> logits [b, s, vocab]."""
+        weight = local(self.weight)
+        if labels is None:
+            logits = enter_region(x, self.tp) @ weight.t()
+            if self.tp.size > 1:
+                slices = [torch.empty_like(logits) for _ in range(self.tp.size)]
+                dist.all_gather(slices, logits.contiguous(), group=self.tp.group)
+                logits = torch.cat(slices, dim=-1)
+            return logits[..., : self.vocab_size].transpose(0, 1)
+        return output_cross_entropy(
+            x, weight, labels, tp=self.tp, vocab_size=self.vocab_size, chunk=self.chunk, z_loss=self.z_loss
+        )
+
+
+class TransformerStage(nn.Module):
+    """Some consecutive layers of the model.
+
+    Parameter names are global (`layers.17.attention.wq.weight`), the same on every topology; they are those of
+    `tplaunch.arithmetic.parameter_shapes`. A tied output matrix on another stage than the embedding is the one
+    exception: `output.weight` there is a copy of `embedding.weight` (see `tied_copy`).
+
+    Args:
+        model: the whole model.
+        training: how it is trained (sequence length, recomputation, loss options).
+        layers: global numbers of this stage's blocks.
+        first, last: whether the embedding and the head are here.
+        mesh: the device mesh.
+    """
+
+    rope: Tensor | None
+
+    def __init__(
+        self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh
+    ) -> None:
+        super().__init__()
+        self.spec = model
+        self.tp = mesh.tp
+        tp = mesh.tp
+        self.embedding = VocabParallelEmbedding(model.padded_vocab_size, model.hidden_size, tp=tp) if first else None
+        self.position = None
+        if first and model.position == "learned":
+            assert model.max_position is not None
+            self.position = LearnedPosition(model.max_position, model.hidden_size, tp=tp)
+        self.layers = nn.ModuleDict({str(i): _block(model, training, i, mesh) for i in layers})
+        self.norm = make_norm(model, tp=tp) if last else None
+        self.output = Output(model, training, tp=tp) if last else None
+        self.tied_copy = model.tie_embeddings and last and not first
+        if model.tie_embeddings and self.embedding is not None and self.output is not None:
+            self.output.weight = self.embedding.weight
+        self.rope = None
+
+    def place_rope(self, seq_len: int, device: torch.device) -> None:
+        """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
+        if self.spec.position == "rope":
+            wide = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+            self.rope = rope_table(self.spec, torch.arange(seq_len, device=device), wide)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
+        """Run the stage on one microbatch.
+
+        Args:
+            x: int64 tokens [b, s] on the first stage, else the previous stage's output [s or s/tp, b, h].
+            labels: int64 [b, s], read by the last stage only.
+            loss_scale: factor of the summed loss; 1 / (tokens of the global batch) makes it that batch's mean.
+
+        Returns:
+            [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
+        """
+        if self.embedding is not None:
+            x = self.embedding(x)
+            if self.position is not None:
+                x = self.position(x)
+        for block in self.layers.values():
+            x = block(x, self.rope)
+        if self.norm is None or self.output is None:
+            return x
+        result = self.output(self.norm(x), labels)
+        return result if labels is None else result.reshape(1) * loss_scale
+
+
+def _block(model: Model, training: Training, layer: int, mesh: Mesh) -> TransformerBlock:
+    recompute = training.recompute
+    if recompute in ("none", "selective"):
+        whole = False
+    else:
+        whole = recompute == "full" or layer % recompute.every == 0  # type: ignore[union-attr]
+    return TransformerBlock(model, mesh, recompute=whole, recompute_core=recompute == "selective")

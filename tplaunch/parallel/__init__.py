@@ -1,0 +1,1 @@
+"""Parallel building blocks: the device mesh, tensor-parallel collectives and layers, sharded data parallelism."""

@@ -1,0 +1,96 @@
+"""Collectives of the tensor-parallel region, as autograd functions.
+
+The region's edges come in pairs, each the other's derivative (Shoeybi et al. 2019, arXiv 1909.08053, figure 3;
+Korthikanti et al. 2022, arXiv 2205.05198, figure 5):
+
+    copy_to_region     forward: nothing         backward: all-reduce
+    reduce_from_region forward: all-reduce      backward: nothing
+    gather_sequence    forward: all-gather      backward: reduce-scatter
+    scatter_sequence   forward: reduce-scatter  backward: all-gather
+
+The sequence is dimension 0 (activations are [sequence, batch, hidden]), so that gathering and scattering move
+contiguous memory. `start_*` return at once; `wait` gives the result, which lets a matmul run meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+from tplaunch.parallel.mesh import TensorParallel
+
+
+def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
+    return funcol.all_reduce(x.contiguous(), op, tp.group)
+
+
+def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
+    return funcol.all_gather_tensor(x.contiguous(), 0, tp.group)
+
+
+def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
+    return funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, tp.group)
+
+
+def wait(x: Tensor) -> Tensor:
+    return funcol.wait_tensor(x)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return wait(start_all_reduce(grad, ctx.tp)), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        return wait(start_all_reduce(x, tp))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return wait(start_all_gather(x, tp))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return wait(start_reduce_scatter(grad, ctx.tp)), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return wait(start_reduce_scatter(x, tp))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return wait(start_all_gather(grad, ctx.tp)), None
+
+
+def enter_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Give every tp rank the whole of `x` [s or s/tp, ...]; its gradient is summed over them."""
+    if tp.size == 1:
+        return x
+    return _Gather.apply(x, tp) if tp.sequence_parallel else _Copy.apply(x, tp)
+
+
+def leave_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum the partial `x` [s, ...] over the tp ranks; with sequence parallelism each keeps its [s/tp, ...]."""
+    if tp.size == 1:
+        return x
+    return _Scatter.apply(x, tp) if tp.sequence_parallel else _Reduce.apply(x, tp)

@@ -1,0 +1,186 @@
+"""Tensor-parallel layers (Shoeybi et al. 2019, arXiv 1909.08053).
+
+Parameters are DTensors on the tp mesh: storage, checkpoints and FSDP2 know their global shape. The forward pass
+takes the local slice and calls explicit collectives, so that no DTensor dispatch runs on the hot path.
+Activations are [sequence, batch, features]; with sequence parallelism the sequence is this rank's 1/tp slice
+between a row-parallel layer and the next column-parallel one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from tplaunch.parallel.collectives import leave_region, start_all_gather, start_all_reduce, start_reduce_scatter, wait
+from tplaunch.parallel.mesh import TensorParallel
+
+
+def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
+    """An uninitialised parameter of global `shape`, laid on `mesh`, on the default device and dtype.
+
+    Raises:
+        ValueError: a sharded dimension that its mesh dimension does not divide.
+    """
+    local = list(shape)
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            if local[placement.dim] % mesh.size(dim):
+                raise ValueError(f"dimension {placement.dim} of {shape} is not divisible by {mesh.size(dim)}")
+            local[placement.dim] //= mesh.size(dim)
+    stride = torch.empty(shape, device="meta").stride()
+    data = DTensor.from_local(
+        torch.empty(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return nn.Parameter(data)
+
+
+def local(param: Tensor) -> Tensor:
+    """This rank's slice of a parameter, differentiable."""
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """y_i = x W_i^T for several W_i that share x: one collective pair for all of them.
+
+    With sequence parallelism only the 1/tp slice of x is kept, and gathered again in the backward pass; that
+    gather runs beside the input-gradient matmul, and the reduction of the input gradient beside the weight one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.tp = tp
+        ctx.save_for_backward(x, *weights)
+        if tp.sequence_parallel:
+            x = wait(start_all_gather(x, tp))
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tp: TensorParallel = ctx.tp
+        x, *weights = ctx.saved_tensors
+        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
+        gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
+        grad_x = None
+        if need_x:
+            grad_x = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_x += grad @ weight
+        if tp.sequence_parallel and need_weights:
+            gathering = wait(gathering)
+        if grad_x is not None and tp.size > 1:
+            grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if need_weights:
+            rows = gathering.flatten(0, -2)
+            grad_weights = [grad.flatten(0, -2).t() @ rows for grad in grads]
+        if grad_x is not None and tp.size > 1:
+            grad_x = wait(grad_x)
+        return grad_x, None, *grad_weights
+
+
+class _RowParallel(torch.autograd.Function):
+    """y = sum over tp ranks of x_r W_r^T; with sequence parallelism each rank keeps its slice of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        y = F.linear(x, weight)
+        if tp.size == 1:
+            return y
+        return wait((start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(y, tp))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        if ctx.tp.sequence_parallel:
+            grad = wait(start_all_gather(grad, ctx.tp))
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_weight
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose output features are split over the tp ranks.
+
+    Args:
+        in_features, out_features: global sizes.
+        bias: add one, split like the output.
+        tp: the group.
+        mesh, placements: where the weight lies when not simply row-split over tp (replicated key/value heads).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        tp: TensorParallel,
+        mesh: DeviceMesh | None = None,
+        placements: tuple[Placement, ...] = (Shard(0),),
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        mesh = mesh or tp.mesh
+        self.weight = parameter((out_features, in_features), mesh, placements)
+        self.bias = parameter((out_features,), mesh, placements) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s or s/tp, b, in_features] -> [s, b, out_features/tp]."""
+        return column_parallel(x, self)[0]
+
+
+def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """Apply several column-parallel layers to one input with one collective pair.
+
+    Args:
+        x: [s or s/tp, b, in_features].
+
+    Returns:
+        [s, b, out_features/tp] for each layer.
+    """
+    outputs = _ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
+    return tuple(
+        y if layer.bias is None else y + local(layer.bias) for y, layer in zip(outputs, layers, strict=True)
+    )
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose input features are split over the tp ranks. The bias is whole on each and added once."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = parameter((out_features, in_features), tp.mesh, (Shard(1),))
+        self.bias = parameter((out_features,), tp.mesh, (Replicate(),)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, in_features/tp] -> [s or s/tp, b, out_features]."""
+        y = _RowParallel.apply(x, self.tp, local(self.weight))
+        return y if self.bias is None else y + local(self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding table whose rows are split over the tp ranks."""
+
+    def __init__(self, rows: int, hidden_size: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = parameter((rows, hidden_size), tp.mesh, (Shard(0),))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [b, s] -> [s or s/tp, b, hidden_size]."""
+        weight = local(self.weight)
+        tokens = tokens.t()
+        if self.tp.size == 1:
+            return F.embedding(tokens, weight)
+        tokens = tokens - self.tp.rank * weight.shape[0]
+        foreign = (tokens < 0) | (tokens >= weight.shape[0])
+        rows = F.embedding(tokens.masked_fill(foreign, 0), weight)
+        return leave_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.tp)

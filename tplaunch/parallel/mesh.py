@@ -1,0 +1,116 @@
+"""The device mesh: torch's view of the topology."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tplaunch.topology import Coordinates, Topology
+
+if TYPE_CHECKING:
+    from tplaunch.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What a tensor-parallel layer needs to know of its group.
+
+    Args:
+        mesh: 1-D mesh of the tp ranks; parameters are DTensors on it.
+        sequence_parallel: activations between the layers are split along the sequence
+            (Korthikanti et al. 2022, arXiv 2205.05198).
+    """
+
+    mesh: DeviceMesh
+    sequence_parallel: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+
+class Mesh:
+    """The world as (pp, dp_replicate, dp_shard, tp), tp fastest: Megatron's rank order.
+
+    Args:
+        topology: sizes of the axes.
+        dp_replicate: how many full copies the dp ranks hold (HSDP); divides dp.
+        sequence_parallel: see `TensorParallel`.
+        device: this rank's device.
+    """
+
+    def __init__(
+        self, topology: Topology, *, device: torch.device, dp_replicate: int = 1, sequence_parallel: bool = False
+    ) -> None:
+        self.topology = topology
+        self.device = device
+        self.dp_replicate = dp_replicate
+        shape = (topology.pp, dp_replicate, topology.dp // dp_replicate, topology.tp)
+        self.world = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+        self.tp = TensorParallel(self.world["tp"], sequence_parallel and topology.tp > 1)
+        self.coordinates: Coordinates = topology.coordinates(dist.get_rank())
+        self._key_value: dict[int, DeviceMesh] = {}
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, topology: Topology, device: torch.device) -> Mesh:
+        """The mesh of a recipe. ZeRO 0 is replication all the way: every dp rank holds a full copy."""
+        knobs = recipe.topology
+        return cls(
+            topology,
+            device=device,
+            dp_replicate=topology.dp if knobs.zero == 0 else knobs.dp_replicate,
+            sequence_parallel=knobs.sequence_parallel,
+        )
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.world["pp"].get_group()
+
+    @property
+    def data_parallel(self) -> DeviceMesh:
+        """The mesh that FSDP2 shards over: 1-D, or (replicate, shard) for HSDP."""
+        return self.world["dp_replicate", "dp_shard"] if self.dp_replicate > 1 else self.world["dp_shard"]
+
+    def key_value(self, num_kv_heads: int) -> DeviceMesh:
+        """The tp ranks as (heads, copies), for key/value projections with fewer heads than tp ranks."""
+        if num_kv_heads not in self._key_value:
+            shape = (num_kv_heads, self.topology.tp // num_kv_heads)
+            self._key_value[num_kv_heads] = self.tp.mesh._unflatten(0, shape, ("kv_head", "kv_copy"))
+        return self._key_value[num_kv_heads]
+
+
+def local_device(local_rank: int) -> torch.device:
+    """This process's device: its CUDA GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def init_process_group(device: torch.device, timeout_s: float) -> None:
+    """Join the world that torchrun describes in the environment.
+
+    CUDA gets NCCL for tensors and gloo beside it for objects and asynchronous checkpoints. Several ranks on one
+    GPU (trying things out on a small machine) get gloo alone: NCCL refuses to share a GPU.
+    """
+    backend = "gloo"
+    if device.type == "cuda":
+        import os
+
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+        backend = "cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

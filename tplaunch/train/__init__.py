@@ -1,0 +1,1 @@
+"""Training: microbatches through the pipeline, gradients, the optimizer, and the loop around them."""

@@ -1,0 +1,158 @@
+"""Microbatches through this rank's stages: a plain loop without pipeline parallelism, else a schedule of
+`torch.distributed.pipelining`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from tplaunch.model.build import Stage
+from tplaunch.parallel.data_parallel import COMPUTE_DTYPE, begin_microbatch, units
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+
+
+class _Unmanaged(nn.Module):
+    """Hides that a stage is under FSDP2 from the pipeline schedule, which would defer all gradient reduction to the
+    end of the step; ZeRO 2 and 3 reduce after every microbatch."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
+        return self.stage(x, labels, loss_scale)
+
+
+class Pipeline:
+    """Runs batches through the stages.
+
+    Args:
+        stages: this rank's stages.
+        mesh: the mesh.
+        recipe: the recipe.
+    """
+
+    def __init__(self, stages: list[Stage], mesh: Mesh, recipe: Recipe) -> None:
+        self.stages = stages
+        self.mesh = mesh
+        self.recipe = recipe
+        knobs = recipe.topology
+        self.num_stages = knobs.pp * knobs.virtual_stages
+        self.reads_data = any(s.index in (0, self.num_stages - 1) for s in stages)
+        self.has_loss = any(s.index == self.num_stages - 1 for s in stages)
+        self._schedules: dict[int, Callable[..., object]] = {}
+
+    def train(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
+        """Forward and backward of this data-parallel rank's share of a step.
+
+        Args:
+            tokens, labels: int64 [microbatches * micro batch, s]; read on the first and last stage only.
+            loss_scale: factor of the summed loss of each microbatch.
+
+        Returns:
+            Scaled loss summed over the microbatches, [], zero where the last stage is elsewhere. Gradients are left
+            in the parameters, summed over data parallel.
+        """
+        for stage in self.stages:
+            stage.module.train()
+        if self.num_stages == 1:
+            return self._loop(tokens, labels, loss_scale)
+        losses: list[Tensor] = []
+        schedule = self._schedule(len(tokens) // self.recipe.training.micro_batch_size)
+        if self.recipe.topology.zero >= 2:
+            for stage in self.stages:
+                begin_microbatch(_fsdp(stage), zero=self.recipe.topology.zero, last=True)
+        schedule.step(*self._inputs(tokens), **self._targets(labels, loss_scale, losses), return_outputs=False)
+        if self.recipe.topology.zero == 2:
+            self._reshard()
+        return self._sum(losses)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
+        """As `train`, forward only."""
+        for stage in self.stages:
+            stage.module.eval()
+        size = self.recipe.training.micro_batch_size
+        losses: list[Tensor] = []
+        if self.num_stages == 1:
+            module = self.stages[0].module
+            losses = [module(x, y, loss_scale) for x, y in zip(tokens.split(size), labels.split(size), strict=True)]
+        else:
+            schedule = self._schedule(len(tokens) // size)
+            schedule.eval(*self._inputs(tokens), **self._targets(labels, loss_scale, losses))
+        self._reshard()
+        return self._sum(losses)
+
+    def _loop(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
+        stage, size = self.stages[0], self.recipe.training.micro_batch_size
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        for start in range(0, len(tokens), size):
+            last = start + size == len(tokens)
+            begin_microbatch(_fsdp(stage), zero=self.recipe.topology.zero, last=last)
+            loss = stage.module(tokens[start : start + size], labels[start : start + size], loss_scale)
+            loss.backward()
+            total += loss.detach().squeeze()
+        return total
+
+    def _inputs(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (tokens,) if any(s.index == 0 for s in self.stages) else ()
+
+    def _targets(self, labels: Tensor, loss_scale: float, losses: list[Tensor]) -> dict[str, object]:
+        if not self.has_loss:
+            return {}
+        return {"target": labels, "losses": losses, "labels": labels, "loss_scale": loss_scale}
+
+    def _sum(self, losses: list[Tensor]) -> Tensor:
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        for loss in losses:
+            total += loss.detach().squeeze()
+        return total
+
+    def _reshard(self) -> None:
+        for stage in self.stages:
+            for unit in units(stage.module):
+                unit.reshard()
+
+    def _schedule(self, microbatches: int):  # type: ignore[no-untyped-def]
+        """The schedule for so many microbatches; made once for each count (a batch ramp-up has several)."""
+        if microbatches not in self._schedules:
+            kind = get_schedule_class(self.recipe.topology.schedule)
+            stages = [self._pipeline_stage(stage) for stage in self.stages]
+            first = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+            # The last stage returns its loss, so the schedule has nothing to compute of its own.
+            self._schedules[microbatches] = kind(
+                first, n_microbatches=microbatches, loss_fn=lambda loss, _: loss, scale_grads=False
+            )
+        return self._schedules[microbatches]
+
+    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
+        training, model, tp = self.recipe.training, self.recipe.model, self.mesh.tp
+        rows = training.seq_len // tp.size if tp.sequence_parallel else training.seq_len
+        batch = training.micro_batch_size
+        tokens = torch.empty(batch, training.seq_len, dtype=torch.int64, device="meta")
+        hidden = torch.empty(
+            rows, batch, model.hidden_size, dtype=COMPUTE_DTYPE[training.precision], device="meta", requires_grad=True
+        )
+        loss = torch.empty(1, device="meta", requires_grad=True)
+        first, last = stage.index == 0, stage.index == self.num_stages - 1
+        managed = self.recipe.topology.zero < 2
+        return PipelineStage(
+            stage.module if managed else _Unmanaged(stage.module),
+            stage.index,
+            self.num_stages,
+            self.mesh.device,
+            input_args=tokens if first else hidden,
+            output_args=loss if last else hidden,
+            group=self.mesh.pp_group,
+        )
+
+
+def _fsdp(stage: Stage) -> FSDPModule:
+    assert isinstance(stage.module, FSDPModule)
+    return stage.module

@@ -1,0 +1,329 @@
+"""The training loop of one rank: read, run, reduce, update, log, save."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tplaunch.arithmetic import model_flops_per_token, parameter_count
+from tplaunch.checkpoint.manager import CheckpointManager
+from tplaunch.data.dataset import TokenDataset, prefetch
+from tplaunch.hardware import detect_gpu
+from tplaunch.model.build import build_stages
+from tplaunch.observe.metrics import MetricsLog
+from tplaunch.observe.wandb import WandbLog
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.rundir import RunDir
+from tplaunch.train.batch import batch_size, share
+from tplaunch.train.gradients import GradientFinalizer
+from tplaunch.train.loss_scale import LossScale
+from tplaunch.train.lr import learning_rate
+from tplaunch.train.optimizer import ShardedOptimizer
+from tplaunch.train.pipeline import Pipeline
+from tplaunch.train.stop import StopRequest
+
+GIB = 2**30
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside the tensors.
+
+    Args:
+        step: steps done.
+        updates: steps whose update was made; the others had a non-finite loss or gradient.
+        tokens: trained on.
+        flops: model FLOPs spent.
+    """
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the whole world saw of one step; equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+class Trainer:
+    """One rank of one run.
+
+    Args:
+        recipe: resolved: dp is a number, data are token files.
+        mesh: the device mesh.
+        run_dir: the run's directory.
+        stop: set when the process is asked to stop.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, run_dir: RunDir, stop: StopRequest) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.run_dir = run_dir
+        self.stop = stop
+        self.rank = dist.get_rank()
+        self.main = self.rank == 0
+        self.stages = build_stages(recipe, mesh)
+        self.pipeline = Pipeline(self.stages, mesh, recipe)
+        self.optimizer = ShardedOptimizer(self.stages, recipe.optimizer)
+        self.gradients = GradientFinalizer(
+            self.stages,
+            mesh,
+            schedule=recipe.topology.schedule,
+            num_stages=self.pipeline.num_stages,
+            tied=recipe.model.tie_embeddings,
+        )
+        self.checkpoints = CheckpointManager(run_dir, recipe, self.stages, self.optimizer)
+        self.loss_scale = LossScale.for_precision(recipe.training.precision)
+        self.progress = Progress()
+        self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.seq_len)
+        self.gpu = detect_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
+        self.metrics = MetricsLog(run_dir)
+        self.wandb: WandbLog | None = None
+
+    def resume(self, source: str) -> None:
+        """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path."""
+        loaded = self.checkpoints.load(source)
+        if loaded is not None:
+            step, state = loaded
+            self.progress = Progress(**state["progress"])
+            self.optimizer.set_updates(self.progress.updates)
+            if self.loss_scale is not None and state["loss_scale"] is not None:
+                self.loss_scale = LossScale(**state["loss_scale"])
+            if self.main:
+                self.run_dir.append_event("resume", step=step)
+        if self.main:
+            self.metrics.truncate_after(self.progress.step)
+
+    def run(self) -> bool:
+        """Train to the recipe's last step.
+
+        Returns:
+            Whether that was reached; False when stopped on request, with a complete checkpoint.
+        """
+        recipe = self.recipe
+        if self.main:
+            self.wandb = WandbLog(recipe, self.run_dir, self._facts())
+        stopped = False
+        with closing(self._batches()) as batches:
+            window = _Window()
+            while self.progress.step < recipe.training.steps and not stopped:
+                window.start()
+                batch = next(batches)
+                window.got_data()
+                result = self.train_step(batch)
+                window.end()
+                step = self.progress.step
+                last = step == recipe.training.steps
+                validation = self.validate() if self._due(recipe.training.eval_every, last) else None
+                if validation is not None or step % recipe.logging.every == 0 or last or step == 1:
+                    self._log(result, window, validation)
+                    window = _Window()
+                stopped = result.stop and not last
+                if stopped or self._due(recipe.checkpoint.every, last) or last:
+                    self.save(wait=stopped or last)
+        return self._end(stopped)
+
+    def train_step(self, batch: np.ndarray) -> StepResult:
+        """One optimizer step on this data-parallel rank's share of the global batch, int64 [n, seq_len + 1]."""
+        recipe, progress = self.recipe, self.progress
+        step = progress.step + 1
+        tokens, labels = self._to_device(batch)
+        count = batch_size(recipe, step) * recipe.training.seq_len
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        loss = self.pipeline.train(tokens, labels, scale / count)
+        self.gradients.complete()
+        result = self._agree(loss / scale, self.gradients.square_sum() / scale**2)
+        if result.finite:
+            factor = 1.0 / scale
+            clip = recipe.training.grad_clip
+            if clip is not None and result.grad_norm > clip:
+                factor *= clip / (result.grad_norm + 1e-6)
+            if factor != 1.0:
+                self.gradients.scale(factor)
+            self.optimizer.step(learning_rate(recipe, step))
+            progress.updates += 1
+        elif self.main:
+            self.run_dir.append_event("skipped", step=step, loss=result.loss, grad_norm=result.grad_norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(result.finite)
+        self.optimizer.zero_grad()
+        progress.step = step
+        progress.tokens += count
+        progress.flops += count * self.flops_per_token
+        return result
+
+    def _agree(self, loss: Tensor, squares: Tensor) -> StepResult:
+        """Sum loss, gradient norm and the wish to stop over the world, in one all-reduce, so that all decide alike."""
+        has_loss = self.pipeline.has_loss and self.mesh.tp.rank == 0
+        totals = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
+        totals[0] = loss if has_loss else 0.0
+        totals[1] = squares
+        totals[2] = float(self.stop.requested)
+        dist.all_reduce(totals)
+        total_loss, total_squares, stops = totals.tolist()
+        norm = math.sqrt(total_squares) if total_squares >= 0 else math.nan
+        return StepResult(total_loss, norm, math.isfinite(total_loss) and math.isfinite(norm), stops > 0)
+
+    def validate(self) -> float | None:
+        """Mean loss over the validation data's first `eval_steps` global batches; None without such data."""
+        sources = self.recipe.data.sources("validation")
+        if not sources:
+            return None
+        training, dp = self.recipe.training, self.mesh.topology.dp
+        dataset = TokenDataset(sources, training.seq_len, training.seed, shuffle=False)
+        size = training.global_batch_size
+        batches = max(1, min(training.eval_steps, len(dataset) // size))
+        share_size = size // dp
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for number in range(batches):
+            first = number * size + self.mesh.coordinates.dp * share_size
+            batch = dataset.batch(np.arange(first, first + share_size))
+            total += self.pipeline.evaluate(*self._to_device(batch), 1.0 / (size * training.seq_len * batches))
+        if not self.pipeline.has_loss or self.mesh.tp.rank != 0:
+            total.zero_()
+        dist.all_reduce(total)
+        loss = float(total)
+        if self.main:
+            self.run_dir.append_event("validation", step=self.progress.step, loss=loss)
+        return loss
+
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of the state after the last step."""
+        state = {
+            "progress": asdict(self.progress),
+            "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
+        }
+        self.checkpoints.save(self.progress.step, state, wait=wait)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """This rank's tokens of each step to come, read ahead; nothing where no stage needs them."""
+        training = self.recipe.training
+        begin, end = self.progress.step + 1, training.steps + 1
+        if not self.pipeline.reads_data:
+            for _ in range(begin, end):
+                yield np.empty((0, training.seq_len + 1), np.int64)
+            return
+        dataset = TokenDataset(self.recipe.data.sources("train"), training.seq_len, training.seed)
+        place, dp = self.mesh.coordinates.dp, self.mesh.topology.dp
+        yield from prefetch(dataset, begin, end, lambda step: np.asarray(share(self.recipe, step, place, dp)))
+
+    def _to_device(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+        tensor = torch.from_numpy(batch)
+        if self.mesh.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.mesh.device, non_blocking=True)
+        return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+
+    def _due(self, every: int, last: bool) -> bool:
+        return every > 0 and (self.progress.step % every == 0 or last)
+
+    def _log(self, result: StepResult, window: _Window, validation: float | None) -> None:
+        """Write a metrics record on rank 0; memory is that of the fullest rank."""
+        memory = torch.tensor(_peak_memory(self.mesh.device), dtype=torch.float64, device=self.mesh.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        if not self.main:
+            return
+        recipe, progress, world = self.recipe, self.progress, self.mesh.topology.world_size
+        tokens = batch_size(recipe, progress.step) * recipe.training.seq_len
+        rate = tokens / window.step_time
+        flops = rate * self.flops_per_token / world
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "time": time.time(),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": learning_rate(recipe, progress.step),
+            "tokens": progress.tokens,
+            "tokens_per_s": rate,
+            "tokens_per_s_per_gpu": rate / world,
+            "step_time_s": window.step_time,
+            "data_time_s": window.data_time,
+            "tflops_per_gpu": flops / 1e12,
+            "memory_peak_gib": float(memory) / GIB,
+            "flops_total": progress.flops,
+        }
+        if self.gpu is not None:
+            record["mfu"] = flops / self.gpu.peak[recipe.training.precision]
+        if self.loss_scale is not None:
+            record["loss_scale"] = self.loss_scale.value
+        if validation is not None:
+            record["validation/loss"] = validation
+        self.metrics.append(record)
+        if self.wandb is not None:
+            self.wandb.log(record)
+
+    def _facts(self) -> dict[str, Any]:
+        topology = self.mesh.topology
+        return {
+            "world_size": topology.world_size,
+            "tp": topology.tp,
+            "pp": topology.pp,
+            "dp": topology.dp,
+            "parameters": parameter_count(self.recipe.model),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else "cpu",
+        }
+
+    def _end(self, stopped: bool) -> bool:
+        self.checkpoints.finish()
+        if self.main:
+            if self.wandb is not None:
+                self.wandb.finish()
+            if stopped:
+                self.run_dir.append_event("stopped", step=self.progress.step, by=self.stop.by)
+            else:
+                self.run_dir.append_event("done", step=self.progress.step)
+        return not stopped
+
+
+class _Window:
+    """Mean time of the steps since the last record. The first step of a process, which pays for set-up, is a
+    record of its own."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.total = self.data = 0.0
+
+    def start(self) -> None:
+        self.begun = time.perf_counter()
+
+    def got_data(self) -> None:
+        self.data += time.perf_counter() - self.begun
+
+    def end(self) -> None:
+        self.steps += 1
+        self.total += time.perf_counter() - self.begun
+
+    @property
+    def step_time(self) -> float:
+        return self.total / self.steps
+
+    @property
+    def data_time(self) -> float:
+        return self.data / self.steps
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: torch's peak on a GPU, the process's largest resident size on the CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    kib = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib)
