@@ -61,6 +61,7 @@ class _Preparation:
         self._raise_problems()
 
         tokenizer_file = self._tokenizer_file([source for _, source in entries])
+        self._raise_problems()
         tokenizer = None
         if tokenizer_file:
             with self._problems_at("data.tokenizer"):
@@ -122,8 +123,8 @@ class _Preparation:
             return None
         name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [self._sha256(path) for path in inputs]])
         path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
-        with self._problems_at("data.train"), owned(path, self.show):
-            if not path.exists():
+        with self._problems_at("data.train"), self._once(path, path) as missing:
+            if missing:
                 train_tokenizer(inputs, wanted.vocab_size, self.data.text_key, path, self.show)
         return path
 
@@ -155,11 +156,20 @@ class _Preparation:
         """The prefix, in the cache, of a raw source."""
         name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key])
         prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
-        with owned(prefix, self.show):
-            if not idx_path(prefix).exists():
+        with self._once(prefix, idx_path(prefix)) as missing:
+            if missing:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
                 tokenize([path], prefix, self.data.text_key, self.show)
         return prefix
+
+    @contextmanager
+    def _once(self, prefix: Path, complete: Path) -> Iterator[bool]:
+        """Own what is to be made at `prefix`, unless it is there; yields whether `complete` is missing."""
+        if complete.exists():
+            yield False
+        else:
+            with owned(prefix, self.show):
+                yield not complete.exists()
 
     def _check_weights(self, split: str) -> None:
         weights = [source.weight for _, source in _keyed(split, self.data)]

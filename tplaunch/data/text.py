@@ -6,9 +6,10 @@ import gzip
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def blocks(path: Path, text_key: str) -> Iterator[Block]:
             for payload, first, ends in read_blocks(stream):
                 yield Block(path, match["lines"], payload, first, ends, raw.tell() - before)
                 before = raw.tell()
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise TplaunchError(
                 Problem(f"cannot read it to its end: {error}", where=f"{path}: byte {raw.tell()}")
             ) from None
@@ -130,26 +131,59 @@ def _last_cut(block: bytes) -> int:
 
 def _parquet_blocks(path: Path, text_key: str) -> Iterator[Block]:
     parquet = _library("pyarrow.parquet", "pyarrow", path)
-    table = parquet.ParquetFile(path)
-    if text_key not in table.schema_arrow.names:
-        raise TplaunchError(
-            Problem(f"{path}: no column {text_key!r}", why=f"its columns: {', '.join(table.schema_arrow.names)}")
-        )
-    size, rows, done = path.stat().st_size, max(1, table.metadata.num_rows), 0
-    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-        texts = batch.column(0).to_pylist()
-        share = size * (done + len(texts)) // rows - size * done // rows
-        yield Block(path, "parquet", texts, done, True, share)
-        done += len(texts)
+    done = 0
+    try:
+        table = parquet.ParquetFile(path)
+        if text_key not in table.schema_arrow.names:
+            columns = f"its columns: {', '.join(table.schema_arrow.names)}"
+            raise TplaunchError(Problem(f"{path}: no column {text_key!r}", why=columns, fix="set data.text_key"))
+        size, rows = path.stat().st_size, max(1, table.metadata.num_rows)
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            texts = batch.column(0).to_pylist()
+            share = size * (done + len(texts)) // rows - size * done // rows
+            yield Block(path, "parquet", texts, done, True, share)
+            done += len(texts)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two
+        raise TplaunchError(Problem("cannot read it as Parquet", why=str(error), where=f"{path}: row {done}")) from None
 
 
 def _unpack(raw: BufferedIOBase, packed: str, path: Path) -> BufferedIOBase:
     if packed == ".gz":
         return gzip.open(raw)
     if packed == ".zst":
-        zstandard = _library("zstandard", "zstandard", path)
-        return BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return BufferedReader(_ZstdFrames(raw, _library("zstandard", "zstandard", path)), BLOCK)
     return raw
+
+
+class _ZstdFrames(RawIOBase):
+    """The bytes of all frames of a .zst; unlike the library's own reader it notices a file that was cut off."""
+
+    def __init__(self, raw: BufferedIOBase, zstandard: Any) -> None:
+        self._raw, self._zstandard = raw, zstandard
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._raw.read(1 << 17)
+            if not self._packed:
+                if self._frame:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(self._packed)
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _library(module: str, package: str, path: Path) -> Any:
