@@ -1,0 +1,155 @@
+"""Why a launch failed: the one rank that failed first, told apart from those that its end took along."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tplaunch.rundir import RunDir
+from tplaunch.topology import Topology
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TRACEBACK_LINES = 14
+LOG_LINES = 14
+
+# What torchrun 2.11 to 2.13 logs: a worker that it stops because another has failed, and each worker's end.
+_TOLD_TO_END = re.compile(r"Sending process (\d+) closing signal")
+_ENDED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
+
+_ADVICE = {
+    "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
+    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute: full, or raise topology.tp or pp",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's end as torchrun reports it.
+
+    Args:
+        code: exit code; of a worker that a signal ended, minus its number.
+        told: torchrun had told it to end, so that it is no cause.
+    """
+
+    rank: int
+    code: int
+    told: bool
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The rank that failed first, and how.
+
+    Args:
+        rank: None: torchrun itself failed.
+        what: one line or the exception's own message.
+        detail: the last lines of its traceback or of its log.
+        log: where to read on.
+        advice: what helps against this kind of failure, "" where nothing general does.
+    """
+
+    rank: int | None
+    host: str
+    what: str
+    detail: str
+    log: Path
+    advice: str = ""
+
+
+def workers_told_to_end(log: str) -> set[int]:
+    """Process ids that torchrun has told to end, from what it printed."""
+    return {int(pid) for pid in _TOLD_TO_END.findall(log)}
+
+
+def ends(log: str) -> list[Ended]:
+    """The workers' ends from the summary that torchrun prints last."""
+    told = workers_told_to_end(log)
+    return [Ended(int(rank), int(code), int(pid) in told) for rank, code, pid in _ENDED.findall(log)]
+
+
+def errors(run_dir: RunDir, attempt: int) -> list[dict[str, Any]]:
+    """What the ranks of an attempt have said of their own exceptions, earliest first."""
+    files = run_dir.attempt_dir(attempt).glob("rank-*.error.json")
+    return sorted((json.loads(file.read_bytes()) for file in files), key=lambda error: error["time"])
+
+
+def find_cause(run_dir: RunDir, attempt: int) -> Cause:
+    """The root cause of a failed attempt.
+
+    A rank that was killed outright comes first: its peers raise only because it is gone. Then the earliest
+    exception; the abort of a communication library, which follows others' failures too, only where no
+    rank that ended by itself has raised.
+    """
+    torchrun_log = run_dir.torchrun_log(attempt)
+    ended = [end for end in ends(_read(torchrun_log)) if not end.told]
+    raised = errors(run_dir, attempt)
+    killed = [end for end in ended if end.code < 0 and -end.code not in (signal.SIGTERM, signal.SIGABRT)]
+    if killed:
+        return _killed(killed[0], run_dir, attempt)
+    if raised and (not ended or {end.rank for end in ended} & {error["rank"] for error in raised}):
+        return _raised(raised[0], run_dir, attempt)
+    if ended:
+        return _killed(ended[0], run_dir, attempt)
+    return Cause(None, "", "torchrun failed before a rank did", _tail(torchrun_log, LOG_LINES), torchrun_log)
+
+
+def _killed(end: Ended, run_dir: RunDir, attempt: int) -> Cause:
+    name = _signal_name(-end.code) if end.code < 0 else ""
+    log = run_dir.rank_log(attempt, end.rank)
+    if not _read(log).strip():  # it ended before it could open its own log
+        log = run_dir.torchrun_log(attempt)
+    what = f"killed by {name}" if name else f"exit code {end.code}, without an exception"
+    return Cause(end.rank, "", what, _tail(log, LOG_LINES), log, _ADVICE.get(name, ""))
+
+
+def _raised(error: dict[str, Any], run_dir: RunDir, attempt: int) -> Cause:
+    traceback = error["traceback"].rstrip().splitlines()
+    message = f"{error['type']}: {error['message']}"
+    detail = "\n".join(traceback[-TRACEBACK_LINES:]).removesuffix(message).rstrip()
+    log = run_dir.rank_log(attempt, error["rank"])
+    return Cause(error["rank"], error["host"], message, detail, log, _ADVICE.get(error["type"], ""))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _tail(path: Path, lines: int) -> str:
+    return "\n".join(_read(path).rstrip().splitlines()[-lines:])
+
+
+def print_cause(console: Console, cause: Cause, topology: Topology, next_step: str) -> None:
+    """Shows a cause: a panel on a terminal, the same text elsewhere, where boxes and line breaks hinder search.
+
+    Args:
+        next_step: what the user can do now.
+    """
+    from rich.panel import Panel
+    from rich.text import Text
+
+    title = "torchrun failed"
+    if cause.rank is not None:
+        host = f", {cause.host}" if cause.host else ""
+        title = f"Rank {cause.rank} failed ({topology.coordinates(cause.rank)}{host})"
+    body = Text.assemble(
+        (cause.what, "bold red"), "\n\n", (cause.detail, "dim"), "\n\n", ("log   ", "bold"), str(cause.log)
+    )
+    for line in filter(None, (cause.advice, next_step)):
+        body.append("\nnext  ", "bold").append(line)
+    if console.is_terminal:
+        console.print(Panel(body, title=title, title_align="left", border_style="red"))
+    else:
+        console.print(Text.assemble(title, "\n", body), soft_wrap=True)

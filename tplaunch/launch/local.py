@@ -1,0 +1,197 @@
+"""Runs a recipe on this machine: starts torchrun, shows how it goes, and ends it in good order.
+
+torchrun ends the other workers when one has failed, but waits 30 s for each that does not answer; a worker in a
+hung collective does not. Here what is left after a few seconds is killed, so that a failed launch ends within 10 s.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from tplaunch.errors import Exit
+from tplaunch.launch import failure
+from tplaunch.launch.orphans import LAUNCH_ID, die_with_parent, end_launch, kill, processes_of
+from tplaunch.launch.torchrun import WORKER, torchrun_argv, torchrun_environment
+from tplaunch.rundir import Record, RunDir
+
+if TYPE_CHECKING:
+    from tplaunch.check import Checked
+
+POLL_S = 0.1
+SURVIVORS_S = 4.0  # that workers have to end after one has failed, and torchrun after they have
+TORCHRUN_S = 10.0  # that torchrun has to end after its workers' grace is over
+LEFTOVERS_S = 5.0  # that helpers of workers, such as W&B's, have to end after torchrun has
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm's usual warning
+
+
+class StopRequest:
+    """What the user, or a batch system, has asked of this launch by signals.
+
+    Only a second Ctrl-C asks for an end at once: Slurm and others repeat SIGTERM before they send SIGKILL.
+    """
+
+    def __init__(self) -> None:
+        self.soon = self.now = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.now = self.now or (self.soon and number == signal.SIGINT)
+        self.soon = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals within the block. Main thread only."""
+        before = {number: signal.signal(number, self) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Survivors:
+    """Kills the workers that do not end after another has failed, and torchrun if it then stays.
+
+    Args:
+        torchrun: its process id.
+        restarts: whether torchrun may start the workers again; it is then left alone.
+    """
+
+    def __init__(self, run_dir: RunDir, attempt: int, launch_id: str, torchrun: int, *, restarts: bool) -> None:
+        self.run_dir, self.attempt, self.launch_id = run_dir, attempt, launch_id
+        self.torchrun, self.restarts = torchrun, restarts
+        self.seen: set[object] = set()
+        self.doomed: set[int] = set()
+        self.deadline: float | None = None
+
+    def watch(self, *, stopping: bool) -> None:
+        """Looks for new failures, and acts on those that are old enough.
+
+        Args:
+            stopping: all workers have been told to end, so that this is no sign of a failure.
+        """
+        signs: set[object] = {
+            (file.name, file.stat().st_mtime_ns) for file in self.run_dir.attempt_dir(self.attempt).glob("*.error.json")
+        }
+        if not stopping:
+            signs |= failure.workers_told_to_end(self.run_dir.torchrun_log(self.attempt).read_text(errors="replace"))
+        new = signs - self.seen
+        self.seen |= new
+        if new and self.deadline is None:
+            self.doomed = processes_of(self.launch_id) - {self.torchrun}
+            self.deadline = time.monotonic() + SURVIVORS_S
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            left = processes_of(self.launch_id)
+            if self.doomed & left:
+                kill(self.doomed & left)
+                self.deadline = time.monotonic() + SURVIVORS_S
+            else:
+                if not self.restarts:
+                    kill(left)
+                self.deadline = None
+
+
+def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module: str = WORKER) -> Exit:
+    """Trains on this machine until the run is done, fails or is stopped; then no process of it is left.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop it in good order: the workers finish their step and save, for which
+    they have the recipe's `launch.slurm.grace`. A second Ctrl-C ends it at once.
+
+    Args:
+        checked: the recipe, which lies resolved in `run_dir.recipe`.
+        run_dir: the run directory, which the caller holds (`RunDir.lock`).
+        resume: auto, none, or a checkpoint's path.
+        module: what each rank runs.
+
+    Returns:
+        DONE, STOPPED (a complete checkpoint is there) or FAILED (the cause has been shown).
+    """
+    from rich.console import Console
+
+    from tplaunch.launch.console import RunView, print_summary
+
+    launch = checked.recipe.launch
+    ranks, grace_s = checked.topology.world_size, launch.slurm.grace
+    attempt, launch_id = run_dir.next_attempt(), uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        **torchrun_environment(ranks, attempt=attempt, resume=resume, grace_s=grace_s, one_node=True),
+        "LOGLEVEL": "WARNING",  # torchrun's; its warnings say which workers it ends
+        LAUNCH_ID: launch_id,
+    }
+    argv = torchrun_argv(run_dir.root, ranks, max_restarts=launch.max_restarts, module=module)
+    console = Console(highlight=False, markup=False, emoji=False)
+    before, began, stop = len(run_dir.read_events()), time.monotonic(), StopRequest()
+    with stop.listening(), run_dir.torchrun_log(attempt).open("wb") as log:
+        view = RunView(checked, run_dir, console)
+        process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C reaches the launcher only
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+        try:
+            survivors = Survivors(run_dir, attempt, launch_id, process.pid, restarts=launch.max_restarts > 0)
+            stop_by: float | None = None
+            while process.poll() is None and not stop.now:
+                view.update()
+                survivors.watch(stopping=stop_by is not None)
+                if stop.soon and stop_by is None:
+                    view.say(f"stopping after this step and a checkpoint, at most {grace_s:.0f} s; Ctrl-C ends it now")
+                    process.terminate()
+                    stop_by = time.monotonic() + grace_s + TORCHRUN_S
+                if stop_by is not None and time.monotonic() > stop_by:
+                    break
+                time.sleep(POLL_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            stuck = end_launch(launch_id, patience_s=0 if stop.now else LEFTOVERS_S)
+            process.wait()
+            view.close()
+    if stuck:
+        console.print(f"processes {sorted(stuck)} do not end even by SIGKILL: the kernel or a device holds them")
+
+    events = run_dir.read_events()[before:]
+    end = _how_it_ended(process.returncode, events, asked=stop.soon)
+    if end is Exit.FAILED:
+        errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        if stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
+            errors.print(f"ended before it could save; {_again(run_dir)}", soft_wrap=True)
+        else:
+            failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, _again(run_dir))
+    else:
+        print_summary(console, run_dir, time.monotonic() - began)
+    return end
+
+
+def _how_it_ended(code: int, events: list[Record], *, asked: bool) -> Exit:
+    """The launch's exit code from torchrun's and from what its workers have noted.
+
+    torchrun that was told to stop exits 1 even if all went well.
+    """
+    names = [event["event"] for event in events]
+    if "stopped" in names:
+        return Exit.STOPPED
+    if code == 0 or (asked and "done" in names):
+        return Exit.DONE
+    if asked and not {"start", "resume"} & set(names):
+        return Exit.STOPPED  # before training began: nothing is lost
+    return Exit.FAILED
+
+
+def _again(run_dir: RunDir) -> str:
+    saved = [event["step"] for event in run_dir.read_events() if event["event"] == "checkpoint"]
+    since = f"goes on after step {saved[-1]}" if saved else "starts from the beginning (there is no checkpoint yet)"
+    return f"the same command {since}"
