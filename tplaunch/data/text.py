@@ -191,7 +191,7 @@ def _library(module: str, package: str, path: Path) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise TplaunchError(
-            Problem(f"{path}: reading this format needs {package}", fix=f"pip install {package}")
+            Problem(f"{path}: reading this format needs {package}", fix=f"pip install {package}, or tplaunch[formats]")
         ) from None
 
 
