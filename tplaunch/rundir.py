@@ -138,11 +138,15 @@ class RunDir:
                 )
             ) from error
 
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        names = (path.name for path in self.logs.glob("attempt-*"))
+        return max((int(m[1]) for name in names if (m := re.fullmatch(r"attempt-(\d+)", name))), default=0)
+
     def next_attempt(self) -> int:
         """Makes the log directory of a new attempt and returns its number, from 1; no two callers get the same."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        taken = [int(m[1]) for p in self.logs.iterdir() if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
-        attempt = max(taken, default=0) + 1
+        attempt = self.last_attempt() + 1
         while True:
             try:
                 self.attempt_dir(attempt).mkdir()

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tplaunch import __version__
-from tplaunch.cli import data, recipe
+from tplaunch.cli import data, recipe, slurm, train
 from tplaunch.errors import Exit, TplaunchError
 
 app = typer.Typer(
@@ -22,8 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(train.train)
+app.command()(train.command)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel):
+    app.command()(command)
 
 
 def _version(asked: bool) -> None:

@@ -101,6 +101,12 @@ class RunView:
             self.checkpoint = step
             if not self.live:
                 self.say(f"checkpoint of step {step}")
+        elif name == "checkpoint_failed":
+            self.say(f"checkpoint of step {step} failed, training goes on: {event['why']}")
+        elif name == "checkpoint_damaged":
+            self.say(f"checkpoint {event['path']} is damaged and left out: {event['why']}")
+        elif name == "skipped":
+            self.say(f"step {step} skipped: the loss or a gradient is not finite")
         elif name == "wandb" and "problem" in event:
             self.say(f"W&B is {event['mode']}: {event['problem']}")
         if name in ("start", "resume"):
