@@ -1,0 +1,156 @@
+"""One recipe on one kind of GPU, with the numbers that every part of a plan starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tplaunch.arithmetic import block_parameters, first_parameters, last_parameters, stage_layers, stage_parameters
+from tplaunch.hardware import Gpu
+from tplaunch.recipe.schema import Every, Model, Precision, Recipe
+from tplaunch.topology import Topology, layer_ranges, stages_of
+
+COMPUTE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+STORAGE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights kept, gradients reduced
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage: its blocks and whether the embedding and the head are in it."""
+
+    index: int
+    layers: range
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checked recipe (dp a number) to be planned for a GPU.
+
+    Args:
+        recipe: the recipe.
+        topology: its ranks.
+        gpu: the hardware.
+    """
+
+    recipe: Recipe
+    topology: Topology
+    gpu: Gpu
+
+    @property
+    def model(self) -> Model:
+        return self.recipe.model
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.recipe.topology.sequence_parallel and self.topology.tp > 1
+
+    @property
+    def schedule(self) -> str:
+        return self.recipe.topology.schedule
+
+    @property
+    def virtual_stages(self) -> int:
+        return self.recipe.topology.virtual_stages
+
+    @property
+    def zero(self) -> int:
+        return self.recipe.topology.zero
+
+    @property
+    def fast_domain(self) -> int:
+        """Ranks joined by the fast link: those of a node, or of a whole rack (NVL72)."""
+        rack = self.gpu.node_size > 8
+        return self.gpu.node_size if rack else min(self.topology.ranks_per_node, self.gpu.node_size)
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks that hold the same shard."""
+        return self.topology.dp if self.zero == 0 else self.recipe.topology.dp_replicate
+
+    @property
+    def shards(self) -> int:
+        """Data-parallel ranks that weights and optimizer state are split over."""
+        return self.topology.dp // self.replicas
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one step on each data-parallel rank."""
+        training = self.recipe.training
+        return training.global_batch_size // (self.topology.dp * training.micro_batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one microbatch."""
+        return self.recipe.training.seq_len * self.recipe.training.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.training.seq_len * self.recipe.training.global_batch_size
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element in the compute type."""
+        return COMPUTE_BYTES[self.recipe.training.precision]
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of an element of the kept weights, their gradients and the optimizer state."""
+        return STORAGE_BYTES[self.recipe.training.precision]
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        ranges = layer_ranges(stage_layers(self.recipe))
+        return [Stage(i, r, i == 0, i == len(ranges) - 1) for i, r in enumerate(ranges)]
+
+    def stages_on(self, pp_rank: int) -> list[Stage]:
+        """The stages of a pipeline rank."""
+        mine = stages_of(pp_rank, self.topology.pp, self.virtual_stages, self.schedule)
+        return [self.stages[i] for i in mine]
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Weights of one block that one rank holds when it is gathered: its tensor-parallel slice."""
+        return sum(p.local_count(self.topology.tp) for p in block_parameters(self.model))
+
+    @cached_property
+    def _end_weights(self) -> tuple[int, int, int]:
+        tp = self.topology.tp
+        first = [p.local_count(tp) for p in first_parameters(self.model)]
+        return sum(first), sum(p.local_count(tp) for p in last_parameters(self.model)), first[0]
+
+    def end_weights(self, stage: Stage) -> int:
+        """Weights of a stage outside its blocks (embedding, positions, final norm, output), its tp slice."""
+        first, last, embedding = self._end_weights
+        tied_copy = embedding if self.model.tie_embeddings and stage.last and not stage.first else 0
+        return first * stage.first + (last + tied_copy) * stage.last
+
+    def weights(self, stage: Stage) -> int:
+        """Weights of a stage, its tp slice: what data parallelism gathers and shards."""
+        return len(stage.layers) * self.block_weights + self.end_weights(stage)
+
+    def sharded_weights(self, stage: Stage) -> int:
+        """Weights of a stage that one rank keeps between steps. FSDP2 splits each tensor's first dimension into
+        equal parts, rounded up: the first rank's share, the largest."""
+        tp, shards = self.topology.tp, self.shards
+        total = 0
+        one_block = stage.layers[:1]
+        for parameter in stage_parameters(self.model, one_block, first=stage.first, last=stage.last):
+            rows, *rest = parameter.local_shape(tp)
+            count = -(-rows // shards)
+            for size in rest:
+                count *= size
+            total += count * (len(stage.layers) if parameter.layer is not None else 1)
+        return total
+
+    def recomputed(self, stage: Stage) -> int:
+        """Blocks of a stage whose inside is computed again in the backward pass."""
+        recompute = self.recipe.training.recompute
+        if isinstance(recompute, Every):
+            return sum(layer % recompute.every == 0 for layer in stage.layers)
+        return len(stage.layers) if recompute == "full" else 0
+
+    @property
+    def attention_recomputed(self) -> bool:
+        return self.recipe.training.recompute == "selective"

@@ -1,0 +1,203 @@
+"""What a rank sends, over which link, and how long that takes: tensor, sequence, pipeline and data parallelism.
+
+Ring collectives over n ranks move (n-1)/n of the data once (all-gather, reduce-scatter) or twice (all-reduce). A group
+inside a node uses its fast link. A group across nodes is bound by the network: by the adapters of all its ranks on a
+node together, as NCCL's rings use them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.memory import hidden_bytes
+
+Link = Literal["none", "node", "network"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to one another.
+
+    Args:
+        size: how many.
+        nodes: how many nodes they are on.
+    """
+
+    size: int
+    nodes: int
+
+    @property
+    def link(self) -> Link:
+        return "none" if self.size == 1 else "node" if self.nodes == 1 else "network"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of communication of one rank in one step.
+
+    Args:
+        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "pp" or "dp".
+        what: what is sent and why.
+        kind: the collective.
+        calls: how often.
+        bytes: of one call: the whole tensor's, before or after it is split.
+        link: what it goes over.
+        ranks: size of the group.
+        seconds: of all calls, if nothing else ran.
+        exposed: of these, what no computation hides.
+    """
+
+    axis: str
+    what: str
+    kind: Kind
+    calls: float
+    bytes: float
+    link: Link
+    ranks: int
+    seconds: float
+    exposed: float
+
+
+def axis_group(case: Case, axis: str) -> Group:
+    """The group of rank 0 on an axis: "tp", "pp", "dp" (shards) or "replica" (copies of a shard, HSDP)."""
+    topology = case.topology
+    strides = {"tp": (1, topology.tp), "dp": (topology.tp, case.shards)}
+    strides["replica"] = (topology.tp * case.shards, case.replicas)
+    strides["pp"] = (topology.tp * topology.dp, topology.pp)
+    stride, size = strides[axis]
+    nodes = len({rank // case.fast_domain for rank in range(0, stride * size, stride)}) if size > 1 else 1
+    return Group(size, nodes)
+
+
+def collective_seconds(case: Case, group: Group, kind: Kind, size: float) -> float:
+    """Seconds of one collective on a tensor of `size` bytes."""
+    if group.size == 1:
+        return 0.0
+    gpu = case.gpu
+    if group.nodes == 1:
+        bandwidth, latency = gpu.link_bandwidth, gpu.link_latency * (group.size - 1)
+    else:
+        on_node = group.size / group.nodes
+        bandwidth = min(gpu.link_bandwidth, gpu.network_bandwidth * on_node) if on_node > 1 else gpu.network_bandwidth
+        latency = gpu.network_latency * (group.nodes - 1) + gpu.link_latency * (on_node - 1)
+    times = 2 if kind == "all-reduce" else 1
+    share = (group.size - 1) / group.size
+    return times * (share * size / (bandwidth * gpu.link_efficiency) + latency)
+
+
+def send_seconds(case: Case, sender: int, receiver: int) -> float:
+    """Seconds to send one microbatch's hidden states between neighbouring pipeline ranks."""
+    topology, gpu = case.topology, case.gpu
+    apart = topology.tp * topology.dp
+    same_node = sender * apart // case.fast_domain == receiver * apart // case.fast_domain
+    bandwidth, latency = (
+        (gpu.link_bandwidth, gpu.link_latency) if same_node else (gpu.network_bandwidth, gpu.network_latency)
+    )
+    return hidden_bytes(case) / (bandwidth * gpu.link_efficiency) + latency
+
+
+@dataclass(frozen=True)
+class BlockTraffic:
+    """Tensor-parallel communication of one block for one microbatch, in seconds that are not hidden, with its calls.
+
+    Args:
+        forward: in the forward pass, nothing hides it.
+        backward: in the backward pass, what the other matmul of a pair does not hide.
+        calls: (kind, calls forward, calls backward).
+        call_seconds: of one call of each kind.
+        size: bytes of one call.
+    """
+
+    forward: float
+    backward: float
+    calls: list[tuple[Kind, int, int]]
+    call_seconds: dict[Kind, float]
+    size: float
+
+
+def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:
+    """Two regions a block (attention, MLP), each entered and left once.
+
+    Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
+    backward pass, beside the weight gradient's matmul (Shoeybi et al. 2019). With it, all-gathers enter and
+    reduce-scatters leave; backward, the input is gathered again beside the input gradient's matmul (Korthikanti et
+    al. 2022, section 4.2.2).
+
+    Args:
+        input_backward, weight_backward: seconds of a block's backward halves, of which each region's column-parallel
+            layers take about a quarter.
+    """
+    group = axis_group(case, "tp")
+    size = case.tokens * case.model.hidden_size * case.compute_bytes
+    if group.size == 1:
+        return BlockTraffic(0.0, 0.0, [], {}, 0.0)
+    beside_input, beside_weight = input_backward / 4, weight_backward / 4
+    if not case.sequence_parallel:
+        reduce = collective_seconds(case, group, "all-reduce", size)
+        hidden = max(0.0, reduce - beside_weight)
+        return BlockTraffic(2 * reduce, 2 * hidden, [("all-reduce", 2, 2)], {"all-reduce": reduce}, size)
+    gather = collective_seconds(case, group, "all-gather", size)
+    scatter = collective_seconds(case, group, "reduce-scatter", size)
+    backward = 2 * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
+    calls: list[tuple[Kind, int, int]] = [("all-gather", 2, 4), ("reduce-scatter", 2, 2)]
+    return BlockTraffic(
+        2 * (gather + scatter), backward, calls, {"all-gather": gather, "reduce-scatter": scatter}, size
+    )
+
+
+def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
+    """Seconds of a stage's tensor-parallel communication outside its blocks, forward and backward: the embedding
+    leaves the region, the head enters it."""
+    group = axis_group(case, "tp")
+    size = case.tokens * case.model.hidden_size * case.compute_bytes
+    if case.sequence_parallel:
+        gather = collective_seconds(case, group, "all-gather", size)
+        scatter = collective_seconds(case, group, "reduce-scatter", size)
+        return scatter * stage.first + gather * stage.last, gather * stage.first + scatter * stage.last
+    reduce = collective_seconds(case, group, "all-reduce", size)
+    return reduce * stage.first, reduce * stage.last
+
+
+def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, backward: float) -> list[Traffic]:
+    """Gathering of weights and reduction of gradients of a rank, in one step.
+
+    Once a step (ZeRO 0, 1): the gathering hides behind the first microbatch's forward pass, the reduction behind the
+    last one's backward pass; under a pipeline schedule, torch reduces after it, and nothing hides it. ZeRO 2 reduces
+    behind each microbatch's backward pass, ZeRO 3 also gathers twice for each.
+
+    Args:
+        forward, backward: seconds of one microbatch through all of the rank's stages.
+    """
+    group, replicas = axis_group(case, "dp"), axis_group(case, "replica")
+    m, pipeline = case.microbatches, case.topology.pp > 1
+    gathered = sum(case.weights(stage) for stage in stages) * case.compute_bytes
+    reduced = sum(case.weights(stage) for stage in stages) * case.storage_bytes
+    units = max(1, sum(len(stage.layers) for stage in stages))
+    traffic = []
+
+    def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float) -> None:
+        once = collective_seconds(case, over, kind, size) + (units - 1) * _latency(case, over, kind)
+        exposed = calls * max(0.0, once - hiding, once / units)
+        traffic.append(
+            Traffic("dp", what, kind, calls * units, size / units, over.link, over.size, once * calls, exposed)
+        )
+
+    if group.size > 1:
+        gathers = 2 * m if case.zero == 3 else 1
+        hiding = (forward + backward) / 2 if case.zero == 3 else forward
+        add("weights", "all-gather", gathers, gathered, group, hiding)
+        reductions = m if case.zero >= 2 else 1
+        hidden_behind = 0.0 if pipeline and case.zero <= 1 else backward
+        add("gradients", "reduce-scatter", reductions, reduced, group, hidden_behind)
+    if replicas.size > 1:
+        reductions = m if case.zero >= 2 else 1
+        hidden_behind = 0.0 if pipeline and case.zero <= 1 else backward
+        add("gradients of replicas", "all-reduce", reductions, reduced / case.shards, replicas, hidden_behind)
+    return traffic
+
+
+def _latency(case: Case, group: Group, kind: Kind) -> float:
+    return collective_seconds(case, group, kind, 0.0)

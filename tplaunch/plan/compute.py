@@ -1,0 +1,144 @@
+"""Seconds of computation: of one microbatch through a block, the embedding and the head, and of the optimizer.
+
+A kernel's time is that of its arithmetic at the reachable share of the peak, plus that of the bytes it must move.
+The sum (not the larger of the two) is what real matmuls come to: their tiles load, compute and store in turn, and
+small ones lose more. What moves bytes only (norms, activations, residuals) is counted by its reads and writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tplaunch.arithmetic import attention_flops_per_token
+from tplaunch.plan.case import Case
+from tplaunch.plan.memory import local_heads
+
+# FlashAttention's backward does five products where the forward does two (Dao 2023, arXiv 2307.08691, section 3.2).
+_ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of a microbatch through one part of the model.
+
+    Args:
+        forward: the forward pass.
+        input_backward: gradients of activations.
+        weight_backward: gradients of weights.
+    """
+
+    forward: float
+    input_backward: float = 0.0
+    weight_backward: float = 0.0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(
+            self.forward + other.forward,
+            self.input_backward + other.input_backward,
+            self.weight_backward + other.weight_backward,
+        )
+
+    def __mul__(self, count: float) -> Passes:
+        return Passes(self.forward * count, self.input_backward * count, self.weight_backward * count)
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_backward + self.weight_backward
+
+
+def move(case: Case, count: float) -> float:
+    """Seconds to read or write `count` bytes of memory."""
+    return count / (case.gpu.memory_bandwidth * case.gpu.memory_efficiency)
+
+
+def matmul(case: Case, m: float, n: float, k: float) -> float:
+    """Seconds of [m, k] x [k, n] in the compute type."""
+    gpu = case.gpu
+    peak = gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency
+    elements = m * k + k * n + m * n
+    return 2.0 * m * n * k / peak + move(case, elements * case.compute_bytes) + gpu.kernel_latency
+
+
+def linear(case: Case, m: float, n: float, k: float) -> Passes:
+    """A linear layer: its output [m, n], its input's gradient [m, k], its weight's gradient [n, k]."""
+    return Passes(matmul(case, m, n, k), matmul(case, m, k, n), matmul(case, n, k, m))
+
+
+def attention_core(case: Case) -> Passes:
+    """softmax(q k^T) v over causal positions (half of all), all local heads."""
+    gpu, training = case.gpu, case.recipe.training
+    flops = case.tokens * attention_flops_per_token(case.model, training.seq_len) / 2 / case.topology.tp
+    forward = flops / (gpu.peak[training.precision] * gpu.attention_efficiency) + gpu.kernel_latency
+    again = forward if case.attention_recomputed else 0.0
+    return Passes(forward, _ATTENTION_BACKWARD * forward + again)
+
+
+def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Passes:
+    """Element-wise work that moves so many bytes in `kernels` kernels each way.
+
+    Compiled, neighbouring ones run as one, which reads and writes about half as much.
+    """
+    fused = 0.5 if case.recipe.training.compile else 1.0
+    latency = fused * kernels * case.gpu.kernel_latency
+    return Passes(move(case, forward * fused) + latency, move(case, backward * fused) + latency)
+
+
+def block(case: Case) -> Passes:
+    """One transformer block on one tensor-parallel rank, without communication and recomputation of the whole."""
+    model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
+    assert model.head_dim is not None
+    heads, kv_heads = local_heads(case)
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
+    queries, keys = heads * model.head_dim, kv_heads * model.head_dim
+    swiglu = model.activation == "swiglu"
+    total = (
+        linear(case, tokens, queries, hidden)
+        + linear(case, tokens, keys, hidden) * 2
+        + attention_core(case)
+        + linear(case, tokens, hidden, queries)
+        + linear(case, tokens, ffn, hidden) * (2 if swiglu else 1)
+        + linear(case, tokens, hidden, ffn)
+    )
+    # Hidden states: two norms (read, write; backward: read twice, write) and two residual sums (two reads, a write).
+    slices = tp if case.sequence_parallel else 1
+    states = tokens * hidden * width / slices
+    total += pointwise(case, 2 * (2 + 3) * states, 2 * (3 + 3) * states, kernels=6)
+    if model.position == "rope":  # widened, turned, narrowed: about four passes over q and k
+        rotated = tokens * (queries + keys) * width
+        total += pointwise(case, 4 * 2 * rotated, 4 * 2 * rotated, kernels=8)
+    inner = tokens * ffn * width
+    reads_and_writes = (5, 8) if swiglu else (2, 3)
+    return total + pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2)
+
+
+def head(case: Case) -> Passes:
+    """Final norm, output layer and loss; the logits are computed again in the backward pass."""
+    model, tp, tokens = case.model, case.topology.tp, case.tokens
+    columns = model.padded_vocab_size // tp
+    output = linear(case, tokens, columns, model.hidden_size)
+    # Widened logits are read and written about four times each way, in fp32.
+    wide = tokens * columns * max(4, case.compute_bytes)
+    logits = pointwise(case, 4 * wide, 5 * wide, kernels=10)
+    return output + logits + Passes(0.0, output.forward)
+
+
+def embedding(case: Case) -> Passes:
+    """Lookup, and the scattered sum of its gradient into a table of zeros."""
+    model, width = case.model, case.compute_bytes
+    states = case.tokens * model.hidden_size * width
+    table = model.padded_vocab_size // case.topology.tp * model.hidden_size * width
+    return Passes(move(case, 2 * states), 0.0, move(case, 3 * states + table))
+
+
+def optimizer_seconds(case: Case, kept: float, gathered: float) -> float:
+    """The update of a rank's shard: weights, gradient and two moments read, all but the gradient written; before it,
+    the gradient's norm and its scaling.
+
+    Args:
+        kept: weights of the rank's shard.
+        gathered: weights that it converts to the compute type for the next step.
+    """
+    width = case.storage_bytes
+    update = (4 + 3 if case.recipe.optimizer.name == "adamw" else 2 + 1) * width
+    clipping = 3 * width if case.recipe.training.grad_clip else width
+    return move(case, kept * (update + clipping)) + move(case, gathered * case.compute_bytes * 2)

@@ -1,0 +1,330 @@
+"""The plan of a case: memory of each pipeline rank, what it sends, and the time of a step and of the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from tplaunch.arithmetic import attention_flops_per_token, block_matmul_parameters, model_flops_per_token
+from tplaunch.plan import compute, memory
+from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.communication import (
+    BlockTraffic,
+    Traffic,
+    axis_group,
+    block_traffic,
+    data_parallel_traffic,
+    end_traffic,
+    send_seconds,
+)
+from tplaunch.plan.compute import Passes
+from tplaunch.plan.memory import Memory
+from tplaunch.plan.schedule import StageCost, Step, predict
+
+# Training FLOPs from which the EU's AI Act (article 51) presumes that a general-purpose model carries systemic risk.
+REGULATED_FLOPS = 1e25
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """Seconds of one microbatch in a stage, by cause.
+
+    Args:
+        passes: computation, once.
+        recomputed: forward passes run again in the backward pass, with their communication.
+        tensor_parallel: (forward, backward) seconds of communication that nothing hides.
+    """
+
+    passes: Passes
+    recomputed: float
+    tensor_parallel: tuple[float, float]
+
+    @property
+    def forward(self) -> float:
+        return self.passes.forward + self.tensor_parallel[0]
+
+    @property
+    def input_backward(self) -> float:
+        return self.passes.input_backward + self.recomputed + self.tensor_parallel[1]
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.input_backward + self.passes.weight_backward
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the seconds of a step go, on the pipeline rank that computes longest.
+
+    Args:
+        compute: forward and backward passes.
+        recompute: forward passes run again.
+        tensor_parallel, data_parallel: communication that nothing hides.
+        pipeline: waiting for other ranks, and for what they send.
+        optimizer: norm and clipping of gradients, the update.
+    """
+
+    compute: float
+    recompute: float
+    tensor_parallel: float
+    pipeline: float
+    data_parallel: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe holds, moves and costs.
+
+    Args:
+        case: what is planned.
+        works: by stage.
+        step: the pipeline schedule, simulated.
+        memory: by pipeline rank.
+        traffic: by pipeline rank.
+        breakdown: of the step's seconds.
+    """
+
+    case: Case
+    works: list[StageWork]
+    step: Step
+    memory: list[Memory]
+    traffic: list[list[Traffic]]
+    breakdown: Breakdown
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(asdict(self.breakdown).values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.case.tokens_per_step / self.step_seconds
+
+    @cached_property
+    def model_flops_per_token(self) -> float:
+        return model_flops_per_token(self.case.model, self.case.recipe.training.seq_len)
+
+    @cached_property
+    def hardware_flops_per_token(self) -> float:
+        """With what is computed again, attention counted in full as in the model FLOPs (Korthikanti et al. 2022)."""
+        model, training = self.case.model, self.case.recipe.training
+        attention = attention_flops_per_token(model, training.seq_len)
+        again = sum(self.case.recomputed(s) for s in self.case.stages) * (
+            2 * block_matmul_parameters(model) + attention
+        )
+        if self.case.attention_recomputed:
+            again += model.num_layers * attention
+        return self.model_flops_per_token + again
+
+    @property
+    def model_flops_per_gpu(self) -> float:
+        """Model FLOP/s of one GPU."""
+        return self.model_flops_per_token * self.tokens_per_second / self.case.topology.world_size
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the model FLOPs take."""
+        return self.model_flops_per_gpu / self.case.gpu.peak[self.case.recipe.training.precision]
+
+    @property
+    def hfu(self) -> float:
+        """As `mfu`, with what is computed again."""
+        return self.mfu * self.hardware_flops_per_token / self.model_flops_per_token
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run, at its full batch size."""
+        return self.case.tokens_per_step * self.case.recipe.training.steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run, without checkpoints, validation and faults."""
+        return self.step_seconds * self.case.recipe.training.steps
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds * self.case.topology.world_size / 3600
+
+    @property
+    def total_flops(self) -> float:
+        """Model FLOPs of the run."""
+        return self.model_flops_per_token * self.tokens
+
+    @property
+    def energy_kwh(self) -> float:
+        """Energy of the GPUs alone at their full power: an upper bound for them, without hosts and cooling."""
+        return self.gpu_hours * self.case.gpu.power / 1000
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank with the least memory to spare."""
+        totals = [rank.total for rank in self.memory]
+        return totals.index(max(totals))
+
+    @property
+    def headroom(self) -> float:
+        """Bytes that the fullest rank has left; negative where it does not fit."""
+        return self.case.gpu.memory - self.memory[self.fullest].total
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for --json and plan.json. Seconds, bytes, FLOPs."""
+        case = self.case
+        topology = case.topology
+        return {
+            "name": case.recipe.name,
+            "gpu": case.gpu.name,
+            "topology": {
+                "tp": topology.tp,
+                "pp": topology.pp,
+                "dp": topology.dp,
+                "world_size": topology.world_size,
+                "nodes": topology.nodes,
+                "microbatches": case.microbatches,
+                "stage_layers": [len(stage.layers) for stage in case.stages],
+            },
+            "fits": self.fits,
+            "memory_bytes": case.gpu.memory,
+            "headroom_bytes": self.headroom,
+            "fullest_pp_rank": self.fullest,
+            "memory": [{**asdict(rank), "allocated": rank.allocated, "total": rank.total} for rank in self.memory],
+            "in_flight": self.step.in_flight,
+            "traffic": [[asdict(item) for item in rank] for rank in self.traffic],
+            "step_seconds": self.step_seconds,
+            "breakdown_seconds": asdict(self.breakdown),
+            "bubble": self.step.bubble,
+            "tokens_per_step": case.tokens_per_step,
+            "tokens_per_s": self.tokens_per_second,
+            "tokens_per_s_per_gpu": self.tokens_per_second / topology.world_size,
+            "model_flops_per_token": self.model_flops_per_token,
+            "hardware_flops_per_token": self.hardware_flops_per_token,
+            "tflops_per_gpu": self.model_flops_per_gpu / 1e12,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "gpu_hours": self.gpu_hours,
+            "energy_kwh": self.energy_kwh,
+            "total_flops": self.total_flops,
+            "total_flops_of_1e25": self.total_flops / REGULATED_FLOPS,
+        }
+
+
+class StageWorks:
+    """Stages' work and activations for a case; equal stages are computed once."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.block = compute.block(case)
+        self.block_traffic = block_traffic(case, self.block.input_backward, self.block.weight_backward)
+        self._known: dict[tuple[int, int, bool, bool], tuple[StageWork, StageCost]] = {}
+
+    def __call__(self, stage: Stage) -> tuple[StageWork, StageCost]:
+        key = (len(stage.layers), self.case.recomputed(stage), stage.first, stage.last)
+        if key not in self._known:
+            self._known[key] = self._work(stage, key[1])
+        return self._known[key]
+
+    def _work(self, stage: Stage, recomputed: int) -> tuple[StageWork, StageCost]:
+        case, layers = self.case, len(stage.layers)
+        passes = self.block * layers
+        if stage.first:
+            passes += compute.embedding(case)
+        if stage.last:
+            passes += compute.head(case)
+        forward, backward = end_traffic(case, stage)
+        tensor_parallel = (
+            forward + layers * self.block_traffic.forward,
+            backward + layers * self.block_traffic.backward,
+        )
+        again = recomputed * (self.block.forward + self.block_traffic.forward)
+        work = StageWork(passes, again, tensor_parallel)
+        held = memory.stage_activations(case, stage)
+        return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held)
+
+
+def estimate(case: Case) -> Plan:
+    """Plan a case, whether it fits or not.
+
+    Raises:
+        ValueError: the schedule cannot run with this many microbatches (a checked recipe's can).
+    """
+    topology = case.topology
+    works_of = StageWorks(case)
+    works, costs = zip(*(works_of(stage) for stage in case.stages), strict=True)
+    schedule = case.schedule if topology.pp > 1 else "1f1b"
+    step = predict(
+        schedule,
+        topology.pp,
+        case.virtual_stages,
+        case.microbatches,
+        costs,
+        lambda sender, receiver: send_seconds(case, sender, receiver),
+    )
+    ranks = range(topology.pp)
+    return Plan(
+        case,
+        list(works),
+        step,
+        [memory.rank_memory(case, rank, step) for rank in ranks],
+        traffic := [rank_traffic(case, rank, list(works), works_of.block_traffic) for rank in ranks],
+        _breakdown(case, list(works), step, traffic),
+    )
+
+
+def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: BlockTraffic) -> list[Traffic]:
+    """All communication of a rank of a pipeline rank in one step."""
+    stages = case.stages_on(pp_rank)
+    mine = [works[stage.index] for stage in stages]
+    m, group = case.microbatches, axis_group(case, "tp")
+    axis = "sp" if case.sequence_parallel else "tp"
+    traffic: list[Traffic] = []
+    exposed = m * sum(sum(work.tensor_parallel) for work in mine)
+    exposed += m * sum(case.recomputed(stage) for stage in stages) * per_block.forward
+    blocks, again = sum(len(stage.layers) for stage in stages), sum(case.recomputed(stage) for stage in stages)
+    counts = {kind: m * (blocks * (fwd + bwd) + again * fwd) for kind, fwd, bwd in per_block.calls}
+    everything = sum(counts[kind] * per_block.call_seconds[kind] for kind in counts)
+    for kind, count in counts.items():
+        seconds = count * per_block.call_seconds[kind]
+        share = seconds / everything if everything else 0.0
+        traffic.append(
+            Traffic(axis, "activations", kind, count, per_block.size, group.link, group.size, seconds, exposed * share)
+        )
+    traffic += _sends(case, pp_rank, stages)
+    forward = sum(work.forward for work in mine)
+    backward = sum(work.seconds for work in mine) - forward
+    return traffic + data_parallel_traffic(case, stages, forward=forward, backward=backward)
+
+
+def _sends(case: Case, pp_rank: int, stages: list[Stage]) -> list[Traffic]:
+    pp = case.topology.pp
+    if pp == 1:
+        return []
+    here = {stage.index for stage in stages}
+    leaving = sum(not s.last and s.index + 1 not in here for s in stages)
+    leaving += sum(not s.first and s.index - 1 not in here for s in stages)
+    neighbour = pp_rank + 1 if pp_rank + 1 < pp else pp_rank - 1
+    calls = leaving * case.microbatches
+    seconds = calls * send_seconds(case, pp_rank, neighbour)
+    link = axis_group(case, "pp").link
+    # How much of it is waited for shows in the simulated schedule only, as part of the pipeline's waiting.
+    return [Traffic("pp", "hidden states", "send", calls, memory.hidden_bytes(case), link, 2, seconds, 0.0)]
+
+
+def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[list[Traffic]]) -> Breakdown:
+    longest = step.busy.index(max(step.busy))
+    mine = [works[stage.index] for stage in case.stages_on(longest)]
+    m = case.microbatches
+    kept = max(sum(case.sharded_weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp))
+    return Breakdown(
+        compute=m * sum(work.passes.total for work in mine),
+        recompute=m * sum(work.recomputed for work in mine),
+        tensor_parallel=m * sum(sum(work.tensor_parallel) for work in mine),
+        pipeline=step.seconds - step.busy[longest],
+        data_parallel=max(sum(item.exposed for item in rank if item.axis == "dp") for rank in traffic),
+        optimizer=compute.optimizer_seconds(case, kept, kept),
+    )

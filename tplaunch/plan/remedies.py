@@ -1,0 +1,133 @@
+"""What to change in a recipe that does not fit, and what each change costs in speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import Plan, estimate
+from tplaunch.plan.legal import is_legal
+from tplaunch.recipe.schema import Every, Recipe
+from tplaunch.topology import Topology
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values of some recipe keys.
+
+    Args:
+        values: dotted key -> value.
+    """
+
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={_as_yaml(value)}" for key, value in self.values.items())
+
+    def apply(self, case: Case) -> Case:
+        """The case with the new values; more ranks come in nodes of the same size."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in self.values.items():
+            section, _, field = key.partition(".")
+            sections.setdefault(section, {})[field] = value
+        topology = sections.get("topology", {})
+        old = case.topology
+        new = Topology(
+            topology.get("tp", old.tp), topology.get("dp", old.dp), topology.get("pp", old.pp), old.ranks_per_node
+        )
+        return Case(changed(case.recipe, sections), new, case.gpu)
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, Every):
+        return f"{{every: {value.every}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changed(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
+    """A copy of a recipe with some fields of its sections replaced."""
+    new = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    return recipe.model_copy(update=new)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a case fit.
+
+    Args:
+        change: what to change.
+        plan: the plan then.
+        price: share of the tokens/s of each GPU that it costs, against the plan that does not fit; negative: faster.
+    """
+
+    change: Change
+    plan: Plan
+    price: float
+
+
+def single_changes(case: Case) -> Iterator[Change]:
+    """The knobs that trade memory for speed, each turned by itself."""
+    training, layout, topology = case.recipe.training, case.recipe.topology, case.topology
+    if topology.tp > 1 and not layout.sequence_parallel:
+        yield Change({"topology.sequence_parallel": True})
+    for zero in range(layout.zero + 1, 4):
+        if topology.dp > 1:
+            yield Change({"topology.zero": zero})
+    if training.recompute in ("none", "selective"):
+        yield Change({"training.recompute": Every(every=2)})
+    if training.recompute != "full":
+        yield Change({"training.recompute": "full"})
+    if training.micro_batch_size > 1:
+        yield Change({"training.micro_batch_size": training.micro_batch_size // 2})
+        yield Change({"training.micro_batch_size": 1})
+    if training.loss_chunk > 512:
+        yield Change({"training.loss_chunk": 512})
+    per_node = topology.ranks_per_node
+    for factor in (2, 4, 8):
+        if topology.tp * factor <= per_node and topology.dp % factor == 0:
+            yield Change({"topology.tp": topology.tp * factor, "topology.dp": topology.dp // factor})
+        if topology.dp % factor == 0:
+            yield Change({"topology.pp": topology.pp * factor, "topology.dp": topology.dp // factor})
+    for factor in (2, 4, 8, 16):
+        more = {"topology.nodes": topology.nodes * factor}
+        yield Change({**more, "topology.dp": topology.dp * factor})
+        yield Change({**more, "topology.pp": topology.pp * factor})
+
+
+def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
+    """The cheapest changes that make a plan fit: of one knob where that is enough, else of two, then three.
+
+    Returns:
+        At most `count`, fewest GPUs first, then fastest; none where nothing within reach fits.
+    """
+    changes = list(single_changes(plan.case))
+    found: list[Remedy] = []
+    for knobs in (1, 2, 3):
+        for combined in combinations(changes, knobs):
+            values: dict[str, Any] = {}
+            for change in combined:
+                values.update(change.values)
+            if len(values) < sum(len(change.values) for change in combined):
+                continue  # two values for one key
+            remedy = _try(plan, Change(values))
+            if remedy:
+                found.append(remedy)
+        if len(found) >= count:
+            break
+    found.sort(key=lambda r: (r.plan.case.topology.world_size, r.price, len(r.change.values)))
+    return found[:count]
+
+
+def _try(plan: Plan, change: Change) -> Remedy | None:
+    case = change.apply(plan.case)
+    if not is_legal(case):
+        return None
+    then = estimate(case)
+    if not then.fits:
+        return None
+    speed = then.tokens_per_second / case.topology.world_size
+    before = plan.tokens_per_second / plan.case.topology.world_size
+    return Remedy(change, then, 1 - speed / before)
