@@ -183,9 +183,8 @@ def _parse_override(text: str, problems: list[Problem]) -> Tree:
     tree, found = parse(value, "--set", os.getcwd(), positions=False)
     problems += [replace(problem, key=key) for problem in found]
     tree = tree or Tree(BROKEN if found else None, "--set")  # nothing after the = is null
-    tree = replace(tree, key_origin="--set")
     for name in reversed(names):
-        tree = Tree({name: tree}, "--set", "--set")
+        tree = Tree({name: replace(tree, key_origin="--set")}, "--set", "--set")
     return tree
 
 
@@ -201,9 +200,7 @@ def _fill_preset(tree: Tree, problems: list[Problem]) -> tuple[Tree, bool]:
         fix = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
         problems.append(Problem(f"unknown preset {name!r}", fix=fix, where=preset.origin, key="model.preset"))
         return tree, False
-    origin = f"preset {name}"
-    fields = {key: Tree(value, origin, origin) for key, value in PRESETS[name].items()}
-    return merge(Tree({"model": Tree(fields, origin, origin)}, origin), tree), True
+    return merge(Tree.of({"model": PRESETS[name]}, f"preset {name}"), tree), True
 
 
 # Sections, their keys that hold paths, and how a value ends that is a path.

@@ -114,7 +114,7 @@ class Topology(Section):
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
     dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
-    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
+    zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
     sequence_parallel: bool = False
     schedule: Schedule = "1f1b"
     virtual_stages: Small = Field(1, description="model chunks a pipeline rank (interleaved and V schedules)")

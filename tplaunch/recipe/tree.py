@@ -47,6 +47,15 @@ class Tree:
             return [child.plain() for child in self.value]
         return self.value
 
+    @classmethod
+    def of(cls, value: Any, origin: str) -> Tree:
+        """The tree of a bare value that has one origin."""
+        if isinstance(value, dict):
+            value = {key: cls.of(child, origin) for key, child in value.items()}
+        elif isinstance(value, list):
+            value = [cls.of(child, origin) for child in value]
+        return cls(value, origin, origin)
+
     def child(self, key: str | int) -> Tree | None:
         """The tree under a key or index, if there is one."""
         if isinstance(self.value, dict):
@@ -127,6 +136,14 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Only double quotes keep the line breaks of Unicode; PyYAML folds them in other styles.
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+        return self.represent_scalar(_TAG + "str", text, style=style)
+
+
+Dumper.add_representer(str, Dumper.represent_text)
+
 
 _Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
 for _name, _pattern, _first in _CORE_SCHEMA:
@@ -177,7 +194,7 @@ class _Builder:
             if not isinstance(name, str):
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 self.refuse(mark, section, f"a key must be text, not {text}", "put the key in quotes")
-            elif name == "<<":
+            elif name == "<<" and key_node.style is None:
                 fix = "use `extends: base.yaml`, or repeat the keys"
                 self.refuse(mark, section, "merge keys (<<) are not supported", fix)
             elif name in found:
