@@ -1,0 +1,204 @@
+"""Slurm's own commands, called and read. Text output only: it is alike from Slurm 22.05 on, its JSON is not.
+
+Nothing here needs accounting (`sacct`): `scontrol show job` knows jobs for `MinJobAge` after their end.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tplaunch.errors import Exit, Problem, TplaunchError
+
+TIMEOUT = 60.0  # seconds that a Slurm command may take; a busy controller takes several
+
+# States of a job whose fate is open; every other state is final.
+OPEN_STATES = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm knows of a job.
+
+    Args:
+        id: "12", or "12_3" for a task of an array: the form that commands accept.
+        state: RUNNING, PENDING, COMPLETED, FAILED, CANCELLED, ... as `scontrol show job` says it.
+        reason: why it waits or ended, "" for none.
+        nodes: the list in Slurm's short form, such as n[1-4]; "" before it starts.
+        excluded: nodes it must not run on, in the same form.
+        restarts: how often it was requeued.
+        exit_code: of the batch script.
+        start: when it started or, while it waits, when Slurm expects it to; None: not known.
+        preempted: a job of higher priority is taking its place.
+        log: the file that its script writes to.
+    """
+
+    id: str
+    state: str
+    reason: str
+    nodes: str
+    excluded: str
+    restarts: int
+    exit_code: int
+    start: datetime | None
+    preempted: bool
+    log: Path | None
+
+    @property
+    def open(self) -> bool:
+        return self.state in OPEN_STATES
+
+
+def call(*argv: str) -> str:
+    """Standard output of a Slurm command.
+
+    Raises:
+        TplaunchError: it is not installed, failed, or took too long; the message is Slurm's own.
+    """
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    except FileNotFoundError:
+        raise TplaunchError(
+            Problem(
+                f"{argv[0]} is not installed here",
+                why="this machine is no login node of a Slurm cluster",
+                fix="run it on a login node; to train on this machine: tplaunch train",
+            )
+        ) from None
+    except subprocess.TimeoutExpired:
+        what = f"{argv[0]} did not answer within {TIMEOUT:.0f} s"
+        raise TplaunchError(Problem(what, fix="see whether the controller is up: scontrol ping")) from None
+    if done.returncode != 0:
+        raise TplaunchError(Problem(f"{' '.join(argv[:2])} failed", why=done.stderr.strip()), code=Exit.FAILED)
+    return done.stdout
+
+
+def submit(script: Path, *, after: str | None = None) -> str:
+    """Submits a batch script and returns the job's number.
+
+    Args:
+        after: a job whose end, good or bad, this one waits for.
+    """
+    dependency = [f"--dependency=afterany:{after}"] if after else []
+    # --parsable prints "number" or "number;cluster".
+    return call("sbatch", "--parsable", *dependency, str(script)).strip().split(";")[0]
+
+
+def find_job(job_id: str) -> Job | None:
+    """A job, or None where Slurm has forgotten it."""
+    try:
+        text = call("scontrol", "show", "job", job_id)
+    except TplaunchError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    jobs = parse_jobs(text)
+    return next((job for job in jobs if job.id == job_id), jobs[0] if jobs else None)
+
+
+def parse_jobs(text: str) -> list[Job]:
+    """The jobs in the output of `scontrol show job`, one for each record."""
+    records = re.split(r"(?m)^(?=JobId=)", text)
+    return [_parse_job(record) for record in records if record.startswith("JobId=")]
+
+
+def _parse_job(record: str) -> Job:
+    # The first of equal keys counts: paths and comments, which users write, come after all that is read here.
+    fields: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", record):
+        fields.setdefault(key, value)
+    none = ("(null)", "None", "Unknown", "N/A")
+    known = {key: value for key, value in fields.items() if value not in none}
+    array, task = known.get("ArrayJobId"), known.get("ArrayTaskId")
+    start = known.get("StartTime")
+    return Job(
+        id=f"{array}_{task}" if array and task else fields["JobId"],
+        state=known.get("JobState", "UNKNOWN"),
+        reason=known.get("Reason", ""),
+        nodes=known.get("NodeList", ""),
+        excluded=known.get("ExcNodeList", ""),
+        restarts=int(known.get("Restarts", 0)),
+        exit_code=int(known.get("ExitCode", "0:0").split(":")[0]),
+        start=datetime.fromisoformat(start) if start else None,
+        preempted="PreemptTime" in known,
+        log=Path(log[1]) if (log := re.search(r"(?m)^\s+StdOut=(.+)$", record)) else None,
+    )
+
+
+def queue_position(job_id: str) -> tuple[int, int] | None:
+    """(place, length) of a waiting job among the waiting jobs of its partition; None when it does not wait.
+
+    Only jobs that Slurm lets this user see are counted.
+    """
+    lines = call("squeue", "--noheader", "--states=PENDING", "--sort=P,-p,i", "--format=%i %P").split("\n")
+    waiting = [line.split() for line in lines if line.strip()]
+    mine = next((partition for name, partition in waiting if name.split("_")[0] == job_id.split("_")[0]), None)
+    if mine is None:
+        return None
+    rivals = [name.split("_")[0] for name, partition in waiting if partition == mine]
+    return rivals.index(job_id.split("_")[0]) + 1, len(rivals)
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Ends jobs at once; those that are gone already are no error."""
+    if job_ids:
+        call("scancel", "--quiet", *job_ids)
+
+
+def ask_to_stop(job_id: str) -> None:
+    """Asks a running job to save and stop in its own time: SIGTERM to its batch script alone."""
+    call("scancel", "--quiet", "--batch", "--signal=TERM", job_id)
+
+
+def requeue(job_id: str, *, exclude: Sequence[str] = ()) -> None:
+    """Sends a running job back to the queue under the same number.
+
+    Args:
+        exclude: nodes that it shall not get again, besides those already excluded.
+    """
+    call("scontrol", "requeue", job_id)
+    if exclude:
+        # Only a waiting job's list can be changed, and since the line above this one waits.
+        job = find_job(job_id)
+        old = [job.excluded] if job and job.excluded else []
+        call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*old, *exclude])}")
+
+
+def node_names(nodes: str) -> list[str]:
+    """n[1-3] -> n1, n2, n3, in Slurm's order."""
+    return call("scontrol", "show", "hostnames", nodes).split()
+
+
+# Pending reasons in plain words, by the part before a comma or parameter.
+_WHY = {
+    "Priority": "jobs with a higher priority are waiting too",
+    "Resources": "waits for nodes to become free",
+    "Dependency": "waits for another job to end",
+    "BeginTime": "was requeued a moment ago; Slurm starts it again after a pause",
+    "JobHeldUser": "held by you: scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "PartitionTimeLimit": "launch.slurm.time is longer than the partition allows",
+    "PartitionNodeLimit": "asks for more nodes than the partition has",
+    "PartitionConfig": "asks for what the partition does not have",
+    "ReqNodeNotAvail": "nodes it needs are down, reserved or excluded",
+    "BadConstraints": "no node satisfies launch.slurm.constraint, GPUs, CPUs and memory at once",
+    "InvalidAccount": "launch.slurm.account is not valid",
+    "InvalidQOS": "launch.slurm.qos is not valid",
+    "launch_failed_requeued_held": "could not be started and is held: scontrol release",
+    "JobArrayTaskLimit": "waits for tasks of its own array",
+    "NodeDown": "a node of it is down",
+}
+
+
+def explain_reason(reason: str) -> str:
+    """A pending reason in plain words, where it has any, after Slurm's own word."""
+    head = re.split(r"[,(]", reason)[0]
+    if head in _WHY:
+        return f"{head}: {_WHY[head]}"
+    if head.startswith(("Assoc", "QOS", "Max")):
+        return f"{head}: a limit of your account or quality of service is reached"
+    return reason.replace("_", " ")
