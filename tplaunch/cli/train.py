@@ -40,7 +40,6 @@ def train(
 
     Example: tplaunch train recipes/quickstart.yaml --set training.steps=20
     """
-    from tplaunch.launch.local import run_local
     from tplaunch.launch.prepare import check_resume, prepare_data, run_dir_of, steps_done, write_recipe
 
     checked = _checked(recipe, set_, need_data=not dry_run)
@@ -62,6 +61,8 @@ def train(
     if done >= steps and resume in ("auto", "none"):
         typer.echo(f"{run.root} is finished: step {done} of {steps} is done; --set training.steps=N trains on")
         return
+    from tplaunch.launch.local import run_local
+
     checked = prepare_data(checked)
     run.create()
     with run.lock():
