@@ -11,6 +11,8 @@ FLOPS", ml-engineering); GPUs without such runs get 0.75 of theirs.
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -169,6 +171,21 @@ def detect_gpu(device_name: str) -> Gpu | None:
     for part, name in _DEVICE_NAMES:
         if part in device_name:
             return GPUS[name]
+    return None
+
+
+def local_gpu() -> Gpu | None:
+    """This machine's first GPU, where nvidia-smi or rocm-smi names one that the table has."""
+    for tool, *arguments in (("nvidia-smi", "-L"), ("rocm-smi", "--showproductname")):
+        program = shutil.which(tool)
+        if program is None:
+            continue
+        try:
+            listing = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=10).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            continue  # a driver that does not answer names no GPU
+        if found := detect_gpu(listing):
+            return found
     return None
 
 

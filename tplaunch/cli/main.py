@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tplaunch import __version__
-from tplaunch.cli import data, recipe, slurm, train
+from tplaunch.cli import data, plan, recipe, slurm, train
 from tplaunch.errors import Exit, TplaunchError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.command)
+app.command()(plan.plan)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
 for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel):

@@ -1,0 +1,322 @@
+"""A plan as text for the terminal: tables of memory, communication and time, the rank map, the pipeline in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
+from tplaunch.plan.memory import GiB, Memory
+from tplaunch.plan.remedies import Remedy
+from tplaunch.plan.schedule import Timeline
+from tplaunch.units import format_bytes, format_count, format_duration
+
+# One colour for each pipeline rank, in turn; and for what a pipeline rank does.
+STAGE_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+KIND_COLOURS = {"F": "blue", "B": "green", "I": "cyan", "W": "yellow"}
+_MEMORY_COLOURS = (
+    ("weights", "blue"),
+    ("gathered_weights", "cyan"),
+    ("gradients", "green"),
+    ("optimizer", "magenta"),
+    ("activations", "yellow"),
+    ("transient", "red"),
+    ("overhead", "white"),
+)
+_MOST_ROWS = 16
+
+
+def show_plan(console: Console, plan: Plan, remedies: list[Remedy], *, rank: int | None = None) -> None:
+    """Print a whole plan.
+
+    Args:
+        remedies: what would make it fit, where it does not.
+        rank: also print this rank's place, groups, memory and traffic.
+    """
+    case = plan.case
+    console.print(_headline(case))
+    console.print(_memory_table(plan))
+    console.print(_verdict(plan, remedies))
+    console.print(_traffic_table(plan, plan.fullest if rank is None else case.topology.coordinates(rank).pp))
+    console.print(_time_table(plan))
+    console.print(_run_line(plan))
+    console.print(rank_map(case))
+    if rank is not None:
+        console.print(_rank_lines(case, rank))
+
+
+def _headline(case: Case) -> Text:
+    topology, layout, training = case.topology, case.recipe.topology, case.recipe.training
+    world = f"{topology.world_size} x {case.gpu.name}"
+    nodes = f"{topology.nodes} node{'s' * (topology.nodes > 1)}"
+    schedule = f", {layout.schedule}" if topology.pp > 1 else ""
+    schedule += f" x {layout.virtual_stages}" if layout.virtual_stages > 1 else ""
+    text = Text(f"{case.recipe.name}", style="bold")
+    text.append(f"  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, dp {topology.dp}, zero {layout.zero}")
+    text.append(f"{', sequence parallel' if case.sequence_parallel else ''}{schedule}", style="")
+    text.append(
+        f"\n  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
+        f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {_recompute(case)}",
+        style="not bold",
+    )
+    return text
+
+
+def _recompute(case: Case) -> str:
+    recompute = case.recipe.training.recompute
+    return recompute if isinstance(recompute, str) else f"every {recompute.every}"
+
+
+def _transient(memory: Memory) -> float:
+    return memory.loss + memory.working + memory.data_parallel_buffers + memory.pipeline_buffers
+
+
+def _parts(memory: Memory) -> dict[str, float]:
+    return {**asdict(memory), "transient": _transient(memory)}
+
+
+def _gib(count: float) -> str:
+    return f"{count / GiB:.1f}"
+
+
+def shown_ranks(plan: Plan) -> list[int]:
+    """The pipeline ranks that a table shows: all, or of many the first, the last, the fullest and some between."""
+    pp = len(plan.memory)
+    if pp <= _MOST_ROWS:
+        return list(range(pp))
+    step = -(-pp // (_MOST_ROWS - 2))
+    return sorted({*range(0, pp, step), pp - 1, plan.fullest})
+
+
+def _memory_table(plan: Plan) -> Table:
+    case, capacity = plan.case, plan.case.gpu.memory
+    table = Table(title=f"Memory of a rank, GiB of {_gib(capacity)}", title_justify="left", box=None, pad_edge=False)
+    headings = ("pp", "layers", "weights", "gathered", "grads", "optim", "activ", "working", "other", "total")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=24)
+    for pp_rank in shown_ranks(plan):
+        memory = plan.memory[pp_rank]
+        parts = _parts(memory)
+        cells = [_gib(parts[name]) for name, _ in _MEMORY_COLOURS]
+        full = pp_rank == plan.fullest and len(plan.memory) > 1
+        total = Text(_gib(memory.total), style="bold red" if memory.total > capacity else "bold" if full else "")
+        layers = _layers(case.stages_on(pp_rank))
+        table.add_row(str(pp_rank), layers, *cells, total, memory_bar(memory, capacity, 24))
+    colours = dict(_MEMORY_COLOURS)
+    for column, (name, _) in zip(table.columns[2:9], _MEMORY_COLOURS, strict=True):
+        column.header_style = colours[name]
+    return table
+
+
+def _layers(stages: Iterable[Stage]) -> str:
+    stages = list(stages)
+    if len(stages) > 4:
+        return f"{sum(len(s.layers) for s in stages)} in {len(stages)}"
+    return " ".join(f"{s.layers.start}-{s.layers.stop - 1}" if s.layers else "-" for s in stages)
+
+
+def memory_bar(memory: Memory, capacity: float, width: int) -> Text:
+    """A bar whose full width is the GPU's memory; what runs over it is said as a multiple."""
+    bar, parts = Text(), _parts(memory)
+    done, drawn = 0.0, 0
+    for name, colour in _MEMORY_COLOURS:
+        done += parts[name]
+        cells = min(round(done / capacity * width), width) - drawn
+        bar.append("█" * cells, style=colour)
+        drawn += cells
+    if memory.total > capacity:
+        return bar.append(f"▶ {memory.total / capacity:.2g}x", style="bold red")
+    return bar.append("·" * (width - drawn), style="dim")
+
+
+def _verdict(plan: Plan, remedies: list[Remedy]) -> RenderableType:
+    memory, capacity = plan.memory[plan.fullest], plan.case.gpu.memory
+    pp = f" on pp rank {plan.fullest}" if plan.case.topology.pp > 1 else ""
+    if plan.fits:
+        share = plan.headroom / capacity
+        text = f"fits: {format_bytes(plan.headroom)} to spare ({share:.0%}){pp}"
+        tight = "; tight: fragmentation may still run it out of memory" if share < 0.05 else ""
+        return Text(text + tight, style="green" if share >= 0.05 else "yellow")
+    lines = [Text(f"does not fit: {format_bytes(memory.total)} of {format_bytes(capacity)}{pp}", style="bold red")]
+    lines.append(Text(f"  {_inference(plan)}"))
+    lines += [Text(f"  fix: {line}") for line in remedy_lines(plan, remedies)]
+    return Group(*lines)
+
+
+def _inference(plan: Plan) -> str:
+    """What the weights alone take, in the compute type: enough for inference?"""
+    case = plan.case
+    sizes = [sum(case.weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp)]
+    share = max(sizes) * case.compute_bytes
+    whole = sum(sizes) * case.topology.tp * case.compute_bytes
+    fits = "fits" if share < case.gpu.memory else "does not fit"
+    return (
+        f"for inference alone the {case.recipe.training.precision} weights take {whole / 1e9:.0f} GB, "
+        f"{share / 1e9:.1f} GB a GPU: {fits}"
+    )
+
+
+def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
+    """One line for each remedy, with its price."""
+    lines = []
+    for remedy in remedies:
+        then = remedy.plan
+        world, old = then.case.topology.world_size, plan.case.topology.world_size
+        gpus = f", on {world} GPUs" if world != old else ""
+        price = f"{abs(remedy.price):.0%} {'slower' if remedy.price >= 0 else 'faster'} a GPU"
+        used = f"{then.memory[then.fullest].total / GiB:.1f} GiB"
+        lines.append(f"--set {' --set '.join(str(remedy.change).split(', '))}  ({price}{gpus}; {used})")
+    return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
+
+
+def _traffic_table(plan: Plan, pp_rank: int) -> RenderableType:
+    traffic = [item for item in plan.traffic[pp_rank] if item.calls]
+    if not traffic:
+        return Text("Communication: none, one rank alone")
+    where = f" of pp rank {pp_rank}" if plan.case.topology.pp > 1 else ""
+    title = f"Communication{where} in a step"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("axis", "what", "kind", "link"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ranks", "calls", "of", "total", "time", "not hidden"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for item in traffic:
+        table.add_row(
+            item.axis,
+            item.what,
+            item.kind,
+            item.link,
+            str(item.ranks),
+            f"{item.calls:,.0f}",
+            format_bytes(item.bytes),
+            format_bytes(item.calls * item.bytes),
+            _seconds(item.seconds),
+            "see waiting" if item.axis == "pp" else _seconds(item.exposed),
+        )
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(
+        title=f"Time of a step: {_seconds(plan.step_seconds)}", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_column("", justify="right")
+    table.add_column("")
+    names = {
+        "compute": "compute",
+        "recompute": "recomputation",
+        "tensor_parallel": "tp, not hidden",
+        "pipeline": "pipeline waiting",
+        "data_parallel": "dp, not hidden",
+        "optimizer": "optimizer",
+    }
+    for key, seconds in asdict(plan.breakdown).items():
+        share = seconds / plan.step_seconds
+        if seconds:
+            table.add_row(names[key], _seconds(seconds), f"{share:.1%}", "█" * round(share * 40))
+    return table
+
+
+def _run_line(plan: Plan) -> Text:
+    case = plan.case
+    per_gpu = plan.tokens_per_second / case.topology.world_size
+    bubble = f", bubble {plan.step.bubble:.1%}" if case.topology.pp > 1 else ""
+    flops = plan.total_flops / REGULATED_FLOPS
+    against = f"{flops:.2g} of 1e25" if flops < 1 else f"{flops:.2f} times 1e25, which regulators name"
+    return Text(
+        f"{format_count(plan.tokens_per_second)} tokens/s, {per_gpu:,.0f} a GPU, "
+        f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}\n"
+        f"{case.recipe.training.steps:,} steps, {format_count(plan.tokens)} tokens: {format_duration(plan.seconds)}, "
+        f"{plan.gpu_hours:,.0f} GPU-hours, at most {_energy(plan.energy_kwh)}\n"
+        f"{plan.model_flops_per_token / 1e9:,.1f} GFLOP a token "
+        f"({plan.hardware_flops_per_token / 1e9:,.1f} with recomputation), {plan.total_flops:.2e} in all: {against}"
+    )
+
+
+def _energy(kwh: float) -> str:
+    return f"{kwh / 1000:,.1f} MWh" if kwh >= 1000 else f"{kwh:,.1f} kWh"
+
+
+def rank_map(case: Case, most_nodes: int = 8) -> Table:
+    """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
+    topology = case.topology
+    per_node = topology.ranks_per_node
+    title = f"Ranks by node ({per_node} each), as tp/dp/pp"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    nodes = list(range(topology.nodes))
+    if len(nodes) > most_nodes:
+        nodes = nodes[: most_nodes - 2] + [-1, nodes[-1]]
+    wide = min(per_node, 8)
+    for node in nodes:
+        if node < 0:
+            table.add_row("...")
+            continue
+        ranks = range(node * per_node, min((node + 1) * per_node, topology.world_size))
+        for start in range(0, min(len(ranks), 4 * wide), wide):
+            cells = []
+            for rank in ranks[start : start + wide]:
+                at = topology.coordinates(rank)
+                colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
+                cells.append(Text(f"{rank} ", style="dim") + Text(f"{at.tp}/{at.dp}/{at.pp}", style=colour))
+            table.add_row(Text(f"node {node}" if start == 0 else ""), *cells)
+    return table
+
+
+def _rank_lines(case: Case, rank: int) -> Text:
+    topology = case.topology
+    at = topology.coordinates(rank)
+    lines = [f"rank {rank}: {at}, node {topology.node(rank)}"]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in ("tp", "dp", "pp")]
+    for stage in case.stages_on(at.pp):
+        ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
+        blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"
+        lines.append(f"  stage {stage.index}: {blocks}{ends}")
+    return Text("\n".join(lines))
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"{ranks[0]} alone"
+    step = ranks[1] - ranks[0]
+    if len(ranks) <= 8:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]} ({len(ranks)}, every {step})"
+
+
+def timeline_text(timeline: Timeline, width: int = 96) -> Text:
+    """The pipeline in time, one row a rank: a character is 1/width of the step and shows the last digit of the
+    microbatch that takes most of it; forward, backward (input half, weight half) in their colours."""
+    text = Text("Pipeline: ")
+    kinds = {slot.action.kind for slots in timeline.slots for slot in slots}
+    names = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward"}
+    for kind in "FBIW":
+        if kind in kinds:
+            text.append(f" {names[kind]} ", style=f"black on {KIND_COLOURS[kind]}")
+    cell = timeline.step.seconds / width
+    for rank, slots in enumerate(timeline.slots):
+        text.append(f"\n{rank:>3} ")
+        owners: list[tuple[str, int] | None] = [None] * width
+        shares = [0.0] * width
+        for (kind, _, microbatch), start, end in slots:
+            for column in range(int(start / cell), min(width, int(end / cell) + 1)):
+                share = min(end, (column + 1) * cell) - max(start, column * cell)
+                if share > shares[column]:
+                    shares[column], owners[column] = share, (kind, microbatch)
+        for owner in owners:
+            if owner is None:
+                text.append("·", style="dim")
+            else:
+                text.append(str(owner[1] % 10), style=f"black on {KIND_COLOURS[owner[0]]}")
+    return text
