@@ -54,6 +54,7 @@ class RunView:
 
         self.checked, self.run_dir, self.console = checked, run_dir, console
         self.metrics, self.events = Tail(run_dir.metrics), Tail(run_dir.events)
+        self.events.read()  # those of earlier launches
         self.started = self.shown_until = time.time()
         self.phase = f"starting {checked.topology.world_size} processes"
         self.first: Record = {}
@@ -76,8 +77,7 @@ class RunView:
     def update(self) -> None:
         """Reads what is new and shows it."""
         for event in self.events.read():
-            if event["time"] >= self.started:
-                self._event(event)
+            self._event(event)
         for record in self.metrics.read():
             # By time, not by step: a resumed run writes its old records anew, and trains some steps again.
             if record["time"] > self.shown_until:
