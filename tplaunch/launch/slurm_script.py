@@ -32,7 +32,8 @@ _FEATURES = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.,:&|*()\[\]+-]*")
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+:@=-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = re.compile(r"SLURM_.*|TPLAUNCH_.*|RUN_DIRS?|PYTHON|WORKERS|RESTARTS|MASTER_(ADDR|PORT)|BASH_ENV|IFS")
-_SECRET = re.compile(r"(?i).*(api_?key|token|secret|passw(or)?d|credentials?)")
+_SECRET = re.compile(r"(?i)(.*_)?(api_?key|access_?key|token|secret|passw(or)?d|credential)s?(_.*)?")
+_ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=(?![\"']?[$`])[\"']?[^\s\"';]")  # of a literal: not X=$Y
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -89,9 +90,7 @@ def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> 
         elif _RESERVED.fullmatch(name):
             yield Problem("is set by Slurm or tplaunch itself", key=key)
         elif _SECRET.fullmatch(name):
-            why = "the recipe is copied into the run directory, where others may read it"
-            fix = f"take it out and `export {name}=...` in the shell that submits: sbatch passes it on"
-            yield Problem("looks like a secret", why=why, fix=fix, key=key)
+            yield _secret(name, key)
         if "\0" in value or not _encodable(value):
             yield Problem("holds a character that no environment can", key=key)
     if slurm.setup and not _is_shell(slurm.setup):
@@ -99,6 +98,9 @@ def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> 
         yield Problem(
             "is no complete shell text", why="a quote or bracket is left open", fix=fix, key="launch.slurm.setup"
         )
+    for name in [match[1] for line in slurm.setup for match in _ASSIGNMENT.finditer(line)]:
+        if _SECRET.fullmatch(name):
+            yield _secret(name, "launch.slurm.setup")
     if slurm.grace > MOST_GRACE:
         yield Problem(f"is more than the {MOST_GRACE} s that sbatch --signal takes", key="launch.slurm.grace")
     if slurm.time is not None and slurm.time <= slurm.grace:
@@ -123,6 +125,15 @@ def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> 
             yield Problem(f"no run directory of a Slurm job: {str(path)!r}", why=why, fix="another --run-dir")
         if slurm.container is not None and re.search("[:,]", str(path)):
             yield Problem(f"cannot be mounted in a container: {path}", why="it has a : or ,", fix="another --run-dir")
+
+
+def _secret(name: str, key: str) -> Problem:
+    return Problem(
+        f"{name} looks like a secret",
+        why="the recipe and the script lie in the run directory, where others may read them",
+        fix=f"take it out and `export {name}=...` in the shell that submits: sbatch passes it on",
+        key=key,
+    )
 
 
 def _encodable(text: str) -> bool:
@@ -172,7 +183,7 @@ def _header(recipe: Recipe, topology: Topology, run_dirs: Sequence[Path], log_di
     if len(run_dirs) > 1:
         rows += [(f"--array=0-{len(run_dirs) - 1}", "one task for each member of the sweep")]
     name = "%A_%a.log" if len(run_dirs) > 1 else "%j.log"
-    rows += [(f"--output={_sbatch_quote(str(log_dir))}/{name}", "")]
+    rows += [(f"--output={_sbatch_quote(str(log_dir).replace('%', '%%') + '/' + name)}", "")]
     return "\n".join(["#!/bin/bash", *_aligned([(f"#SBATCH {option}", why) for option, why in rows])])
 
 
@@ -181,9 +192,8 @@ def _slurm_time(seconds: float) -> str:
     return f"{days}-{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
 
 
-def _sbatch_quote(path: str) -> str:
-    """A path for an #SBATCH line: sbatch's own quoting (not the shell's), and % doubled for its log patterns."""
-    text = path.replace("%", "%%")
+def _sbatch_quote(text: str) -> str:
+    """Text as one word of an #SBATCH line, by sbatch's own rules, which are not the shell's."""
     return text if re.fullmatch(r"[\w/.,:@%+=-]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
