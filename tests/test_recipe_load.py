@@ -242,7 +242,7 @@ class TestDump:
         recipe = load(Path(name))
         assert load(write("again.yaml", dump_recipe(recipe))) == recipe
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
         | st.sampled_from(

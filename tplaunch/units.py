@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
-_BYTES: dict[str, float] = {
+_BYTES: dict[str, int | Decimal] = {
     "B": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGTP", 1)},
     **{f"{p}iB": 1024**i for i, p in enumerate("KMGTP", 1)},
 }
-_SECONDS: dict[str, float] = {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_COUNTS: dict[str, float] = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
+_SECONDS: dict[str, int | Decimal] = {"ms": Decimal("0.001"), "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_COUNTS: dict[str, int | Decimal] = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
-def _parse(text: str | int | float, table: dict[str, float], example: str) -> float:
+def _parse(text: str | int | float, table: dict[str, int | Decimal], example: str) -> Decimal:
+    """The exact value: 8.03B is 8030000000, though 8.03 * 1e9 is not."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        number, unit = float(text), ""
+        number, unit = Decimal(text), ""
     else:
         match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"{text!r} is not a number with a unit, such as {example}")
-        number, unit = float(match[1]), match[2]
-    if number < 0 or number != number or number == float("inf"):
+        number, unit = Decimal(match[1]), match[2]
+    if not number.is_finite() or number < 0 or float(number) == float("inf"):
         raise ValueError(f"{text!r} must be finite and not negative")
     by_case = {key.lower(): value for key, value in table.items()}
     scale = table.get(unit, by_case.get(unit.lower()))
@@ -49,7 +51,7 @@ def parse_duration(text: str | int | float) -> float:
     Raises:
         ValueError: not a duration.
     """
-    return _parse(text, _SECONDS, '"2h"')
+    return float(_parse(text, _SECONDS, '"2h"'))
 
 
 def parse_count(text: str | int) -> int:

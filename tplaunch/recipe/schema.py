@@ -39,8 +39,8 @@ class Unit:
 
 
 Count = Annotated[int, Field(ge=1, le=10**15), Unit(parse_count, "1B")]
-Seconds = Annotated[float, Field(gt=0), Unit(parse_duration, "2h")]
-Bytes = Annotated[int, Field(gt=0), Unit(parse_bytes, "80GiB")]
+Seconds = Annotated[float, Field(gt=0, le=10**9), Unit(parse_duration, "2h")]
+Bytes = Annotated[int, Field(ge=1, le=10**18), Unit(parse_bytes, "80GiB")]
 
 Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]

@@ -1,0 +1,25 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from world import World
+
+# Machines that run tests are busy: how long an example takes says nothing.
+settings.register_profile("tplaunch", deadline=None)
+settings.load_profile("tplaunch")
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Eight processes that stay up for the whole session."""
+    from world import World
+
+    with World(8) as pool:
+        yield pool
