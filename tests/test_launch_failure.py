@@ -103,8 +103,18 @@ def test_an_abort_that_is_the_cause(attempt: Attempt) -> None:
 
 def test_an_exit_without_an_exception(attempt: Attempt) -> None:
     attempt.ended(1, 3)
+    attempt.printed(1, "last words\n")
     cause = attempt.cause()
     assert (cause.rank, cause.what) == (1, "exit code 3, without an exception")
+    assert (cause.detail, cause.log) == ("last words", attempt.run.rank_log(1, 1))
+
+
+def test_an_end_before_the_rank_has_its_log(attempt: Attempt) -> None:
+    attempt.told.append("Traceback\nModuleNotFoundError: tplaunch")
+    attempt.ended(0, 1, told=True)
+    attempt.ended(1, 1)
+    cause = attempt.cause()
+    assert (cause.rank, cause.detail) == (1, "Traceback\nModuleNotFoundError: tplaunch")
     assert cause.log == attempt.run.torchrun_log(1)
 
 

@@ -23,11 +23,11 @@ FAKES = Path(__file__).parent / "launch_fakes"
 class Launch:
     """A launcher process and the run directory it works in."""
 
-    def __init__(self, root: Path, plan: dict[str, object], grace_s: float = 60.0) -> None:
+    def __init__(self, root: Path, plan: dict[str, object], grace_s: float = 60.0, max_restarts: int = 0) -> None:
         self.run = RunDir(root)
         paths = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, str(FAKES / "launch.py"), str(root), str(grace_s)],
+            [sys.executable, str(FAKES / "launch.py"), str(root), str(grace_s), str(max_restarts)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FAKE_WORKER": json.dumps(plan)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -79,8 +79,8 @@ def mine() -> set[int]:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     launches: list[Launch] = []
 
-    def start(plan: dict[str, object], grace_s: float = 60.0) -> Launch:
-        launches.append(Launch(tmp_path / "run", plan, grace_s))
+    def start(plan: dict[str, object], **more: float) -> Launch:
+        launches.append(Launch(tmp_path / "run", plan, **more))
         return launches[-1]
 
     yield start
@@ -167,6 +167,13 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch: Callable[..., Launc
     assert left == []
     with started.run.lock():
         pass
+
+
+@pytest.mark.faults
+def test_torchrun_may_restart_the_workers(launch: Callable[..., Launch]) -> None:
+    started = launch({"1": "sigkill", "peers": "hang", "in starts": "0"}, max_restarts=1)
+    assert started.end()[0] == Exit.DONE
+    assert [e["event"] for e in started.run.read_events()] == ["start", "start", "done"]
 
 
 @pytest.mark.faults

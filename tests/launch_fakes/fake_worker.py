@@ -1,7 +1,7 @@
 """Stands in for `tplaunch.worker` in launcher tests: keeps its contract with files and signals, without torch.
 
 FAKE_WORKER, JSON: rank -> what it does at step FAIL_AT; the other ranks train. With "peers": "hang" they take no
-notice of SIGTERM once that has happened, as in a hung collective.
+notice of SIGTERM once that has happened, as in a hung collective. "in starts": "0" lets all go well after a restart.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(run: RunDir) -> None:
     try:
         for step in range(1, plan.get("steps", STEPS) + 1):
             time.sleep(0.1)
-            if step == FAIL_AT:
+            if step == FAIL_AT and os.environ["TORCHELASTIC_RESTART_COUNT"] in plan.get("in starts", "0123"):
                 misbehave(mine, run.rank_error(attempt, 1))
                 if plan.get("peers") == "hang":
                     time.sleep(600)

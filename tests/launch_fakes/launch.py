@@ -1,4 +1,4 @@
-"""Runs `run_local` on a small recipe with the fake worker: `launch.py RUN_DIR [GRACE_S]`."""
+"""Runs `run_local` on a small recipe with the fake worker: `launch.py RUN_DIR GRACE_S MAX_RESTARTS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE = {
     "topology": {"tp": 2, "dp": 1},
     "training": {"seq_len": 32, "global_batch_size": 4, "steps": 6},
     "data": {"train": "corpus"},
-    "launch": {"slurm": {"grace": float(sys.argv[2]) if len(sys.argv) > 2 else 60.0}},
+    "launch": {"max_restarts": int(sys.argv[3]), "slurm": {"grace": float(sys.argv[2])}},
 }
 
 run = RunDir(Path(sys.argv[1]))

@@ -20,6 +20,7 @@ LOG_LINES = 14
 
 # What torchrun 2.11 to 2.13 logs: a worker that it stops because another has failed, and each worker's end.
 _TOLD_TO_END = re.compile(r"Sending process (\d+) closing signal")
+_OWN_LINE = re.compile(r"^[WE]\d{4} ", re.MULTILINE)
 _ENDED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
 
 _ADVICE = {
@@ -96,16 +97,20 @@ def find_cause(run_dir: RunDir, attempt: int) -> Cause:
         return _raised(raised[0], run_dir, attempt)
     if ended:
         return _killed(ended[0], run_dir, attempt)
-    return Cause(None, "", "torchrun failed before a rank did", _tail(torchrun_log, LOG_LINES), torchrun_log)
+    return Cause(None, "", "torchrun failed before a rank did", _tail(_read(torchrun_log)), torchrun_log)
 
 
 def _killed(end: Ended, run_dir: RunDir, attempt: int) -> Cause:
-    name = _signal_name(-end.code) if end.code < 0 else ""
     log = run_dir.rank_log(attempt, end.rank)
-    if not _read(log).strip():  # it ended before it could open its own log
-        log = run_dir.torchrun_log(attempt)
-    what = f"killed by {name}" if name else f"exit code {end.code}, without an exception"
-    return Cause(end.rank, "", what, _tail(log, LOG_LINES), log, _ADVICE.get(name, ""))
+    if end.code < 0:
+        name = _signal_name(-end.code)
+        return Cause(end.rank, "", f"killed by {name}", _tail(_read(log)), log, _ADVICE.get(name, ""))
+    what = f"exit code {end.code}, without an exception"
+    if printed := _read(log).strip():
+        return Cause(end.rank, "", what, _tail(printed), log)
+    # It ended before it could open its own log: what it printed stands in torchrun's, before torchrun's own lines.
+    log = run_dir.torchrun_log(attempt)
+    return Cause(end.rank, "", what, _tail(_OWN_LINE.split(_read(log), maxsplit=1)[0]), log)
 
 
 def _raised(error: dict[str, Any], run_dir: RunDir, attempt: int) -> Cause:
@@ -127,8 +132,8 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def _tail(path: Path, lines: int) -> str:
-    return "\n".join(_read(path).rstrip().splitlines()[-lines:])
+def _tail(text: str) -> str:
+    return "\n".join(text.rstrip().splitlines()[-LOG_LINES:])
 
 
 def print_cause(console: Console, cause: Cause, topology: Topology, next_step: str) -> None:
@@ -144,9 +149,8 @@ def print_cause(console: Console, cause: Cause, topology: Topology, next_step: s
     if cause.rank is not None:
         host = f", {cause.host}" if cause.host else ""
         title = f"Rank {cause.rank} failed ({topology.coordinates(cause.rank)}{host})"
-    body = Text.assemble(
-        (cause.what, "bold red"), "\n\n", (cause.detail, "dim"), "\n\n", ("log   ", "bold"), str(cause.log)
-    )
+    detail = Text(f"{cause.detail}\n\n" if cause.detail else "", "dim")
+    body = Text.assemble((cause.what, "bold red"), "\n\n", detail, ("log   ", "bold"), str(cause.log))
     for line in filter(None, (cause.advice, next_step)):
         body.append("\nnext  ", "bold").append(line)
     if console.is_terminal:
