@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +172,7 @@ class CheckpointManager:
         if source == "none":
             return None
         given = Path(source)
-        candidates = (
-            [p for _, p in reversed(store.list_checkpoints(self.root))] if source == "auto" else [given]
-        )
+        candidates = [p for _, p in reversed(store.list_checkpoints(self.root))] if source == "auto" else [given]
         found: list[str] = []
         for path in candidates:
             manifest, problems = self._inspect(path)
@@ -220,7 +217,6 @@ def _writer(path: Path) -> dcp.FileSystemWriter:
 
 def _staging() -> StagingOptions:
     cuda = torch.cuda.is_available()
-    return StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False,
-                          use_non_blocking_copy=cuda)
-
-
+    return StagingOptions(
+        use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+    )

@@ -1,4 +1,4 @@
-"""A pipeline stage of the transformer: a run of blocks, with the embedding before the first and the head after the last."""
+"""A pipeline stage of the transformer: consecutive blocks; the first has the embedding too, the last the head."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class TransformerStage(nn.Module):
 
     rope: Tensor | None
 
-    def __init__(
-        self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh
-    ) -> None:
+    def __init__(self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh) -> None:
         super().__init__()
         self.spec = model
         self.tp = mesh.tp

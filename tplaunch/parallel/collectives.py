@@ -22,17 +22,21 @@ from torch import Tensor
 
 from tplaunch.parallel.mesh import TensorParallel
 
+# torch 2.13 renamed two of its functional collectives.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 
 def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
     return funcol.all_reduce(x.contiguous(), op, tp.group)
 
 
 def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    return funcol.all_gather_tensor(x.contiguous(), 0, tp.group)
+    return _all_gather(x.contiguous(), 0, tp.group)
 
 
 def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
-    return funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, tp.group)
+    return _reduce_scatter(x.contiguous(), "sum", 0, tp.group)
 
 
 def wait(x: Tensor) -> Tensor:

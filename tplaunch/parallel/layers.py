@@ -146,9 +146,7 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, .
         [s, b, out_features/tp] for each layer.
     """
     outputs = _ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
-    return tuple(
-        y if layer.bias is None else y + local(layer.bias) for y, layer in zip(outputs, layers, strict=True)
-    )
+    return tuple(y if layer.bias is None else y + local(layer.bias) for y, layer in zip(outputs, layers, strict=True))
 
 
 class RowParallelLinear(nn.Module):

@@ -1,4 +1,5 @@
-"""The optimizer, on each rank's own shards: torch's fused AdamW or SGD on plain tensors that share the DTensors' memory.
+"""The optimizer, on each rank's own shards: torch's fused AdamW, or SGD, on plain tensors that share memory with the
+DTensors.
 
 The update is element by element, so that it needs no communication and no DTensor dispatch.
 """
