@@ -1,0 +1,214 @@
+"""`tplaunch recipe` and how the program ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tplaunch import __version__
+from tplaunch.cli import main as program
+from tplaunch.cli.main import run
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.recipe.explain import editor_json_schema
+from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.shipped import shipped_recipes
+
+TPLAUNCH = [sys.executable, "-c", "from tplaunch.cli.main import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    ended = run(["recipe", *arguments])
+    out, err = capsys.readouterr()
+    assert ended == code, err
+    assert (err == "") == (code == 0 or "--json" in arguments), err
+    return out
+
+
+class TestList:
+    def test_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = output(capsys, "list")
+        assert "  quickstart " in out
+        assert "  llama3-8b " in out
+        assert "8.03B parameters" in out
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = json.loads(output(capsys, "list", "--json"))
+        assert set(found["recipes"]) == set(shipped_recipes())
+        assert all(found["recipes"].values()), "every recipe says in its first line what it is"
+        assert found["presets"]["gpt2-124m"] == 124_439_808
+
+
+class TestShow:
+    def test_text_is_the_recipe_with_its_origins(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = output(capsys, "show", "quickstart", "--set", "topology.tp=4")
+        Path("shown.yaml").write_text(out)
+        assert load_recipe("shown.yaml").recipe == load_recipe("quickstart", ["topology.tp=4"]).recipe
+        assert any(line.split() == ["tp:", "4", "#", "--set"] for line in out.splitlines())
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        shown = json.loads(output(capsys, "show", "quickstart", "--json"))
+        assert shown["path"] == str(shipped_recipes()["quickstart"])
+        assert shown["recipe"]["checkpoint"]["async"] is True
+        assert shown["origins"]["topology.tp"].startswith(shown["path"] + ":")
+
+
+class TestCheck:
+    def test_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = output(capsys, "check", "quickstart")
+        assert out.splitlines()[0] == "quickstart: ok"
+        assert "world size     8" in out
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report = json.loads(
+            output(capsys, "check", "quickstart", "--json", "--set", "topology.dp=auto", "--gpus", "16")
+        )
+        assert report["ok"]
+        assert (report["world_size"], report["dp"], sum(report["stage_layers"])) == (16, 4, 4)
+        assert report["microbatches"] == 2
+        assert report["warnings"] == []
+
+    def test_warnings(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "warning: --set: optimizer.momentum: has no effect with adamw" in output(
+            capsys, "check", "quickstart", "--set", "optimizer.momentum=0.5"
+        )
+
+    def test_problems_as_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report = json.loads(output(capsys, "check", "quickstart", "--json", "--set", "topology.tp=3", code=2))
+        assert not report["ok"]
+        assert {"what", "why", "fix", "where", "key"} == set(report["problems"][0])
+        assert report["problems"][0]["key"] == "topology.tp"
+
+    def test_more_ranks_than_gpus(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["recipe", "check", "quickstart", "--gpus", "4"]) == 2
+        assert "8 ranks (tp 2 x pp 2 x dp 2), but there are 4 GPUs" in capsys.readouterr().err
+
+
+class TestSchema:
+    def test_accepts_what_ships(self, capsys: pytest.CaptureFixture[str]) -> None:
+        schema = json.loads(output(capsys, "schema"))
+        jsonschema.Draft202012Validator.check_schema(schema)
+        for path in shipped_recipes().values():
+            jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+
+    def test_covers_every_key_and_unit(self) -> None:
+        schema = editor_json_schema()
+        assert list(schema["properties"])[:2] == ["extends", "name"]
+        assert "required" not in schema
+        assert schema["$defs"]["Source"]["required"] == ["path"]
+        kinds = {member["type"] for member in schema["$defs"]["Launch"]["properties"]["timeout"]["anyOf"]}
+        assert kinds == {"number", "string"}
+
+
+class TestNew:
+    def test_writes_a_recipe_that_passes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "tplaunch recipe check 'my run.yaml'" in output(capsys, "new", "my run.yaml")
+        assert "my-run: ok" in output(capsys, "check", "my run.yaml")
+
+    def test_overwrites_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("recipe.yaml").write_text("mine")
+        assert run(["recipe", "new"]) == 2
+        assert "recipe.yaml: is there already" in capsys.readouterr().err
+        assert Path("recipe.yaml").read_text() == "mine"
+
+    def test_no_such_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["recipe", "new", "no/such/recipe.yaml"]) == 2
+        assert "no/such/recipe.yaml: cannot be written" in capsys.readouterr().err
+
+
+class TestEnds:
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["--version"]) == 0
+        assert capsys.readouterr().out == f"{__version__}\n"
+
+    @pytest.mark.parametrize("arguments", [["no-such"], ["recipe", "check"], ["recipe", "check", "a", "b"], ["--what"]])
+    def test_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Usage" in err
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize("code", Exit)
+    def test_an_error_of_ours(
+        self, code: Exit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.fail_with(TplaunchError(Problem("broke", why="so", fix="mend"), "twice", code=code), monkeypatch)
+        assert run(["recipe", "schema"]) == code
+        assert capsys.readouterr().err == "broke\n  why: so\n  fix: mend\ntwice\n"
+
+    def test_an_unexpected_error(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_with(RuntimeError("odd"), monkeypatch)
+        assert run(["recipe", "schema"]) == 1
+        err = capsys.readouterr().err
+        assert "internal error: RuntimeError: odd" in err
+        assert "Traceback" not in err
+        monkeypatch.setenv("TPLAUNCH_DEBUG", "1")
+        with pytest.raises(RuntimeError, match="odd"):
+            run(["recipe", "schema"])
+
+    @staticmethod
+    def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr("tplaunch.recipe.explain.editor_json_schema", fail)
+
+    def test_ctrl_c(self, tmp_path: Path) -> None:
+        """A real interrupt, while the program waits for a recipe from a pipe that stays silent."""
+        os.mkfifo(tmp_path / "pipe")
+        process = subprocess.Popen([*TPLAUNCH, "recipe", "check", "pipe"], stderr=subprocess.PIPE, text=True)
+        writer = os.open(tmp_path / "pipe", os.O_WRONLY)  # returns once the program has opened the other end
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            os.close(writer)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+
+    def test_a_reader_that_goes_away(self) -> None:
+        process = subprocess.run(
+            ["bash", "-c", '"$@" | head -c 10', "bash", *TPLAUNCH, "recipe", "schema"], capture_output=True, text=True
+        )
+        assert process.stderr == ""
+
+
+class TestTerminal:
+    def test_completion(self) -> None:
+        """The shell's own question, as typer's bash script asks it."""
+        asked: dict[str, Any] = {
+            "_TPLAUNCH_COMPLETE": "complete_bash",
+            "COMP_WORDS": "tplaunch recipe ",
+            "COMP_CWORD": "2",
+        }
+        process = subprocess.run(TPLAUNCH, env={**os.environ, **asked}, capture_output=True, text=True)
+        assert process.stdout.split() == ["list", "show", "check", "schema", "new"]
+
+    def test_help_without_colours_where_none_are_wanted(self) -> None:
+        for wish in ({"NO_COLOR": "1", "FORCE_COLOR": ""}, {}):
+            process = subprocess.run(
+                [*TPLAUNCH, "recipe", "--help"], env={**os.environ, **wish}, capture_output=True, text=True
+            )
+            assert process.returncode == 0
+            assert "\x1b[" not in process.stdout
+
+
+def test_the_program_is_the_console_script() -> None:
+    pyproject = (Path(program.__file__).parents[2] / "pyproject.toml").read_text()
+    assert 'tplaunch = "tplaunch.cli.main:main"' in pyproject
