@@ -229,6 +229,70 @@ def test_a_killed_build_goes_on(tmp_path: Path, speeches: Path, tokenizer: Path)
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
 
 
+POOL = """
+import os, sys
+from pathlib import Path
+from tplaunch.data import build, encode
+encode._POOL_FROM = 0
+encode_all = build.encode_all
+def announced(*args):
+    for encoded in encode_all(*args):
+        print(os.getpid(), flush=True)
+        sys.stdin.readline()
+        yield encoded
+build.encode_all = announced
+if __name__ == "__main__":
+    build.build([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_a_killed_parent_leaves_no_processes(tmp_path: Path, speeches: Path, tokenizer: Path) -> None:
+    """The processes share a pipe with us; it ends when the last of them has."""
+    program = tmp_path / "pool.py"
+    program.write_text(POOL)
+    arguments = [sys.executable, str(program), str(speeches), str(tmp_path / "c"), str(tokenizer)]
+    parent = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    assert int(parent.stdout.readline()) == parent.pid
+    parent.kill()
+    assert parent.stdout.read() == ""  # returns at the end of the pipe only
+    assert parent.wait() == -signal.SIGKILL
+
+
+def test_what_was_synced_must_be_there(
+    tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    with monkeypatch.context() as patch:
+        counting(patch, 9)
+        with pytest.raises(Interrupted):
+            build([speeches], tmp_path / "c", tokenizer)
+    (tmp_path / "c.bin.tmp").write_bytes(b"")
+    with pytest.raises(TplaunchError, match=r"c\.bin\.tmp is shorter than it was"):
+        build([speeches], tmp_path / "c", tokenizer)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("last", ["bin", "idx"])
+def test_a_build_interrupted_at_its_last_step_starts_anew(
+    tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    build([speeches], tmp_path / "whole", tokenizer)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.name == f"c.{last}":
+            raise Interrupted
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(Interrupted):
+            build([speeches], tmp_path / "c", tokenizer)
+    assert not idx_path(tmp_path / "c").exists()
+    build([speeches], tmp_path / "c", tokenizer)
+    assert corpus_bytes(tmp_path / "c") == corpus_bytes(tmp_path / "whole")
+
+
 # Damage
 
 

@@ -20,7 +20,7 @@ from tplaunch.data.text import Block, blocks, is_raw
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 
-FORMAT = 1  # raise it when the same text would give other files
+FORMAT = 1  # raise it when the same text would give other files, or other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
 _TRAINING_BYTES = 1 << 30  # a tokenizer is trained on this much text at most
 
@@ -146,10 +146,10 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             idx_sha256=file_sha256(idx_file),
         )
         write_atomic(meta_path(output), meta.model_dump_json(indent=1) + "\n")
+        journal.remove()  # from here on there is nothing to go on with: the files are moved away
         writer.commit()
     finally:
         writer.close()
-    journal.remove()
     return meta
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +71,7 @@ def encode_all(blocks: Iterable[Block], tokenizer: Path, text_key: str, size: in
         return
     processes = len(os.sched_getaffinity(0))
     # Not forked: the parent may have threads (progress bar, tokenizers' own) that a fork would cut off.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _single_threaded)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process)
     try:
         source = iter(blocks)
         waiting: deque[Future[Encoded]] = deque()
@@ -81,14 +83,26 @@ def encode_all(blocks: Iterable[Block], tokenizer: Path, text_key: str, size: in
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise TplaunchError(
-            Problem("a tokenizing process was killed", why="perhaps by the kernel, for want of memory", fix="run again")
+            Problem(
+                "a tokenizing process ended", why="perhaps killed by the kernel, for want of memory", fix="run again"
+            )
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _single_threaded() -> None:
+def _start_process() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its pool, and its processes would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)

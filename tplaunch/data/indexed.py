@@ -270,6 +270,9 @@ class IndexedWriter:
         prefix: path without `.bin` or `.idx`.
         dtype: of the tokens, one of `DTYPES`.
         resume: what `sync` returned in an earlier process; anything written after it is cut off.
+
+    Raises:
+        TplaunchError: what was synced is not there any more.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype, resume: Written | None = None) -> None:
@@ -284,7 +287,15 @@ class IndexedWriter:
         return self.prefix.with_name(f"{self.prefix.name}.{name}.tmp")
 
     def _open(self, name: str, size: int) -> BinaryIO:
-        file = self._temporary(name).open("rb+" if size else "wb+")
+        path = self._temporary(name)
+        if size and not (path.exists() and path.stat().st_size >= size):
+            raise TplaunchError(
+                Problem(
+                    f"cannot go on with {self.prefix}: {path.name} is shorter than it was",
+                    fix=f"remove {self.prefix}.*.tmp and run again",
+                )
+            )
+        file = path.open("rb+" if size else "wb+")
         file.truncate(size)
         file.seek(size)
         return file

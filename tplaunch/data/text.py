@@ -21,6 +21,8 @@ _FORMAT = re.compile(r"\.(?:(?P<lines>txt|jsonl)(?P<packed>\.gz|\.zst)?|(?P<tabl
 # a single space, each between two printed characters. Cutting there leaves the tokens as they were.
 _CUTS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
 
+_KEY = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
+
 
 def is_raw(path: Path) -> bool:
     """Whether a path names raw text, by its ending; otherwise it is a prefix of .bin/.idx."""
@@ -136,7 +138,7 @@ def _parquet_blocks(path: Path, text_key: str) -> Iterator[Block]:
         table = parquet.ParquetFile(path)
         if text_key not in table.schema_arrow.names:
             columns = f"its columns: {', '.join(table.schema_arrow.names)}"
-            raise TplaunchError(Problem(f"{path}: no column {text_key!r}", why=columns, fix="set data.text_key"))
+            raise TplaunchError(Problem(f"{path}: no column {text_key!r}", why=columns, fix=_KEY))
         size, rows = path.stat().st_size, max(1, table.metadata.num_rows)
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             texts = batch.column(0).to_pylist()
@@ -203,13 +205,13 @@ def _json_text(line: bytes, text_key: str, path: Path, number: int) -> str:
         raise TplaunchError(Problem("not JSON", why=str(error), where=where)) from None
     if not isinstance(record, dict) or text_key not in record:
         fields = f"its fields: {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
-        raise TplaunchError(Problem(f"no field {text_key!r}", why=fields, fix="set data.text_key", where=where))
+        raise TplaunchError(Problem(f"no field {text_key!r}", why=fields, fix=_KEY, where=where))
     return _checked(record[text_key], where)
 
 
 def _checked(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise TplaunchError(Problem(f"the text is a {type(text).__name__}, not a string", where=where))
+        raise TplaunchError(Problem(f"the text must be a string, not {type(text).__name__}", where=where))
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
