@@ -36,7 +36,7 @@ from tplaunch.rundir import Record, RunDir
 GIVE_UP = 3  # attempts in a row that end without a new checkpoint
 GAVE_UP = f"{GIVE_UP} attempts in a row have ended without a new checkpoint: giving up"
 POLL_S = 0.5
-REPEAT_S = 10.0  # between signals to the ranks: those that had not started yet have missed the first
+REPEAT_S = 3.0  # between signals to the ranks: those that had not started yet have missed the first
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def nodes(run_dir: RunDir, reports: Sequence[str]) -> Exit:
     if not _may_requeue(run_dir):
         say("launch.slurm.requeue is off: submit again with these nodes in launch.slurm.exclude")
         return Exit.FAILED
-    return _requeue(job_id, exclude=sorted(bad))
+    return Exit.STOPPED if _requeue(job_id, exclude=sorted(bad)) else Exit.FAILED
 
 
 class Signals:
@@ -238,7 +238,7 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
             _cancel_rest(run_dir, job_id)
     # Outside the lock: the next attempt must not find it taken.
     if verdict.requeue:
-        return _requeue(job_id)
+        _requeue(job_id)
     return verdict.code
 
 
@@ -248,17 +248,17 @@ def _may_requeue(run_dir: RunDir) -> bool:
     return load_recipe(run_dir.recipe).recipe.launch.slurm.requeue
 
 
-def _requeue(job_id: str, *, exclude: Sequence[str] = ()) -> Exit:
-    """Sends this job back to the queue; Slurm then ends this process."""
+def _requeue(job_id: str, *, exclude: Sequence[str] = ()) -> bool:
+    """Sends this job back to the queue, and says whether Slurm lets it. Slurm then ends this process."""
     # Slurm's TERM comes at once, to the commands started here too; they inherit that it is ignored.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         slurm.requeue(job_id, exclude=exclude)
     except TplaunchError as error:
         say(f"{error}\n  fix: submit again; on clusters without requeue: tplaunch submit --chain N")
-    else:
-        say("back to the queue" + (f" without {', '.join(exclude)}" if exclude else ""))
-    return Exit.STOPPED
+        return False
+    say("back to the queue" + (f" without {', '.join(exclude)}" if exclude else ""))
+    return True
 
 
 def _cancel_rest(run_dir: RunDir, job_id: str) -> None:

@@ -1,0 +1,379 @@
+"""Inside a job: what is decided when the ranks have ended, how signals travel, how nodes are ordered and left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tplaunch.errors import Exit
+from tplaunch.launch.slurm_job import (
+    count_failures,
+    how_attempt_ended,
+    judge,
+    order_nodes,
+    own_job_id,
+    submitted_jobs,
+)
+from tplaunch.recipe.load import dump_recipe, load_recipe
+from tplaunch.rundir import RunDir
+
+
+def events(*names: str) -> list[dict]:
+    """ "checkpoint:4" is a checkpoint of step 4."""
+    return [
+        {"event": name.split(":")[0], **({"step": int(name.split(":")[1])} if ":" in name else {})} for name in names
+    ]
+
+
+FAILED_ONCE = events("submit", "attempt", "start")
+STOPPED = events("submit", "attempt", "start", "checkpoint:3", "stopped:3")
+DONE = events("submit", "attempt", "start", "checkpoint:8", "done:8")
+THREE = events("submit", "attempt", "attempt", "attempt")
+
+
+@pytest.mark.parametrize(
+    ("log", "told", "state", "preempted", "may", "code", "requeue", "last"),
+    [
+        (DONE, None, "RUNNING", False, True, Exit.DONE, False, True),
+        (DONE, "USR1", "RUNNING", False, True, Exit.DONE, False, True),
+        (DONE, "TERM", "COMPLETING", True, True, Exit.DONE, False, True),
+        (STOPPED, "USR1", "RUNNING", False, True, Exit.STOPPED, True, False),
+        (STOPPED, "USR1", "RUNNING", False, False, Exit.STOPPED, False, False),  # the chain goes on
+        (STOPPED, None, "RUNNING", True, True, Exit.STOPPED, True, False),
+        (STOPPED, None, "RUNNING", True, False, Exit.STOPPED, False, False),
+        (STOPPED, "TERM", "RUNNING", False, True, Exit.STOPPED, False, True),
+        (STOPPED, None, "RUNNING", False, True, Exit.STOPPED, False, True),  # scancel --signal=TERM to the steps
+        (STOPPED, "TERM", "COMPLETING", False, True, Exit.STOPPED, False, False),  # scancel, scontrol requeue
+        (STOPPED, "TERM", "COMPLETING", True, True, Exit.STOPPED, False, False),  # Slurm requeues it itself
+        (FAILED_ONCE, None, "RUNNING", False, True, Exit.FAILED, True, False),
+        (FAILED_ONCE, None, "RUNNING", False, False, Exit.FAILED, False, False),
+        (FAILED_ONCE, "USR1", "RUNNING", False, True, Exit.FAILED, True, False),
+        (FAILED_ONCE, "TERM", "RUNNING", False, True, Exit.FAILED, False, True),
+        (FAILED_ONCE, None, "COMPLETING", False, True, Exit.FAILED, False, False),
+        (THREE, None, "RUNNING", False, True, Exit.FAILED, False, True),
+        (THREE, None, "RUNNING", True, True, Exit.FAILED, False, True),
+    ],
+)
+def test_the_verdict(log, told, state, preempted, may, code, requeue, last) -> None:
+    verdict = judge(log, told=told, state=state, preempted=preempted, may_requeue=may)
+    assert (verdict.code, verdict.requeue, verdict.last) == (code, requeue, last)
+
+
+@pytest.mark.parametrize(
+    ("log", "failures"),
+    [
+        ([], 0),
+        (events("submit", "attempt"), 1),
+        (events("attempt", "checkpoint:2"), 0),
+        (events("attempt", "checkpoint:2", "attempt", "attempt"), 2),
+        (
+            events("attempt", "checkpoint:2", "attempt", "checkpoint:2", "attempt"),
+            2,
+        ),  # the same step again: no progress
+        (events("attempt", "checkpoint:2", "attempt", "checkpoint:4", "attempt"), 1),
+        (events("attempt", "attempt", "stopped:0", "attempt"), 1),
+        (events("attempt", "bad_nodes", "attempt"), 3),
+        (events("attempt", "attempt", "attempt", "submit"), 0),  # the user mended it and submitted again
+    ],
+)
+def test_failures_are_counted_since_the_last_progress(log, failures) -> None:
+    assert count_failures(log) == failures
+
+
+def test_only_the_latest_attempt_says_how_it_ended() -> None:
+    assert how_attempt_ended(STOPPED) == "stopped"
+    assert how_attempt_ended([*STOPPED, *events("attempt", "start")]) == "failed"
+    assert how_attempt_ended([*STOPPED, *events("attempt", "start", "done:8")]) == "done"
+
+
+def test_nodes_on_one_switch_come_side_by_side() -> None:
+    tree = {"n1": "s0.s1.n1", "n2": "s0.s2.n2", "n3": "s0.s1.n3", "n4": "s0.s2.n4", "n10": "s9.s5.n10"}
+    assert order_nodes(["n1", "n2", "n3", "n4", "n10"], tree) == ["n1", "n3", "n2", "n4", "n10"]
+    deep = {"a": "t.l1.u1.a", "b": "t.l2.u3.b", "c": "t.l1.u2.c", "d": "t.l1.u1.d"}
+    assert order_nodes(["a", "b", "c", "d"], deep) == ["a", "d", "c", "b"]
+    flat = {f"n{k}": f"n{k}" for k in (10, 2, 1)}
+    assert order_nodes(["n10", "n2", "n1"], flat) == ["n10", "n2", "n1"]
+
+
+def test_a_task_of_an_array_knows_its_name() -> None:
+    assert own_job_id({"SLURM_JOB_ID": "7"}) == "7"
+    assert own_job_id({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == "7_2"
+
+
+def test_the_latest_submission_counts() -> None:
+    log = [{"event": "submit", "jobs": ["1", "2"]}, {"event": "attempt"}, {"event": "submit", "jobs": ["5"]}]
+    assert submitted_jobs(log) == ["5"]
+    assert submitted_jobs([]) == []
+
+
+# ---- the program, with Slurm's commands replaced by recorders
+
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >>"$CALLS"
+case "$1 $2" in
+    "show hostnames") echo "n1 n2 n3 n4" | tr ' ' '\\n' ;;
+    "show job") cat "$JOB" ;;
+esac
+"""
+JOB = """JobId=7 JobName=tiny
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None
+   ReqNodeList=(null) ExcNodeList=n9
+   NodeList=n[1-4]
+"""
+RECIPE = """
+name: tiny
+model: {hidden_size: 32, num_layers: 2, num_heads: 4, ffn_hidden_size: 64, vocab_size: 512}
+topology: {tp: 2, pp: 2, dp: 1, nodes: 2}
+training: {seq_len: 32, global_batch_size: 8, steps: 8}
+data: {train: nowhere}
+"""
+# What the ranks do, in place of srun and everything below it.
+RANKS = """
+import json, os, signal, sys, time
+def say(event, **fields):
+    with open(os.path.join(sys.argv[1], "events.jsonl"), "a") as file:
+        file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\\n")
+def stop(*_):
+    say("checkpoint", step=3); say("stopped", step=3); sys.exit(0)
+kind = sys.argv[2]
+say("start", attempt=int(os.environ["TPLAUNCH_ATTEMPT"]))
+if kind == "done":
+    say("checkpoint", step=8); say("done", step=8)
+elif kind == "fail":
+    sys.exit(7)
+elif kind == "late":  # the first signal comes too early
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    print("ready", flush=True)
+    time.sleep(1.5)
+    signal.signal(signal.SIGUSR1, stop); time.sleep(60)
+else:
+    signal.signal(signal.SIGUSR1, stop); print("ready", flush=True); time.sleep(60)
+"""
+
+
+class Desk:
+    """A run directory, a fake Slurm and the program."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_dir = RunDir(folder / "run")
+        self.run_dir.create()
+        self.run_dir.slurm.mkdir()
+        (folder / "recipe.yaml").write_text(RECIPE)
+        self.run_dir.recipe.write_text(dump_recipe(load_recipe(folder / "recipe.yaml").recipe))
+        self.run_dir.append_event("submit", jobs=["7", "8", "9"], logs=["a", "b", "c"])
+        (folder / "bin").mkdir()
+        for name, text in {"scontrol": SCONTROL, "scancel": '#!/bin/bash\necho "scancel $*" >>"$CALLS"\n'}.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "job").write_text(JOB)
+        (folder / "hosts").write_text("n1\nn3\n")
+        (folder / "ranks.py").write_text(RANKS)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "CALLS": str(self.folder / "calls"),
+            "JOB": str(self.folder / "job"),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-4]",
+            "SLURM_HOSTFILE": str(self.folder / "hosts"),
+        }
+
+    def calls(self, without: str = "scontrol show") -> list[str]:
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if not line.startswith(without)]
+
+    def start(self, *argv: str, stdin: str = "") -> subprocess.Popen:
+        (self.folder / "stdin").write_text(stdin)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tplaunch.launch.slurm_job", argv[0], str(self.run_dir.root), *argv[1:]],
+            env=self.environ,
+            stdin=(self.folder / "stdin").open(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ranks(self, kind: str) -> subprocess.Popen:
+        return self.start("run", sys.executable, str(self.folder / "ranks.py"), str(self.run_dir.root), kind)
+
+    def wait_for_ranks(self, attempt: int = 1) -> None:
+        log = self.run_dir.torchrun_log(attempt)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "ready" in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_a_run_that_is_done_cancels_the_rest_of_its_chain(desk: Desk) -> None:
+    program = desk.ranks("done")
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.DONE, errors
+    assert "attempt 1, job 7, nodes n1 n3" in errors
+    assert "the last step is done" in errors
+    assert desk.calls() == ["scancel --quiet 8 9"]
+    names = [event["event"] for event in desk.run_dir.read_events()]
+    assert names == ["submit", "attempt", "start", "checkpoint", "done", "attempt_end"]
+
+
+def test_a_run_that_is_done_already_starts_nothing(desk: Desk) -> None:
+    desk.run_dir.append_event("done", step=8)
+    program = desk.ranks("fail")
+    assert program.wait(60) == Exit.DONE
+    assert desk.run_dir.read_events()[-1]["event"] == "done"
+    assert desk.calls() == ["scancel --quiet 8 9"]
+
+
+def test_a_run_that_has_been_given_more_steps_goes_on(desk: Desk) -> None:
+    desk.run_dir.append_event("done", step=5)
+    assert desk.ranks("done").wait(60) == Exit.DONE
+    assert desk.run_dir.read_events()[-2]["step"] == 8
+
+
+def test_slurms_warning_reaches_the_ranks_and_the_job_is_requeued(desk: Desk) -> None:
+    program = desk.ranks("train")
+    desk.wait_for_ranks()
+    program.send_signal(signal.SIGUSR1)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.STOPPED, errors
+    assert "the time limit is near" in errors
+    assert desk.calls() == ["scontrol requeue 7"]
+
+
+def test_ranks_that_miss_the_first_signal_get_another(desk: Desk) -> None:
+    program = desk.ranks("late")
+    desk.wait_for_ranks()
+    program.send_signal(signal.SIGUSR1)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.STOPPED, errors
+    assert errors.count("told to stop") == 1
+
+
+def test_a_users_wish_to_stop_is_not_requeued_and_ends_the_chain(desk: Desk) -> None:
+    program = desk.ranks("train")
+    desk.wait_for_ranks()
+    program.send_signal(signal.SIGTERM)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.STOPPED, errors
+    assert desk.calls() == ["scancel --quiet 8 9"]
+
+
+def test_a_users_wish_outlives_slurms_warning(desk: Desk) -> None:
+    program = desk.ranks("late")
+    desk.wait_for_ranks()
+    program.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    program.send_signal(signal.SIGUSR1)
+    program.communicate(timeout=60)
+    assert desk.calls() == ["scancel --quiet 8 9"]
+
+
+def test_a_preempted_job_requeues_itself(desk: Desk) -> None:
+    """Slurm signals the ranks alone, and does not requeue a preempted job that ends within its grace time."""
+    (desk.folder / "job").write_text(JOB.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:01:00"))
+    program = desk.ranks("train")
+    desk.wait_for_ranks()
+    (ranks,) = (int(child) for child in Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split())
+    os.kill(ranks, signal.SIGUSR1)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.STOPPED, errors
+    assert desk.calls() == ["scontrol requeue 7"]
+
+
+def test_three_failures_without_progress_are_enough(desk: Desk) -> None:
+    codes, said = [], []
+    for _ in range(3):
+        program = desk.ranks("fail")
+        _, errors = program.communicate(timeout=60)
+        codes.append(program.returncode)
+        said.append(errors)
+    assert codes == [Exit.FAILED] * 3
+    assert "attempt 1 of at most 3 without a new checkpoint" in said[0]
+    assert "giving up" in said[2]
+    assert desk.calls() == ["scontrol requeue 7", "scontrol requeue 7", "scancel --quiet 8 9"]
+
+
+def test_a_refused_requeue_says_what_to_do(desk: Desk) -> None:
+    (desk.folder / "bin" / "scontrol").write_text(
+        SCONTROL.replace(
+            "esac", '    "requeue 7") echo "Requested operation is presently disabled" >&2; exit 1 ;;\nesac'
+        )
+    )
+    program = desk.ranks("fail")
+    _, errors = program.communicate(timeout=60)
+    assert "Requested operation is presently disabled" in errors
+    assert "--chain" in errors
+    assert program.returncode == Exit.FAILED
+
+
+def test_two_jobs_on_one_run_directory_are_refused(desk: Desk) -> None:
+    with desk.run_dir.lock():
+        program = desk.ranks("done")
+        _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.USAGE
+    assert "another launch is using" in errors
+
+
+def report(node: str, *problems: str) -> str:
+    switch = "s1" if node in ("n1", "n3") else "s2"
+    return json.dumps({"node": node, "address": f"s0.{switch}.{node}", "problems": list(problems)})
+
+
+def test_good_nodes_are_put_in_order(desk: Desk) -> None:
+    lines = ["a line of a container", *(report(f"n{k}") for k in (4, 2, 1, 3))]
+    program = desk.start("nodes", stdin="\n".join(lines))
+    output, _ = program.communicate(timeout=60)
+    assert (program.returncode, output.split()) == (Exit.DONE, ["n1", "n3", "n2", "n4"])
+
+
+def test_a_node_that_says_nothing_is_taken_as_it_is(desk: Desk) -> None:
+    program = desk.start("nodes", stdin=report("n3"))
+    output, _ = program.communicate(timeout=60)
+    assert (program.returncode, output.split()) == (Exit.DONE, ["n1", "n2", "n3", "n4"])
+
+
+def test_a_bad_node_is_left_out_of_the_next_attempt(desk: Desk) -> None:
+    lines = [report("n1"), report("n2", "GPU 3: uncorrected ECC errors"), report("n3"), report("n4")]
+    program = desk.start("nodes", stdin="\n".join(lines))
+    output, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.STOPPED and output == ""
+    assert "node n2 is not fit: GPU 3: uncorrected ECC errors" in errors
+    assert desk.calls() == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n2"]
+    assert desk.run_dir.read_events()[-1]["nodes"] == ["n2"]
+
+
+def test_a_complaint_of_every_node_is_not_the_nodes_fault(desk: Desk) -> None:
+    program = desk.start("nodes", stdin="\n".join(report(f"n{k}", "no space") for k in range(1, 5)))
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.FAILED
+    assert "the cause is not a node" in errors
+    assert desk.calls() == []
+
+
+def test_commands_started_after_a_requeue_outlive_slurms_term(desk: Desk) -> None:
+    """Slurm ends a requeued job's processes at once; the list of bad nodes must be set nevertheless."""
+    (desk.folder / "bin" / "scontrol").write_text(
+        SCONTROL.replace("#!/bin/bash", "#!/bin/bash\n[[ $1 == update ]] && kill -TERM $$ && kill -TERM $PPID")
+    )
+    program = desk.start("nodes", stdin=report("n2", "bad"))
+    _, errors = program.communicate(timeout=60)
+    assert desk.calls()[-1] == "scontrol update JobId=7 ExcNodeList=n9,n2", errors
+    assert "back to the queue without n2" in errors
