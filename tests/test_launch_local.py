@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tplaunch.errors import Exit
+from tplaunch.launch.local import how_it_ended
 from tplaunch.launch.orphans import LAUNCH_ID, end_launch, processes_of
 from tplaunch.rundir import RunDir
 
@@ -98,7 +99,7 @@ def test_done(launch: Callable[..., Launch]) -> None:
     code, out, err = started.end()
     assert (code, err) == (Exit.DONE, "")
     assert "tp 2 x pp 1 x dp 1 = 2 ranks" in out
-    assert "step 6/6  loss 1.6667  grad_norm 1.0000  lr 1.00e-03  5.00K tokens/s" in out
+    assert "step 6/6  loss 1.6667  grad_norm 1.0000  lr 1.00e-03  5.00K tokens/s\n" in out
     assert f"run         {started.run.root}\n" in out
     assert mine() == set()
     assert started.run.rank_log(1, 1).read_text() == "rank 1 begins\n"
@@ -231,6 +232,24 @@ def test_a_torchrun_that_is_killed_takes_its_workers_along(launch: Callable[...,
     assert code == Exit.FAILED
     assert "torchrun failed" in err
     assert mine() == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "events", "asked", "end"),
+    [
+        (0, ["start", "done"], False, Exit.DONE),
+        (0, ["start", "stopped"], False, Exit.STOPPED),  # a batch system has told the workers itself
+        (1, ["start", "stopped"], True, Exit.STOPPED),
+        (1, ["start", "done"], True, Exit.DONE),  # told in the last step
+        (1, ["start"], True, Exit.FAILED),
+        (-15, [], True, Exit.STOPPED),
+        (1, [], False, Exit.FAILED),
+        (1, ["start", "done"], False, Exit.FAILED),
+        (1, ["start", "stopped"], False, Exit.FAILED),
+    ],
+)
+def test_exit_code(code: int, events: list[str], asked: bool, end: Exit) -> None:
+    assert how_it_ended(code, [{"event": name} for name in events], asked=asked) is end
 
 
 def test_end_launch_finds_what_left_its_session() -> None:

@@ -119,19 +119,18 @@ class RunView:
         if record.get("validation/loss") is not None:
             self.validation = (record["step"], record["validation/loss"])
         if not self.live:
-            self.say(
-                "  ".join([f"step {record['step']}/{self._steps}", *_figures(record), f"{self._time_left()} left"])
-            )
+            self.say("  ".join([f"step {record['step']}/{self._steps}", *_figures(record), *self._time_left()]))
 
     @property
     def _steps(self) -> int:
         return self.checked.recipe.training.steps
 
-    def _time_left(self) -> str:
+    def _time_left(self) -> list[str]:
         done = self.last["step"] - self.first["step"]
         elapsed = self.last["time"] - self.first["time"]
         seconds_per_step = elapsed / done if done > 0 else self.last["step_time_s"]
-        return format_duration((self._steps - self.last["step"]) * seconds_per_step)
+        steps = self._steps - self.last["step"]
+        return [f"{format_duration(steps * seconds_per_step)} left"] if steps > 0 else []
 
     def _picture(self) -> RenderableType:
         from rich.console import Group
@@ -148,7 +147,7 @@ class RunView:
             ProgressBar(total=self._steps, completed=step, width=40),
             f"step {step}/{self._steps}",
             f"{100 * step / self._steps:.0f} %",
-            f"{self._time_left()} left",
+            *self._time_left(),
         )
         figures = _figures({k: v for k, v in self.last.items() if k != "validation/loss"})
         if self.validation:

@@ -164,7 +164,7 @@ def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module
         console.print(f"processes {sorted(stuck)} do not end even by SIGKILL: the kernel or a device holds them")
 
     events = run_dir.read_events()[before:]
-    end = _how_it_ended(process.returncode, events, asked=stop.soon)
+    end = how_it_ended(process.returncode, events, asked=stop.soon)
     if end is Exit.FAILED:
         errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
         if stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
@@ -176,19 +176,22 @@ def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module
     return end
 
 
-def _how_it_ended(code: int, events: list[Record], *, asked: bool) -> Exit:
-    """The launch's exit code from torchrun's and from what its workers have noted.
+def how_it_ended(code: int, events: list[Record], *, asked: bool) -> Exit:
+    """The exit code of a launch.
 
-    torchrun that was told to stop exits 1 even if all went well.
+    Args:
+        code: torchrun's. One that was told to stop exits 1 even if all went well.
+        events: what the workers have noted during the launch.
+        asked: whether the launch was told to stop.
     """
-    names = [event["event"] for event in events]
+    names = {event["event"] for event in events}
+    if code != 0 and not asked:
+        return Exit.FAILED
     if "stopped" in names:
         return Exit.STOPPED
-    if code == 0 or (asked and "done" in names):
+    if code == 0 or "done" in names:
         return Exit.DONE
-    if asked and not {"start", "resume"} & set(names):
-        return Exit.STOPPED  # before training began: nothing is lost
-    return Exit.FAILED
+    return Exit.FAILED if names & {"start", "resume"} else Exit.STOPPED  # before training began nothing is lost
 
 
 def _again(run_dir: RunDir) -> str:
