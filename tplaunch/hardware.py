@@ -11,8 +11,6 @@ FLOPS", ml-engineering); GPUs without such runs get 0.75 of theirs.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -176,6 +174,9 @@ def detect_gpu(device_name: str) -> Gpu | None:
 
 def local_gpu() -> Gpu | None:
     """This machine's first GPU, where nvidia-smi or rocm-smi names one that the table has."""
+    import shutil
+    import subprocess
+
     for tool, *arguments in (("nvidia-smi", "-L"), ("rocm-smi", "--showproductname")):
         program = shutil.which(tool)
         if program is None:

@@ -338,7 +338,7 @@ def predict(
     costs: Sequence[StageCost],
     transfer: Transfer = no_transfer,
 ) -> Step:
-    """As `simulate`, in sum; long steps from two short ones with as many microbatches a round.
+    """As `simulate`, in sum; long steps from two short ones, one round of microbatches apart.
 
     That is exact for equal stages; with stages that differ by 15 % seconds were within 3 % (a test).
 
@@ -350,21 +350,29 @@ def predict(
         orders = [actions_of(schedule, rank, pp, virtual_stages, count) for rank in range(pp)]
         return _sum_up(orders, run_orders(orders, schedule, costs, transfer), costs)
 
-    rounds = max(1, microbatches // pp)
-    size, rest = divmod(microbatches, rounds)
-    few = max(3, _MOST_ACTIONS // (2 * pp * virtual_stages * size))
-    if rounds <= few:
+    if schedule in ("gpipe", "1f1b"):
+        rounds, size, full = microbatches, 1, pp  # a round is one microbatch, and pp of them fill the pipeline
+        longer = full + 8
+    else:
+        rounds = max(1, microbatches // pp)
+        size, full = microbatches // rounds, 2
+        longer = full + 1
+    longer = max(longer, _MOST_ACTIONS // (2 * pp * virtual_stages * size))
+    if rounds <= longer:
         return step(microbatches)
-    short, longer = step((few - 1) * size + rest), step(few * size + rest)
+    short = max(full, longer - 8)
+    rest = microbatches - rounds * size
+    a, b = step(short * size + rest), step(longer * size + rest)
+    further = (rounds - longer) / (longer - short)
 
-    def extend(a: list[float], b: list[float]) -> list[float]:
-        return [y + (rounds - few) * (y - x) for x, y in zip(a, b, strict=True)]
+    def extend(before: list[float], after: list[float]) -> list[float]:
+        return [y + further * (y - x) for x, y in zip(before, after, strict=True)]
 
     return Step(
-        extend([short.seconds], [longer.seconds])[0],
-        extend(short.busy, longer.busy),
-        extend(short.held, longer.held),
-        extend(short.in_flight, longer.in_flight),
+        extend([a.seconds], [b.seconds])[0],
+        extend(a.busy, b.busy),
+        extend(a.held, b.held),
+        extend(a.in_flight, b.in_flight),
     )
 
 
@@ -418,21 +426,24 @@ def run_orders(
 
 
 def _sum_up(orders: list[list[Action]], ends: list[list[float]], costs: Sequence[StageCost]) -> Step:
-    busy, held, in_flight = [], [], []
+    held, in_flight = [], []
+    bytes_held = [cost.held for cost in costs]
+    seconds = {kind: [cost.seconds(kind) for cost in costs] for kind in ("F", "B", "I", "W")}
+    busy = [sum(seconds[kind][stage] for kind, stage, _ in order) for order in orders]
     for order in orders:
-        computing = now_held = most_held = 0.0
+        now_held = most_held = 0.0
         flying = most_flying = 0
         for kind, stage, _ in order:
-            cost = costs[stage]
-            computing += cost.seconds(kind)
             if kind == "F":
-                now_held += cost.held
+                now_held += bytes_held[stage]
                 flying += 1
-                most_held, most_flying = max(most_held, now_held), max(most_flying, flying)
+                if now_held > most_held:
+                    most_held = now_held
+                if flying > most_flying:
+                    most_flying = flying
             elif kind != "I":
-                now_held -= cost.held
+                now_held -= bytes_held[stage]
                 flying -= 1
-        busy.append(computing)
         held.append(most_held)
         in_flight.append(float(most_flying))
     return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, in_flight)
