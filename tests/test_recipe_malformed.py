@@ -64,6 +64,11 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     "number as a key": ("1: x\n", ["r:7:1: a key must be text, not 1", "quotes"]),
     "boolean as a key": ("true: x\n", ["r:7:1: a key must be text, not true"]),
     "list as a key": ("? [a]\n: x\n", ["r:7:3: a key must be text, not a list or mapping"]),
+    "a key that cannot be shown": ('"to\\e[1mpology": {}\n', ["r:7:1: the key 'to\\x1b[1mpology' has characters that"]),
+    "a value that cannot be shown": (
+        'topology: {tp: "\\e[1m\\x7f"}\n',
+        ["r:7:16: topology.tp:", 'got "\\u001b[1m\\x7f"'],
+    ),
     "merge key": ("topology:\n  <<: {tp: 2}\n", ["r:8:3: topology: merge keys (<<) are not supported", "`extends"]),
     "unknown key, near": ("topolgy: {}\n", ["r:7:1: topolgy: no such key", "did you mean topology?"]),
     "unknown key, far": ("zzz: 1\n", ["r:7:1: zzz: no such key", "the keys of a recipe are name, model, topology"]),
@@ -81,7 +86,7 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     ),
     "zero where one is least": (
         "topology: {tp: 0}\n",
-        ["r:7:16: topology.tp: expected a whole number from 1 to 1000000, got 0"],
+        ["r:7:16: topology.tp: expected a whole number from 1 to 1,000,000, got 0"],
     ),
     "negative": ("topology: {pp: -2}\n", ["r:7:16: topology.pp: expected a whole number", "got -2"]),
     "fraction of a count": ("topology: {tp: 1.5}\n", ["r:7:16: topology.tp: expected a whole number", "got 1.5"]),
@@ -106,7 +111,7 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     "choice, far": ("optimizer: {name: lion}\n", ['optimizer.name: expected one of adamw, sgd, got "lion"']),
     "dp neither number nor auto": (
         "topology: {dp: all}\n",
-        ['expected a whole number from 1 to 1000000 or auto, got "all"'],
+        ['expected a whole number from 1 to 1,000,000 or auto, got "all"'],
     ),
     "above the largest": ("topology: {tp: 1000001}\n", ["topology.tp: expected", "got 1000001"]),
     "a huge number": (f"topology: {{tp: {'9' * 5000}}}\n", ["r:7:16: topology.tp: a number of 5000 characters"]),
@@ -269,7 +274,7 @@ def test_a_misspelt_recipe_that_ships(capsys: pytest.CaptureFixture[str]) -> Non
         ("training.stps=3", "--set: training.stps: no such key\n  fix: did you mean steps?"),
         ("training.steps.x=3", "--set: training.steps: expected a whole number"),
         ("training=3", "--set: training: expected a mapping"),
-        ("topology.tp=", "--set: topology.tp: expected a whole number from 1 to 1000000, got null"),
+        ("topology.tp=", "--set: topology.tp: expected a whole number from 1 to 1,000,000, got null"),
         ("extends=a.yaml", "--set: extends: cannot be set"),
         ("optimizer.lr=.inf", "--set: optimizer.lr: .inf is not a finite number"),
     ],

@@ -91,7 +91,8 @@ def dotted(path: Path) -> str:
 
 def show_value(value: Any, limit: int = 60) -> str:
     """A value as it would stand in YAML flow style, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=lambda broken: "?")
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -199,15 +200,12 @@ def _word(field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 def _range(field: dict[str, Any]) -> str:
     low, high = field.get("minimum"), field.get("maximum")
-    above, below = field.get("exclusiveMinimum"), field.get("exclusiveMaximum")
     if low is not None and high is not None:
-        return f" from {low} to {high}"
-    parts = [
-        f"{word} {bound}"
-        for word, bound in (("at least", low), ("at most", high), ("above", above), ("below", below))
-        if bound is not None
-    ]
-    return (" " + " and ".join(parts)) if parts else ""
+        return f" from {low:,} to {high:,}"
+    bounds = [("at least", low), ("above", field.get("exclusiveMinimum"))]
+    bounds += [("at most", high), ("below", field.get("exclusiveMaximum"))]
+    words = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
+    return f" {words}" if words else ""
 
 
 def all_keys(schema: dict[str, Any]) -> list[str]:

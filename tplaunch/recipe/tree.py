@@ -194,6 +194,8 @@ class _Builder:
             if not isinstance(name, str):
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 self.refuse(mark, section, f"a key must be text, not {text}", "put the key in quotes")
+            elif not name.isprintable():
+                self.refuse(mark, section, f"the key {name!r} has characters that cannot be shown", "remove them")
             elif name == "<<" and key_node.style is None:
                 fix = "use `extends: base.yaml`, or repeat the keys"
                 self.refuse(mark, section, "merge keys (<<) are not supported", fix)
