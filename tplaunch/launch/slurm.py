@@ -77,6 +77,15 @@ def call(*argv: str) -> str:
     return done.stdout
 
 
+def version() -> str:
+    """Such as "22.05.8".
+
+    Raises:
+        TplaunchError: Slurm is not installed here.
+    """
+    return call("sbatch", "--version").split()[-1]
+
+
 def submit(script: Path, *, after: str | None = None) -> str:
     """Submits a batch script and returns the job's number.
 

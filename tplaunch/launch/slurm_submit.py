@@ -155,6 +155,7 @@ def send(submission: Submission, *, chain: int = 1) -> list[str]:
         TplaunchError: data that cannot be prepared, a run that is in the queue already, or what sbatch refuses.
     """
     script = submission.script()
+    slurm.version()  # data take long to prepare: where there is no Slurm, say so first
     for member in submission.members:
         check_resume(member.checked, member.run_dir, "auto")
         job = open_job(member.run_dir)
