@@ -1,7 +1,8 @@
-"""Inside a Slurm job, on its first node: `python -m tplaunch.launch.slurm_job nodes|run RUN_DIR ...`.
+"""Inside a Slurm job, on its first node: `python -m tplaunch.launch.slurm_job prepare|nodes|run ...`.
 
 The batch script calls `nodes` to order the nodes and to get rid of bad ones, and then becomes `run`, which starts the
-ranks, hands Slurm's signals on to them and, when they have ended, decides what becomes of the job (`judge`):
+ranks, hands Slurm's signals on to them and, when they have ended, decides what becomes of the job (`judge`).
+(`prepare` is for scripts that `tplaunch submit` did not write: it does what that does beforehand.)
 
 =========================================  =========================================================
 the last step is done                      exit 0; later jobs of a chain are cancelled
@@ -17,8 +18,10 @@ ended by Slurm (scancel, a lost node)      nothing: Slurm has decided already
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from tplaunch.errors import Exit, TplaunchError
+from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.launch import slurm
 from tplaunch.rundir import Record, RunDir
 
@@ -242,6 +245,36 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
     return verdict.code
 
 
+def prepare(argv: Sequence[str]) -> Exit:
+    """Makes a run ready within its job, and prints what the script needs to know of it, for `eval`.
+
+    Args:
+        argv: RECIPE [--set KEY=VALUE]... [--run-dir DIR]
+    """
+    from tplaunch.launch.slurm_submit import plan_submission, prepare_run
+
+    parser = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--run-dir", type=Path)
+    options = parser.parse_args(argv)
+    submission = plan_submission(options.recipe, options.set, run_dir=options.run_dir)
+    (member,) = submission.members
+    topology, allocated = member.checked.topology, int(os.environ["SLURM_NNODES"])
+    if topology.nodes != allocated:
+        what = f"the recipe asks for {topology.nodes} nodes, the job has {allocated}"
+        raise TplaunchError(Problem(what, fix=f"sbatch --nodes={topology.nodes}, or --set topology.nodes={allocated}"))
+    prepare_run(member)
+    run_dir, job_id = member.run_dir, own_job_id()
+    if job_id not in submitted_jobs(run_dir.read_events()):  # not a later attempt of the same job
+        job = slurm.find_job(job_id)
+        run_dir.append_event("submit", jobs=[job_id], logs=[str(job.log) if job else ""])
+    restarts = member.checked.recipe.launch.max_restarts
+    values = {"RUN_DIR": run_dir.root, "WORKERS": topology.ranks_per_node, "RESTARTS": restarts}
+    print("\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items()))
+    return Exit.DONE
+
+
 def _may_requeue(run_dir: RunDir) -> bool:
     from tplaunch.recipe.load import load_recipe
 
@@ -285,8 +318,11 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> Exit:
-    verb, run_dir, *command = argv
+    verb, *rest = argv
     try:
+        if verb == "prepare":
+            return prepare(rest)
+        run_dir, *command = rest
         if verb == "nodes":
             return nodes(RunDir(Path(run_dir)), sys.stdin.read().splitlines())
         return run(RunDir(Path(run_dir)), command)

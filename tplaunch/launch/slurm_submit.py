@@ -91,7 +91,11 @@ def plan_submission(
     """
     overrides = [*overrides, *(["launch.slurm.requeue=false"] if chain else [])]
     loaded = load_recipe(recipe, overrides)
-    name = loaded.recipe.name
+    layout, name = loaded.recipe.topology, loaded.recipe.name
+    if layout.dp == "auto" and layout.gpus_per_node is None:
+        why = "the nodes that the job will get cannot be counted here"
+        fix = "topology.gpus_per_node: 8, say, or dp as a number"
+        raise RecipeError(Problem("auto fills nodes, but not of unknown size", why, fix, key="topology.dp"))
     root = (run_dir or Path("runs") / name).absolute()
     if not sweep:
         return Submission(name, root, [Member(check_recipe(loaded), RunDir(root))], loaded)
