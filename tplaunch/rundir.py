@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -191,6 +190,6 @@ class RunDir:
                 warnings.warn(f"{self.root} cannot be locked ({error}): launch only one run in it", stacklevel=3)
             file.truncate(0)
             since = datetime.now().astimezone().isoformat(timespec="seconds")
-            file.write(to_line({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).decode())
+            file.write(to_line({"pid": os.getpid(), "host": os.uname().nodename, "since": since}).decode())
             file.flush()
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,7 +120,7 @@ def _paste(checked: Checked, run: RunDir, resume: str, attempt: int) -> str:
     topology, launch = checked.topology, checked.recipe.launch
     one_node = topology.nodes == 1
     rendezvous = Rendezvous(
-        topology.nodes, f"{socket.gethostname()}:{RENDEZVOUS_PORT}", f"{checked.recipe.name}-{attempt}"
+        topology.nodes, f"{os.uname().nodename}:{RENDEZVOUS_PORT}", f"{checked.recipe.name}-{attempt}"
     )
     argv = torchrun_argv(
         run.root.absolute(),
