@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -226,4 +227,9 @@ def stage_layers(recipe: Recipe) -> list[int]:
         return list(recipe.topology.stage_layers)
     first, last = layer_cost_ratio(recipe)
     stages = recipe.topology.pp * recipe.topology.virtual_stages
-    return split_layers(recipe.model.num_layers, stages, first=first, last=last)
+    return list(_balanced(recipe.model.num_layers, stages, first, last))
+
+
+@lru_cache(maxsize=1024)
+def _balanced(num_layers: int, stages: int, first: float, last: float) -> tuple[int, ...]:
+    return tuple(split_layers(num_layers, stages, first=first, last=last))

@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(train.command)
 app.command()(plan.plan)
+app.command()(plan.tune)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
 for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel):

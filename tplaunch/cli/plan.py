@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from tplaunch.plan.case import Case
     from tplaunch.plan.estimate import Plan
     from tplaunch.plan.remedies import Remedy
+    from tplaunch.plan.tune import Choice, Tuning
 
 GpuOption = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU: a name of the table, or a .json file.")
 ]
+
+
+_STAND_IN = "h100-80gb"
 
 
 def plan(
@@ -70,14 +74,8 @@ def _case(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Checked
     name = checked.recipe.hardware.gpu
     hardware = find_gpu(name) if name else local_gpu()
     if hardware is None:
-        raise RecipeError(
-            Problem(
-                "no GPU to plan for",
-                why="the recipe names none, and this machine has none that is known",
-                fix="--gpu h100-80gb, or hardware: {gpu: h100-80gb} in the recipe",
-                key="hardware.gpu",
-            )
-        )
+        hardware = find_gpu(_STAND_IN)
+        typer.echo(f"no GPU is named or here: planned for {_STAND_IN}, --gpu plans for another", err=True)
     return checked, Case(checked.recipe, checked.topology, hardware)
 
 
@@ -98,9 +96,12 @@ def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None)
     from rich.console import Console
 
     from tplaunch.plan.terminal import show_plan
+    from tplaunch.plan.timeline import pipeline_timeline
 
     console = Console(highlight=False)
-    show_plan(console, result, found, rank=rank)
+    drawn = 1 < result.case.topology.pp <= 16 and result.case.microbatches * len(result.case.stages) <= 3000
+    timeline = pipeline_timeline(result.case)[0] if drawn else None
+    show_plan(console, result, found, rank=rank, timeline=timeline)
     for problem in checked.warnings:
         if not problem.key.startswith("data."):
             console.print(f"warning: {problem}", markup=False, style="yellow")
@@ -124,3 +125,75 @@ def _write_timeline(case: Case, path: Path, *, quiet: bool) -> None:
     if not quiet:
         viewer = "any browser" if path.suffix == ".svg" else "https://ui.perfetto.dev or chrome://tracing"
         typer.echo(f"wrote {path}: open it in {viewer}")
+
+
+def tune(
+    recipe: RecipeArgument,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=100_000, metavar="N", help="GPUs that there are.")],
+    set_: SetOption = None,
+    gpu: GpuOption = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE.yaml", help="Write the best as a recipe that extends this.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the fastest topologies for a recipe's model, batch and GPUs, by prediction.
+
+    Looks at every tp, pp, dp, schedule, virtual stages, micro batch, recomputation and ZeRO stage that can run.
+
+    Example: tplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml
+    """
+    from tplaunch.plan.tune import tune as search
+
+    _, case = _case(recipe, set_, gpu)
+    tuning = search(case, gpus)
+    if not tuning.choices:
+        raise RecipeError(
+            Problem(
+                f"no topology on {gpus} x {case.gpu.name} fits ({tuning.legal} can run)"
+                if tuning.legal
+                else f"no topology on {gpus} GPUs can run this model with this global batch",
+                fix="more GPUs, GPUs with more memory, or a global batch that more numbers divide",
+                key="--gpus",
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps(_tuning_json(tuning), indent=2))
+    else:
+        from rich.console import Console
+
+        from tplaunch.plan.terminal import show_tuning
+
+        show_tuning(Console(highlight=False), tuning, gpus)
+    if write is not None:
+        _write_recipe(recipe, tuning.choices[0], write)
+        if not as_json:
+            typer.echo(f"wrote {write}: tplaunch plan {write}")
+
+
+def _tuning_json(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "legal": tuning.legal,
+        "fitting": tuning.fitting,
+        "choices": [{"set": str(c.change), "reason": c.reason, **c.plan.as_dict()} for c in tuning.choices],
+        "neighbours": [{"set": str(n.change), "why": n.why} for n in tuning.neighbours],
+    }
+
+
+def _write_recipe(recipe: str, best: Choice, path: Path) -> None:
+    import os
+
+    import yaml
+
+    from tplaunch.recipe.shipped import find_recipe
+
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in best.change.values.items():
+        section, _, field = key.partition(".")
+        sections.setdefault(section, {})[field] = value.model_dump() if hasattr(value, "model_dump") else value
+    sections["hardware"] = {"gpu": best.plan.case.gpu.name}
+    extends = os.path.relpath(find_recipe(recipe), path.resolve().parent)
+    try:
+        path.write_text(yaml.safe_dump({"extends": extends, **sections}, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise TplaunchError(Problem(f"cannot write {path}", why=str(error), key="--write")) from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import prod
 
-from tplaunch.arithmetic import block_parameters, first_parameters, last_parameters, stage_layers, stage_parameters
+from tplaunch.arithmetic import Parameter, block_parameters, first_parameters, last_parameters, stage_layers
 from tplaunch.hardware import Gpu
 from tplaunch.recipe.schema import Every, Model, Precision, Recipe
 from tplaunch.topology import Topology, layer_ranges, stages_of
@@ -22,6 +23,47 @@ class Stage:
     layers: range
     first: bool
     last: bool
+
+
+_stages_of = lru_cache(maxsize=4096)(stages_of)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Weights of one rank in a block, before the blocks, after them, and in the embedding alone."""
+
+    block: int
+    first: int
+    last: int
+    embedding: int
+
+    def ends(self, stage: Stage, *, tied: bool) -> int:
+        copy = self.embedding if tied and stage.last and not stage.first else 0
+        return self.first * stage.first + (self.last + copy) * stage.last
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    whole: _Counts
+    shard: _Counts
+
+
+@lru_cache(maxsize=4096)
+def _sizes(model: Model, tp: int, shards: int) -> _Sizes:
+    def count(parameters: list[Parameter], parts: int) -> int:
+        shapes = [parameter.local_shape(tp) for parameter in parameters]
+        return sum(-(-rows // parts) * prod(rest) for rows, *rest in shapes)
+
+    def counts(parts: int) -> _Counts:
+        first = first_parameters(model)
+        return _Counts(
+            count(block_parameters(model), parts),
+            count(first, parts),
+            count(last_parameters(model), parts),
+            count(first[:1], parts),
+        )
+
+    return _Sizes(counts(1), counts(shards))
 
 
 @dataclass(frozen=True)
@@ -106,25 +148,21 @@ class Case:
 
     def stages_on(self, pp_rank: int) -> list[Stage]:
         """The stages of a pipeline rank."""
-        mine = stages_of(pp_rank, self.topology.pp, self.virtual_stages, self.schedule)
+        mine = _stages_of(pp_rank, self.topology.pp, self.virtual_stages, self.schedule)
         return [self.stages[i] for i in mine]
 
     @cached_property
+    def _sizes(self) -> _Sizes:
+        return _sizes(self.model, self.topology.tp, self.shards)
+
+    @property
     def block_weights(self) -> int:
         """Weights of one block that one rank holds when it is gathered: its tensor-parallel slice."""
-        return sum(p.local_count(self.topology.tp) for p in block_parameters(self.model))
-
-    @cached_property
-    def _end_weights(self) -> tuple[int, int, int]:
-        tp = self.topology.tp
-        first = [p.local_count(tp) for p in first_parameters(self.model)]
-        return sum(first), sum(p.local_count(tp) for p in last_parameters(self.model)), first[0]
+        return self._sizes.whole.block
 
     def end_weights(self, stage: Stage) -> int:
         """Weights of a stage outside its blocks (embedding, positions, final norm, output), its tp slice."""
-        first, last, embedding = self._end_weights
-        tied_copy = embedding if self.model.tie_embeddings and stage.last and not stage.first else 0
-        return first * stage.first + (last + tied_copy) * stage.last
+        return self._sizes.whole.ends(stage, tied=self.model.tie_embeddings)
 
     def weights(self, stage: Stage) -> int:
         """Weights of a stage, its tp slice: what data parallelism gathers and shards."""
@@ -133,16 +171,8 @@ class Case:
     def sharded_weights(self, stage: Stage) -> int:
         """Weights of a stage that one rank keeps between steps. FSDP2 splits each tensor's first dimension into
         equal parts, rounded up: the first rank's share, the largest."""
-        tp, shards = self.topology.tp, self.shards
-        total = 0
-        one_block = stage.layers[:1]
-        for parameter in stage_parameters(self.model, one_block, first=stage.first, last=stage.last):
-            rows, *rest = parameter.local_shape(tp)
-            count = -(-rows // shards)
-            for size in rest:
-                count *= size
-            total += count * (len(stage.layers) if parameter.layer is not None else 1)
-        return total
+        sizes = self._sizes.shard
+        return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
 
     def recomputed(self, stage: Stage) -> int:
         """Blocks of a stage whose inside is computed again in the backward pass."""

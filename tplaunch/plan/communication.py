@@ -68,7 +68,7 @@ def axis_group(case: Case, axis: str) -> Group:
     strides["replica"] = (topology.tp * case.shards, case.replicas)
     strides["pp"] = (topology.tp * topology.dp, topology.pp)
     stride, size = strides[axis]
-    nodes = len({rank // case.fast_domain for rank in range(0, stride * size, stride)}) if size > 1 else 1
+    nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
     return Group(size, nodes)
 
 

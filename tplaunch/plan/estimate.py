@@ -214,13 +214,30 @@ class Plan:
         }
 
 
-class StageWorks:
-    """Stages' work and activations for a case; equal stages are computed once."""
+@dataclass(frozen=True)
+class BlockWork:
+    """One microbatch through one block: computation, and tensor-parallel communication."""
 
-    def __init__(self, case: Case) -> None:
+    passes: Passes
+    traffic: BlockTraffic
+
+
+def block_work(case: Case) -> BlockWork:
+    """The work of a block, which depends on tp, the micro batch and sequence parallelism alone."""
+    passes = compute.block(case)
+    return BlockWork(passes, block_traffic(case, passes.input_backward, passes.weight_backward))
+
+
+class StageWorks:
+    """Stages' work and activations for a case; equal stages are computed once.
+
+    Args:
+        block: the work of one block, where it is known.
+    """
+
+    def __init__(self, case: Case, block: BlockWork | None = None) -> None:
         self.case = case
-        self.block = compute.block(case)
-        self.block_traffic = block_traffic(case, self.block.input_backward, self.block.weight_backward)
+        self.block = block or block_work(case)
         self._known: dict[tuple[int, int, bool, bool], tuple[StageWork, StageCost]] = {}
 
     def __call__(self, stage: Stage) -> tuple[StageWork, StageCost]:
@@ -231,17 +248,18 @@ class StageWorks:
 
     def _work(self, stage: Stage, recomputed: int) -> tuple[StageWork, StageCost]:
         case, layers = self.case, len(stage.layers)
-        passes = self.block * layers
+        block, traffic = self.block.passes, self.block.traffic
+        passes = block * layers
         if stage.first:
             passes += compute.embedding(case)
         if stage.last:
             passes += compute.head(case)
         forward, backward = end_traffic(case, stage)
         tensor_parallel = (
-            forward + layers * self.block_traffic.forward,
-            backward + layers * self.block_traffic.backward,
+            forward + layers * traffic.forward,
+            backward + layers * traffic.backward,
         )
-        again = recomputed * (self.block.forward + self.block_traffic.forward)
+        again = recomputed * (block.forward + traffic.forward)
         work = StageWork(passes, again, tensor_parallel)
         held = memory.stage_activations(case, stage)
         return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held)
@@ -271,7 +289,7 @@ def estimate(case: Case) -> Plan:
         list(works),
         step,
         [memory.rank_memory(case, rank, step) for rank in ranks],
-        traffic := [rank_traffic(case, rank, list(works), works_of.block_traffic) for rank in ranks],
+        traffic := [rank_traffic(case, rank, list(works), works_of.block.traffic) for rank in ranks],
         _breakdown(case, list(works), step, traffic),
     )
 
@@ -295,9 +313,18 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: Bl
             Traffic(axis, "activations", kind, count, per_block.size, group.link, group.size, seconds, exposed * share)
         )
     traffic += _sends(case, pp_rank, stages)
-    forward = sum(work.forward for work in mine)
-    backward = sum(work.seconds for work in mine) - forward
-    return traffic + data_parallel_traffic(case, stages, forward=forward, backward=backward)
+    return traffic + _data_parallel(case, stages, mine)
+
+
+def _data_parallel(case: Case, stages: list[Stage], works: list[StageWork]) -> list[Traffic]:
+    forward = sum(work.forward for work in works)
+    backward = sum(work.seconds for work in works) - forward
+    return data_parallel_traffic(case, stages, forward=forward, backward=backward)
+
+
+def dp_exposed(case: Case, stages: list[Stage], works: list[StageWork]) -> float:
+    """Seconds of a rank's data-parallel communication that nothing hides."""
+    return sum(item.exposed for item in _data_parallel(case, stages, works))
 
 
 def _sends(case: Case, pp_rank: int, stages: list[Stage]) -> list[Traffic]:

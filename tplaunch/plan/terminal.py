@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import GiB, Memory
 from tplaunch.plan.remedies import Remedy
 from tplaunch.plan.schedule import Timeline
+from tplaunch.plan.tune import Tuning
 from tplaunch.units import format_bytes, format_count, format_duration
 
 # One colour for each pipeline rank, in turn; and for what a pipeline rank does.
@@ -30,7 +31,7 @@ _MEMORY_COLOURS = (
 _MOST_ROWS = 16
 
 
-def columns(title: str, headings: list[str], rows: list[list[str | Text]], left: frozenset[int]) -> Text:
+def columns(title: str, headings: list[str], rows: Sequence[Sequence[str | Text]], left: frozenset[int]) -> Text:
     """A table as text: columns as wide as they need, numbers to the right. (Much quicker than rich's own.)
 
     Args:
@@ -51,11 +52,19 @@ def columns(title: str, headings: list[str], rows: list[list[str | Text]], left:
     return text
 
 
-def show_plan(console: Console, plan: Plan, remedies: list[Remedy], *, rank: int | None = None) -> None:
+def show_plan(
+    console: Console,
+    plan: Plan,
+    remedies: list[Remedy],
+    *,
+    rank: int | None = None,
+    timeline: Timeline | None = None,
+) -> None:
     """Print a whole plan.
 
     Args:
         remedies: what would make it fit, where it does not.
+        timeline: the pipeline's step, to be drawn.
         rank: also print this rank's place, groups, memory and traffic.
     """
     case = plan.case
@@ -67,8 +76,10 @@ def show_plan(console: Console, plan: Plan, remedies: list[Remedy], *, rank: int
         _traffic_table(plan, busiest),
         _time_table(plan),
         _run_line(plan),
-        rank_map(case),
     ]
+    if timeline is not None:
+        parts.append(timeline_text(timeline))
+    parts.append(rank_map(case))
     if rank is not None:
         parts.append(_rank_lines(case, rank))
     console.print(Text("\n").join(parts), soft_wrap=True)
@@ -305,6 +316,40 @@ def _ranks(ranks: list[int]) -> str:
     if len(ranks) <= 8:
         return ", ".join(map(str, ranks))
     return f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]} ({len(ranks)}, every {step})"
+
+
+def show_tuning(console: Console, tuning: Tuning, gpus: int) -> None:
+    """Print the best topologies, what each loses its time on, and why the best's neighbours are not better."""
+    rows: list[list[str | Text]] = []
+    for place, choice in enumerate(tuning.choices, 1):
+        plan, case = choice.plan, choice.plan.case
+        topology, layout = case.topology, case.recipe.topology
+        chunks = f" x{layout.virtual_stages}" if layout.virtual_stages > 1 else ""
+        schedule = f"{layout.schedule}{chunks}" if topology.pp > 1 else ""
+        rows.append(
+            [
+                str(place),
+                str(topology.tp),
+                str(topology.pp),
+                str(topology.dp),
+                str(layout.zero),
+                str(case.recipe.training.micro_batch_size),
+                _recompute(case),
+                schedule,
+                f"{plan.tokens_per_second / gpus:,.0f}",
+                f"{plan.mfu:.1%}",
+                _gib(plan.memory[plan.fullest].total),
+                choice.reason,
+            ]
+        )
+    headings = ["", "tp", "pp", "dp", "zero", "micro", "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
+    gpu = tuning.choices[0].plan.case.gpu.name
+    title = f"Best of {tuning.legal:,} topologies on {gpus} x {gpu}; {tuning.fitting:,} fit"
+    lost = [[str(neighbour.change), neighbour.why] for neighbour in tuning.neighbours]
+    parts = [columns(title, headings, rows, frozenset({6, 7, 11}))]
+    if lost:
+        parts.append(columns("One step from the best", ["change", "why not"], lost, frozenset({0, 1})))
+    console.print(Text("\n\n").join(parts), soft_wrap=True)
 
 
 def timeline_text(timeline: Timeline, width: int = 96) -> Text:

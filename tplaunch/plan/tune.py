@@ -1,0 +1,313 @@
+"""The best topologies for a model on so many GPUs: every legal one is estimated, those that fit are ranked.
+
+Two passes keep it quick. The first sums a step up by formula (`schedule_seconds`, the same as the simulation for equal
+stages) and looks at the first and the last pipeline rank only; the best of it are then planned in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tplaunch.plan import compute, memory
+from tplaunch.plan.case import Case
+from tplaunch.plan.communication import send_seconds
+from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_exposed, estimate
+from tplaunch.plan.legal import is_legal
+from tplaunch.plan.remedies import Change
+from tplaunch.plan.schedule import Step
+from tplaunch.recipe.schema import Every, Recipe
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+RECOMPUTE: tuple[Any, ...] = ("none", Every(every=2), "full")
+# Of the GPU's memory, to keep free: what fits to the last byte runs out of it on a busy day.
+HEADROOM = 0.05
+# gpipe is left out: as fast as 1f1b, it only holds more. So is selective recomputation: with FlashAttention it saves
+# next to nothing.
+SCHEDULES = ("1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev")
+VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8)
+_KEYS = (
+    "topology.tp",
+    "topology.pp",
+    "topology.dp",
+    "topology.zero",
+    "topology.schedule",
+    "topology.virtual_stages",
+    "training.micro_batch_size",
+    "training.recompute",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A topology that fits.
+
+    Args:
+        change: the keys that make it.
+        plan: its plan.
+    """
+
+    change: Change
+    plan: Plan
+
+    @property
+    def reason(self) -> str:
+        """What takes the time that is not compute, largest first."""
+        return _losses(self.plan)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A topology one step from the best, and why it is not the best.
+
+    Args:
+        change: the keys that differ from the best's.
+        why: the first thing that it loses on.
+    """
+
+    change: Change
+    why: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` found.
+
+    Args:
+        choices: the best first; empty where nothing fits.
+        neighbours: of the best.
+        legal: how many topologies can run at all.
+        fitting: how many of them fit, by the first pass.
+    """
+
+    choices: list[Choice]
+    neighbours: list[Neighbour]
+    legal: int
+    fitting: int
+
+
+def tune(case: Case, gpus: int, count: int = 10) -> Tuning:
+    """Rank the topologies of a case's model on `gpus` GPUs by predicted tokens/s.
+
+    The global batch stays as the recipe has it: it belongs to the training, not to the machine.
+
+    Args:
+        case: the recipe and the hardware; its own topology is one among the candidates.
+    """
+    blocks: dict[tuple[int, int, bool], BlockWork] = {}
+    legal = 0
+    ranked: list[tuple[float, int, Change, Case]] = []
+    for change in candidates(case, gpus):
+        candidate = change.apply(_on(case, gpus))
+        if not is_legal(candidate):
+            continue
+        legal += 1
+        key = (candidate.topology.tp, candidate.recipe.training.micro_batch_size, candidate.sequence_parallel)
+        if key not in blocks:
+            blocks[key] = block_work(candidate)
+        seconds = quick_look(candidate, blocks[key])
+        if seconds is not None:
+            ranked.append((seconds, len(ranked), change, candidate))
+    ranked.sort(key=lambda item: item[:2])
+    choices = []
+    for _, _, change, candidate in ranked[: 3 * count]:
+        plan = estimate(candidate)
+        if plan.headroom >= HEADROOM * case.gpu.memory:
+            choices.append(Choice(change, plan))
+    choices.sort(key=lambda choice: choice.plan.step_seconds)
+    choices = choices[:count]
+    neighbours = _neighbours(choices[0], case, gpus) if choices else []
+    return Tuning(choices, neighbours, legal, len(ranked))
+
+
+def _on(case: Case, gpus: int) -> Case:
+    """The case on full nodes of its GPUs."""
+    per_node = min(gpus, case.recipe.topology.gpus_per_node or min(case.gpu.node_size, 8))
+    return replace(case, topology=replace(case.topology, gpus_per_node=per_node))
+
+
+def candidates(case: Case, gpus: int) -> Iterator[Change]:
+    """Every combination worth a look; whether it is legal is for `is_legal` to say."""
+    model, training = case.model, case.recipe.training
+    batch, per_node = training.global_batch_size, _on(case, gpus).topology.ranks_per_node
+    for tp in _divisors(gpus):
+        if tp > per_node or model.num_heads % tp:
+            continue
+        for pp in _divisors(gpus // tp):
+            dp = gpus // tp // pp
+            if pp > model.num_layers or batch % dp:
+                continue
+            for micro_batch in MICRO_BATCHES:
+                if batch % (dp * micro_batch):
+                    continue
+                for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
+                    for zero in (1, 2, 3) if dp > 1 else (1,):
+                        for recompute in RECOMPUTE:
+                            values = (tp, pp, dp, zero, schedule, virtual, micro_batch, recompute)
+                            more = {
+                                "topology.sequence_parallel": tp > 1 and training.seq_len % tp == 0,
+                                "topology.stage_layers": None,
+                                "topology.dp_replicate": 1,
+                                "topology.nodes": -(-gpus // per_node),
+                                "topology.gpus_per_node": per_node,
+                            }
+                            yield Change({**dict(zip(_KEYS, values, strict=True)), **more})
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, int]]:
+    if pp == 1:
+        yield "1f1b", 1
+        return
+    for schedule in SCHEDULES:
+        if compiled and schedule not in ("1f1b", "interleaved1f1b"):
+            continue  # torch cannot split the backward pass of compiled blocks
+        if schedule == "1f1b":
+            yield schedule, 1
+        elif schedule in ("zbvzerobubble", "dualpipev"):
+            if 2 * pp <= layers:
+                yield schedule, 2
+        else:
+            yield from ((schedule, v) for v in VIRTUAL_STAGES if v * pp <= layers)
+
+
+def quick_look(case: Case, block: BlockWork) -> float | None:
+    """Seconds of a case's step by formula; None where its first or its last pipeline rank does not fit.
+
+    Args:
+        block: the work of one of its blocks.
+    """
+    works_of = StageWorks(case, block)
+    pp = case.topology.pp
+    ends = [0, pp - 1] if pp > 1 else [0]
+    held = [0.0] * pp
+    for rank in ends:
+        stages = case.stages_on(rank)
+        held[rank] = passes_in_flight(case, rank) * sum(works_of(stage)[1].held for stage in stages) / len(stages)
+        step = Step(0.0, [0.0] * pp, held, [0.0] * pp)
+        if memory.rank_memory(case, rank, step).total > (1 - HEADROOM) * case.gpu.memory:
+            return None
+    ranks = {rank: [works_of(stage)[0] for stage in case.stages_on(rank)] for rank in {*ends, pp // 2}}
+    slowest = max(ranks.values(), key=lambda works: sum(work.seconds for work in works))
+    seconds = schedule_seconds(
+        case,
+        sum(work.forward for work in slowest),
+        sum(work.input_backward for work in slowest),
+        sum(work.passes.weight_backward for work in slowest),
+    )
+    seconds += max(dp_exposed(case, case.stages_on(rank), ranks[rank]) for rank in ends)
+    kept = max(sum(case.sharded_weights(stage) for stage in case.stages_on(rank)) for rank in ends)
+    return seconds + compute.optimizer_seconds(case, kept, kept)
+
+
+def schedule_seconds(case: Case, forward: float, inputs: float, weights: float) -> float:
+    """Seconds of a pipelined step whose stages are equal (see tests/test_plan_schedule.py for the sources).
+
+    Args:
+        forward, inputs, weights: one microbatch's passes through all stages of a rank.
+    """
+    p, v, m = case.topology.pp, case.virtual_stages, case.microbatches
+    work = m * (forward + inputs + weights)
+    if p == 1:
+        return work
+    hops = 2 * (p - 1) * v * send_seconds(case, 0, 1)
+    if case.schedule == "1f1b":
+        return work + (p - 1) * (forward + inputs + weights) + hops
+    if case.schedule == "interleaved1f1b":
+        return work + (p - 1) * (forward + inputs + weights) / v + hops
+    if case.schedule == "interleavedzerobubble":
+        return work + (p - 1) * max(forward + inputs - weights, forward) / v + hops
+    return work + (p - 1) * (forward / 2 + abs(inputs - weights)) + hops
+
+
+def passes_in_flight(case: Case, rank: int) -> float:
+    """Microbatches in flight on a pipeline rank, counted once for each of its stages."""
+    p, v, m = case.topology.pp, case.virtual_stages, case.microbatches
+    if p == 1:
+        return 1
+    if case.schedule == "1f1b":
+        return min(m, p - rank)
+    if case.schedule == "interleaved1f1b":
+        return min(v * m, 2 * (p - 1 - rank) + (v - 1) * p + 1)
+    return min(v * m, v * p + (1 if case.schedule == "dualpipev" else 0))
+
+
+def _losses(plan: Plan) -> str:
+    names = {
+        "recompute": "recomputation",
+        "tensor_parallel": "tp",
+        "pipeline": "pipeline",
+        "data_parallel": "dp",
+        "optimizer": "optimizer",
+    }
+    shares = {name: getattr(plan.breakdown, key) / plan.step_seconds for key, name in names.items()}
+    told = [f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0.001]
+    return ", ".join(told) or "all compute"
+
+
+def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
+    """One knob turned one way, everything else as in the best."""
+    own, base = best.change.values, _on(case, gpus)
+    found = []
+    for differing, values in _steps(own, gpus, case.recipe):
+        candidate = Change({**own, **values}).apply(base)
+        change = Change(differing)
+        if not is_legal(candidate):
+            found.append(Neighbour(change, "cannot run: heads, layers or microbatches do not divide"))
+            continue
+        plan = estimate(candidate)
+        found.append(Neighbour(change, _why(plan, best.plan)))
+    return found
+
+
+def _steps(own: dict[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(what to say, what to change) for each knob of the best."""
+    tp, pp, dp = own["topology.tp"], own["topology.pp"], own["topology.dp"]
+    for name, size in (("tp", tp), ("pp", pp)):
+        for new in (size * 2, size // 2 if size % 2 == 0 else 0):
+            other = pp if name == "tp" else tp
+            if new and gpus % (new * other) == 0:
+                values = {f"topology.{name}": new, "topology.dp": gpus // (new * other)}
+                if name == "tp":
+                    values["topology.sequence_parallel"] = new > 1 and recipe.training.seq_len % new == 0
+                if name == "pp" and new == 1:
+                    values |= {"topology.schedule": "1f1b", "topology.virtual_stages": 1}
+                yield {f"topology.{name}": new}, values
+    for micro_batch in (own["training.micro_batch_size"] * 2, own["training.micro_batch_size"] // 2):
+        if micro_batch:
+            values = {"training.micro_batch_size": micro_batch}
+            yield values, values
+    for recompute in RECOMPUTE:
+        if recompute != own["training.recompute"]:
+            yield {"training.recompute": recompute}, {"training.recompute": recompute}
+    for zero in (1, 2, 3):
+        if zero != own["topology.zero"] and dp > 1:
+            yield {"topology.zero": zero}, {"topology.zero": zero}
+    for schedule, virtual in _schedules(pp, recipe.model.num_layers, compiled=recipe.training.compile):
+        values = {"topology.schedule": schedule, "topology.virtual_stages": virtual}
+        if any(own[key] != value for key, value in values.items()):
+            yield values, values
+
+
+def _why(plan: Plan, best: Plan) -> str:
+    used, has = plan.memory[plan.fullest].total / memory.GiB, plan.case.gpu.memory / memory.GiB
+    if used > (1 - HEADROOM) * has:
+        return f"does not fit{' with room to spare' * plan.fits}: {used:.1f} GiB of {has:.1f}"
+    slower = plan.step_seconds / best.step_seconds - 1
+    if slower < 0.0005:
+        return f"as fast, with {used:.1f} GiB"
+    names = {
+        "compute": "compute (smaller matmuls)",
+        "recompute": "recomputation",
+        "tensor_parallel": "tensor-parallel communication",
+        "pipeline": "pipeline waiting",
+        "data_parallel": "data-parallel communication",
+        "optimizer": "the optimizer",
+    }
+    more = {name: getattr(plan.breakdown, key) - getattr(best.breakdown, key) for key, name in names.items()}
+    worst = max(more, key=lambda name: more[name])
+    return f"{slower:.1%} slower: {worst} +{more[worst] / best.step_seconds:.1%} of the step"
