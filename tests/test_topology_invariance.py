@@ -1,0 +1,178 @@
+"""Any topology, the same run: curves of loss and gradient norm against those of one process.
+
+Each case trains the real trainer's steps in a small gloo world. The reference is the same recipe as 1 x 1 x 1, without
+sequence parallelism, recomputation, compilation or sharding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from world import World
+
+STEPS, BATCH, SEQ, VOCAB = 10, 16, 32, 300
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-9}
+GPT2 = {
+    "num_kv_heads": 4,
+    "norm": "layernorm",
+    "activation": "gelu",
+    "position": "learned",
+    "max_position": SEQ,
+    "qkv_bias": True,
+    "linear_bias": True,
+    "tie_embeddings": True,
+}
+QWEN3 = {"qk_norm": True, "head_dim": 32}
+QWEN2 = {"qkv_bias": True}
+TIED = {"tie_embeddings": True}
+
+
+def case(
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    *,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    **topology: Any,
+) -> dict[str, Any]:
+    """A raw recipe."""
+    if topology.get("schedule", "1f1b") not in ("gpipe", "1f1b"):
+        topology.setdefault("virtual_stages", 2)
+    return {
+        "name": "case",
+        "model": {
+            "hidden_size": 64,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 96,
+            "vocab_size": VOCAB,
+            **(model or {}),
+        },
+        "topology": {"tp": tp, "pp": pp, "dp": dp, **topology},
+        "training": {
+            "seq_len": SEQ,
+            "micro_batch_size": 2,
+            "global_batch_size": BATCH,
+            "steps": STEPS,
+            "precision": "fp32",
+            "loss_chunk": 24,
+            **(training or {}),
+        },
+        "optimizer": {"lr": 1e-3, **(optimizer or {})},
+        "lr_schedule": {"warmup_steps": 2},
+        "data": {"train": "unused"},
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "tp2": case(2),
+    "tp4-sp": case(4, sequence_parallel=True),
+    "pp2-gpipe": case(1, 2, schedule="gpipe"),
+    "pp4": case(1, 4),
+    "pp2-uneven": case(1, 2, stage_layers=[3, 1]),
+    "dp4-zero0": case(1, 1, 4, zero=0),
+    "dp4-zero1": case(1, 1, 4, zero=1),
+    "dp4-zero2": case(1, 1, 4, zero=2),
+    "dp4-zero3": case(1, 1, 4, zero=3),
+    "dp4-hsdp": case(1, 1, 4, zero=3, dp_replicate=2),
+    "tp2-pp2-dp2": case(2, 2, 2),
+    "tp2-pp2-dp2-sp-tied": case(2, 2, 2, sequence_parallel=True, model=TIED),
+    "tp2-dp2-zero3-full": case(2, 1, 2, zero=3, training={"recompute": "full"}),
+    "pp2-dp2-zero2": case(1, 2, 2, zero=2),
+    "pp2-dp2-zero3": case(1, 2, 2, zero=3),
+    "tp2-pp2-dp2-hsdp-zero0": case(2, 2, 2, zero=0, sequence_parallel=True),
+    "interleaved": case(2, 2, schedule="interleaved1f1b", sequence_parallel=True),
+    "interleaved-zero3": case(1, 2, 2, schedule="interleaved1f1b", zero=3),
+    "zero-bubble": case(1, 2, 2, schedule="interleavedzerobubble"),
+    "zero-bubble-selective": case(
+        2, 2, schedule="interleavedzerobubble", sequence_parallel=True, training={"recompute": "selective"}
+    ),
+    "zbv-tied": case(1, 2, schedule="zbvzerobubble", model=TIED),
+    "zbv-tp-full": case(2, 2, schedule="zbvzerobubble", training={"recompute": "full"}),
+    "dualpipev": case(1, 2, 2, schedule="dualpipev"),
+    "dualpipev-every-2": case(2, 2, schedule="dualpipev", training={"recompute": {"every": 2}}),
+    "kv1-tp4": case(4, model={"num_kv_heads": 1}),
+    "kv2-tp4-dp2-zero3-sp": case(4, 1, 2, zero=3, sequence_parallel=True),
+    "kv1-tp2-pp2-biased": case(2, 2, model={"num_kv_heads": 1, "qkv_bias": True}),
+    "gpt2-tp2-pp2-sp": case(2, 2, sequence_parallel=True, model=GPT2),
+    "gpt2-tp4-dp2": case(4, 1, 2, model=GPT2, zero=0),
+    "qwen3-tp4-dp2": case(4, 1, 2, model=QWEN3),
+    "qwen3-kv2-tp4-sp": case(4, sequence_parallel=True, model=QWEN3),
+    "qwen2-tp2-pp2": case(2, 2, model=QWEN2),
+    "z-loss": case(2, 1, 2, zero=2, training={"z_loss": 1e-3}),
+    "batch-ramp-up": case(1, 2, 2, training={"batch_ramp_up": {"start": 8, "increment": 4, "steps": 3}}),
+    "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
+    "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
+    "fp64-tp4-dp2-sp": case(4, 1, 2, sequence_parallel=True, training={"precision": "fp64"}),
+    "fp64-tp2-pp2-dp2-zero3": case(2, 2, 2, zero=3, training={"precision": "fp64"}),
+    "fp64-pp4-zbv-tied": case(
+        1, 4, 2, schedule="zbvzerobubble", model={**TIED, "num_layers": 8}, training={"precision": "fp64"}
+    ),
+    "fp64-gpt2-tp2-pp2": case(2, 2, model=GPT2, training={"precision": "fp64"}),
+}
+
+
+def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, on any rank."""
+    import numpy as np
+    import torch
+
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.recipe.schema import Recipe
+    from tplaunch.rundir import RunDir
+    from tplaunch.train.batch import share
+    from tplaunch.train.trainer import Trainer
+    from tplaunch.worker import topology_of
+
+    recipe = Recipe.model_validate(raw)
+    mesh = Mesh.from_recipe(recipe, topology_of(recipe), torch.device("cpu"))
+    random = np.random.default_rng(0)
+    data = random.integers(0, VOCAB, (STEPS * BATCH, SEQ + 1))
+    follow = random.random((STEPS * BATCH, SEQ)) < 0.7  # most tokens follow from the one before: there is a curve
+    data[:, 1:] = np.where(follow, (data[:, :-1] * 7 + 3) % VOCAB, data[:, 1:])
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(Path(folder))
+        run_dir.create()
+        trainer = Trainer(recipe, mesh, run_dir, SimpleNamespace(requested=False, by=None))  # type: ignore[arg-type]
+        curve = []
+        for step in range(1, STEPS + 1):
+            samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
+            result = trainer.train_step(data[samples])
+            curve.append((result.loss, result.grad_norm))
+    return curve
+
+
+def plain(raw: dict[str, Any]) -> dict[str, Any]:
+    """The reference of a case."""
+    training = {key: value for key, value in raw["training"].items() if key not in ("recompute", "compile")}
+    return {**raw, "topology": {"tp": 1, "pp": 1, "dp": 1}, "training": training}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, list[tuple[float, float]]]:
+    return {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_curve_is_that_of_one_process(
+    world: World, references: dict[str, list[tuple[float, float]]], name: str
+) -> None:
+    raw = CASES[name]
+    reference = plain(raw)
+    key = repr(reference)
+    if key not in references:
+        (references[key],) = world.run(1, train, reference)
+    topology = raw["topology"]
+    curves = world.run(topology["tp"] * topology["pp"] * topology["dp"], train, raw)
+    assert all(curve == curves[0] for curve in curves), "the ranks do not agree"
+    tolerance = TOLERANCE[raw["training"]["precision"]]
+    for step, (ours, theirs) in enumerate(zip(curves[0], references[key], strict=True), 1):
+        assert ours == pytest.approx(theirs, rel=tolerance), f"step {step}"
+    assert curves[0][-1][0] < curves[0][0][0], "nothing was learnt"

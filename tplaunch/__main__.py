@@ -1,0 +1,5 @@
+"""`python -m tplaunch` is `tplaunch`."""
+
+from tplaunch.cli.main import main
+
+main()
