@@ -79,7 +79,7 @@ class Topology:
     def groups(self, axis: str) -> list[list[int]]:
         """All groups of an axis; they cover the world once."""
         others = [a for a in reversed(AXES) if a != axis]
-        starts = (dict(zip(others, at)) for at in product(*(range(self.size(a)) for a in others)))
+        starts = (dict(zip(others, at, strict=True)) for at in product(*(range(self.size(a)) for a in others)))
         return [[self.rank(**start, **{axis: i}) for i in range(self.size(axis))] for start in starts]
 
     def node(self, rank: int) -> int:

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import tplaunch
 from tplaunch.checkpoint import store
@@ -115,7 +117,7 @@ class CheckpointManager:
             dist.barrier(self.group)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.save(tensors, storage_writer=_writer(temporary), process_group=self.group)
+                save(tensors, storage_writer=_writer(temporary), process_group=self.group)
             for path in sorted(temporary.glob(f"__{self.rank}_*.distcp")):
                 files[path.name] = store.hash_file(path)
         except Exception as caught:  # whatever it is (disk full, I/O), training goes on
@@ -205,14 +207,14 @@ class CheckpointManager:
         filled: State = dict(pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(filled, checkpoint_id=str(path), process_group=self.group)
+            load(filled, checkpoint_id=str(path), process_group=self.group)
         for name, tensor in pairs:
             if tensor is not filled[name]:
                 tensor.copy_(filled[name])
 
 
-def _writer(path: Path) -> dcp.FileSystemWriter:
-    return dcp.FileSystemWriter(str(path), single_file_per_rank=True, sync_files=True, overwrite=False)
+def _writer(path: Path) -> FileSystemWriter:
+    return FileSystemWriter(str(path), single_file_per_rank=True, sync_files=True, overwrite=False)
 
 
 def _staging() -> StagingOptions:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
 from tplaunch.model.norm import RMSNorm, make_norm
@@ -26,7 +27,8 @@ class Attention(nn.Module):
         tp = mesh.tp
         self.head_dim = model.head_dim
         self.recompute_core = recompute_core
-        kv_mesh, kv_placements = tp.mesh, (Shard(0),)  # type: tuple, tuple[Placement, ...]
+        kv_mesh: DeviceMesh = tp.mesh
+        kv_placements: tuple[Placement, ...] = (Shard(0),)
         if model.num_kv_heads < tp.size:
             kv_mesh, kv_placements = mesh.key_value(model.num_kv_heads), (Shard(0), Replicate())
         kv_features = model.num_kv_heads * model.head_dim

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -214,7 +214,7 @@ class Trainer:
         }
         self.checkpoints.save(self.progress.step, state, wait=wait)
 
-    def _batches(self) -> Iterator[np.ndarray]:
+    def _batches(self) -> Generator[np.ndarray, None, None]:
         """This rank's tokens of each step to come, read ahead; nothing where no stage needs them."""
         training = self.recipe.training
         begin, end = self.progress.step + 1, training.steps + 1
