@@ -138,6 +138,7 @@ def test_stop_and_go_on(launch: Callable[..., Launch], number: signal.Signals) -
     code, out, err = started.end()
     assert (code, err) == (Exit.STOPPED, "")
     assert "stopping after this step" in out
+    assert f"stopped; the same command goes on after step {started.run.read_events()[-1]['step']}\n" in out
     assert started.run.read_events()[-1]["event"] == "stopped"
     assert mine() == set()
 

@@ -25,6 +25,7 @@ from tplaunch.rundir import Record, RunDir
 
 if TYPE_CHECKING:
     from tplaunch.check import Checked
+    from tplaunch.launch.console import RunView
 
 POLL_S = 0.1
 SURVIVORS_S = 4.0  # that workers have to end after one has failed, and torchrun after they have
@@ -85,9 +86,9 @@ class Survivors:
             signs |= failure.workers_told_to_end(self.run_dir.torchrun_log(self.attempt).read_text(errors="replace"))
         new = signs - self.seen
         self.seen |= new
-        if new and self.deadline is None:
-            self.doomed = processes_of(self.launch_id) - {self.torchrun}
-            self.deadline = time.monotonic() + SURVIVORS_S
+        if new:
+            self.doomed |= processes_of(self.launch_id) - {self.torchrun}
+            self.deadline = self.deadline or time.monotonic() + SURVIVORS_S
         if self.deadline is not None and time.monotonic() > self.deadline:
             left = processes_of(self.launch_id)
             if self.doomed & left:
@@ -96,7 +97,7 @@ class Survivors:
             else:
                 if not self.restarts:
                     kill(left)
-                self.deadline = None
+                self.doomed, self.deadline = set(), None
 
 
 def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module: str = WORKER) -> Exit:
@@ -141,39 +142,45 @@ def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module
             start_new_session=True,  # the terminal's Ctrl-C reaches the launcher only
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
+        survivors = Survivors(run_dir, attempt, launch_id, process.pid, restarts=launch.max_restarts > 0)
         try:
-            survivors = Survivors(run_dir, attempt, launch_id, process.pid, restarts=launch.max_restarts > 0)
-            stop_by: float | None = None
-            while process.poll() is None and not stop.now:
-                view.update()
-                survivors.watch(stopping=stop_by is not None)
-                if stop.soon and stop_by is None:
-                    view.say(f"stopping after this step and a checkpoint, at most {grace_s:.0f} s; Ctrl-C ends it now")
-                    process.terminate()
-                    stop_by = time.monotonic() + grace_s + TORCHRUN_S
-                if stop_by is not None and time.monotonic() > stop_by:
-                    break
-                time.sleep(POLL_S)
+            _attend(process, view, survivors, stop, grace_s)
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             stuck = end_launch(launch_id, patience_s=0 if stop.now else LEFTOVERS_S)
-            process.wait()
             view.close()
     if stuck:
         console.print(f"processes {sorted(stuck)} do not end even by SIGKILL: the kernel or a device holds them")
 
-    events = run_dir.read_events()[before:]
-    end = how_it_ended(process.returncode, events, asked=stop.soon)
-    if end is Exit.FAILED:
-        errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        if stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
-            errors.print(f"ended before it could save; {_again(run_dir)}", soft_wrap=True)
-        else:
-            failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, _again(run_dir))
-    else:
+    end = how_it_ended(process.wait(), run_dir.read_events()[before:], asked=stop.soon)
+    if end is not Exit.FAILED:
+        if end is Exit.STOPPED:
+            console.print(f"stopped; {_again(run_dir)}", soft_wrap=True)
         print_summary(console, run_dir, time.monotonic() - began)
+        return end
+    errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    if stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
+        errors.print(f"ended before it could save; {_again(run_dir)}", soft_wrap=True)
+    else:
+        failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, _again(run_dir))
     return end
+
+
+def _attend(
+    process: subprocess.Popen[bytes], view: RunView, survivors: Survivors, stop: StopRequest, grace_s: float
+) -> None:
+    """Shows how it goes until torchrun has ended, or must be ended now."""
+    stop_by: float | None = None
+    while process.poll() is None and not stop.now:
+        view.update()
+        survivors.watch(stopping=stop_by is not None)
+        if stop_by is None and stop.soon:
+            view.say(f"stopping after this step and a checkpoint, at most {grace_s:.0f} s; Ctrl-C ends it now")
+            process.terminate()
+            stop_by = time.monotonic() + grace_s + TORCHRUN_S
+        if stop_by is not None and time.monotonic() > stop_by:
+            return
+        time.sleep(POLL_S)
 
 
 def how_it_ended(code: int, events: list[Record], *, asked: bool) -> Exit:

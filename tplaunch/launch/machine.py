@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -15,9 +16,8 @@ def count_gpus(devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs that a process started here would see; CUDA_VISIBLE_DEVICES counts, as it does for CUDA."""
     present = sum(node.name.removeprefix("nvidia").isdecimal() for node in devices.glob("nvidia[0-9]*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    if visible is None or present == 0:
         return present
-    names = visible.split(",")
-    # CUDA reads the list up to the first entry that is no device: "0,-1,1" shows one GPU, "" none.
-    named = next((i for i, name in enumerate(names) if name.strip() in ("", "-1")), len(names))
-    return min(present, named) if all(name.strip().isdecimal() for name in names[:named]) else named * bool(present)
+    # CUDA reads the list up to the first entry that names no device: "0,-1,1" shows one GPU, "" none.
+    names = (name.strip() for name in visible.split(","))
+    return len(list(takewhile(lambda name: name not in ("", "-1"), names)))
