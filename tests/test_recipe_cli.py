@@ -58,7 +58,11 @@ class TestShow:
         out = output(capsys, "show", "quickstart", "--set", "topology.tp=4")
         Path("shown.yaml").write_text(out)
         assert load_recipe("shown.yaml").recipe == load_recipe("quickstart", ["topology.tp=4"]).recipe
-        assert any(line.split() == ["tp:", "4", "#", "--set"] for line in out.splitlines())
+        lines = [line.split() for line in out.splitlines()]
+        assert ["tp:", "4", "#", "--set"] in lines
+        assert ["weight_decay:", "0.1", "#", "default"] in lines
+        steps = next(line for line in lines if line[0] == "steps:")
+        assert steps[-1].startswith(f"{shipped_recipes()['quickstart']}:")
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         shown = json.loads(output(capsys, "show", "quickstart", "--json"))
@@ -118,6 +122,13 @@ class TestNew:
     def test_writes_a_recipe_that_passes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "tplaunch recipe check 'my run.yaml'" in output(capsys, "new", "my run.yaml")
         assert "my-run: ok" in output(capsys, "check", "my run.yaml")
+
+    @pytest.mark.parametrize(
+        ("file", "name"), [("mine.yaml", "mine"), (".x", "x"), ("---", "starter"), ("é.y", "starter")]
+    )
+    def test_is_named_after_its_file(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        output(capsys, "new", "--", file)
+        assert load_recipe(file).recipe.name == name
 
     def test_overwrites_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("recipe.yaml").write_text("mine")

@@ -40,7 +40,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | scalars, inner, max_size=3),
     max_leaves=6,
 )
-fuzz = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -48,6 +48,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
         + "".join(f"{new}: &{new} [{','.join(['*' + old] * 10)}]\n" for old, new in ["ab", "bc", "cd", "de", "ef"]),
         ["not valid YAML: more than 20000 values after its aliases are expanded"],
     ),
+    "deep nesting by aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [[[[[*a{n - 1}]]]]]\n" for n in range(1, 60)),
+        ["not valid YAML: nested more than 32 levels deep"],
+    ),
     "an escape outside unicode": ('name: "\\U00110000"\n', ["not valid YAML: "]),
     "python object": (
         "name: !!python/object/apply:os.getcwd []\n",

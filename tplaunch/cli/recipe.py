@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tplaunch.errors import Exit, Problem, RecipeError, TplaunchError
 
 if TYPE_CHECKING:
     from tplaunch.check import Checked
+    from tplaunch.recipe.load import LoadedRecipe
 
 app = typer.Typer(help="List, show, check and start recipes.", no_args_is_help=True)
 
@@ -49,14 +51,14 @@ def show(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
 
     Example: tplaunch recipe show quickstart --set topology.tp=4
     """
-    from tplaunch.recipe.load import annotate_recipe, load_recipe
+    from tplaunch.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     if as_json:
         values = loaded.recipe.model_dump(mode="json", by_alias=True)
         typer.echo(json.dumps({"path": str(loaded.path), "recipe": values, "origins": loaded.origins}))
     else:
-        typer.echo(annotate_recipe(loaded), nl=False)
+        typer.echo(_annotated(loaded))
 
 
 @app.command()
@@ -110,16 +112,40 @@ def new(
 
     Example: tplaunch recipe new my-run.yaml
     """
-    from tplaunch.recipe.load import starter_recipe
-
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(starter_recipe(path.stem))
+            file.write(_starter(path.stem))
     except FileExistsError:
         raise TplaunchError(Problem("is there already", fix="name another file", where=str(path))) from None
     except (OSError, ValueError) as error:
         raise TplaunchError(Problem(f"cannot be written: {error}", where=str(path))) from None
     typer.echo(f"wrote {path}; next: tplaunch recipe check {shlex.quote(str(path))}")
+
+
+def _annotated(loaded: LoadedRecipe) -> str:
+    """The whole recipe as YAML, every value with a comment that says where it came from."""
+    from tplaunch.recipe.load import dump_recipe
+    from tplaunch.recipe.tree import parse
+
+    text = dump_recipe(loaded.recipe)
+    tree, _ = parse(text, "", "")
+    assert tree is not None, "it was just dumped"
+    origins = {}
+    for key, node in tree.walk():
+        if not isinstance(node.value, dict) and key in loaded.origins:
+            origins[int(node.key_origin.split(":")[1])] = loaded.origins[key]
+    lines = text.splitlines()
+    width = max(len(line) for line in lines if len(line) <= 60)
+    return "\n".join(f"{line:<{width}}  # {origins[n]}" if n in origins else line for n, line in enumerate(lines, 1))
+
+
+def _starter(name: str) -> str:
+    """The text of a first recipe, with comments."""
+    from tplaunch import recipe
+
+    text = (Path(recipe.__file__).parent / "starter.yaml").read_text(encoding="utf-8")
+    name = re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "starter"
+    return text.replace("name: starter\n", f"name: {name}\n")
 
 
 def _report(checked: Checked) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -47,7 +48,6 @@ SYNONYMS = {
     "clip_grad": "training.grad_clip",
     "dtype": "training.precision",
     "learning_rate": "optimizer.lr",
-    "max_restart": "launch.max_restarts",
     "save_interval": "checkpoint.every",
     "log_interval": "logging.every",
 }
@@ -55,7 +55,7 @@ SYNONYMS = {
 
 def explain(error: ValidationError, tree: Tree) -> list[Problem]:
     """One problem for each value of `tree` that `error` is about."""
-    schema = recipe_json_schema()
+    schema = _recipe_schema()
     found: dict[Path, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_tree_path(detail, tree), []).append(detail)
@@ -63,6 +63,11 @@ def explain(error: ValidationError, tree: Tree) -> list[Problem]:
     meant = [path for path in found if not any(other[: len(path)] == path and other != path for other in found)]
     problems = [_problem(path, found[path], tree, schema) for path in meant]
     return [problem for problem in problems if problem is not None]
+
+
+@cache
+def _recipe_schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
 
 
 def _problem(path: Path, details: list[ErrorDetails], tree: Tree, schema: dict[str, Any]) -> Problem | None:
@@ -132,14 +137,9 @@ def _hint(value: Any, field: dict[str, Any], schema: dict[str, Any]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def recipe_json_schema() -> dict[str, Any]:
-    """The JSON Schema of a whole recipe."""
-    return Recipe.model_json_schema()
-
-
 def editor_json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file: nothing but the items of lists must be whole, `extends` may give the rest."""
-    schema = recipe_json_schema()
+    schema = Recipe.model_json_schema()
     for section in (schema, *(schema["$defs"][name] for name in schema["$defs"] if name != "Source")):
         section.pop("required", None)
     extends = {"type": "string", "minLength": 1, "description": "a recipe that this one is merged over"}
@@ -181,8 +181,10 @@ def _words(field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _word(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    if "enum" in field or "const" in field:
-        return "one of " + ", ".join(map(str, field["enum"])) if "enum" in field else str(field["const"])
+    if "enum" in field:
+        return "one of " + ", ".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
     kind = field.get("type")
     if kind in ("integer", "number"):
         return {"integer": "a whole number", "number": "a number"}[kind] + _range(field)
@@ -208,7 +210,7 @@ def _range(field: dict[str, Any]) -> str:
     return f" {words}" if words else ""
 
 
-def all_keys(schema: dict[str, Any]) -> list[str]:
+def _all_keys(schema: dict[str, Any]) -> list[str]:
     """Every dotted key of a recipe, sections too (list items excepted)."""
 
     def below(field: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -224,7 +226,7 @@ def _nearest(path: Path, schema: dict[str, Any]) -> str:
     """What to write in place of an unknown key."""
     name, section = str(path[-1]), dotted(path[:-1])
     here = [key for member in _members(_schema_at(path[:-1], schema), schema) for key in member.get("properties", {})]
-    everywhere = all_keys(schema)
+    everywhere = _all_keys(schema)
     if name in everywhere and "." in name:
         return "nest it: write {2} inside of {0}".format(*name.rpartition("."))
     if name in SYNONYMS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,20 +54,19 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     path = find_recipe(path)
     problems: list[Problem] = []
     tree = _read(path, (), problems)
+    if tree is None:
+        raise RecipeError(*problems)
     for text in overrides:
         tree = merge(tree, _parse_override(text, problems))
-    tree, preset_known = _fill_preset(tree, problems)
-    tree = _absolute_paths(tree)
+    tree = _absolute_paths(_fill_preset(tree, problems))
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:
-        found = explain(error, tree)
-        problems += [p for p in found if preset_known or p.what != "is missing" or not p.key.startswith("model.")]
-        raise RecipeError(*sorted(problems, key=_reading_order)) from None
+        problems += explain(error, tree)
     if problems:
         raise RecipeError(*sorted(problems, key=_reading_order))
     origins = {key: node.key_origin if isinstance(node.value, dict) else node.origin for key, node in tree.walk()}
-    origins.update({key: "default" for key in leaves(recipe) if key not in origins})
+    origins.update({key: "default" for key in _leaves(recipe) if key not in origins})
     return LoadedRecipe(recipe, path, origins)
 
 
@@ -77,86 +75,75 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def annotate_recipe(loaded: LoadedRecipe) -> str:
-    """The whole recipe as YAML, every value with a comment that says where it came from."""
-    lines = dump_recipe(loaded.recipe).splitlines()
-    tree, _ = parse("\n".join(lines), "", "")
-    assert tree is not None  # it was just dumped
-    origins = {}
-    for key, node in tree.walk():
-        if not isinstance(node.value, dict) and key in loaded.origins:
-            origins[int(node.key_origin.split(":")[1])] = loaded.origins[key]
-    width = max(len(line) for line in lines if len(line) <= 60)
-    noted = (f"{line:<{width}}  # {origins[n]}" if n in origins else line for n, line in enumerate(lines, 1))
-    return "\n".join(noted) + "\n"
-
-
-def starter_recipe(name: str) -> str:
-    """The text of a first recipe, with comments."""
-    text = (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8")
-    return text.replace("name: starter\n", f"name: {re.sub('[^A-Za-z0-9._-]', '-', name).lstrip('._-') or 'starter'}\n")
-
-
 def _reading_order(problem: Problem) -> tuple[str, int, int]:
-    """File, line and column of a problem as numbers; problems without them come last in their file."""
+    """File, line and column of a problem as numbers; problems without them come first in their file."""
     file, line, column = (*problem.where.rsplit(":", 2), "", "")[:3]
     return (file, int(line), int(column)) if line.isdigit() and column.isdigit() else (problem.where, 0, 0)
 
 
-def leaves(section: BaseModel, prefix: str = "") -> Iterator[str]:
+def _leaves(section: BaseModel, prefix: str = "") -> Iterator[str]:
     """The dotted key of every value that is not itself a section."""
     for name, field in type(section).model_fields.items():
         key, value = prefix + (field.alias or name), getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from leaves(value, f"{key}.")
+            yield from _leaves(value, f"{key}.")
         else:
             yield key
 
 
-def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> Tree:
-    """One file merged over what it extends. Raises RecipeError where nothing could be read."""
-    text = _read_text(path)
-    tree, found = parse(text, str(path), str(path.absolute().parent))
-    problems += found
-    if tree is None:
-        raise RecipeError(*(problems or [Problem("the file is empty", fix=_START, where=str(path))]))
-    if not isinstance(tree.value, dict):
-        raise RecipeError(*problems, Problem("a recipe is a mapping of keys to values", fix=_START, where=tree.origin))
-    base = tree.value.pop("extends", None)
-    if base is None or base.value is BROKEN:
+def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> Tree | None:
+    """One file merged over what it extends; None where any of them holds no recipe at all."""
+    tree = _read_mapping(path, problems)
+    if tree is None or (base := tree.child("extends")) is None:
+        return tree
+    tree = replace(tree, value={key: child for key, child in tree.value.items() if key != "extends"})
+    if base.value is BROKEN:
         return tree
     if not isinstance(base.value, str) or not base.value:
         problems.append(Problem("must be the path of one recipe", where=base.origin, key="extends"))
         return tree
-    target = path.parent / base.value
-    chain = (*extending, path)
+    target, chain = path.parent / base.value, (*extending, path)
     if any(target.resolve() == other.resolve() for other in chain):
         way = " -> ".join(map(str, (*chain, target)))
         problems.append(Problem(f"extends itself: {way}", fix="remove one link", where=base.origin, key="extends"))
         return tree
-    try:
-        return merge(_read(target, chain, problems), tree)
-    except RecipeError as error:
-        raise RecipeError(*(replace(p, where=p.where or base.origin) for p in error.problems)) from None
+    beneath = _read(target, chain, problems)
+    return None if beneath is None else merge(beneath, tree)
 
 
-_START = "write a first recipe with `tplaunch recipe new`"
+def _read_mapping(path: Path, problems: list[Problem]) -> Tree | None:
+    """One file, which must hold a mapping."""
+    start = "write a first recipe with `tplaunch recipe new`"
+    text = _read_text(path, problems)
+    if text is None:
+        return None
+    tree, found = parse(text, str(path), str(path.absolute().parent))
+    problems += found
+    if tree is None and not found:
+        problems.append(Problem("the file is empty", fix=start, where=str(path)))
+    elif tree is not None and not isinstance(tree.value, dict):
+        problems.append(Problem("a recipe is a mapping of keys to values", fix=start, where=tree.origin))
+        return None
+    return tree
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, problems: list[Problem]) -> str | None:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise RecipeError(_cannot_read(path, error)) from None
+        problems.append(_cannot_read(path, error))
+        return None
     if len(raw) > MAX_BYTES:
-        raise RecipeError(Problem(f"larger than {MAX_BYTES} bytes: not a recipe", where=str(path)))
+        problems.append(Problem(f"larger than {MAX_BYTES} bytes: not a recipe", where=str(path)))
+        return None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
         what = f"byte {raw[error.start]:#04x} is not UTF-8"
-        raise RecipeError(Problem(what, fix="save the file as UTF-8", where=f"{path}:{line}:{column}")) from None
+        problems.append(Problem(what, fix="save the file as UTF-8", where=f"{path}:{line}:{column}"))
+        return None
 
 
 def _cannot_read(path: Path, error: OSError | ValueError) -> Problem:
@@ -188,19 +175,19 @@ def _parse_override(text: str, problems: list[Problem]) -> Tree:
     return tree
 
 
-def _fill_preset(tree: Tree, problems: list[Problem]) -> tuple[Tree, bool]:
-    """The tree over the fields of its `model.preset`, and whether that preset (if any) is known."""
+def _fill_preset(tree: Tree, problems: list[Problem]) -> Tree:
+    """The tree over the fields of its `model.preset`."""
     model = tree.child("model")
     preset = model.child("preset") if model is not None else None
     if preset is None or not isinstance(preset.value, str):
-        return tree, True
+        return tree
     name = preset.value
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
         problems.append(Problem(f"unknown preset {name!r}", fix=fix, where=preset.origin, key="model.preset"))
-        return tree, False
-    return merge(Tree.of({"model": PRESETS[name]}, f"preset {name}"), tree), True
+        name = next(iter(PRESETS))  # a stand-in, so that its fields are not reported as missing, too
+    return merge(Tree.of({"model": PRESETS[name]}, f"preset {name}"), tree)
 
 
 # Sections, their keys that hold paths, and how a value ends that is a path.

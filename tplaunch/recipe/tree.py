@@ -24,6 +24,7 @@ MAX_DIGITS = 40
 
 BROKEN = object()  # stands for a value that has been reported already
 _TAG = "tag:yaml.org,2002:"
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise _stop(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
+            raise _stop(_TOO_DEEP, event.start_mark)
         self.open_anchors.add(event.anchor)
         node = super().compose_node(parent, index)
         self.open_anchors.discard(event.anchor)
@@ -160,6 +161,7 @@ class _Builder:
     positions: bool
     problems: list[Problem] = field(default_factory=list)
     values: int = 0
+    depth: int = 0
 
     def place(self, mark: yaml.Mark) -> str:
         return f"{self.name}:{mark.line + 1}:{mark.column + 1}" if self.positions else self.name
@@ -169,9 +171,12 @@ class _Builder:
         return BROKEN
 
     def build(self, node: yaml.Node, key: str, key_mark: yaml.Mark | None = None) -> Tree:
-        self.values += 1
+        # Aliases are expanded here, so both bounds hold for what they stand for, too.
+        self.values, self.depth = self.values + 1, self.depth + 1
         if self.values > MAX_VALUES:
             raise _stop(f"more than {MAX_VALUES} values after its aliases are expanded", node.start_mark)
+        if self.depth > MAX_DEPTH:
+            raise _stop(_TOO_DEEP, node.start_mark)
         mark = node.start_mark
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             value: Any = self.mapping(node, key)
@@ -181,6 +186,7 @@ class _Builder:
             value = self.scalar(node, key)
         else:
             value = self.refuse_tag(node, key)
+        self.depth -= 1
         return Tree(value, self.place(mark), self.place(key_mark or mark), self.folder)
 
     def mapping(self, node: yaml.MappingNode, section: str) -> dict[str, Tree]:
