@@ -51,7 +51,9 @@ def submit(
 
     if follow and sweep:
         raise TplaunchError(Problem("--follow shows one log, a sweep has many", fix="--wait, or tplaunch logs -f RUN"))
-    submission = plan_submission(recipe, set_ or (), sweep=sweep or (), run_dir=run_dir, chain=chain > 1)
+    submission = plan_submission(
+        recipe, set_ or (), sweep=sweep or (), run_dir=run_dir, chain=chain > 1, need_data=not dry_run
+    )
     if dry_run:
         typer.echo(submission.script(), nl=False)
         return

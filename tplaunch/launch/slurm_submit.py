@@ -76,6 +76,7 @@ def plan_submission(
     sweep: Sequence[str] = (),
     run_dir: Path | None = None,
     chain: bool = False,
+    need_data: bool = True,
 ) -> Submission:
     """Checks everything that can be checked before data are prepared; changes nothing.
 
@@ -85,6 +86,7 @@ def plan_submission(
         sweep: `KEY=VALUE,VALUE,...`; several make their product.
         run_dir: default runs/NAME.
         chain: the jobs of a chain take the place of requeues.
+        need_data: refuse missing data files.
 
     Raises:
         RecipeError, TplaunchError: every problem of the recipe; of a sweep, those of its first wrong member.
@@ -98,7 +100,7 @@ def plan_submission(
         raise RecipeError(Problem("auto fills nodes, but not of unknown size", why, fix, key="topology.dp"))
     root = (run_dir or Path("runs") / name).absolute()
     if not sweep:
-        return Submission(name, root, [Member(check_recipe(loaded), RunDir(root))], loaded)
+        return Submission(name, root, [Member(check_recipe(loaded, need_data=need_data), RunDir(root))], loaded)
     if RunDir(root).recipe.exists():
         raise TplaunchError(Problem(f"{root} is a single run", fix="another place for the sweep: --run-dir DIR"))
     group = loaded.recipe.logging.wandb.group or name
@@ -108,7 +110,7 @@ def plan_submission(
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:64]
         more = [f"{key}={value}" for key, value in settings]
         more += [f"name={name[:60]}-{label}", f"logging.wandb.group={group}"]
-        checked = check_recipe(load_recipe(recipe, [*overrides, *more]))
+        checked = check_recipe(load_recipe(recipe, [*overrides, *more]), need_data=need_data)
         members.append(Member(checked, RunDir(root / label)))
     shapes = {(m.checked.topology.nodes, m.checked.topology.ranks_per_node) for m in members}
     if len(shapes) > 1:
