@@ -225,7 +225,7 @@ def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:
     assert config["world_size"] == 2 and config["parameters"] == 12345
     assert opened["project"] == "tplaunch" and opened["display_name"] == "tiny" and opened["tags"] == ["a"]
     assert {m.get("step_metric") for m in records["metric"] if m.get("glob_name")} == {"train/tokens"}
-    assert records["exit"] == [{"exit_code": 0}]
+    assert [exit["exit_code"] for exit in records["exit"]] == [0]
     assert files_holding(run.root, "hunter2hunter2") == []
 
     end(start(run, "auto", first=11))
@@ -248,7 +248,7 @@ def test_online(run: RunDir, server: Server) -> None:
 def test_an_unreachable_server_costs_nothing(run: RunDir) -> None:
     began = time.monotonic()
     waited = end(start(run, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9"))
-    assert waited < 1.0
+    assert waited < 2.0
     assert time.monotonic() - began < 60
     assert wandb_event(run)["mode"] == "offline"
     assert "127.0.0.1:9" in wandb_event(run)["problem"]
@@ -265,7 +265,7 @@ def test_a_server_that_dies_in_mid_run_costs_nothing(run: RunDir, server: Server
         time.sleep(0.1)
     server.shutdown()
     server.server_close()
-    assert end(trainer) < 1.0
+    assert end(trainer) < 2.0
     (directory,) = run.wandb.glob("run-*-*")
     assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))
 
