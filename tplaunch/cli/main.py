@@ -21,6 +21,8 @@ app = typer.Typer(
     help="Plan, launch and train tensor-parallel language models from one recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in plain text comes in half the time, and looks alike in a log
+    context_settings={"max_content_width": 120},
 )
 app.command()(train.train)
 app.command()(train.command)
@@ -32,16 +34,19 @@ for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel, doctor.doc
     app.command()(command)
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
 
 
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
 @app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
+def _root(version: VersionOption = False) -> None:
     pass
 
 
