@@ -238,30 +238,23 @@ def _data_parallel(recipe: Recipe, gpus: int | None) -> tuple[int | None, list[P
     elif fill % replica == 0:
         dp = fill // replica
     else:
+        axes, sizes = f"tp {layout.tp} x pp {layout.pp}", _choices(_divisors(fill), replica)
         if fill < replica:
-            problem = Problem(
-                f"one replica needs {replica} GPUs (tp {layout.tp} x pp {layout.pp}), there are {fill}",
-                fix=f"make tp x pp {_choices(_divisors(fill), replica)}",
-                key="topology.tp",
-            )
-        else:
-            problem = Problem(
-                f"auto cannot fill {fill} GPUs with replicas of {replica} (tp {layout.tp} x pp {layout.pp})",
-                fix=f"make tp x pp {_choices(_divisors(fill), replica)}, or state dp: {fill // replica}",
-                key="topology.dp",
-            )
-        return None, [problem]
+            what, key = f"one replica needs {replica} GPUs ({axes}), there are {fill}", "topology.tp"
+            return None, [Problem(what, fix=f"make tp x pp {sizes}", key=key)]
+        what, key = f"auto cannot fill {fill} GPUs with replicas of {replica} ({axes})", "topology.dp"
+        return None, [Problem(what, fix=f"make tp x pp {sizes}, or state dp: {fill // replica}", key=key)]
     world = replica * dp
     equation = f"{world} ranks (tp {layout.tp} x pp {layout.pp} x dp {dp})"
     if gpus is not None and world > gpus:
         fewer = f"dp: {gpus // replica}" if gpus >= replica else f"make tp x pp {_choices(_divisors(gpus), replica)}"
         problems.append(Problem(f"{equation}, but there are {gpus} GPUs", fix=fewer, key="topology.dp"))
     if stated is not None and world != stated:
-        fix = f"dp: {stated // replica}" if stated % replica == 0 else f"nodes x gpus_per_node = {world}"
+        fits = stated % replica == 0
         problems.append(
             Problem(
                 f"{equation}, but nodes {nodes} x gpus_per_node {per_node} = {stated}",
-                fix=f"{fix}, or dp: auto" if layout.dp != "auto" and stated % replica == 0 else fix,
+                fix=f"dp: {stated // replica}, or dp: auto" if fits else f"make nodes x gpus_per_node {world}",
                 key="topology.gpus_per_node",
             )
         )
