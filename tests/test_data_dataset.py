@@ -68,45 +68,41 @@ def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
         TokenDataset([source], seq_len=8, seed=1)
 
 
-class Recorder(TokenDataset):
-    """Counts what is read; step 7 cannot be."""
+class Reader:
+    """Counts the steps that are read; 7 cannot be."""
 
     def __init__(self) -> None:
         self.reads: list[int] = []
 
-    def batch(self, indices: np.ndarray) -> np.ndarray:
-        self.reads.append(int(indices[0]))
-        if indices[0] == 7:
+    def __call__(self, step: int) -> int:
+        self.reads.append(step)
+        if step == 7:
             raise OSError("input/output error")
-        return indices
+        return step
 
 
 def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
-def one(step: int) -> np.ndarray:
-    return np.array([step])
-
-
 def test_prefetch_yields_every_step_in_order() -> None:
-    assert [int(b[0]) for b in prefetch(Recorder(), 1, 6, one)] == [1, 2, 3, 4, 5]
-    assert list(prefetch(Recorder(), 3, 3, one)) == []
+    assert list(prefetch(Reader(), 1, 6)) == [1, 2, 3, 4, 5]
+    assert list(prefetch(Reader(), 3, 3)) == []
     assert not data_threads()
 
 
 def test_prefetch_reads_no_further_ahead_than_asked() -> None:
-    recorder = Recorder()
-    batches = prefetch(recorder, 10, 1000, one, ahead=3)
-    assert int(next(batches)[0]) == 10
+    reader = Reader()
+    batches = prefetch(reader, 10, 1000, ahead=3)
+    assert next(batches) == 10
     batches.close()
-    assert len(recorder.reads) <= 4
+    assert len(reader.reads) <= 4
     assert not data_threads()
 
 
 def test_an_error_comes_at_its_own_step() -> None:
-    batches = prefetch(Recorder(), 5, 20, one)
-    assert [int(next(batches)[0]) for _ in range(2)] == [5, 6]
+    batches = prefetch(Reader(), 5, 20)
+    assert [next(batches) for _ in range(2)] == [5, 6]
     with pytest.raises(OSError, match="input/output error"):
         next(batches)
     assert not data_threads()

@@ -48,6 +48,7 @@ def record(raw: dict[str, Any]) -> Counter[tuple[str, int]]:
     from tplaunch.model.build import build_stages
     from tplaunch.parallel.mesh import Mesh
     from tplaunch.recipe.schema import Recipe
+    from tplaunch.train.batch import Batch
     from tplaunch.train.pipeline import Pipeline
     from tplaunch.worker import topology_of
 
@@ -56,9 +57,10 @@ def record(raw: dict[str, Any]) -> Counter[tuple[str, int]]:
     stages = build_stages(recipe, mesh)
     pipeline = Pipeline(stages, mesh, recipe)
     tokens = torch.randint(recipe.model.vocab_size, (MICROBATCHES * BATCH, SEQ))
-    pipeline.train(tokens, tokens, 1.0)
+    batch = Batch(tokens, tokens)
+    pipeline.train(batch, 1.0)
     with Recorder() as recorder:
-        pipeline.train(tokens, tokens, 1.0)
+        pipeline.train(batch, 1.0)
     return recorder.seen
 
 

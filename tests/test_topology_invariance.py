@@ -107,6 +107,9 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-kv2-tp4-sp": case(4, sequence_parallel=True, model=QWEN3),
     "qwen2-tp2-pp2": case(2, 2, model=QWEN2),
     "z-loss": case(2, 1, 2, zero=2, training={"z_loss": 1e-3}),
+    "documents": case(2, 2, 2, sequence_parallel=True, training={"document_mask": True, "eod_mask_loss": True}),
+    "documents-gpt2-kv": case(4, 1, 2, sequence_parallel=True, model=GPT2, training={"document_mask": True}),
+    "documents-pp4-full": case(1, 4, 2, training={"document_mask": True, "recompute": "full"}),
     "batch-ramp-up": case(1, 2, 2, training={"batch_ramp_up": {"start": 8, "increment": 4, "steps": 3}}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
@@ -124,10 +127,11 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     import numpy as np
     import torch
 
+    from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.parallel.mesh import Mesh
     from tplaunch.recipe.schema import Recipe
     from tplaunch.rundir import RunDir
-    from tplaunch.train.batch import share
+    from tplaunch.train.batch import Batch, share
     from tplaunch.train.trainer import Trainer
     from tplaunch.worker import topology_of
 
@@ -137,6 +141,9 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     data = random.integers(0, VOCAB, (STEPS * BATCH, SEQ + 1))
     follow = random.random((STEPS * BATCH, SEQ)) < 0.7  # most tokens follow from the one before: there is a curve
     data[:, 1:] = np.where(follow, (data[:, :-1] * 7 + 3) % VOCAB, data[:, 1:])
+    positions = np.broadcast_to(np.arange(SEQ), (STEPS * BATCH, SEQ)).copy()
+    for row, start in enumerate(random.integers(1, SEQ, STEPS * BATCH)):
+        positions[row, start:] -= start  # a second document begins here
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
         run_dir.create()
@@ -144,7 +151,11 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
         curve = []
         for step in range(1, STEPS + 1):
             samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
-            result = trainer.train_step(data[samples])
+            tokens, labels, places = (torch.from_numpy(a[samples]) for a in (data[:, :-1], data[:, 1:], positions))
+            if recipe.training.eod_mask_loss:
+                labels = labels.masked_fill(places.roll(-1, 1) == 0, IGNORE)
+            masked = recipe.training.document_mask
+            result = trainer.train_step(Batch(tokens.contiguous(), labels.contiguous(), places if masked else None))
             curve.append((result.loss, result.grad_norm))
     return curve
 

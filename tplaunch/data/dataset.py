@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from tplaunch.data.indexed import IndexedTokens
 from tplaunch.data.order import Ints, SampleOrder
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
+
+Batch = TypeVar("Batch")
 
 
 class TokenDataset:
@@ -92,28 +95,21 @@ def samples_in(corpus: IndexedTokens, seq_len: int) -> int:
     return count
 
 
-def prefetch(
-    dataset: TokenDataset, first: int, last: int, samples_of_step: Callable[[int], Ints], ahead: int = 4
-) -> Iterator[Ints]:
+def prefetch(read: Callable[[int], Batch], first: int, last: int, ahead: int = 4) -> Iterator[Batch]:
     """Batches of steps first..last-1 in order, read by one thread up to `ahead` steps before they are asked for.
 
     Args:
-        dataset: what to read.
+        read: gives the batch of a step.
         first: the first step.
         last: the step after the last.
-        samples_of_step: this rank's sample numbers at a step.
         ahead: batches held at one time.
 
     An error of the reading thread is raised at its own step. Closing the iterator ends the thread.
     """
-
-    def read(step: int) -> Ints:
-        return dataset.batch(samples_of_step(step))
-
     pool = ThreadPoolExecutor(1, thread_name_prefix="data")
     try:
         steps = iter(range(first, last))
-        waiting: deque[Future[Ints]] = deque(pool.submit(read, step) for step in islice(steps, ahead))
+        waiting: deque[Future[Batch]] = deque(pool.submit(read, step) for step in islice(steps, ahead))
         while waiting:
             batch = waiting.popleft().result()
             waiting.extend(pool.submit(read, step) for step in islice(steps, 1))

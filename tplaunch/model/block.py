@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same; rope: [2, s, head_dim] or None."""
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+        """[s or s/tp, b, h] -> the same; rope: [2, s, 1 or b, 1, head_dim] or None; mask: bool [b, 1, s, s] or None."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.wq, self.wk, self.wv)
         )  # [s, b, local heads, head_dim]
@@ -54,16 +54,18 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if self.recompute_core and self.training:
-            core = checkpoint(_core, q, k, v, use_reentrant=False)
+            core = checkpoint(_core, q, k, v, mask, use_reentrant=False)
         else:
-            core = _core(q, k, v)
+            core = _core(q, k, v, mask)
         return self.wo(core)
 
 
-def _core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v over causal positions: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d]."""
+def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T) v, causal where no mask is given: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -96,12 +98,12 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same."""
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+        """[s or s/tp, b, h] -> the same; rope and mask as for `Attention`."""
         if self.recompute and self.training:
-            return checkpoint(self._forward, x, rope, use_reentrant=False)
-        return self._forward(x, rope)
+            return checkpoint(self._forward, x, rope, mask, use_reentrant=False)
+        return self._forward(x, rope, mask)
 
-    def _forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def _forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.mlp(self.mlp_norm(x))

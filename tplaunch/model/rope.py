@@ -38,16 +38,16 @@ def rope_table(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: fp32, or fp64 for a run in fp64.
 
     Returns:
-        [2, s, head_dim]: cos, sin, each frequency twice (rotate-half layout).
+        [2, s, 1, 1, head_dim]: cos, sin, each frequency twice (rotate-half layout).
     """
     angles = positions.to(torch.float32)[:, None] * inverse_frequencies(model).to(positions.device)
     angles = torch.cat([angles, angles], dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)[:, :, None, None, :]
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate [s, b, heads, head_dim] by a table [2, s, head_dim], in the table's precision."""
-    cos, sin = table[:, :, None, None, :].unbind(0)
+    """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, head_dim], in the table's precision."""
+    cos, sin = table.unbind(0)
     wide = x.to(table.dtype)
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)

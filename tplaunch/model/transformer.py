@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -25,10 +26,12 @@ class LearnedPosition(nn.Module):
         self.tp = tp
         self.weight = parameter((rows, hidden_size), tp.mesh, (Replicate(),))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[s or s/tp, b, h] -> the same, each position's vector added."""
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """[s or s/tp, b, h] -> the same, each position's vector added; positions: int64 [b, s], or None for 0..s-1."""
         first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
-        return x + local(self.weight)[first : first + x.shape[0], None]
+        mine = slice(first, first + x.shape[0])
+        weight = local(self.weight)
+        return x + (weight[mine, None] if positions is None else F.embedding(positions.t()[mine], weight))
 
 
 class Output(nn.Module):
@@ -98,12 +101,16 @@ class TransformerStage(nn.Module):
             wide = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
             self.rope = rope_table(self.spec, torch.arange(seq_len, device=device), wide)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0
+    ) -> Tensor:
         """Run the stage on one microbatch.
 
         Args:
             x: int64 tokens [b, s] on the first stage, else the previous stage's output [s or s/tp, b, h].
             labels: int64 [b, s], read by the last stage only.
+            positions: int64 [b, s], each token's place in its document, to keep documents of a sample apart; None
+                for one document a sample.
             loss_scale: factor of the summed loss; 1 / (tokens of the global batch) makes it that batch's mean.
 
         Returns:
@@ -112,13 +119,31 @@ class TransformerStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(x)
             if self.position is not None:
-                x = self.position(x)
+                x = self.position(x, positions)
+        rope, mask = self.rope, None
+        if positions is not None:
+            mask = document_mask(positions)
+            rope = None if rope is None else rope[:, positions.t(), 0]
         for block in self.layers.values():
-            x = block(x, self.rope)
+            x = block(x, rope, mask)
         if self.norm is None or self.output is None:
             return x
         result = self.output(self.norm(x), labels)
         return result if labels is None else result.reshape(1) * loss_scale
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Which tokens a token attends to: itself and those before it in its document.
+
+    Args:
+        positions: int64 [b, s]; 0 starts a document.
+
+    Returns:
+        bool [b, 1, s, s].
+    """
+    document = (positions == 0).cumsum(dim=1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril_()
 
 
 def _block(model: Model, training: Training, layer: int, mesh: Mesh) -> TransformerBlock:

@@ -153,6 +153,8 @@ class Training(Section):
     compile: bool = False
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
+    eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
+    document_mask: bool = Field(False, description="attention and positions restart at each document")
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")

@@ -1,7 +1,16 @@
-"""Which samples a step takes. Torch-free; a pure function of the step, so that any rank and any resume agree."""
+"""Which samples a step takes, a pure function of the step, so that any rank and any resume agree; and what a rank
+reads of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tplaunch.data.dataset import TokenDataset
+from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.recipe.schema import Recipe
 
 
@@ -34,3 +43,43 @@ def share(recipe: Recipe, step: int, dp_rank: int, dp: int) -> range:
     size = batch_size(recipe, step) // dp
     start = first_sample(recipe, step) + dp_rank * size
     return range(start, start + size)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of a global batch, on its device.
+
+    Args:
+        tokens, labels: int64 [n, s]; a label may be `IGNORE`. Empty on ranks whose stages read neither.
+        positions: int64 [n, s], each token's place in its document; None: documents are not told apart.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None = None
+
+    def split(self, size: int) -> list[Batch]:
+        """The microbatches of `size` rows."""
+        positions = self.positions.split(size) if self.positions is not None else None
+        pairs = zip(self.tokens.split(size), self.labels.split(size), strict=True)
+        return [Batch(x, y, positions[i] if positions else None) for i, (x, y) in enumerate(pairs)]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; to a GPU it is copied through pinned memory, without waiting."""
+        if device.type == "cpu":
+            return self
+        move = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in vars(self).values())
+        return Batch(*move)  # type: ignore[arg-type]
+
+
+def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
+    """Read samples and turn them into inputs and targets as the recipe asks."""
+    training, numbers = recipe.training, np.asarray(samples)
+    if not (training.eod_mask_loss or training.document_mask):
+        row = torch.from_numpy(dataset.batch(numbers))
+        return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous())
+    row, places = (torch.from_numpy(array) for array in dataset.batch_with_positions(numbers))
+    labels = row[:, 1:].contiguous()
+    if training.eod_mask_loss:
+        labels.masked_fill_(places[:, 1:] == 0, IGNORE)
+    return Batch(row[:, :-1].contiguous(), labels, places[:, :-1].contiguous() if training.document_mask else None)

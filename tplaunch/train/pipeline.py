@@ -15,6 +15,7 @@ from tplaunch.model.build import Stage
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE, begin_microbatch, units
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
+from tplaunch.train.batch import Batch
 
 
 class _Unmanaged(nn.Module):
@@ -25,8 +26,10 @@ class _Unmanaged(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
-        return self.stage(x, labels, loss_scale)
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0
+    ) -> Tensor:
+        return self.stage(x, labels, positions, loss_scale)
 
 
 class Pipeline:
@@ -44,15 +47,16 @@ class Pipeline:
         self.recipe = recipe
         knobs = recipe.topology
         self.num_stages = knobs.pp * knobs.virtual_stages
-        self.reads_data = any(s.index in (0, self.num_stages - 1) for s in stages)
+        ends = any(s.index in (0, self.num_stages - 1) for s in stages)
+        self.reads_data = ends or recipe.training.document_mask
         self.has_loss = any(s.index == self.num_stages - 1 for s in stages)
         self._schedules: dict[int, Callable[..., object]] = {}
 
-    def train(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
+    def train(self, batch: Batch, loss_scale: float) -> Tensor:
         """Forward and backward of this data-parallel rank's share of a step.
 
         Args:
-            tokens, labels: int64 [microbatches * micro batch, s]; read on the first and last stage only.
+            batch: microbatches * micro batch rows; tokens are read on the first stage, labels on the last.
             loss_scale: factor of the summed loss of each microbatch.
 
         Returns:
@@ -62,51 +66,55 @@ class Pipeline:
         for stage in self.stages:
             stage.module.train()
         if self.num_stages == 1:
-            return self._loop(tokens, labels, loss_scale)
+            return self._loop(batch, loss_scale)
         losses: list[Tensor] = []
-        schedule = self._schedule(len(tokens) // self.recipe.training.micro_batch_size)
+        schedule = self._schedule(self._microbatches(batch))
         if self.recipe.topology.zero >= 2:
             for stage in self.stages:
                 begin_microbatch(_fsdp(stage), zero=self.recipe.topology.zero, last=True)
-        schedule.step(*self._inputs(tokens), **self._targets(labels, loss_scale, losses), return_outputs=False)
+        schedule.step(*self._inputs(batch), **self._keywords(batch, loss_scale, losses), return_outputs=False)
         if self.recipe.topology.zero == 2:
             self._reshard()
         return self._sum(losses)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
+    def evaluate(self, batch: Batch, loss_scale: float) -> Tensor:
         """As `train`, forward only."""
         for stage in self.stages:
             stage.module.eval()
-        size = self.recipe.training.micro_batch_size
         losses: list[Tensor] = []
         if self.num_stages == 1:
             module = self.stages[0].module
-            losses = [module(x, y, loss_scale) for x, y in zip(tokens.split(size), labels.split(size), strict=True)]
+            parts = batch.split(self.recipe.training.micro_batch_size)
+            losses = [module(part.tokens, part.labels, part.positions, loss_scale) for part in parts]
         else:
-            schedule = self._schedule(len(tokens) // size)
-            schedule.eval(*self._inputs(tokens), **self._targets(labels, loss_scale, losses))
+            schedule = self._schedule(self._microbatches(batch))
+            schedule.eval(*self._inputs(batch), **self._keywords(batch, loss_scale, losses))
         self._reshard()
         return self._sum(losses)
 
-    def _loop(self, tokens: Tensor, labels: Tensor, loss_scale: float) -> Tensor:
-        stage, size = self.stages[0], self.recipe.training.micro_batch_size
+    def _loop(self, batch: Batch, loss_scale: float) -> Tensor:
+        stage = self.stages[0]
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        for start in range(0, len(tokens), size):
-            last = start + size == len(tokens)
-            begin_microbatch(_fsdp(stage), zero=self.recipe.topology.zero, last=last)
-            loss = stage.module(tokens[start : start + size], labels[start : start + size], loss_scale)
+        parts = batch.split(self.recipe.training.micro_batch_size)
+        for part in parts:
+            begin_microbatch(_fsdp(stage), zero=self.recipe.topology.zero, last=part is parts[-1])
+            loss = stage.module(part.tokens, part.labels, part.positions, loss_scale)
             loss.backward()
             total += loss.detach().squeeze()
         return total
 
-    def _inputs(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return (tokens,) if any(s.index == 0 for s in self.stages) else ()
+    def _microbatches(self, batch: Batch) -> int:
+        return len(batch.tokens) // self.recipe.training.micro_batch_size
 
-    def _targets(self, labels: Tensor, loss_scale: float, losses: list[Tensor]) -> dict[str, object]:
-        if not self.has_loss:
-            return {}
-        return {"target": labels, "losses": losses, "labels": labels, "loss_scale": loss_scale}
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (batch.tokens,) if any(s.index == 0 for s in self.stages) else ()
+
+    def _keywords(self, batch: Batch, loss_scale: float, losses: list[Tensor]) -> dict[str, object]:
+        found: dict[str, object] = {} if batch.positions is None else {"positions": batch.positions}
+        if self.has_loss:
+            found |= {"target": batch.labels, "losses": losses, "labels": batch.labels, "loss_scale": loss_scale}
+        return found
 
     def _sum(self, losses: list[Tensor]) -> Tensor:
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,10 +22,11 @@ from tplaunch.hardware import detect_gpu
 from tplaunch.model.build import build_stages
 from tplaunch.observe.metrics import MetricsLog
 from tplaunch.observe.wandb import WandbLog
+from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
 from tplaunch.rundir import RunDir
-from tplaunch.train.batch import batch_size, share
+from tplaunch.train.batch import Batch, batch_size, make_batch, share
 from tplaunch.train.gradients import GradientFinalizer
 from tplaunch.train.loss_scale import LossScale
 from tplaunch.train.lr import learning_rate
@@ -142,14 +142,14 @@ class Trainer:
                     self.save(wait=stopped or last)
         return self._end(stopped)
 
-    def train_step(self, batch: np.ndarray) -> StepResult:
-        """One optimizer step on this data-parallel rank's share of the global batch, int64 [n, seq_len + 1]."""
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this data-parallel rank's share of the global batch."""
         recipe, progress = self.recipe, self.progress
         step = progress.step + 1
-        tokens, labels = self._to_device(batch)
+        batch = batch.to(self.mesh.device)
         count = batch_size(recipe, step) * recipe.training.seq_len
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        loss = self.pipeline.train(tokens, labels, scale / count)
+        loss = self.pipeline.train(batch, scale / self._targets(batch, count))
         self.gradients.complete()
         result = self._agree(loss / scale, self.gradients.square_sum() / scale**2)
         if result.finite:
@@ -170,6 +170,15 @@ class Trainer:
         progress.tokens += count
         progress.flops += count * self.flops_per_token
         return result
+
+    def _targets(self, batch: Batch, count: int) -> int:
+        """Targets of the global batch that count, of `count` tokens; right where the loss is."""
+        if not self.recipe.training.eod_mask_loss:
+            return count
+        total = (batch.labels != IGNORE).sum()
+        for axis in ("dp_replicate", "dp_shard"):
+            dist.all_reduce(total, group=self.mesh.world.get_group(axis))
+        return max(1, int(total))
 
     def _agree(self, loss: Tensor, squares: Tensor) -> StepResult:
         """Sum loss, gradient norm and the wish to stop over the world, in one all-reduce, so that all decide alike."""
@@ -196,8 +205,9 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number in range(batches):
             first = number * size + self.mesh.coordinates.dp * share_size
-            batch = dataset.batch(np.arange(first, first + share_size))
-            total += self.pipeline.evaluate(*self._to_device(batch), 1.0 / (size * training.seq_len * batches))
+            batch = make_batch(self.recipe, dataset, range(first, first + share_size)).to(self.mesh.device)
+            targets = self._targets(batch, size * training.seq_len)
+            total += self.pipeline.evaluate(batch, 1.0 / (targets * batches))
         if not self.pipeline.has_loss or self.mesh.tp.rank != 0:
             total.zero_()
         dist.all_reduce(total)
@@ -214,23 +224,17 @@ class Trainer:
         }
         self.checkpoints.save(self.progress.step, state, wait=wait)
 
-    def _batches(self) -> Generator[np.ndarray, None, None]:
-        """This rank's tokens of each step to come, read ahead; nothing where no stage needs them."""
-        training = self.recipe.training
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This rank's share of each step to come, read ahead."""
+        recipe, training = self.recipe, self.recipe.training
         begin, end = self.progress.step + 1, training.steps + 1
-        if not self.pipeline.reads_data:
-            for _ in range(begin, end):
-                yield np.empty((0, training.seq_len + 1), np.int64)
-            return
-        dataset = TokenDataset(self.recipe.data.sources("train"), training.seq_len, training.seed)
         place, dp = self.mesh.coordinates.dp, self.mesh.topology.dp
-        yield from prefetch(dataset, begin, end, lambda step: np.asarray(share(self.recipe, step, place, dp)))
-
-    def _to_device(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
-        tensor = torch.from_numpy(batch)
-        if self.mesh.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.mesh.device, non_blocking=True)
-        return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+        if not self.pipeline.reads_data:
+            for step in range(begin, end):
+                yield Batch(*(torch.empty(batch_size(recipe, step) // dp, 0, dtype=torch.int64) for _ in range(2)))
+            return
+        dataset = TokenDataset(recipe.data.sources("train"), training.seq_len, training.seed)
+        yield from prefetch(lambda step: make_batch(recipe, dataset, share(recipe, step, place, dp)), begin, end)
 
     def _due(self, every: int, last: bool) -> bool:
         return every > 0 and (self.progress.step % every == 0 or last)
