@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T) v, causal where no mask is given: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d]."""
+    """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
