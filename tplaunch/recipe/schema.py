@@ -49,7 +49,7 @@ Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 class Section(BaseModel):
     """A mapping of the recipe: unknown keys are errors, numbers are never guessed from text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class RopeScaling(Section):
