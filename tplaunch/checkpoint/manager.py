@@ -156,7 +156,7 @@ class CheckpointManager:
         }
         path = store.commit(temporary, store.Manifest(step, state, about, files))
         settings = self.recipe.checkpoint
-        store.retire(self.root, keep=settings.keep, keep_every=settings.keep_every)
+        store.retire(self.root, saved=step, keep=settings.keep, keep_every=settings.keep_every)
         return path
 
     def load(self, source: str) -> tuple[int, State] | None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_ASIDE = ".old.tmp"  # a checkpoint while another takes its name
 
 
 def checkpoint_name(step: int) -> str:
@@ -101,11 +103,12 @@ def _digest(file: Any) -> Any:
     return digest
 
 
-def damage(path: Path, manifest: Manifest, names: list[str] | None = None) -> list[str]:
+def damage(path: Path, manifest: Manifest, names: Sequence[str] | None = None, *, read_files: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files: one line each, none when all match the manifest.
 
     Args:
         names: check these only; ranks share the work this way.
+        read_files: compare checksums; else only sizes, which costs nothing.
     """
     found = []
     for name in manifest.files if names is None else names:
@@ -114,7 +117,7 @@ def damage(path: Path, manifest: Manifest, names: list[str] | None = None) -> li
             size = file.stat().st_size
             if size != expected.size:
                 found.append(f"{file} has {size} bytes instead of {expected.size}")
-            elif hash_file(file).sha256 != expected.sha256:
+            elif read_files and hash_file(file) != expected:
                 found.append(f"{file} does not match its checksum")
         except OSError as error:
             found.append(f"{file} cannot be read: {error.strerror}")
@@ -150,7 +153,7 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     sync_directory(temporary)
     final = temporary.with_name(checkpoint_name(manifest.step))
     if final.exists():
-        aside = final.with_name(f"{final.name}.old.tmp")
+        aside = final.with_name(final.name + _ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
         temporary.rename(final)
@@ -161,22 +164,45 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(root: Path, *, keep: int, keep_every: int | None) -> list[Path]:
-    """Remove checkpoints older than the newest `keep`, but those whose step is a multiple of `keep_every`.
+def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list[Path]:
+    """Remove what is older than the `keep` newest checkpoints, but steps that are a multiple of `keep_every`.
+
+    Counted are those up to step `saved`, with a readable manifest: a damaged one, and a later one that this run did
+    not go on from (it may be damaged too), push out no good one.
+
+    Args:
+        saved: the step just saved; this checkpoint stays.
 
     Returns:
-        The removed directories. The newest always stays.
+        The removed directories.
     """
-    gone = []
-    for step, path in list_checkpoints(root)[:-keep]:
-        if keep_every is None or step % keep_every:
+    kept, gone = 0, []
+    for step, path in reversed(list_checkpoints(root)):
+        if step > saved:
+            continue
+        if kept >= keep and (keep_every is None or step % keep_every):
             shutil.rmtree(path)
             gone.append(path)
+        elif _is_readable(path):
+            kept += 1
     return gone
 
 
+def _is_readable(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except ValueError:
+        return False
+    return True
+
+
 def sweep(root: Path) -> None:
-    """Remove what an interrupted save left behind."""
-    if root.is_dir():
-        for path in root.glob("step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what an interrupted save left behind; a checkpoint that it was about to replace gets its name back."""
+    if not root.is_dir():
+        return
+    for aside in root.glob(f"step-*{_ASIDE}"):
+        final = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if not final.exists():
+            aside.rename(final)
+    for path in root.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
