@@ -57,8 +57,6 @@ def cluster() -> Iterator[None]:
 def empty_queue() -> Iterator[None]:
     yield
     slurm.call("scancel", "--user=root")
-    for node in ("n1", "n2", "n3", "n4"):
-        subprocess.run([DEV_CLUSTER, "start-node", node], check=True, capture_output=True)
     wait_until("the queue is empty", lambda: not slurm.call("squeue", "--noheader").strip())
 
 
@@ -227,10 +225,12 @@ def test_a_lost_node(site: Site, uninterrupted: list[tuple]) -> None:
     job = site.submit()
     site.hold_at(5)
     before = site.attempts()[0]["nodes"]
-    subprocess.run([DEV_CLUSTER, "kill-node", before[1]], check=True, capture_output=True)
-    check_joined(site, uninterrupted, job)
-    after = site.attempts()[1]["nodes"]
-    assert before[1] not in after
+    try:
+        subprocess.run([DEV_CLUSTER, "kill-node", before[1]], check=True, capture_output=True)
+        check_joined(site, uninterrupted, job)
+    finally:
+        subprocess.run([DEV_CLUSTER, "start-node", before[1]], check=True, capture_output=True)
+    assert before[1] not in site.attempts()[1]["nodes"]
     assert len(site.attempts()) == 2
 
 

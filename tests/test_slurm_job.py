@@ -324,6 +324,15 @@ def test_a_refused_requeue_says_what_to_do(desk: Desk) -> None:
     assert program.returncode == Exit.FAILED
 
 
+def test_a_done_run_is_done_also_when_slurm_is_away(desk: Desk) -> None:
+    for name in ("scontrol", "scancel"):
+        (desk.folder / "bin" / name).write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    program = desk.ranks("done")
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.DONE, errors
+    assert "Unable to contact" in errors
+
+
 def test_two_jobs_on_one_run_directory_are_refused(desk: Desk) -> None:
     with desk.run_dir.lock():
         program = desk.ranks("done")

@@ -227,7 +227,7 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
         if how_attempt_ended(events) == "failed":
             cause = failure.find_cause(run_dir, attempt)
             failure.print_cause(console, cause, checked.topology, "")
-        job = slurm.find_job(job_id)
+        job = _own_job(job_id)
         verdict = judge(
             events,
             told=signals.told,
@@ -275,6 +275,15 @@ def prepare(argv: Sequence[str]) -> Exit:
     return Exit.DONE
 
 
+def _own_job(job_id: str) -> slurm.Job | None:
+    """What Slurm knows of this job; None where its controller is away just now."""
+    try:
+        return slurm.find_job(job_id)
+    except TplaunchError as error:
+        say(str(error))
+        return None
+
+
 def _may_requeue(run_dir: RunDir) -> bool:
     from tplaunch.recipe.load import load_recipe
 
@@ -298,7 +307,10 @@ def _cancel_rest(run_dir: RunDir, job_id: str) -> None:
     """Cancels the jobs of this run's chain that come after this one."""
     jobs = submitted_jobs(run_dir.read_events())
     if job_id in jobs:
-        slurm.cancel(jobs[jobs.index(job_id) + 1 :])
+        try:
+            slurm.cancel(jobs[jobs.index(job_id) + 1 :])
+        except TplaunchError as error:  # they will see for themselves that the run is done
+            say(str(error))
 
 
 def submitted_jobs(events: Sequence[Record]) -> list[str]:
