@@ -138,6 +138,12 @@ REFUSED = [
         "compile: false",
     ),
     (
+        ["topology.pp=2", "topology.schedule=dualpipev", "topology.virtual_stages=2", "topology.zero=2"],
+        "topology.zero",
+        "dualpipev cannot shard gradients or parameters within a step (zero: 2)",
+        "zero: 1",
+    ),
+    (
         ["topology.pp=4", "training.global_batch_size=3"],
         "training.global_batch_size",
         "= 3 microbatches; 1f1b on pp = 4 wants at least pp = 4",

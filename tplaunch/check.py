@@ -205,6 +205,13 @@ def _pipeline(recipe: Recipe) -> Iterator[Problem]:
             fix="compile: false, or schedule: interleaved1f1b",
             key="training.compile",
         )
+    if pp > 1 and schedule in SPLIT_BACKWARD and layout.zero >= 2:
+        yield Problem(
+            f"{schedule} cannot shard gradients or parameters within a step (zero: {layout.zero})",
+            why="it splits the backward pass in two, and FSDP2 reduces gradients in an undivided one",
+            fix="zero: 1, or schedule: interleaved1f1b",
+            key="topology.zero",
+        )
     stages = pp * virtual
     if layers < stages:
         yield Problem(
