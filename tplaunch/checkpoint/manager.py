@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,24 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import tplaunch
+from tplaunch.arithmetic import parameter_count
 from tplaunch.checkpoint import store
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.model.build import Stage
+from tplaunch.observe.wandb import run_id
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.rundir import RunDir
 from tplaunch.train.optimizer import ShardedOptimizer
+from tplaunch.units import format_bytes
 
 State = dict[str, Any]
+
+_SHAPE = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size"),
+    *("make_vocab_size_divisible_by", "norm", "activation", "position", "max_position", "qkv_bias", "linear_bias"),
+    *("qk_norm", "tie_embeddings"),
+)
 
 
 class CheckpointManager:
@@ -59,9 +69,12 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._stager = DefaultStager(_staging())
         self.saved_step: int | None = None
-        self.save_s: float | None = None
+        self._timings: dict[str, float] = {}
+        self._wandb_id = None
         if self.rank == 0:
             store.sweep(self.root)
+            if recipe.logging.wandb.mode != "disabled":
+                self._wandb_id = run_id(run_dir)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Everything that DCP stores, with its global name; the tensors are the live ones.
@@ -75,16 +88,13 @@ class CheckpointManager:
         found += [(f"optimizer.{name}", tensor) for name, tensor in self.optimizer.state()]
         return found
 
-    def save(self, step: int, state: State, *, wait: bool = False) -> float:
+    def save(self, step: int, state: State, *, wait: bool = False) -> None:
         """Save; returns at once when the recipe says async.
 
         Args:
             step: updates done.
             state: JSON values to keep in the manifest.
             wait: return only when the checkpoint is complete or has failed.
-
-        Returns:
-            Seconds that training stood still.
         """
         started = time.perf_counter()
         self.finish()
@@ -96,7 +106,13 @@ class CheckpointManager:
         self._thread.start()
         if not background:
             self.finish()
-        return time.perf_counter() - started
+        self._timings["checkpoint/stall_s"] = time.perf_counter() - started
+
+    def take_timings(self) -> dict[str, float]:
+        """What saving has cost since the last call: `checkpoint/stall_s`, the seconds that training stood still, and
+        `checkpoint/save_s`, those until the checkpoint was complete (on rank 0)."""
+        taken, self._timings = self._timings, {}
+        return taken
 
     def finish(self) -> None:
         """Wait for the save under way, if any."""
@@ -111,10 +127,7 @@ class CheckpointManager:
         error: str | None = None
         files: dict[str, store.FileEntry] = {}
         try:
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            dist.barrier(self.group)
+            self._prepare(temporary)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 save(tensors, storage_writer=_writer(temporary), process_group=self.group)
@@ -137,11 +150,37 @@ class CheckpointManager:
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.run_dir.append_event("checkpoint_failed", step=step, why=errors[0])
             else:
-                seconds = round(time.perf_counter() - started, 3)
-                self.save_s = seconds
-                self.run_dir.append_event("checkpoint", step=step, path=str(path), seconds=seconds)
+                seconds = time.perf_counter() - started
+                self._timings["checkpoint/save_s"] = seconds
+                self.run_dir.append_event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
         if not errors:
             self.saved_step = step
+
+    def _prepare(self, temporary: Path) -> None:
+        """Make the directory, when there is room for the checkpoint.
+
+        Raises:
+            OSError: it cannot be made, or there is no room; on every rank alike.
+        """
+        why: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                needed, free = self.estimate_bytes(), shutil.disk_usage(temporary).free
+                if free < needed:
+                    why[0] = f"{format_bytes(needed)} needed, {format_bytes(free)} free in {self.root}"
+            except OSError as error:
+                why[0] = str(error)
+        dist.broadcast_object_list(why, group=self.group)
+        if why[0] is not None:
+            raise OSError(why[0])
+
+    def estimate_bytes(self) -> int:
+        """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
+        _, parameter = self.tensors()[0]
+        copies = 1 + len(self.optimizer.slots)
+        return parameter_count(self.recipe.model, padded=True) * copies * parameter.element_size()
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         files[".metadata"] = store.hash_file(temporary / ".metadata")
@@ -149,7 +188,9 @@ class CheckpointManager:
             "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest(),
             "topology": self.recipe.topology.model_dump(mode="json"),
             "model": self.recipe.model.model_dump(mode="json"),
-            "world_size": dist.get_world_size(),
+            "parameters": parameter_count(self.recipe.model),
+            "optimizer_state": list(self.optimizer.slots),
+            "wandb_id": self._wandb_id,
             "tplaunch": tplaunch.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -158,6 +199,26 @@ class CheckpointManager:
         settings = self.recipe.checkpoint
         store.retire(self.root, saved=step, keep=settings.keep, keep_every=settings.keep_every)
         return path
+
+    def _check_fits(self, path: Path, about: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose tensors are not those of this recipe.
+
+        Raises:
+            TplaunchError: names every value that differs.
+        """
+        theirs, ours = about["model"], self.recipe.model.model_dump(mode="json")
+        problems = [
+            Problem(f"{path} has {name}={theirs[name]}, the recipe {ours[name]}", key=f"model.{name}")
+            for name in _SHAPE
+            if theirs[name] != ours[name]
+        ]
+        missing = set(self.optimizer.slots) - set(about["optimizer_state"])
+        if missing:
+            problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
+        if problems:
+            why = "a checkpoint can be resumed on any topology, but only with its own model and optimizer"
+            fix = "train in a new --run-dir, or change the recipe back"
+            raise TplaunchError(*problems[:-1], replace(problems[-1], why=why, fix=fix))
 
     def load(self, source: str) -> tuple[int, State] | None:
         """Read a checkpoint into the live model and optimizer.
@@ -169,7 +230,7 @@ class CheckpointManager:
             (step, state), or None when there is nothing to load.
 
         Raises:
-            TplaunchError: the named checkpoint is damaged, or every one of this run is.
+            TplaunchError: the named checkpoint is damaged, or every one of this run is; or it is of another model.
         """
         if source == "none":
             return None
@@ -179,6 +240,7 @@ class CheckpointManager:
         for path in candidates:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
+                self._check_fits(path, manifest.about)
                 self._read(path)
                 return manifest.step, manifest.state
             found += problems

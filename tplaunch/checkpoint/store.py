@@ -132,6 +132,11 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is meant as a checkpoint, by its name or its manifest; a damaged one too."""
+    return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
+
+
 def sync_directory(path: Path) -> None:
     """Make a directory's entries outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

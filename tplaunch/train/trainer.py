@@ -263,6 +263,7 @@ class Trainer:
             "tflops_per_gpu": flops / 1e12,
             "memory_peak_gib": float(memory) / GIB,
             "flops_total": progress.flops,
+            **self.checkpoints.take_timings(),
         }
         if self.gpu is not None:
             record["mfu"] = flops / self.gpu.peak[recipe.training.precision]

@@ -1,0 +1,121 @@
+"""`tplaunch checkpoint`: which checkpoints there are, what is in one, whether it is whole. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tplaunch.checkpoint import store
+from tplaunch.cli.options import JsonOption
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.rundir import RunDir
+from tplaunch.units import format_bytes, format_count
+
+app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
+
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A run directory, or one checkpoint (.../step-00000500).")
+]
+
+
+@app.command("list")
+def list_(path: PathArgument, as_json: JsonOption = False) -> None:
+    """List checkpoints, and whether each has all its files. `verify` reads them, too.
+
+    Example: tplaunch checkpoint list runs/quickstart
+    """
+    rows = [_row(checkpoint) for checkpoint in _find(path)]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        when = datetime.fromtimestamp(row["time"]).isoformat(" ", "seconds")
+        typer.echo(f"{row['path']}  {format_bytes(row['bytes']):>10}  {when}  {'; '.join(row['damage']) or 'complete'}")
+
+
+@app.command()
+def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
+    """Print what a checkpoint says of itself: progress, topology, versions, files. Of a run: its newest.
+
+    Example: tplaunch checkpoint inspect runs/quickstart
+    """
+    checkpoint = _find(path)[-1]
+    try:
+        manifest = store.read_manifest(checkpoint)
+    except ValueError as error:
+        raise TplaunchError(_damaged(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
+    size = sum(file.size for file in manifest.files.values())
+    if as_json:
+        files = {name: vars(file) for name, file in manifest.files.items()}
+        report = {"path": str(checkpoint), "step": manifest.step, "bytes": size}
+        typer.echo(json.dumps({**report, "state": manifest.state, "about": manifest.about, "files": files}))
+        return
+    about = manifest.about
+    facts = {
+        "path": checkpoint,
+        "step": f"{manifest.step:,}",
+        "tokens": format_count(manifest.state["progress"]["tokens"]),
+        "parameters": format_count(about["parameters"]),
+        "size": f"{format_bytes(size)} in {len(manifest.files)} files",
+        **{name: _words(about[name]) for name in ("model", "topology")},
+        "optimizer_state": ", ".join(about["optimizer_state"]),
+        **{name: about[name] for name in ("recipe_sha256", "wandb_id", "tplaunch", "torch", "python")},
+    }
+    for name, value in facts.items():
+        typer.echo(f"{name.replace('_', ' '):>15}  {value}")
+
+
+@app.command()
+def verify(path: PathArgument, as_json: JsonOption = False) -> None:
+    """Read every file and compare it with its checksum; exit 1 when something is damaged.
+
+    Example: tplaunch checkpoint verify runs/quickstart
+    """
+    reports = []
+    for checkpoint in _find(path):
+        damage = _damage(checkpoint, read_files=True)
+        reports.append({"path": str(checkpoint), "damage": damage})
+        if not as_json:
+            typer.echo("\n".join(damage) if damage else f"{checkpoint}: whole")
+    if as_json:
+        typer.echo(json.dumps(reports))
+    if any(report["damage"] for report in reports):
+        raise typer.Exit(int(Exit.FAILED))
+
+
+def _find(path: Path) -> list[Path]:
+    """The checkpoints that a path means, oldest first; at least one."""
+    if store.is_checkpoint(path):
+        return [path]
+    found = [checkpoint for _, checkpoint in store.list_checkpoints(RunDir(path).checkpoints)]
+    if not found:
+        raise TplaunchError(Problem(f"no checkpoint in {path}", fix="name a run directory, or one checkpoint in it"))
+    return found
+
+
+def _row(checkpoint: Path) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint),
+        "bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
+        "time": checkpoint.stat().st_mtime,
+        "damage": _damage(checkpoint, read_files=False),
+    }
+
+
+def _damage(checkpoint: Path, *, read_files: bool) -> list[str]:
+    try:
+        return store.damage(checkpoint, store.read_manifest(checkpoint), read_files=read_files)
+    except ValueError as error:
+        return [f"{checkpoint}: {error}"]
+
+
+def _damaged(text: str) -> Problem:
+    return Problem(text, fix="training goes on from the next older one by itself")
+
+
+def _words(values: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
