@@ -15,7 +15,9 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 import tplaunch
 from tplaunch.arithmetic import parameter_count
@@ -36,6 +41,7 @@ from tplaunch.observe.wandb import run_id
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.rundir import RunDir
+from tplaunch.train.faults import FaultInjector
 from tplaunch.train.optimizer import ShardedOptimizer
 from tplaunch.units import format_bytes
 
@@ -56,13 +62,22 @@ class CheckpointManager:
         recipe: the recipe.
         stages: this rank's stages.
         optimizer: this rank's optimizer.
+        faults: may make a save fail.
     """
 
-    def __init__(self, run_dir: RunDir, recipe: Recipe, stages: list[Stage], optimizer: ShardedOptimizer) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        recipe: Recipe,
+        stages: list[Stage],
+        optimizer: ShardedOptimizer,
+        faults: FaultInjector,
+    ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
         self.stages = stages
         self.optimizer = optimizer
+        self.faults = faults
         self.rank = dist.get_rank()
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.root = run_dir.checkpoints
@@ -130,7 +145,8 @@ class CheckpointManager:
             self._prepare(temporary)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                save(tensors, storage_writer=_writer(temporary), process_group=self.group)
+                writer = _Writer(temporary, partial(self.faults.in_save, step))
+                save(tensors, storage_writer=writer, process_group=self.group)
             for path in sorted(temporary.glob(f"__{self.rank}_*.distcp")):
                 files[path.name] = store.hash_file(path)
         except Exception as caught:  # whatever it is (disk full, I/O), training goes on
@@ -275,8 +291,21 @@ class CheckpointManager:
                 tensor.copy_(filled[name])
 
 
-def _writer(path: Path) -> FileSystemWriter:
-    return FileSystemWriter(str(path), single_file_per_rank=True, sync_files=True, overwrite=False)
+class _Writer(FileSystemWriter):
+    """DCP's writer of files.
+
+    Args:
+        written: called when this rank's files are written; what it raises fails the save, like an error in writing.
+    """
+
+    def __init__(self, path: Path, written: Callable[[], None]) -> None:
+        super().__init__(str(path), single_file_per_rank=True, sync_files=True, overwrite=False)
+        self._written = written
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = super().write_data(plan, planner)
+        self._written()
+        return results
 
 
 def _staging() -> StagingOptions:

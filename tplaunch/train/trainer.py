@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import resource
 import sys
@@ -20,13 +21,15 @@ from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.data.dataset import TokenDataset, prefetch
 from tplaunch.hardware import detect_gpu
 from tplaunch.model.build import build_stages
+from tplaunch.observe.heartbeat import Heartbeat
 from tplaunch.observe.metrics import MetricsLog
 from tplaunch.observe.wandb import WandbLog
 from tplaunch.parallel.cross_entropy import IGNORE
-from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.mesh import Mesh, set_timeout
 from tplaunch.recipe.schema import Recipe
 from tplaunch.rundir import RunDir
 from tplaunch.train.batch import Batch, batch_size, make_batch, share
+from tplaunch.train.faults import FaultInjector
 from tplaunch.train.gradients import GradientFinalizer
 from tplaunch.train.loss_scale import LossScale
 from tplaunch.train.lr import learning_rate
@@ -35,6 +38,7 @@ from tplaunch.train.pipeline import Pipeline
 from tplaunch.train.stop import StopRequest
 
 GIB = 2**30
+FAILED_WANDB_S = 3.0  # for W&B to note that the run has failed
 
 
 @dataclass
@@ -44,12 +48,14 @@ class Progress:
     Args:
         step: steps done.
         updates: steps whose update was made; the others had a non-finite loss or gradient.
+        nonfinite: such others in a row, up to now.
         tokens: trained on.
         flops: model FLOPs spent.
     """
 
     step: int = 0
     updates: int = 0
+    nonfinite: int = 0
     tokens: int = 0
     flops: float = 0.0
 
@@ -72,13 +78,15 @@ class Trainer:
         mesh: the device mesh.
         run_dir: the run's directory.
         stop: set when the process is asked to stop.
+        beat: told which part of which step this rank is in.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, run_dir: RunDir, stop: StopRequest) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, run_dir: RunDir, stop: StopRequest, beat: Heartbeat) -> None:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = run_dir
         self.stop = stop
+        self.beat = beat
         self.rank = dist.get_rank()
         self.main = self.rank == 0
         self.stages = build_stages(recipe, mesh)
@@ -91,13 +99,15 @@ class Trainer:
             num_stages=self.pipeline.num_stages,
             tied=recipe.model.tie_embeddings,
         )
-        self.checkpoints = CheckpointManager(run_dir, recipe, self.stages, self.optimizer)
+        self.faults = FaultInjector.from_environment(self.rank, mesh.topology.world_size, run_dir, mesh.device)
+        self.checkpoints = CheckpointManager(run_dir, recipe, self.stages, self.optimizer, self.faults)
         self.loss_scale = LossScale.for_precision(recipe.training.precision)
         self.progress = Progress()
         self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.seq_len)
         self.gpu = detect_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
         self.metrics = MetricsLog(run_dir)
         self.wandb: WandbLog | None = None
+        self._timeout_s = 0.0
 
     def resume(self, source: str) -> None:
         """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path."""
@@ -118,20 +128,27 @@ class Trainer:
 
         Returns:
             Whether that was reached; False when stopped on request, with a complete checkpoint.
+
+        Raises:
+            FloatingPointError: `training.nonfinite.stop_after` steps in a row were not finite.
         """
         recipe = self.recipe
         if self.main:
             self.wandb = WandbLog(recipe, self.run_dir, self._facts())
         stopped = False
+        self._limit(recipe.launch.first_step_timeout)
         with closing(self._batches()) as batches:
             window = _Window()
             while self.progress.step < recipe.training.steps and not stopped:
                 window.start()
+                self.beat(self.progress.step + 1, "data")
                 batch = next(batches)
                 window.got_data()
                 result = self.train_step(batch)
                 window.end()
                 step = self.progress.step
+                self._limit(recipe.launch.timeout)
+                self._answer_nonfinite(result)
                 last = step == recipe.training.steps
                 validation = self.validate() if self._due(recipe.training.eval_every, last) else None
                 if validation is not None or step % recipe.logging.every == 0 or last or step == 1:
@@ -149,9 +166,13 @@ class Trainer:
         batch = batch.to(self.mesh.device)
         count = batch_size(recipe, step) * recipe.training.seq_len
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        loss = self.pipeline.train(batch, scale / self._targets(batch, count))
+        poison = self.faults.at_step(step)
+        self.beat(step, "forward and backward")
+        loss = self.pipeline.train(batch, poison * scale / self._targets(batch, count))
+        self.beat(step, "gradients")
         self.gradients.complete()
         result = self._agree(loss / scale, self.gradients.square_sum() / scale**2)
+        self.beat(step, "update")
         if result.finite:
             factor = 1.0 / scale
             clip = recipe.training.grad_clip
@@ -160,9 +181,11 @@ class Trainer:
             if factor != 1.0:
                 self.gradients.scale(factor)
             self.optimizer.step(learning_rate(recipe, step))
-            progress.updates += 1
-        elif self.main:
-            self.run_dir.append_event("skipped", step=step, loss=result.loss, grad_norm=result.grad_norm)
+            progress.updates, progress.nonfinite = progress.updates + 1, 0
+        else:
+            progress.nonfinite += 1
+            if self.main:
+                self.run_dir.append_event("skipped", step=step, loss=result.loss, grad_norm=result.grad_norm)
         if self.loss_scale is not None:
             self.loss_scale.update(result.finite)
         self.optimizer.zero_grad()
@@ -170,6 +193,38 @@ class Trainer:
         progress.tokens += count
         progress.flops += count * self.flops_per_token
         return result
+
+    def _answer_nonfinite(self, result: StepResult) -> None:
+        """Stop or roll back after too many steps in a row without an update; all ranks alike."""
+        count, step, policy = self.progress.nonfinite, self.progress.step, self.recipe.training.nonfinite
+        if count >= policy.stop_after:
+            text = f"loss or gradient not finite in {count} steps in a row (training.nonfinite.stop_after), to {step}"
+            if self.main:
+                self.run_dir.append_event("fault", kind="nonfinite", step=step, steps=count)
+            raise FloatingPointError(text)
+        if count and policy.rollback_after is not None and count % policy.rollback_after == 0:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Bring back the last checkpoint's weights and optimizer. The data go on, past what the run stumbled over
+        (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5.1)."""
+        self.checkpoints.finish()
+        loaded = self.checkpoints.load("auto")
+        if loaded is None:
+            return
+        saved, state = loaded
+        self.progress.updates = state["progress"]["updates"]
+        self.optimizer.set_updates(self.progress.updates)
+        if self.main:
+            self.run_dir.append_event("rollback", step=self.progress.step, checkpoint=saved)
+
+    def _limit(self, timeout_s: float) -> None:
+        """Let each collective take so long, and print every thread's stack shortly before a wait in the step that
+        begins now runs out. The saving thread's group keeps its time: a slow disk is no hung rank."""
+        if timeout_s != self._timeout_s:
+            self._timeout_s = timeout_s
+            set_timeout(timeout_s, without=[self.checkpoints.group])
+        faulthandler.dump_traceback_later(0.9 * timeout_s)
 
     def _targets(self, batch: Batch, count: int) -> int:
         """Targets of the global batch that count, of `count` tokens; right where the loss is."""
@@ -197,6 +252,7 @@ class Trainer:
         sources = self.recipe.data.sources("validation")
         if not sources:
             return None
+        self.beat(self.progress.step, "validation")
         training, dp = self.recipe.training, self.mesh.topology.dp
         dataset = TokenDataset(sources, training.seq_len, training.seed, shuffle=False)
         size = training.global_batch_size
@@ -218,6 +274,7 @@ class Trainer:
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the state after the last step."""
+        self.beat(self.progress.step, "checkpoint")
         state = {
             "progress": asdict(self.progress),
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
@@ -241,6 +298,7 @@ class Trainer:
 
     def _log(self, result: StepResult, window: _Window, validation: float | None) -> None:
         """Write a metrics record on rank 0; memory is that of the fullest rank."""
+        self.beat(self.progress.step, "metrics")
         memory = torch.tensor(_peak_memory(self.mesh.device), dtype=torch.float64, device=self.mesh.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         if not self.main:
@@ -287,8 +345,14 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.mesh.device) if self.mesh.device.type == "cuda" else "cpu",
         }
 
+    def fail(self) -> None:
+        """Say that the run has failed, to those who watch it."""
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=1, timeout_s=FAILED_WANDB_S)
+
     def _end(self, stopped: bool) -> bool:
         self.checkpoints.finish()
+        faulthandler.cancel_dump_traceback_later()
         if self.main:
             if self.wandb is not None:
                 self.wandb.finish()
