@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from tplaunch.launch.failure import Cause, find_cause, print_cause
+from tplaunch.observe.heartbeat import Heartbeat
 from tplaunch.rundir import RunDir
 from tplaunch.topology import Topology
 
@@ -41,6 +43,7 @@ class Attempt:
         message = message or f"of rank {rank}"
         traceback = f"Traceback (most recent call last):\n  File x, line 1\n    fails()\n{kind}: {message}\n"
         account = {"rank": rank, "tp": rank, "pp": 0, "dp": 0, "host": "node1", "time": time}
+        account |= {"step": 7, "doing": "gradients", "collective": "gloo:all_reduce of [[3]]"}
         account |= {"type": kind, "message": message, "traceback": traceback}
         self.run.rank_error(self.number, rank).write_text(json.dumps(account))
 
@@ -64,7 +67,8 @@ def test_the_earliest_exception(attempt: Attempt) -> None:
     attempt.raised(1, time=10.0, kind="ValueError", message="two\nlines")
     cause = attempt.cause()
     assert (cause.rank, cause.host, cause.what) == (1, "node1", "ValueError: two\nlines")
-    assert cause.detail == "Traceback (most recent call last):\n  File x, line 1\n    fails()"
+    where = "in step 7, gradients, last collective gloo:all_reduce of [[3]]"
+    assert cause.detail == f"Traceback (most recent call last):\n  File x, line 1\n    fails()\n{where}"
     assert cause.log == attempt.run.rank_log(1, 1)
 
 
@@ -99,6 +103,32 @@ def test_an_abort_that_is_the_cause(attempt: Attempt) -> None:
     attempt.raised(1, time=10.0)
     cause = attempt.cause()
     assert (cause.rank, cause.what) == (0, "killed by SIGABRT")
+
+
+def test_the_rank_that_others_waited_for_in_vain(attempt: Attempt) -> None:
+    attempt.ended(0, 1)
+    attempt.raised(0, time=10.0, message="[x.cc:78] Timed out waiting 9000ms for recv operation to complete")
+    for rank, doing in enumerate(["gradients", "forward and backward", "data", "forward and backward"]):
+        if rank:
+            attempt.ended(rank, -15, told=True)
+        Heartbeat(attempt.run.beat(1, rank), rank)(7, doing)
+    attempt.printed(2, "its last words")
+    cause = attempt.cause()
+    assert cause.rank == 2 and cause.detail == "its last words"
+    assert re.match(r"did not arrive: last seen at \d\d:\d\d:\d\d in step 7, data; rank 0 waited", cause.what)
+    assert "step 7, gradients, last collective gloo:all_reduce of [[3]]: [x.cc:78] Timed out" in cause.what
+
+
+def test_where_nccls_watchdog_gave_up_too(attempt: Attempt) -> None:
+    attempt.ended(1, -6)
+    attempt.printed(1, "start\n[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)\nend")
+    for rank in range(3):
+        if rank != 1:
+            attempt.ended(rank, -9, told=True)
+        Heartbeat(attempt.run.beat(1, rank), rank)(4, "data")
+    cause = attempt.cause()
+    assert cause.rank == 0 and "(nor did rank 2)" in cause.what
+    assert cause.what.endswith("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)")
 
 
 def test_an_exit_without_an_exception(attempt: Attempt) -> None:

@@ -127,6 +127,7 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     import numpy as np
     import torch
 
+    from tplaunch.observe.heartbeat import Heartbeat
     from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.parallel.mesh import Mesh
     from tplaunch.recipe.schema import Recipe
@@ -147,7 +148,8 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
         run_dir.create()
-        trainer = Trainer(recipe, mesh, run_dir, SimpleNamespace(requested=False, by=None))  # type: ignore[arg-type]
+        stop = SimpleNamespace(requested=False, by=None)
+        trainer = Trainer(recipe, mesh, run_dir, stop, Heartbeat(run_dir.root / "beat", 0))  # type: ignore[arg-type]
         curve = []
         for step in range(1, STEPS + 1):
             samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))

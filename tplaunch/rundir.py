@@ -117,6 +117,10 @@ class RunDir:
         """The exception that ended a rank: {rank, tp, pp, dp, host, time, type, message, traceback}."""
         return self.attempt_dir(attempt) / f"rank-{rank}.error.json"
 
+    def beat(self, attempt: int, rank: int) -> Path:
+        """Where a rank is: step, time and part of the step (`observe.heartbeat`)."""
+        return self.attempt_dir(attempt) / f"rank-{rank}.beat"
+
     def torchrun_log(self, attempt: int) -> Path:
         """What torchrun itself printed."""
         return self.attempt_dir(attempt) / "torchrun.log"

@@ -13,13 +13,17 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tplaunch.launch.orphans import die_with_parent
+from tplaunch.observe.heartbeat import Beat, Heartbeat
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import RunDir
+from tplaunch.rundir import Record, RunDir
 from tplaunch.topology import Topology
+
+if TYPE_CHECKING:
+    from tplaunch.train.trainer import Trainer
 
 
 def main(run_dir: RunDir) -> None:
@@ -27,13 +31,19 @@ def main(run_dir: RunDir) -> None:
     die_with_parent()
     attempt, rank = int(os.environ["TPLAUNCH_ATTEMPT"]), int(os.environ["RANK"])
     _redirect(run_dir.rank_log(attempt, rank))
+    run_dir.rank_error(attempt, rank).unlink(missing_ok=True)  # of the workers that torchrun starts again
+    beat = Heartbeat(run_dir.beat(attempt, rank), rank)
     recipe = load_recipe(run_dir.recipe).recipe
     topology = topology_of(recipe)
+    trainer: Trainer | None = None
     try:
-        _train(recipe, topology, run_dir)
+        trainer = _set_up(recipe, topology, run_dir, beat)
+        _train(trainer, run_dir, attempt)
     except BaseException as error:
         traceback.print_exc()
-        _report(error, topology, rank, run_dir.rank_error(attempt, rank))
+        _report(error, topology, beat.last, run_dir.rank_error(attempt, rank))
+        if trainer is not None:
+            trainer.fail()
         _exit(1)
     _exit(0)
 
@@ -45,7 +55,7 @@ def topology_of(recipe: Recipe) -> Topology:
     return Topology(tp=knobs.tp, dp=knobs.dp, pp=knobs.pp, gpus_per_node=knobs.gpus_per_node or 0)
 
 
-def _train(recipe: Recipe, topology: Topology, run_dir: RunDir) -> None:
+def _set_up(recipe: Recipe, topology: Topology, run_dir: RunDir, beat: Heartbeat) -> Trainer:
     # Here, not above: a rank whose torch is broken reports that like any other error.
     import torch.distributed as dist
 
@@ -62,13 +72,36 @@ def _train(recipe: Recipe, topology: Topology, run_dir: RunDir) -> None:
     problems = check_placement(topology, views)
     if problems:
         raise RuntimeError("\n".join(str(problem) for problem in problems))
-    trainer = Trainer(recipe, Mesh.from_recipe(recipe, topology, device), run_dir, stop)
-    if dist.get_rank() == 0:
-        run_dir.append_event("start", attempt=int(os.environ["TPLAUNCH_ATTEMPT"]), world_size=topology.world_size)
-    trainer.resume(os.environ.get("TPLAUNCH_RESUME", "auto"))
+    return Trainer(recipe, Mesh.from_recipe(recipe, topology, device), run_dir, stop, beat)
+
+
+def _train(trainer: Trainer, run_dir: RunDir, attempt: int) -> None:
+    import torch.distributed as dist
+
+    source = resume_source(run_dir.read_events(), attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
+    dist.barrier()  # all have read the events that rank 0 now adds to
+    if trainer.main:
+        run_dir.append_event("start", attempt=attempt, world_size=trainer.mesh.topology.world_size)
+    trainer.resume(source)
     trainer.run()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def resume_source(events: list[Record], attempt: int, asked: str) -> str:
+    """What to resume from: as asked at an attempt's first start; where torchrun starts the workers again after they
+    have saved, the newest checkpoint.
+
+    Args:
+        events: of the run, up to this start.
+        asked: auto, none, or a checkpoint's path.
+    """
+    started = False
+    for event in events:
+        started = started or (event["event"] == "start" and event["attempt"] == attempt)
+        if started and event["event"] == "checkpoint":
+            return "auto"
+    return asked
 
 
 def _redirect(log: Path) -> None:
@@ -80,15 +113,18 @@ def _redirect(log: Path) -> None:
     os.close(descriptor)
 
 
-def _report(error: BaseException, topology: Topology, rank: int, path: Path) -> None:
-    place = topology.coordinates(rank)
+def _report(error: BaseException, topology: Topology, beat: Beat, path: Path) -> None:
+    place = topology.coordinates(beat.rank)
     account = {
-        "rank": rank,
+        "rank": beat.rank,
         "tp": place.tp,
         "pp": place.pp,
         "dp": place.dp,
         "host": socket.gethostname(),
         "time": time.time(),
+        "step": beat.step,
+        "doing": beat.doing,
+        "collective": _last_collective(),
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
@@ -96,6 +132,16 @@ def _report(error: BaseException, topology: Topology, rank: int, path: Path) -> 
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(account))
     temporary.replace(path)
+
+
+def _last_collective() -> str:
+    """The collective that this process began last, such as "gloo:all_reduce of [[64, 32]]", from torch's flight
+    recorder; "" before the first, and where torch keeps no such record."""
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    if c10d is None or not hasattr(c10d, "_dump_fr_trace_json"):  # not a public function
+        return ""
+    entries = json.loads(c10d._dump_fr_trace_json()).get("entries")
+    return f"{entries[-1]['profiling_name']} of {entries[-1]['input_sizes']}" if entries else ""
 
 
 def _exit(code: int) -> NoReturn:

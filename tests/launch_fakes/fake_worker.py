@@ -56,6 +56,7 @@ def main(run: RunDir) -> None:
     except Exception as error:
         traceback.print_exc()
         account = {"rank": rank, "tp": rank, "pp": 0, "dp": 0, "host": socket.gethostname(), "time": time.time()}
+        account |= {"step": step, "doing": "gradients", "collective": ""}
         account |= {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
         run.rank_error(attempt, rank).write_text(json.dumps(account))
         os._exit(1)

@@ -6,9 +6,11 @@ import json
 import re
 import signal
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tplaunch.observe.heartbeat import Beat, read_beats
 from tplaunch.rundir import RunDir
 from tplaunch.topology import Topology
 
@@ -22,6 +24,8 @@ LOG_LINES = 14
 _TOLD_TO_END = re.compile(r"Sending process (\d+) closing signal")
 _OWN_LINE = re.compile(r"^[WE]\d{4} ", re.MULTILINE)
 _ENDED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)")
+# What gloo raises, and what NCCL's watchdog logs before it aborts the process, when a peer does not come.
+_WAITED = re.compile(r".*(Timed out waiting|collective operation timeout).*")
 
 _ADVICE = {
     "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
@@ -85,7 +89,7 @@ def find_cause(run_dir: RunDir, attempt: int) -> Cause:
 
     A rank that was killed outright comes first: its peers raise only because it is gone. Then the earliest
     exception; the abort of a communication library, which follows others' failures too, only where no
-    rank that ended by itself has raised.
+    rank that ended by itself has raised. Where ranks waited in vain for another, that one is the cause.
     """
     torchrun_log = run_dir.torchrun_log(attempt)
     ended = [end for end in ends(_read(torchrun_log)) if not end.told]
@@ -93,11 +97,46 @@ def find_cause(run_dir: RunDir, attempt: int) -> Cause:
     killed = [end for end in ended if end.code < 0 and -end.code not in (signal.SIGTERM, signal.SIGABRT)]
     if killed:
         return _killed(killed[0], run_dir, attempt)
+    waited = _waited_in_vain(run_dir, attempt, raised, ended)
+    if waited and (late := _behind(run_dir, attempt, waited)):
+        return _hung(late, waited, run_dir, attempt)
     if raised and (not ended or {end.rank for end in ended} & {error["rank"] for error in raised}):
         return _raised(raised[0], run_dir, attempt)
     if ended:
         return _killed(ended[0], run_dir, attempt)
     return Cause(None, "", "torchrun failed before a rank did", _tail(_read(torchrun_log)), torchrun_log)
+
+
+def _waited_in_vain(run_dir: RunDir, attempt: int, raised: list[dict[str, Any]], ended: list[Ended]) -> dict[int, str]:
+    """The ranks whose wait for others ran out, with what they say of it."""
+    found = {error["rank"]: f"{_where(error)}: {error['message']}" for error in raised}
+    for end in ended:
+        if end.code == -signal.SIGABRT:
+            found[end.rank] = _read(run_dir.rank_log(attempt, end.rank))
+    said = {rank: _WAITED.search(text) for rank, text in found.items()}
+    return {rank: match[0] for rank, match in said.items() if match}
+
+
+def _behind(run_dir: RunDir, attempt: int, waited: dict[int, str]) -> list[Beat]:
+    """Of the ranks that did not wait in vain, those that were furthest behind."""
+    others = [beat for beat in read_beats(run_dir.attempt_dir(attempt)) if beat.rank not in waited]
+    last = min((beat.place for beat in others), default=None)
+    return [beat for beat in others if beat.place == last]
+
+
+def _hung(late: list[Beat], waited: dict[int, str], run_dir: RunDir, attempt: int) -> Cause:
+    first, (peer, text) = late[0], next(iter(waited.items()))
+    also = f" (nor did rank {', '.join(str(beat.rank) for beat in late[1:])})" if len(late) > 1 else ""
+    when = datetime.fromtimestamp(first.time).strftime("%H:%M:%S")
+    what = f"did not arrive{also}: last seen at {when} in {first}; rank {peer} waited for it in {text}"
+    log = run_dir.rank_log(attempt, first.rank)
+    return Cause(first.rank, "", what, _tail(_read(log)), log)
+
+
+def _where(error: dict[str, Any]) -> str:
+    """Where in the run an exception was raised, from the rank's account."""
+    beat = Beat(error["rank"], error["step"], error["time"], error["doing"])
+    return f"{beat}, last collective {error['collective']}" if error["collective"] else str(beat)
 
 
 def _killed(end: Ended, run_dir: RunDir, attempt: int) -> Cause:
@@ -116,7 +155,7 @@ def _killed(end: Ended, run_dir: RunDir, attempt: int) -> Cause:
 def _raised(error: dict[str, Any], run_dir: RunDir, attempt: int) -> Cause:
     traceback = error["traceback"].rstrip().splitlines()
     message = f"{error['type']}: {error['message']}"
-    detail = "\n".join(traceback[-TRACEBACK_LINES:]).removesuffix(message).rstrip()
+    detail = "\n".join(traceback[-TRACEBACK_LINES:]).removesuffix(message).rstrip() + f"\nin {_where(error)}"
     log = run_dir.rank_log(attempt, error["rank"])
     return Cause(error["rank"], error["host"], message, detail, log, _ADVICE.get(error["type"], ""))
 

@@ -75,6 +75,7 @@ def torchrun_environment(
         "OMP_NUM_THREADS": str(max(1, count_cores() // ranks_per_node)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
         "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the Python stack in the rank's log
+        "TORCH_FR_BUFFER_SIZE": "2000",  # torch remembers as many collectives, to be told after a hang
         **({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {}),
     }
     ours = {"TPLAUNCH_ATTEMPT": str(attempt), "TPLAUNCH_RESUME": resume}

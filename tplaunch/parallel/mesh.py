@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tplaunch.topology import Coordinates, Topology
@@ -114,3 +116,18 @@ def init_process_group(device: torch.device, timeout_s: float) -> None:
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
         backend = "cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def set_timeout(timeout_s: float, *, without: Collection[dist.ProcessGroup] = ()) -> None:
+    """Let collectives that begin from now on take so long, in every group of this process.
+
+    Groups that are made without a timeout, such as a mesh's, do not take over the world's: gloo waits 30 minutes,
+    NCCL 10. There is no public way to change that later, nor to list the groups; what is used here is the same in
+    torch 2.11 to 2.13. gloo's send and recv keep the timeout that their group was made with.
+
+    Args:
+        without: groups that keep theirs.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        if group not in without:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -139,6 +139,15 @@ class BatchRampUp(Section):
     steps: Small = Field(description="steps at each size")
 
 
+class NonFinite(Section):
+    """What to do when the loss or a gradient is not finite. Such a step's update is always skipped."""
+
+    stop_after: Small = Field(25, description="such steps in a row that end the run with an error")
+    rollback_after: Small | None = Field(
+        None, description="such steps in a row that bring back the last checkpoint's state; the data go on"
+    )
+
+
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
@@ -155,6 +164,7 @@ class Training(Section):
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
     document_mask: bool = Field(False, description="attention and positions restart at each document")
+    nonfinite: NonFinite = NonFinite()
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
