@@ -75,6 +75,9 @@ def torchrun_environment(
         "OMP_NUM_THREADS": str(max(1, count_cores() // ranks_per_node)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
         "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the Python stack in the rank's log
+        # Else the workers that torchrun starts again read in its store the addresses of those that are gone
+        # (pytorch issue 135712; 2.13 still does).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_FR_BUFFER_SIZE": "2000",  # torch remembers as many collectives, to be told after a hang
         **({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {}),
     }
