@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tplaunch import __version__
-from tplaunch.cli import checkpoint, data, doctor, plan, recipe, slurm, train
+from tplaunch.cli import checkpoint, data, doctor, plan, recipe, slurm, train, wandb
 from tplaunch.errors import Exit, TplaunchError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(plan.tune)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(wandb.app, name="wandb")
 for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel, doctor.doctor):
     app.command()(command)
 

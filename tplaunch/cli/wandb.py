@@ -1,0 +1,56 @@
+"""`tplaunch wandb sync`: send what runs have kept while there was no server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.rundir import RunDir
+
+app = typer.Typer(help="Send offline Weights & Biases runs.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    pass  # keeps `sync` a word of its own: typer would drop the only command's name
+
+
+@app.command()
+def sync(
+    run_dir: Annotated[Path | None, typer.Argument(help="A run directory; default: all in runs/.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+) -> None:
+    """Send the offline W&B runs that have not been sent yet, oldest first. Stops at the first that fails.
+
+    Example: tplaunch wandb sync runs/quickstart
+    """
+    places = [run_dir] if run_dir is not None else sorted(Path("runs").glob("*"))
+    waiting = waiting_runs(places)
+    if not waiting:
+        typer.echo(f"nothing to send in {run_dir or 'runs/'}")
+        return
+    program = shutil.which("wandb")
+    if program is None:
+        raise TplaunchError(Problem("there is no `wandb` command on PATH", fix="pip install wandb"))
+    for path in waiting:
+        typer.echo(path)
+        done = subprocess.run([program, "sync", *(["--dry-run"] if dry_run else []), str(path)])
+        # The marker, too: a later part of a resumed run that goes first would shut out this one's rows.
+        if done.returncode or not (dry_run or _is_sent(path)):
+            fix = "see what wandb said above (a key: `wandb login`), then run this again"
+            raise TplaunchError(Problem(f"{path} was not sent", fix=fix), code=Exit.FAILED)
+
+
+def waiting_runs(run_dirs: list[Path]) -> list[Path]:
+    """Offline W&B runs in run directories that have not been sent, oldest first: `offline-run-<time>-<id>`."""
+    found = [path for place in run_dirs for path in RunDir(place).wandb.glob("offline-run-*")]
+    return sorted((path for path in found if not _is_sent(path)), key=lambda path: path.name)
+
+
+def _is_sent(path: Path) -> bool:
+    return any(path.glob("*.wandb.synced"))
