@@ -369,6 +369,15 @@ def test_a_bad_node_is_left_out_of_the_next_attempt(desk: Desk) -> None:
     assert desk.run_dir.read_events()[-1]["nodes"] == ["n2"]
 
 
+def test_a_bad_node_is_left_out_of_the_rest_of_a_chain(desk: Desk) -> None:
+    text = desk.run_dir.recipe.read_text()
+    assert "requeue: true" in text
+    desk.run_dir.recipe.write_text(text.replace("requeue: true", "requeue: false"))
+    program = desk.start("nodes", stdin=report("n2", "bad"))
+    assert program.wait(60) == Exit.FAILED
+    assert desk.calls() == [f"scontrol update JobId={job} ExcNodeList=n9,n2" for job in (8, 9)]
+
+
 def test_a_complaint_of_every_node_is_not_the_nodes_fault(desk: Desk) -> None:
     program = desk.start("nodes", stdin="\n".join(report(f"n{k}", "no space") for k in range(1, 5)))
     _, errors = program.communicate(timeout=60)

@@ -163,18 +163,16 @@ def ask_to_stop(job_id: str) -> None:
     call("scancel", "--quiet", "--batch", "--signal=TERM", job_id)
 
 
-def requeue(job_id: str, *, exclude: Sequence[str] = ()) -> None:
-    """Sends a running job back to the queue under the same number.
-
-    Args:
-        exclude: nodes that it shall not get again, besides those already excluded.
-    """
+def requeue(job_id: str) -> None:
+    """Sends a running job back to the queue under the same number."""
     call("scontrol", "requeue", job_id)
-    if exclude:
-        # Only a waiting job's list can be changed, and since the line above this one waits.
-        job = find_job(job_id)
-        old = [job.excluded] if job and job.excluded else []
-        call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*old, *exclude])}")
+
+
+def exclude_nodes(job_id: str, nodes: Sequence[str]) -> None:
+    """Keeps a waiting job from nodes, besides those that it is kept from already."""
+    job = find_job(job_id)
+    old = [job.excluded] if job and job.excluded else []
+    call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*old, *nodes])}")
 
 
 def node_names(nodes: str) -> list[str]:

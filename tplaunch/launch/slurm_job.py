@@ -30,11 +30,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.launch import slurm
 from tplaunch.rundir import Record, RunDir
+
+if TYPE_CHECKING:
+    from tplaunch.launch.console import RunView
 
 GIVE_UP = 3  # attempts in a row that end without a new checkpoint
 GAVE_UP = f"{GIVE_UP} attempts in a row have ended without a new checkpoint: giving up"
@@ -161,10 +164,12 @@ def nodes(run_dir: RunDir, reports: Sequence[str]) -> Exit:
     if count_failures(run_dir.read_events()) >= GIVE_UP:
         say(GAVE_UP)
         return Exit.FAILED
-    if not _may_requeue(run_dir):
-        say("launch.slurm.requeue is off: submit again with these nodes in launch.slurm.exclude")
-        return Exit.FAILED
-    return Exit.STOPPED if _requeue(job_id, exclude=sorted(bad)) else Exit.FAILED
+    if _may_requeue(run_dir):
+        return Exit.STOPPED if _requeue(job_id, exclude=sorted(bad)) else Exit.FAILED
+    for later in _rest_of_chain(run_dir, job_id):
+        slurm.exclude_nodes(later, sorted(bad))
+    say("launch.slurm.requeue is off: a later job of the chain, or a new one with launch.slurm.exclude, can go on")
+    return Exit.FAILED
 
 
 class Signals:
@@ -193,15 +198,15 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
     from tplaunch.check import check_recipe
     from tplaunch.launch import failure
     from tplaunch.launch.console import RunView
+    from tplaunch.launch.prepare import steps_done
     from tplaunch.recipe.load import load_recipe
 
     signals = Signals()
     job_id = own_job_id()
     checked = check_recipe(load_recipe(run_dir.recipe), need_data=False)
     with run_dir.lock():
-        done = [event["step"] for event in run_dir.read_events() if event["event"] == "done"]
-        if done and done[-1] >= checked.recipe.training.steps:
-            say(f"step {done[-1]} is done already")
+        if steps_done(run_dir) >= checked.recipe.training.steps:
+            say(f"step {steps_done(run_dir)} is done already")
             _cancel_rest(run_dir, job_id)
             return Exit.DONE
         attempt = run_dir.next_attempt()
@@ -211,18 +216,8 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
         console = Console(highlight=False, markup=False, emoji=False, force_terminal=False)
         with run_dir.torchrun_log(attempt).open("wb") as log:
             environment = {**os.environ, "TPLAUNCH_ATTEMPT": str(attempt)}
-            step = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            view = RunView(checked, run_dir, console)
-            repeat_at = 0.0
-            while step.poll() is None:
-                if signals.told and time.monotonic() >= repeat_at:
-                    if repeat_at == 0.0:
-                        say(f"told to stop ({signals.told}): the ranks finish their step and save")
-                    step.send_signal(signal.SIGUSR1)  # srun hands it to every rank
-                    repeat_at = time.monotonic() + REPEAT_S
-                view.update()
-                time.sleep(POLL_S)
-            view.close()
+            srun = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            _attend(srun, signals, RunView(checked, run_dir, console))
         events = run_dir.read_events()
         if how_attempt_ended(events) == "failed":
             cause = failure.find_cause(run_dir, attempt)
@@ -243,6 +238,20 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
     if verdict.requeue:
         _requeue(job_id)
     return verdict.code
+
+
+def _attend(srun: subprocess.Popen[bytes], signals: Signals, view: RunView) -> None:
+    """Shows how the run goes, and hands on what the job is told, until srun ends."""
+    repeat_at = 0.0
+    while srun.poll() is None:
+        if signals.told and time.monotonic() >= repeat_at:
+            if repeat_at == 0.0:
+                say(f"told to stop ({signals.told}): the ranks finish their step and save")
+            srun.send_signal(signal.SIGUSR1)  # srun hands it to every rank
+            repeat_at = time.monotonic() + REPEAT_S
+        view.update()
+        time.sleep(POLL_S)
+    view.close()
 
 
 def prepare(argv: Sequence[str]) -> Exit:
@@ -295,7 +304,9 @@ def _requeue(job_id: str, *, exclude: Sequence[str] = ()) -> bool:
     # Slurm's TERM comes at once, to the commands started here too; they inherit that it is ignored.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        slurm.requeue(job_id, exclude=exclude)
+        slurm.requeue(job_id)
+        if exclude:
+            slurm.exclude_nodes(job_id, exclude)
     except TplaunchError as error:
         say(f"{error}\n  fix: submit again; on clusters without requeue: tplaunch submit --chain N")
         return False
@@ -304,13 +315,16 @@ def _requeue(job_id: str, *, exclude: Sequence[str] = ()) -> bool:
 
 
 def _cancel_rest(run_dir: RunDir, job_id: str) -> None:
-    """Cancels the jobs of this run's chain that come after this one."""
+    try:
+        slurm.cancel(_rest_of_chain(run_dir, job_id))
+    except TplaunchError as error:  # they will see for themselves that the run is done
+        say(str(error))
+
+
+def _rest_of_chain(run_dir: RunDir, job_id: str) -> list[str]:
+    """The jobs of this run's chain that come after this one."""
     jobs = submitted_jobs(run_dir.read_events())
-    if job_id in jobs:
-        try:
-            slurm.cancel(jobs[jobs.index(job_id) + 1 :])
-        except TplaunchError as error:  # they will see for themselves that the run is done
-            say(str(error))
+    return jobs[jobs.index(job_id) + 1 :] if job_id in jobs else []
 
 
 def submitted_jobs(events: Sequence[Record]) -> list[str]:
