@@ -1,0 +1,47 @@
+"""A trainer without data files, for cases of the `world` pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def trainer(raw: dict[str, Any], root: str) -> Any:
+    """The trainer of this rank, for a raw recipe, in a run directory."""
+    import torch
+    import torch.distributed as dist
+
+    from tplaunch.observe.heartbeat import Heartbeat
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.recipe.schema import Recipe
+    from tplaunch.rundir import RunDir
+    from tplaunch.train.trainer import Trainer
+    from tplaunch.worker import topology_of
+
+    recipe = Recipe.model_validate(raw)
+    mesh = Mesh.from_recipe(recipe, topology_of(recipe), torch.device("cpu"))
+    run_dir = RunDir(Path(root))
+    run_dir.create()
+    stop = SimpleNamespace(requested=False, by=None)
+    beat = Heartbeat(run_dir.root / f"beat-{dist.get_rank()}", dist.get_rank())
+    return Trainer(recipe, mesh, run_dir, stop, beat)  # type: ignore[arg-type]
+
+
+def train(made: Any, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of that many more steps, on random tokens that depend on the step only."""
+    import numpy as np
+    import torch
+
+    from tplaunch.train.batch import Batch, share
+
+    recipe, mesh, curve = made.recipe, made.mesh, []
+    for _ in range(steps):
+        step = made.progress.step + 1
+        samples = share(recipe, step, mesh.coordinates.dp, mesh.topology.dp)
+        length = recipe.training.seq_len + 1
+        rows = [np.random.default_rng(sample).integers(0, recipe.model.vocab_size, length) for sample in samples]
+        tokens = torch.from_numpy(np.stack(rows))
+        result = made.train_step(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+        curve.append((result.loss, result.grad_norm))
+    return curve
