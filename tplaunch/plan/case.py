@@ -174,12 +174,14 @@ class Case:
         sizes = self._sizes.shard
         return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
 
-    def recomputed(self, stage: Stage) -> int:
-        """Blocks of a stage whose inside is computed again in the backward pass."""
+    def recomputes(self, layer: int) -> bool:
+        """Whether a block's inside is computed again in the backward pass."""
         recompute = self.recipe.training.recompute
-        if isinstance(recompute, Every):
-            return sum(layer % recompute.every == 0 for layer in stage.layers)
-        return len(stage.layers) if recompute == "full" else 0
+        return layer % recompute.every == 0 if isinstance(recompute, Every) else recompute == "full"
+
+    def recomputed(self, stage: Stage) -> int:
+        """How many blocks of a stage are computed again in the backward pass."""
+        return sum(self.recomputes(layer) for layer in stage.layers)
 
     @property
     def attention_recomputed(self) -> bool:

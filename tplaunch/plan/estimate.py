@@ -261,8 +261,8 @@ class StageWorks:
         )
         again = recomputed * (block.forward + traffic.forward)
         work = StageWork(passes, again, tensor_parallel)
-        held = memory.stage_activations(case, stage)
-        return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held)
+        held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
+        return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held, waiting)
 
 
 def estimate(case: Case) -> Plan:

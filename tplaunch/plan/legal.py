@@ -30,6 +30,6 @@ def is_legal(case: Case) -> bool:
     if layout.schedule in ("interleaved1f1b", "interleavedzerobubble") and layout.virtual_stages == 1:
         return False
     split_backward = layout.schedule in ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
-    if split_backward and training.compile:
+    if split_backward and (training.compile or layout.zero >= 2):
         return False
     return not misfit(layout.schedule, pp, layout.virtual_stages, case.microbatches)

@@ -8,7 +8,6 @@ al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; `t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import ceil
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
@@ -105,11 +104,21 @@ def embedding_activations(case: Case) -> float:
     return case.tokens * (8 if case.topology.tp == 1 else 9)
 
 
+def document_mask(case: Case) -> float:
+    """Bytes of a microbatch's attention mask (a byte for each pair of positions) and of its own rotary table, where
+    documents are kept apart."""
+    if not case.recipe.training.document_mask:
+        return 0.0
+    assert case.model.head_dim is not None
+    rope = 2 * case.model.head_dim * max(4, case.compute_bytes) if case.model.position == "rope" else 0
+    return case.tokens * (case.recipe.training.seq_len + rope)
+
+
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
     hidden = hidden_bytes(case)
     recomputed = case.recomputed(stage)
-    total = recomputed * hidden + (len(stage.layers) - recomputed) * block_activations(case)
+    total = recomputed * hidden + (len(stage.layers) - recomputed) * block_activations(case) + document_mask(case)
     if stage.first:
         total += embedding_activations(case)
     elif stage.layers:
@@ -139,9 +148,13 @@ def gathered_weights(case: Case, stages: list[Stage]) -> float:
 
 def gradients(case: Case, stages: list[Stage]) -> float:
     """Gradients at their largest: whole where they are reduced once a step after several microbatches, else shards."""
-    whole = case.zero <= 1 and case.microbatches > 1
-    count = sum(case.weights(s) if whole else case.sharded_weights(s) for s in stages)
+    count = sum(case.weights(s) if _accumulates(case) else case.sharded_weights(s) for s in stages)
     return count * case.storage_bytes
+
+
+def _accumulates(case: Case) -> bool:
+    """Whether whole gradients are summed over microbatches; under a pipeline schedule torch always does so."""
+    return case.zero <= 1 and (case.microbatches > 1 or case.topology.pp > 1)
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
@@ -152,51 +165,71 @@ def optimizer_state(case: Case, stages: list[Stage]) -> float:
 
 
 def loss_working(case: Case) -> float:
-    """Temporaries of the loss: a chunk's logits (as computed, widened, as gradient, narrowed), the gradients of the
-    head's input and of its matrix (summed wide over chunks, then narrowed)."""
+    """Temporaries of the loss's backward pass at its fullest: while a chunk's part is summed into the output matrix's
+    gradient (its logits and their gradient, wide and narrow), or while the next chunk's logits are computed beside
+    those of the last; and the gradient of the whole sequence's hidden states."""
     model, training, width = case.model, case.recipe.training, case.compute_bytes
     wide = max(4, width)
+    narrow = width if width < wide else 0
     columns = model.padded_vocab_size // case.topology.tp
-    logits = min(training.loss_chunk, case.tokens) * columns * (2 * width + 2 * wide)
-    matrix = columns * model.hidden_size * (wide + (width if width < wide else 0))
-    return logits + matrix + case.tokens * model.hidden_size * width
+    matrix = columns * model.hidden_size
+    logits = min(training.loss_chunk, case.tokens) * columns
+    summing = logits * (2 * wide + narrow) + matrix * (wide + width)
+    following = logits * (3 * wide + 2 * narrow) + matrix * wide if case.tokens > training.loss_chunk else 0
+    return max(summing, following) + case.tokens * model.hidden_size * width
 
 
-def block_working(case: Case, stages: list[Stage]) -> float:
-    """Temporaries of one block's backward pass: the inside that is computed again, gradients of the MLP's inside
-    (or of the attention's), whole-sequence copies around the tensor-parallel region."""
-    model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
+def block_working(case: Case) -> float:
+    """Temporaries of a block's backward pass at its fullest, in the MLP: gradients of the MLP's inside, less what was
+    kept and is used up by then; the down projection's gradient; the hidden states' gradient, whole and as a slice."""
+    model, tp, width = case.model, case.topology.tp, case.compute_bytes
+    ffn = model.ffn_hidden_size // tp
+    inside = case.tokens * ffn * (2 if model.activation == "swiglu" else 1)
+    whole = case.tokens * model.hidden_size
+    return (inside + ffn * model.hidden_size + whole) * width + hidden_bytes(case)
+
+
+def split_backward_waiting(case: Case, stage: Stage) -> float:
+    """Bytes that one microbatch keeps between the two halves of its backward pass: the gradients of its linear
+    layers' outputs."""
+    model, tp = case.model, case.topology.tp
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
-    again = block_activations(case) if any(case.recomputed(stage) for stage in stages) else 0.0
-    ffn_gradients = 3 if model.activation == "swiglu" else 2
-    mlp = tokens * ffn_gradients * (model.ffn_hidden_size // tp) * width
-    attention = tokens * (2 * heads + 2 * kv_heads) * model.head_dim * width + tokens * heads * model.head_dim * 4
-    whole = tokens * model.hidden_size * width
-    return again + max(mlp, attention) + whole * (3 if case.sequence_parallel else 2)
+    inside = (2 if model.activation == "swiglu" else 1) * (model.ffn_hidden_size // tp)
+    outputs = (heads + 2 * kv_heads) * model.head_dim + inside + 2 * model.hidden_size
+    return len(stage.layers) * case.tokens * outputs * case.compute_bytes
 
 
-def data_parallel_buffers(case: Case, stages: list[Stage]) -> float:
-    """FSDP2's transient buffers around its largest unit.
+def reducing(case: Case, unit: float) -> float:
+    """FSDP2's buffers while it reduces the gradients of a unit of so many weights.
 
-    Backward: the unit's gradients in the compute type, and two reduce-scatter inputs (a unit's is freed when the next
-    one's is made). ZeRO 3 also has the next block's weights on their way: as received and as copied out.
+    The reduce-scatter's input and output. Where gradients are not accumulated whole, also the unit's gradients as
+    computed, and the input of the unit before, which is freed after this one's is made; with a single microbatch the
+    output is the gradient that stays.
     """
-    unit = max([case.block_weights if stage.layers else 0 for stage in stages])
-    reducing = unit * (case.compute_bytes + 2 * case.storage_bytes)
-    gathering = 2 * unit * case.compute_bytes if case.zero == 3 else 0
-    return reducing + gathering
+    wide = case.storage_bytes
+    output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else wide / case.shards
+    whole = 0.0 if _accumulates(case) else wide + case.compute_bytes
+    return unit * (wide + output + whole)
+
+
+def gathering(case: Case) -> float:
+    """With ZeRO 3, the next block's weights on their way."""
+    return case.block_weights * case.compute_bytes if case.zero == 3 and case.shards > 1 else 0.0
 
 
 def pipeline_buffers(case: Case, stages: list[Stage]) -> float:
-    """Receive buffers of torch's pipeline stages: one for each microbatch and direction, kept from step to step."""
+    """Receive buffers of torch's pipeline stages, one for each microbatch and direction, kept from step to step; and,
+    where a rank has several stages, what it has sent, which torch keeps to the end of the step."""
     if case.topology.pp == 1:
         return 0.0
     here = {stage.index for stage in stages}
-    directions = sum(
-        (not s.first and s.index - 1 not in here) + (not s.last and s.index + 1 not in here) for s in stages
-    )
-    return directions * case.microbatches * hidden_bytes(case)
+    directions = 0
+    for stage in stages:
+        directions += not stage.first and stage.index - 1 not in here
+        directions += not stage.last and stage.index + 1 not in here
+    kept = 2 if case.virtual_stages > 1 else 1
+    return kept * directions * case.microbatches * hidden_bytes(case)
 
 
 # NCCL's and cuBLAS's shares, of the order that `nvidia-smi` shows above torch's own reserve on A100 and H100.
@@ -213,36 +246,79 @@ def overhead(case: Case, transient: float) -> float:
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes of what comes and goes, at one moment of a backward pass."""
+
+    activations: float
+    loss: float = 0.0
+    working: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.loss + self.working + self.buffers
+
+
+def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
+    """The moments at which a backward pass that starts with `held` bytes of activations may be at its fullest: in the
+    head, in a block, while the gradients of a block or of the ends are reduced."""
+    last = any(stage.last for stage in stages)
+    after_head = max(0.0, held - (head_activations(case) if last else 0.0))
+    ends = max(case.end_weights(stage) for stage in stages)
+    gathered = gathering(case)
+    # What FSDP2 reduced last stays until the next reduction, or the end of the step's last backward pass.
+    lingers = case.zero >= 2 and case.topology.pp == 1 and case.microbatches > 1
+    lingering = ends * case.storage_bytes if lingers else 0.0
+    # A pipeline schedule that reduces once a step does so at its end, when no activations are left.
+    at_end = case.topology.pp > 1 and case.zero <= 1
+    moments = []
+    if last:
+        moments.append(_Moment(held, loss=loss_working(case), buffers=lingering))
+    for stage in stages:
+        if stage.layers:
+            moments += _block_moments(case, stage, after_head, gathered + lingering)
+            one = hidden_bytes(case) if case.recomputes(stage.layers[-1]) else block_activations(case)
+            left = 0.0 if at_end else max(0.0, after_head - one)
+            moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
+    if ends:
+        left = 0.0 if at_end else max(0.0, held - max(stage_activations(case, stage) for stage in stages))
+        moments.append(_Moment(left, buffers=reducing(case, ends)))
+    return moments
+
+
+def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
+    """The backward pass of a stage's last block, and of the last that is computed again."""
+    moments = [_Moment(held, working=block_working(case), buffers=buffers)]
+    for layer in reversed(stage.layers):
+        if case.recomputes(layer):
+            moments.append(_Moment(held, working=block_working(case) + block_activations(case), buffers=buffers))
+            break
+        held = max(0.0, held - block_activations(case))
+    return moments
+
+
 def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     """Memory of a rank of the given pipeline rank.
 
     Args:
-        step: the simulated schedule, its `StageCost.held` from `stage_activations`.
+        step: the simulated schedule, its costs' `held` from `stage_activations`.
     """
     stages = case.stages_on(pp_rank)
-    held = step.held[pp_rank]
-    gradient = gradients(case, stages)
-    if case.microbatches == 1 and case.topology.pp == 1:
-        # Gradients come as activations go: the two are never whole at the same time.
-        gradient, held = (0.0, held) if held > gradient else (gradient, 0.0)
-    loss = loss_working(case) if any(stage.last for stage in stages) else 0.0
-    working = block_working(case, stages) if any(stage.layers for stage in stages) else 0.0
-    buffers = data_parallel_buffers(case, stages)
-    # The head and a block are never at work together: the larger counts.
-    if loss > working + buffers:
-        working = buffers = 0.0
-    else:
-        loss = 0.0
-    pipeline = pipeline_buffers(case, stages)
+    # Before the rank's first backward pass there are no gradients.
+    with_gradients = gradients(case, stages)
+    times = [(0.0, step.held[pp_rank]), (with_gradients, step.held_later[pp_rank])]
+    found = [(gradient, moment) for gradient, held in times for moment in _moments(case, stages, held)]
+    gradient, fullest = max(found, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),
         gathered_weights=gathered_weights(case, stages),
         gradients=gradient,
         optimizer=optimizer_state(case, stages),
-        activations=held,
-        loss=loss,
-        working=working,
-        data_parallel_buffers=buffers,
-        pipeline_buffers=pipeline,
-        overhead=overhead(case, ceil(held + loss + working + buffers + gradient)),
+        activations=fullest.activations,
+        loss=fullest.loss,
+        working=fullest.working,
+        data_parallel_buffers=fullest.buffers,
+        pipeline_buffers=pipeline_buffers(case, stages),
+        overhead=overhead(case, fullest.total + gradient),
     )

@@ -228,12 +228,14 @@ class StageCost:
         forward: seconds of the forward pass.
         input_backward, weight_backward: seconds of the two halves of the backward pass; a whole one takes both.
         held: bytes kept from the forward's start to the end of the (weight half of the) backward.
+        waiting: bytes kept beside them from the input half to the weight half of a split backward.
     """
 
     forward: float
     input_backward: float
     weight_backward: float
     held: float = 0.0
+    waiting: float = 0.0
 
     def seconds(self, kind: Kind) -> float:
         if kind == "F":
@@ -258,13 +260,15 @@ class Step:
     Args:
         seconds: from the first start to the last end.
         busy: by rank, seconds that it computes.
-        held: by rank, the largest sum of `StageCost.held` over the microbatches in flight.
+        held: by rank, the largest sum of `StageCost.held` and `waiting` over the microbatches in flight.
+        held_later: the same from the end of the rank's first backward pass on, when there are gradients.
         in_flight: by rank, the most microbatches in flight, counted once for each stage of the rank they are in.
     """
 
     seconds: float
     busy: list[float]
     held: list[float]
+    held_later: list[float]
     in_flight: list[float]
 
     @property
@@ -372,6 +376,7 @@ def predict(
         extend([a.seconds], [b.seconds])[0],
         extend(a.busy, b.busy),
         extend(a.held, b.held),
+        extend(a.held_later, b.held_later),
         extend(a.in_flight, b.in_flight),
     )
 
@@ -426,24 +431,32 @@ def run_orders(
 
 
 def _sum_up(orders: list[list[Action]], ends: list[list[float]], costs: Sequence[StageCost]) -> Step:
-    held, in_flight = [], []
-    bytes_held = [cost.held for cost in costs]
     seconds = {kind: [cost.seconds(kind) for cost in costs] for kind in ("F", "B", "I", "W")}
     busy = [sum(seconds[kind][stage] for kind, stage, _ in order) for order in orders]
-    for order in orders:
-        now_held = most_held = 0.0
-        flying = most_flying = 0
-        for kind, stage, _ in order:
-            if kind == "F":
-                now_held += bytes_held[stage]
-                flying += 1
-                if now_held > most_held:
-                    most_held = now_held
-                if flying > most_flying:
-                    most_flying = flying
-            elif kind != "I":
-                now_held -= bytes_held[stage]
-                flying -= 1
-        held.append(most_held)
-        in_flight.append(float(most_flying))
-    return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, in_flight)
+    peaks = [_peaks(order, costs) for order in orders]
+    held, held_later, in_flight = ([peak[i] for peak in peaks] for i in range(3))
+    return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, held_later, in_flight)
+
+
+def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, float, float]:
+    """Of a rank's order: most bytes held, the same after its first backward pass, most microbatches in flight."""
+    held, waiting = [cost.held for cost in costs], [cost.waiting for cost in costs]
+    now = most = before = 0.0
+    flying = most_flying = 0
+    first = True
+    for kind, stage, _ in order:
+        if kind == "F":
+            now += held[stage]
+            flying += 1
+            if flying > most_flying:
+                most_flying = flying
+        elif kind == "I":
+            now += waiting[stage]
+        if now > most:
+            most = now
+        if kind in "BW":
+            now -= held[stage] + (waiting[stage] if kind == "W" else 0.0)
+            flying -= 1
+            if first:
+                first, before, most = False, most, now
+    return max(before, most), most, float(most_flying)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html import escape
+from math import floor, log10
 
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import send_seconds
@@ -79,16 +80,18 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
             parts.append(f'<rect x="{left:.2f}" y="{y}" width="{width:.2f}" height="{row - 2}" fill="{fill}"{stroke}/>')
             text = str(microbatch)
             if width >= 7 * len(text) + 2:
+                ink = "#ffffff" if chunk[stage] > 0.5 else "#000000"
                 parts.append(
                     f'<text x="{left + width / 2:.2f}" y="{y + row / 2 + 3:.1f}" text-anchor="middle" '
-                    f'font-size="{min(12, row - 4)}">{text}</text>'
+                    f'font-size="{min(12, row - 4)}" fill="{ink}">{text}</text>'
                 )
     y = _TOP + ranks * row
-    for i in range(9):
-        at = _LEFT + (_WIDTH - _LEFT - 10) * i / 8
-        anchor = "start" if i == 0 else "end" if i == 8 else "middle"
+    tick = _tick(seconds)
+    for i in range(int(seconds / tick) + 1):
+        at = _LEFT + i * tick * per_second
+        anchor = "start" if i == 0 else "end" if at > _WIDTH - 30 else "middle"
         parts.append(f'<line x1="{at:.1f}" y1="{y}" x2="{at:.1f}" y2="{y + 5}" stroke="#555"/>')
-        parts.append(f'<text x="{at:.1f}" y="{y + 19}" text-anchor="{anchor}">{_time(seconds * i / 8)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{y + 19}" text-anchor="{anchor}">{_time(i * tick)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -97,8 +100,16 @@ def _darker(colour: str, share: float) -> str:
     return "#" + "".join(f"{round(c * (1 - share)):02x}" for c in channels)
 
 
+def _tick(seconds: float) -> float:
+    """A round number of seconds, of which five to twelve make the whole."""
+    power = 10.0 ** floor(log10(seconds))
+    return next(power * part for part in (0.1, 0.2, 0.5, 1.0) if seconds / (power * part) <= 12)
+
+
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+    if seconds == 0:
+        return "0"
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"
 
 
 def timeline_trace(timeline: Timeline) -> str:

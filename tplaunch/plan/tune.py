@@ -142,7 +142,8 @@ def candidates(case: Case, gpus: int) -> Iterator[Change]:
                 if batch % (dp * micro_batch):
                     continue
                 for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
-                    for zero in (1, 2, 3) if dp > 1 else (1,):
+                    split_backward = schedule not in ("1f1b", "interleaved1f1b")
+                    for zero in (1, 2, 3) if dp > 1 and not split_backward else (1,):
                         for recompute in RECOMPUTE:
                             values = (tp, pp, dp, zero, schedule, virtual, micro_batch, recompute)
                             more = {
@@ -188,7 +189,7 @@ def quick_look(case: Case, block: BlockWork) -> float | None:
     for rank in ends:
         stages = case.stages_on(rank)
         held[rank] = passes_in_flight(case, rank) * sum(works_of(stage)[1].held for stage in stages) / len(stages)
-        step = Step(0.0, [0.0] * pp, held, [0.0] * pp)
+        step = Step(0.0, [0.0] * pp, held, held, [0.0] * pp)
         if memory.rank_memory(case, rank, step).total > (1 - HEADROOM) * case.gpu.memory:
             return None
     ranks = {rank: [works_of(stage)[0] for stage in case.stages_on(rank)] for rank in {*ends, pp // 2}}

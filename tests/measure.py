@@ -1,0 +1,91 @@
+"""Bytes that one rank's real trainer holds while it steps: every storage that an operation makes is counted."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tplaunch.model.build import build_stages
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.topology import Topology
+from tplaunch.train.batch import Batch
+from tplaunch.train.gradients import GradientFinalizer
+from tplaunch.train.optimizer import ShardedOptimizer
+from tplaunch.train.pipeline import Pipeline
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts the bytes of all live storages after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.peak = 0
+
+    def add(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, lambda _, key=key: self.known.pop(key, None))
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for ref in list(self.known.values()) if (storage := ref()) is not None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                self.add(leaf._local_tensor if isinstance(leaf, DTensor) else leaf)
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+
+def measure(values: dict[str, Any]) -> dict[str, int]:
+    """Run two steps of a recipe on this rank, on random tokens, and count.
+
+    Returns:
+        Bytes: `weights`, `optimizer` and `gradients`, this rank's shards of them; `peak`, everything at the fullest
+        moment of the second step.
+    """
+    recipe = Recipe.model_validate(values)
+    layout, training = recipe.topology, recipe.training
+    assert isinstance(layout.dp, int)
+    mesh = Mesh.from_recipe(recipe, Topology(layout.tp, layout.dp, layout.pp), torch.device("cpu"))
+    with StorageCounter() as counter:
+        stages = build_stages(recipe, mesh)
+        pipeline = Pipeline(stages, mesh, recipe)
+        optimizer = ShardedOptimizer(stages, recipe.optimizer)
+        finalizer = GradientFinalizer(
+            stages,
+            mesh,
+            schedule=layout.schedule,
+            num_stages=pipeline.num_stages,
+            tied=recipe.model.tie_embeddings,
+        )
+        share = training.global_batch_size // layout.dp
+        tokens = torch.randint(recipe.model.vocab_size, (share, training.seq_len))
+        parameters = [p for stage in stages for p in stage.module.parameters()]
+        for _ in range(2):
+            counter.peak = 0
+            pipeline.train(Batch(tokens, tokens), 1.0 / training.global_batch_size)
+            finalizer.complete()
+            gradients = sum(p.grad.to_local().nbytes for p in parameters if p.grad is not None)
+            optimizer.step(1e-3)
+            optimizer.zero_grad()
+        states = [t for state in optimizer.inner.state.values() for t in state.values() if t.numel() > 1]
+        return {
+            "weights": sum(p.to_local().nbytes for p in parameters),
+            "optimizer": sum(t.nbytes for t in states),
+            "gradients": gradients,
+            "peak": counter.peak,
+        }
