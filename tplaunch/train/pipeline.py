@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
@@ -15,6 +16,7 @@ from tplaunch.model.build import Stage
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE, begin_microbatch, units
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
+from tplaunch.topology import stage_rank
 from tplaunch.train.batch import Batch
 
 
@@ -79,19 +81,39 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, loss_scale: float) -> Tensor:
-        """As `train`, forward only."""
+        """As `train`, forward only: each microbatch through the stages in order, one behind the other.
+
+        Not by the schedule: torch's V schedules cannot run without their backward passes.
+        """
         for stage in self.stages:
             stage.module.eval()
-        losses: list[Tensor] = []
-        if self.num_stages == 1:
-            module = self.stages[0].module
-            parts = batch.split(self.recipe.training.micro_batch_size)
-            losses = [module(part.tokens, part.labels, part.positions, loss_scale) for part in parts]
-        else:
-            schedule = self._schedule(self._microbatches(batch))
-            schedule.eval(*self._inputs(batch), **self._keywords(batch, loss_scale, losses))
+        losses = []
+        for part in batch.split(self.recipe.training.micro_batch_size):
+            carried = part.tokens
+            for stage in self.stages:
+                carried = self._receive(stage.index, carried)
+                carried = stage.module(carried, part.labels, part.positions, loss_scale)
+                self._send(stage.index, carried)
+            if self.has_loss:
+                losses.append(carried)
         self._reshard()
         return self._sum(losses)
+
+    def _rank_of(self, stage: int) -> int:
+        knobs = self.recipe.topology
+        return stage_rank(stage, knobs.pp, knobs.schedule)
+
+    def _receive(self, stage: int, carried: Tensor) -> Tensor:
+        """The input of a stage: from the rank of the stage before it, or `carried` when that is this one."""
+        if stage == 0 or self._rank_of(stage - 1) == self.mesh.coordinates.pp:
+            return carried
+        carried = torch.empty_like(self._hidden(), device=self.mesh.device)
+        dist.recv(carried, group=self.mesh.pp_group, group_src=self._rank_of(stage - 1))
+        return carried
+
+    def _send(self, stage: int, carried: Tensor) -> None:
+        if stage + 1 < self.num_stages and self._rank_of(stage + 1) != self.mesh.coordinates.pp:
+            dist.send(carried, group=self.mesh.pp_group, group_dst=self._rank_of(stage + 1))
 
     def _loop(self, batch: Batch, loss_scale: float) -> Tensor:
         stage = self.stages[0]
@@ -139,14 +161,17 @@ class Pipeline:
             )
         return self._schedules[microbatches]
 
-    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
-        training, model, tp = self.recipe.training, self.recipe.model, self.mesh.tp
+    def _hidden(self) -> Tensor:
+        """What passes between stages, [s or s/tp, b, h], on the meta device."""
+        training, tp = self.recipe.training, self.mesh.tp
         rows = training.seq_len // tp.size if tp.sequence_parallel else training.seq_len
-        batch = training.micro_batch_size
-        tokens = torch.empty(batch, training.seq_len, dtype=torch.int64, device="meta")
-        hidden = torch.empty(
-            rows, batch, model.hidden_size, dtype=COMPUTE_DTYPE[training.precision], device="meta", requires_grad=True
-        )
+        shape = (rows, training.micro_batch_size, self.recipe.model.hidden_size)
+        return torch.empty(shape, dtype=COMPUTE_DTYPE[training.precision], device="meta")
+
+    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
+        training = self.recipe.training
+        tokens = torch.empty(training.micro_batch_size, training.seq_len, dtype=torch.int64, device="meta")
+        hidden = self._hidden().requires_grad_()
         loss = torch.empty(1, device="meta", requires_grad=True)
         first, last = stage.index == 0, stage.index == self.num_stages - 1
         managed = self.recipe.topology.zero < 2
