@@ -107,6 +107,10 @@ class RunView:
             self.say(f"checkpoint {event['path']} is damaged and left out: {event['why']}")
         elif name == "skipped":
             self.say(f"step {step} skipped: the loss or a gradient is not finite")
+        elif name == "rollback":
+            self.say(f"back to the state of step {event['checkpoint']} after step {step}; its data are skipped")
+        elif name == "straggler":
+            self.say(f"rank {event['rank']} (node {event['node']}) holds the others up: {event['ratio']} x the median")
         elif name == "wandb" and "problem" in event:
             self.say(f"W&B is {event['mode']}: {event['problem']}")
         if name in ("start", "resume"):

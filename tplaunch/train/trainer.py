@@ -36,6 +36,7 @@ from tplaunch.train.lr import learning_rate
 from tplaunch.train.optimizer import ShardedOptimizer
 from tplaunch.train.pipeline import Pipeline
 from tplaunch.train.stop import StopRequest
+from tplaunch.train.straggler import find_stragglers
 
 GIB = 2**30
 FAILED_WANDB_S = 3.0  # for W&B to note that the run has failed
@@ -143,8 +144,9 @@ class Trainer:
                 window.start()
                 self.beat(self.progress.step + 1, "data")
                 batch = next(batches)
+                poison = self.faults.at_step(self.progress.step + 1)
                 window.got_data()
-                result = self.train_step(batch)
+                result = self.train_step(batch, poison)
                 window.end()
                 step = self.progress.step
                 self._limit(recipe.launch.timeout)
@@ -159,16 +161,20 @@ class Trainer:
                     self.save(wait=stopped or last)
         return self._end(stopped)
 
-    def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on this data-parallel rank's share of the global batch."""
+    def train_step(self, batch: Batch, loss_factor: float = 1.0) -> StepResult:
+        """One optimizer step on this data-parallel rank's share of the global batch.
+
+        Args:
+            batch: the share.
+            loss_factor: 1, or NaN to spoil this rank's loss (`FaultInjector.at_step`).
+        """
         recipe, progress = self.recipe, self.progress
         step = progress.step + 1
         batch = batch.to(self.mesh.device)
         count = batch_size(recipe, step) * recipe.training.seq_len
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        poison = self.faults.at_step(step)
         self.beat(step, "forward and backward")
-        loss = self.pipeline.train(batch, poison * scale / self._targets(batch, count))
+        loss = self.pipeline.train(batch, loss_factor * scale / self._targets(batch, count))
         self.beat(step, "gradients")
         self.gradients.complete()
         result = self._agree(loss / scale, self.gradients.square_sum() / scale**2)
@@ -297,13 +303,20 @@ class Trainer:
         return every > 0 and (self.progress.step % every == 0 or last)
 
     def _log(self, result: StepResult, window: _Window, validation: float | None) -> None:
-        """Write a metrics record on rank 0; memory is that of the fullest rank."""
+        """Write a metrics record on rank 0; memory is that of the fullest rank. Name ranks that hold others up."""
         self.beat(self.progress.step, "metrics")
-        memory = torch.tensor(_peak_memory(self.mesh.device), dtype=torch.float64, device=self.mesh.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        recipe, progress, world = self.recipe, self.progress, self.mesh.topology.world_size
+        device = self.mesh.device
+        mine = torch.tensor([_peak_memory(device), window.data_time], dtype=torch.float64, device=device)
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine)
         if not self.main:
             return
-        recipe, progress, world = self.recipe, self.progress, self.mesh.topology.world_size
+        memory, data_times = torch.stack(everyone).T.tolist()
+        for rank, ratio in find_stragglers(data_times, window.step_time):
+            place, node = vars(self.mesh.topology.coordinates(rank)), self.mesh.topology.node(rank)
+            fields = {"rank": rank, "node": node, **place, "ratio": round(ratio, 2)}
+            self.run_dir.append_event("straggler", step=progress.step, **fields)
         tokens = batch_size(recipe, progress.step) * recipe.training.seq_len
         rate = tokens / window.step_time
         flops = rate * self.flops_per_token / world
@@ -319,7 +332,7 @@ class Trainer:
             "step_time_s": window.step_time,
             "data_time_s": window.data_time,
             "tflops_per_gpu": flops / 1e12,
-            "memory_peak_gib": float(memory) / GIB,
+            "memory_peak_gib": max(memory) / GIB,
             "flops_total": progress.flops,
             **self.checkpoints.take_timings(),
         }
