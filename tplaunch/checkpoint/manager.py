@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -149,8 +150,11 @@ class CheckpointManager:
                 save(tensors, storage_writer=writer, process_group=self.group)
             for path in sorted(temporary.glob(f"__{self.rank}_*.distcp")):
                 files[path.name] = store.hash_file(path)
+        except CheckpointException as caught:  # a BaseException: what DCP gathered from the ranks that failed
+            rank, (cause, _) = next(iter(caught.failures.items()))
+            error = _reason(rank, cause)
         except Exception as caught:  # whatever it is (disk full, I/O), training goes on
-            error = f"rank {self.rank}: {type(caught).__name__}: {caught}".strip().splitlines()[0]
+            error = _reason(self.rank, caught)
         outcomes: list[tuple[str | None, dict[str, store.FileEntry]]] = [(None, {})] * dist.get_world_size()
         dist.all_gather_object(outcomes, (error, files), group=self.group)
         errors = [text for text, _ in outcomes if text is not None]
@@ -289,6 +293,10 @@ class CheckpointManager:
         for name, tensor in pairs:
             if tensor is not filled[name]:
                 tensor.copy_(filled[name])
+
+
+def _reason(rank: int, error: BaseException) -> str:
+    return f"rank {rank}: {type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 class _Writer(FileSystemWriter):
