@@ -47,7 +47,11 @@ Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
-    """A mapping of the recipe: unknown keys are errors, numbers are never guessed from text."""
+    """A mapping of the recipe: unknown keys are errors, numbers are never guessed from text.
+
+    Validators are built once, for the whole recipe, when the first one is read; a section that has defaults only is
+    `{}` here rather than an instance, which would build a validator of its own at every start of the command line.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -164,7 +168,7 @@ class Training(Section):
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
     document_mask: bool = Field(False, description="attention and positions restart at each document")
-    nonfinite: NonFinite = NonFinite()
+    nonfinite: NonFinite = Field({}, validate_default=True)
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
@@ -246,7 +250,7 @@ class Wandb(Section):
 
 class Logging(Section):
     every: Small = Field(10, description="steps between metric records")
-    wandb: Wandb = Wandb()
+    wandb: Wandb = Field({}, validate_default=True)
 
 
 class Container(Section):
@@ -282,7 +286,7 @@ class Launch(Section):
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="torchrun restarts after a failed rank")
     timeout: Seconds = Field(600.0, description="seconds a collective may take")
     first_step_timeout: Seconds = Field(1800.0, description="the same for set-up and the first step")
-    slurm: Slurm = Slurm()
+    slurm: Slurm = Field({}, validate_default=True)
 
 
 class Hardware(Section):
@@ -299,12 +303,12 @@ class Recipe(Section):
         description="a name of letters, digits, dots, dashes and underscores",
     )
     model: Model
-    topology: Topology = Topology()
+    topology: Topology = Field({}, validate_default=True)
     training: Training
-    optimizer: Optimizer = Optimizer()
-    lr_schedule: LrSchedule = LrSchedule()
+    optimizer: Optimizer = Field({}, validate_default=True)
+    lr_schedule: LrSchedule = Field({}, validate_default=True)
     data: Data
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
-    launch: Launch = Launch()
-    hardware: Hardware = Hardware()
+    checkpoint: Checkpoint = Field({}, validate_default=True)
+    logging: Logging = Field({}, validate_default=True)
+    launch: Launch = Field({}, validate_default=True)
+    hardware: Hardware = Field({}, validate_default=True)
