@@ -40,6 +40,7 @@ RECIPE = {
     "logging": {"every": 1, "wandb": {"mode": "offline"}},
     "launch": {"slurm": {"gpus": False, "grace": "10s"}},
 }  # fmt: skip
+ONE_RANK = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]  # starts soonest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,17 +124,22 @@ class Site:
     def attempts(self) -> list[dict]:
         return [event for event in self.run_dir.read_events() if event["event"] == "attempt"]
 
-    def signal_ranks(self, number: signal.Signals) -> None:
-        """To every process of this run that is a rank."""
+    def ranks(self) -> list[int]:
+        """The processes of this run that are ranks."""
+        found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 try:
                     words = (entry / "cmdline").read_bytes().split(b"\0")
                 except OSError:  # ended meanwhile
                     continue
-                ours = {b"tplaunch.worker", os.fsencode(self.run_dir.root)} <= set(words)
-                if ours and b"torch.distributed.run" not in words:
-                    os.kill(int(entry.name), number)
+                if os.fsencode(self.run_dir.root) in words and words[2:4] == [b"-m", b"tplaunch.worker"]:
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def signal_ranks(self, number: signal.Signals) -> None:
+        for pid in self.ranks():
+            os.kill(pid, number)
 
     def hold_at(self, step: int) -> None:
         """Waits for a step and then stops the ranks' clocks, so that the run cannot end before the test has acted."""
@@ -178,10 +184,11 @@ def check_joined(site: Site, uninterrupted: list[tuple], job: str) -> None:
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_a_submitted_run_equals_the_local_one(site: Site, cache: Path, tmp_path: Path, nodes: int) -> None:
     sizes = ["--set", "topology.dp=2", "--set", "training.steps=5"]
-    local = Site(tmp_path / "local", cache) if (tmp_path / "local").mkdir() is None else site
+    (tmp_path / "local").mkdir()
+    local = Site(tmp_path / "local", cache)
     local.tplaunch("train", "tiny.yaml", *sizes, "--set", "topology.nodes=1")
     output = site.tplaunch("submit", "tiny.yaml", *sizes, "--set", f"topology.nodes={nodes}", "--wait")
-    assert "log " in output and "queue " in output + "queue "
+    assert f"log    {site.run_dir.slurm}" in output
     assert len(curve(site.run_dir)) == 5
     for ours, theirs in zip(curve(site.run_dir), curve(local.run_dir), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -234,6 +241,17 @@ def test_a_lost_node(site: Site, uninterrupted: list[tuple]) -> None:
     assert len(site.attempts()) == 2
 
 
+def test_a_killed_rank_is_started_again_in_the_same_job(site: Site, uninterrupted: list[tuple]) -> None:
+    job = site.submit("--set", "launch.max_restarts=1")
+    site.hold_at(5)
+    os.kill(site.ranks()[-1], signal.SIGKILL)
+    site.signal_ranks(signal.SIGCONT)
+    check_joined(site, uninterrupted, job)
+    assert slurm.find_job(job).restarts == 0
+    assert [attempt["job"] for attempt in site.attempts()] == [job, job]
+    assert "killed by SIGKILL" in site.log()
+
+
 def test_scancel_stops_clean_and_for_good(site: Site, uninterrupted: list[tuple]) -> None:
     job = site.submit()
     site.hold_at(3)
@@ -276,12 +294,10 @@ def test_a_chain_goes_on_without_requeue_and_cancels_its_rest(site: Site, uninte
 
 
 def test_a_run_that_cannot_progress_is_given_up(site: Site) -> None:
-    # One rank: three attempts cost little.
-    small = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]
     # The job is held until its data are gone.
     slurm.call("scontrol", "update", "PartitionName=main", "State=DOWN")
     try:
-        job = site.submit(*small)
+        job = site.submit(*ONE_RANK)
         row = site.status()[0]
         assert (row["state"], row["job"]) == ("pending", job) and row["why"]
         recipe = yaml.safe_load(site.run_dir.recipe.read_text())
@@ -335,14 +351,14 @@ def test_gone_jobs_are_told_from_the_run_directory(site: Site) -> None:
 
 
 def test_a_bad_node_is_left_out(site: Site) -> None:
-    """n1 says that its temporary directory is gone; the next attempt runs on another node."""
-    (site.folder / "setup.sh").write_text('[[ $SLURMD_NODENAME == n1 ]] && export TMPDIR="/gone"; true\n')
-    small = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]
-    setup = f'launch.slurm.setup=["source {site.folder}/setup.sh"]'
-    job = site.submit(*small, "--set", "training.steps=2", "--set", setup)
+    """The first node says that its temporary directory is gone; the next attempt runs on another."""
+    (site.folder / "setup.sh").write_text("mkdir first 2>/dev/null && export TMPDIR=/gone; true\n")
+    setup = f'launch.slurm.setup=["cd {site.folder}; source ./setup.sh"]'
+    job = site.submit(*ONE_RANK, "--set", "training.steps=2", "--set", setup)
     ended = site.wait_for_state(job, "COMPLETED")
-    assert ended.excluded == "n1" and "n1" not in site.attempts()[0]["nodes"]
-    assert "node n1 is not fit: /gone cannot be written" in site.log()
+    (bad,) = [event["nodes"] for event in site.run_dir.read_events() if event["event"] == "bad_nodes"]
+    assert [ended.excluded] == bad and bad != site.attempts()[0]["nodes"]
+    assert f"node {ended.excluded} is not fit: /gone cannot be written" in site.log()
 
 
 def test_train_sbatch_runs_a_recipe(site: Site) -> None:
@@ -387,8 +403,7 @@ def test_scripts_are_clean(site: Site) -> None:
 def test_hostile_paths_are_taken_as_they_are(site: Site) -> None:
     """By the real sbatch, whose quoting of #SBATCH lines is its own: the log lies where it should."""
     place = site.folder / 'it\'s "a" #place$(touch PWNED); %j ü'
-    small = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]
-    job = site.submit(*small, "--set", "training.steps=1", "--run-dir", str(place))
+    job = site.submit(*ONE_RANK, "--set", "training.steps=1", "--run-dir", str(place))
     site.wait_for_state(job, "COMPLETED", "FAILED")
     assert "the last step is done" in (place / "slurm" / f"{job}.log").read_text()
     assert not list(site.folder.rglob("PWNED"))
@@ -398,8 +413,7 @@ def test_no_secret_is_written(site: Site) -> None:
     secret = "0123456789abcdef0123456789abcdef01234567"
     site.environ["WANDB_API_KEY"] = secret
     site.environ["HF_TOKEN"] = f"hf_{secret}"
-    small = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]
-    job = site.submit(*small, "--set", "training.steps=1")
+    job = site.submit(*ONE_RANK, "--set", "training.steps=1")
     site.wait_for_state(job, "COMPLETED")
     for path in site.folder.rglob("*"):
         if path.is_file():

@@ -39,31 +39,34 @@ THREE = events("submit", "attempt", "attempt", "attempt")
 
 
 @pytest.mark.parametrize(
-    ("log", "told", "state", "preempted", "may", "code", "requeue", "last"),
+    ("log", "told", "state", "preempted", "may", "code", "then", "last"),
     [
-        (DONE, None, "RUNNING", False, True, Exit.DONE, False, True),
-        (DONE, "USR1", "RUNNING", False, True, Exit.DONE, False, True),
-        (DONE, "TERM", "COMPLETING", True, True, Exit.DONE, False, True),
-        (STOPPED, "USR1", "RUNNING", False, True, Exit.STOPPED, True, False),
-        (STOPPED, "USR1", "RUNNING", False, False, Exit.STOPPED, False, False),  # the chain goes on
-        (STOPPED, None, "RUNNING", True, True, Exit.STOPPED, True, False),
-        (STOPPED, None, "RUNNING", True, False, Exit.STOPPED, False, False),
-        (STOPPED, "TERM", "RUNNING", False, True, Exit.STOPPED, False, True),
-        (STOPPED, None, "RUNNING", False, True, Exit.STOPPED, False, True),  # scancel --signal=TERM to the steps
-        (STOPPED, "TERM", "COMPLETING", False, True, Exit.STOPPED, False, False),  # scancel, scontrol requeue
-        (STOPPED, "TERM", "COMPLETING", True, True, Exit.STOPPED, False, False),  # Slurm requeues it itself
-        (FAILED_ONCE, None, "RUNNING", False, True, Exit.FAILED, True, False),
-        (FAILED_ONCE, None, "RUNNING", False, False, Exit.FAILED, False, False),
-        (FAILED_ONCE, "USR1", "RUNNING", False, True, Exit.FAILED, True, False),
-        (FAILED_ONCE, "TERM", "RUNNING", False, True, Exit.FAILED, False, True),
-        (FAILED_ONCE, None, "COMPLETING", False, True, Exit.FAILED, False, False),
-        (THREE, None, "RUNNING", False, True, Exit.FAILED, False, True),
-        (THREE, None, "RUNNING", True, True, Exit.FAILED, False, True),
+        (DONE, None, "RUNNING", False, "requeue", Exit.DONE, "end", True),
+        (DONE, "USR1", "RUNNING", False, "requeue", Exit.DONE, "end", True),
+        (DONE, "TERM", "COMPLETING", True, "requeue", Exit.DONE, "end", True),
+        (STOPPED, "USR1", "RUNNING", False, "requeue", Exit.STOPPED, "requeue", False),
+        (STOPPED, "USR1", "RUNNING", False, "restart", Exit.STOPPED, "end", False),  # the chain goes on
+        (STOPPED, None, "RUNNING", True, "restart requeue", Exit.STOPPED, "requeue", False),
+        (STOPPED, None, "RUNNING", True, "", Exit.STOPPED, "end", False),
+        (STOPPED, "TERM", "RUNNING", False, "restart requeue", Exit.STOPPED, "end", True),
+        (STOPPED, None, "RUNNING", False, "requeue", Exit.STOPPED, "end", True),  # scancel --signal=TERM to the steps
+        (STOPPED, "TERM", "COMPLETING", False, "requeue", Exit.STOPPED, "end", False),  # scancel, scontrol requeue
+        (STOPPED, "TERM", "COMPLETING", True, "requeue", Exit.STOPPED, "end", False),  # Slurm requeues it itself
+        (FAILED_ONCE, None, "RUNNING", False, "requeue", Exit.FAILED, "requeue", False),
+        (FAILED_ONCE, None, "RUNNING", False, "restart requeue", Exit.FAILED, "again", False),
+        (FAILED_ONCE, None, "RUNNING", False, "restart", Exit.FAILED, "again", False),
+        (FAILED_ONCE, None, "RUNNING", False, "", Exit.FAILED, "end", False),
+        (FAILED_ONCE, "USR1", "RUNNING", False, "restart requeue", Exit.FAILED, "requeue", False),
+        (FAILED_ONCE, "TERM", "RUNNING", False, "restart requeue", Exit.FAILED, "end", True),
+        (FAILED_ONCE, None, "COMPLETING", False, "restart requeue", Exit.FAILED, "end", False),
+        (THREE, None, "RUNNING", False, "restart requeue", Exit.FAILED, "end", True),
+        (THREE, None, "RUNNING", True, "restart requeue", Exit.FAILED, "end", True),
     ],
 )
-def test_the_verdict(log, told, state, preempted, may, code, requeue, last) -> None:
-    verdict = judge(log, told=told, state=state, preempted=preempted, may_requeue=may)
-    assert (verdict.code, verdict.requeue, verdict.last) == (code, requeue, last)
+def test_the_verdict(log, told, state, preempted, may, code, then, last) -> None:
+    allowed = {"may_restart": "restart" in may, "may_requeue": "requeue" in may}
+    verdict = judge(log, told=told, state=state, preempted=preempted, **allowed)
+    assert (verdict.code, verdict.then, verdict.last) == (code, then, last)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +312,16 @@ def test_three_failures_without_progress_are_enough(desk: Desk) -> None:
     assert "attempt 1 of at most 3 without a new checkpoint" in said[0]
     assert "giving up" in said[2]
     assert desk.calls() == ["scontrol requeue 7", "scontrol requeue 7", "scancel --quiet 8 9"]
+
+
+def test_failed_ranks_are_started_again_in_the_same_job(desk: Desk) -> None:
+    text = desk.run_dir.recipe.read_text()
+    desk.run_dir.recipe.write_text(text.replace("max_restarts: 0", "max_restarts: 1"))
+    program = desk.ranks("fail")
+    _, errors = program.communicate(timeout=60)
+    assert "once more, 1 of at most 1 times" in errors
+    assert [e["attempt"] for e in desk.run_dir.read_events() if e["event"] == "attempt"] == [1, 2]
+    assert desk.calls() == ["scontrol requeue 7"]
 
 
 def test_a_refused_requeue_says_what_to_do(desk: Desk) -> None:

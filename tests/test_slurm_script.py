@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tplaunch.errors import RecipeError
-from tplaunch.launch.slurm_script import all_mounts, data_folders, find_problems, write_script
+from tplaunch.launch.slurm_script import all_mounts, data_folders, find_problems, how_it_runs, write_script
 from tplaunch.launch.torchrun import Rendezvous, torchrun_argv
 from tplaunch.recipe.schema import Recipe
 from tplaunch.topology import Topology
@@ -21,7 +21,7 @@ from tplaunch.topology import Topology
 MODEL = {"hidden_size": 64, "num_layers": 4, "num_heads": 8, "ffn_hidden_size": 128, "vocab_size": 512}
 
 
-def recipe_of(*, topology: dict | None = None, max_restarts: int = 0, data: dict | None = None, **slurm) -> Recipe:
+def recipe_of(*, topology: dict | None = None, data: dict | None = None, **slurm) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "tiny",
@@ -29,7 +29,7 @@ def recipe_of(*, topology: dict | None = None, max_restarts: int = 0, data: dict
             "topology": topology or {},
             "training": {"seq_len": 32, "global_batch_size": 8, "steps": 10},
             "data": data or {"train": "/data/corpus/a", "tokenizer": "/data/tokenizer.json"},
-            "launch": {"max_restarts": max_restarts, "slurm": slurm},
+            "launch": {"slurm": slurm},
         }
     )
 
@@ -81,6 +81,17 @@ def test_the_header_says_what_the_recipe_asks_for() -> None:
         "--open-mode=append",
         "--output=/shared/runs/tiny/slurm/%j.log",
     ]
+
+
+@pytest.mark.parametrize(("name", "runtime"), [("train", None), ("container", "pyxis")])
+def test_the_examples_run_what_a_submitted_script_runs(name: str, runtime: str | None) -> None:
+    text = (Path(__file__).parent.parent / "slurm" / f"{name}.sbatch").read_text()
+    assert text.endswith(how_it_runs(runtime))
+    begin, end = "# ---- the environment", "# ---- what runs"
+    ours = script_of(recipe_of())
+    ours = ours[ours.index(begin) : ours.index(end)].splitlines()
+    theirs = text[text.index(begin) : text.index(end)].splitlines()
+    assert [line for line in theirs if not line.startswith(("# module", "# source"))] == ours
 
 
 def test_what_is_not_asked_for_is_left_to_slurm() -> None:
@@ -266,7 +277,7 @@ def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_each_node_runs_one_torchrun_in_node_order(bench: Bench) -> None:
     run = bench.folder / "run"
-    trace = bench.run(script_of(recipe_of(max_restarts=2), runs=[run], python=str(bench.python)), [run])
+    trace = bench.run(script_of(recipe_of(), runs=[run], python=str(bench.python)), [run])
     assert trace.torchrun[1:] == [
         "-m",
         "torch.distributed.run",
@@ -275,7 +286,6 @@ def test_each_node_runs_one_torchrun_in_node_order(bench: Bench) -> None:
         "--nproc-per-node=4",
         "--master-addr=n1",
         "--master-port=20042",
-        "--max-restarts=2",
         "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",
         "-m",
         "tplaunch.worker",
@@ -285,7 +295,7 @@ def test_each_node_runs_one_torchrun_in_node_order(bench: Bench) -> None:
     assert trace.env["SLURM_HOSTFILE"] == str(run / "slurm" / "hosts-10042")
     assert (run / "slurm" / "hosts-10042").read_text() == "n1\nn2\n"
     # The ranks run the same module on the same directory as `tplaunch train` and `command` start.
-    elsewhere = torchrun_argv(run, 4, rendezvous=Rendezvous(2, "n1:1", "x"), max_restarts=2)
+    elsewhere = torchrun_argv(run, 4, rendezvous=Rendezvous(2, "n1:1", "x"))
     assert trace.torchrun[-3:] == elsewhere[-3:]
 
 

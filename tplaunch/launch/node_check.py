@@ -56,7 +56,8 @@ class Report:
 def main(run_dir: Path) -> None:
     environ = os.environ
     node = environ.get("SLURMD_NODENAME") or socket.gethostname()
-    problems = check_disks([run_dir, Path(tempfile.gettempdir())])
+    # Not tempfile.gettempdir(), which passes over a TMPDIR that cannot be used.
+    problems = check_disks([run_dir, Path(environ.get("TMPDIR", "/tmp"))])
     problems += check_gpus(expected_gpus(environ))
     report = Report(node, environ.get("SLURM_TOPOLOGY_ADDR", node), problems)
     # One write, so that the lines of many nodes do not mix.

@@ -9,7 +9,8 @@ the last step is done                      exit 0; later jobs of a chain are can
 stopped, told so before the time limit     back to the queue (or the next job of the chain), exit 75
   (USR1) or because of preemption
 stopped, because the user wished it        exit 75; later jobs of a chain are cancelled
-failed                                     back to the queue (or the next job of the chain), exit 1
+failed                                     once more in the same nodes, launch.max_restarts times; then back to
+                                             the queue (or the next job of the chain), exit 1
 failed, for the third time in a row        exit 1; later jobs of a chain are cancelled
   without a new checkpoint
 ended by Slurm (scancel, a lost node)      nothing: Slurm has decided already
@@ -37,6 +38,7 @@ from tplaunch.launch import slurm
 from tplaunch.rundir import Record, RunDir
 
 if TYPE_CHECKING:
+    from tplaunch.check import Checked
     from tplaunch.launch.console import RunView
 
 GIVE_UP = 3  # attempts in a row that end without a new checkpoint
@@ -51,15 +53,15 @@ class Verdict:
 
     Args:
         code: its exit code, where it ends.
-        requeue: it goes back to the queue.
+        then: it ends; its ranks are started again, here; or it goes back to the queue.
         last: later jobs of its chain are not wanted.
         why: in words, for its log.
     """
 
     code: Exit
-    requeue: bool
-    last: bool
+    then: Literal["end", "again", "requeue"]
     why: str
+    last: bool = False
 
 
 def judge(
@@ -68,6 +70,7 @@ def judge(
     told: Literal["USR1", "TERM"] | None,
     state: str,
     preempted: bool,
+    may_restart: bool,
     may_requeue: bool,
 ) -> Verdict:
     """Decides after the ranks have ended.
@@ -77,29 +80,30 @@ def judge(
         told: what signal the batch script has got: USR1 is Slurm's, before the time limit; TERM is the user's.
         state: of the job, as Slurm says.
         preempted: Slurm needs its nodes for another. A preempted job that ends by itself is not requeued by Slurm.
+        may_restart: launch.max_restarts is not used up.
         may_requeue: the recipe's launch.slurm.requeue.
     """
     ending = how_attempt_ended(events)
     if ending == "done":
-        return Verdict(Exit.DONE, False, True, "the last step is done")
+        return Verdict(Exit.DONE, "end", "the last step is done", last=True)
+    code = Exit.STOPPED if ending == "stopped" else Exit.FAILED
     if state != "RUNNING":
-        code = Exit.STOPPED if ending == "stopped" else Exit.FAILED
-        return Verdict(code, False, False, f"Slurm ends this job itself ({state.lower()})")
-    asked = told == "USR1" or preempted
-    why = "preempted" if preempted else "the time limit is near" if told == "USR1" else ""
+        return Verdict(code, "end", f"Slurm ends this job itself ({state.lower()})")
+    back: Literal["end", "requeue"] = "requeue" if may_requeue else "end"
+    leaving = "preempted" if preempted else "the time limit is near" if told == "USR1" else ""
     if ending == "stopped":
-        if asked:
-            return Verdict(Exit.STOPPED, may_requeue, False, f"stopped with a checkpoint: {why}")
-        return Verdict(Exit.STOPPED, False, True, "stopped with a checkpoint, as was asked")
+        if leaving:
+            return Verdict(code, back, f"stopped with a checkpoint: {leaving}")
+        return Verdict(code, "end", "stopped with a checkpoint, as was asked", last=True)
     if told == "TERM":
-        return Verdict(Exit.FAILED, False, True, "ended without a checkpoint when asked to stop")
+        return Verdict(code, "end", "ended without a checkpoint when asked to stop", last=True)
     failures = count_failures(events)
     if failures >= GIVE_UP:
-        return Verdict(Exit.FAILED, False, True, GAVE_UP)
+        return Verdict(code, "end", GAVE_UP, last=True)
     progress = (
         f"attempt {failures} of at most {GIVE_UP} without a new checkpoint" if failures else "it had made progress"
     )
-    return Verdict(Exit.FAILED, may_requeue, False, f"failed: {progress}")
+    return Verdict(code, "again" if may_restart and not leaving else back, f"failed: {progress}")
 
 
 def how_attempt_ended(events: Sequence[Record]) -> Literal["done", "stopped", "failed"]:
@@ -188,56 +192,68 @@ class Signals:
 
 
 def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
-    """Runs one attempt and decides what comes next.
+    """Runs the ranks, once or, after failures, several times, and decides what comes next.
 
     Args:
         command: the srun line that starts the ranks.
     """
-    from rich.console import Console
-
     from tplaunch.check import check_recipe
-    from tplaunch.launch import failure
-    from tplaunch.launch.console import RunView
     from tplaunch.launch.prepare import steps_done
     from tplaunch.recipe.load import load_recipe
 
     signals = Signals()
     job_id = own_job_id()
     checked = check_recipe(load_recipe(run_dir.recipe), need_data=False)
+    launch, restarts = checked.recipe.launch, 0
     with run_dir.lock():
         if steps_done(run_dir) >= checked.recipe.training.steps:
             say(f"step {steps_done(run_dir)} is done already")
             _cancel_rest(run_dir, job_id)
             return Exit.DONE
-        attempt = run_dir.next_attempt()
-        order = Path(os.environ["SLURM_HOSTFILE"]).read_text().split()
-        run_dir.append_event("attempt", attempt=attempt, job=job_id, nodes=order)
-        say(f"attempt {attempt}, job {job_id}, nodes {' '.join(order)}")
-        console = Console(highlight=False, markup=False, emoji=False, force_terminal=False)
-        with run_dir.torchrun_log(attempt).open("wb") as log:
-            environment = {**os.environ, "TPLAUNCH_ATTEMPT": str(attempt)}
-            srun = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            _attend(srun, signals, RunView(checked, run_dir, console))
-        events = run_dir.read_events()
-        if how_attempt_ended(events) == "failed":
-            cause = failure.find_cause(run_dir, attempt)
-            failure.print_cause(console, cause, checked.topology, "")
-        job = _own_job(job_id)
-        verdict = judge(
-            events,
-            told=signals.told,
-            state=job.state if job else "RUNNING",
-            preempted=job.preempted if job else False,
-            may_requeue=checked.recipe.launch.slurm.requeue,
-        )
-        say(verdict.why)
-        run_dir.append_event("attempt_end", attempt=attempt, job=job_id, code=int(verdict.code), why=verdict.why)
+        while True:
+            attempt = _attempt(checked, run_dir, command, signals)
+            job = _own_job(job_id)
+            verdict = judge(
+                run_dir.read_events(),
+                told=signals.told,
+                state=job.state if job else "RUNNING",
+                preempted=job.preempted if job else False,
+                may_restart=restarts < launch.max_restarts,
+                may_requeue=launch.slurm.requeue,
+            )
+            say(verdict.why)
+            run_dir.append_event("attempt_end", attempt=attempt, job=job_id, code=int(verdict.code), why=verdict.why)
+            if verdict.then != "again":
+                break
+            restarts += 1
+            say(f"once more, {restarts} of at most {launch.max_restarts} times in this job")
         if verdict.last:
             _cancel_rest(run_dir, job_id)
     # Outside the lock: the next attempt must not find it taken.
-    if verdict.requeue:
+    if verdict.then == "requeue":
         _requeue(job_id)
     return verdict.code
+
+
+def _attempt(checked: Checked, run_dir: RunDir, command: Sequence[str], signals: Signals) -> int:
+    """Starts the ranks, waits for their end, shows why if they have failed, and returns the attempt's number."""
+    from rich.console import Console
+
+    from tplaunch.launch import failure
+    from tplaunch.launch.console import RunView
+
+    attempt, job_id = run_dir.next_attempt(), own_job_id()
+    nodes = Path(os.environ["SLURM_HOSTFILE"]).read_text().split()
+    run_dir.append_event("attempt", attempt=attempt, job=job_id, nodes=nodes)
+    say(f"attempt {attempt}, job {job_id}, nodes {' '.join(nodes)}")
+    console = Console(highlight=False, markup=False, emoji=False, force_terminal=False)
+    environment = {**os.environ, "TPLAUNCH_ATTEMPT": str(attempt)}
+    with run_dir.torchrun_log(attempt).open("wb") as log:
+        srun = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _attend(srun, signals, RunView(checked, run_dir, console))
+    if how_attempt_ended(run_dir.read_events()) == "failed":
+        failure.print_cause(console, failure.find_cause(run_dir, attempt), checked.topology, "")
+    return attempt
 
 
 def _attend(srun: subprocess.Popen[bytes], signals: Signals, view: RunView) -> None:
@@ -278,8 +294,7 @@ def prepare(argv: Sequence[str]) -> Exit:
     if job_id not in submitted_jobs(run_dir.read_events()):  # not a later attempt of the same job
         job = slurm.find_job(job_id)
         run_dir.append_event("submit", jobs=[job_id], logs=[str(job.log) if job else ""])
-    restarts = member.checked.recipe.launch.max_restarts
-    values = {"RUN_DIR": run_dir.root, "WORKERS": topology.ranks_per_node, "RESTARTS": restarts}
+    values = {"RUN_DIR": run_dir.root, "WORKERS": topology.ranks_per_node}
     print("\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items()))
     return Exit.DONE
 

@@ -31,7 +31,7 @@ _HOSTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
 _FEATURES = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.,:&|*()\[\]+-]*")
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+:@=-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RESERVED = re.compile(r"SLURM_.*|TPLAUNCH_.*|RUN_DIRS?|PYTHON|WORKERS|RESTARTS|MASTER_(ADDR|PORT)|BASH_ENV|IFS")
+_RESERVED = re.compile(r"SLURM_.*|TPLAUNCH_.*|RUN_DIRS?|PYTHON|WORKERS|MASTER_(ADDR|PORT)|BASH_ENV|IFS")
 _SECRET = re.compile(r"(?i)(.*_)?(api_?key|access_?key|token|secret|passw(or)?d|credential)s?(_.*)?")
 _ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=(?![\"']?[$`])[\"']?[^\s\"';]")  # of a literal: not X=$Y
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -218,7 +218,6 @@ def _environment(recipe: Recipe) -> str:
         [
             ("export NCCL_DEBUG=${NCCL_DEBUG:-WARN}", "NCCL says why it fails"),
             ("export PYTHONFAULTHANDLER=1", "a crash in native code leaves the Python stack in the rank's log"),
-            ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "workers that torchrun starts again get a fresh store"),
             ("export TORCH_FR_BUFFER_SIZE=2000", "collectives that torch remembers, to be told after a hang"),
             ("export PYTHONUNBUFFERED=1", "what a rank prints can be followed"),
             ("export SLURM_EXPORT_ENV=ALL", "srun hands all this on, also where the site's default is NONE"),
@@ -244,7 +243,6 @@ def _what_runs(
             first,
             (f"export PYTHON={shlex.quote(python)}", "has tplaunch; the same path on every node"),
             (f"export WORKERS={topology.ranks_per_node}", "ranks a node"),
-            (f"export RESTARTS={recipe.launch.max_restarts}", "of a node's ranks by torchrun, before the job gives up"),
         ]
     )
     container = recipe.launch.slurm.container
@@ -300,13 +298,13 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # at a port below the range that 
 export MASTER_ADDR MASTER_PORT
 
 # ---- the run: one torchrun a node. slurm_job stays above it: it numbers the attempt, hands Slurm's signals on, and
-# when the ranks have ended decides: done, stopped, failed, or back to the queue.
+# when the ranks have ended decides: done, stopped, failed, once more, or back to the queue.
 # shellcheck disable=SC2016 # expanded on each node, not here
 exec "$PYTHON" -m tplaunch.launch.slurm_job run "$RUN_DIR" \
-    srun "${{EACH_NODE[@]}}" --distribution=arbitrary --label{options} {prefix}bash -c '
+    srun "${{EACH_NODE[@]}}" --distribution=arbitrary{options} {prefix}bash -c '
         trap "" TERM USR1  # Slurm sends these to the ranks too: they save and stop, and torchrun waits for them
         exec {python} -m torch.distributed.run \
             --nnodes="$SLURM_NNODES" --node-rank="$SLURM_PROCID" --nproc-per-node="$WORKERS" \
-            --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts="$RESTARTS" \
+            --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
             --signals-to-handle=SIGINT,SIGHUP,SIGQUIT -m {WORKER} "$RUN_DIR"'
 """
