@@ -190,17 +190,17 @@ class CheckpointManager:
                 needed, free = self.estimate_bytes(), shutil.disk_usage(temporary).free
                 if free < needed:
                     why[0] = f"{format_bytes(needed)} needed, {format_bytes(free)} free in {self.root}"
-            except OSError as error:
-                why[0] = str(error)
+            except Exception as error:  # any: the others wait to hear
+                why[0] = f"{type(error).__name__}: {error}"
         dist.broadcast_object_list(why, group=self.group)
         if why[0] is not None:
             raise OSError(why[0])
 
     def estimate_bytes(self) -> int:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
-        _, parameter = self.tensors()[0]
+        parameter = next(self.stages[0].module.parameters())  # all have one dtype
         copies = 1 + len(self.optimizer.slots)
-        return parameter_count(self.recipe.model, padded=True) * copies * parameter.element_size()
+        return parameter_count(self.recipe.model, padded=True) * copies * parameter.dtype.itemsize
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         files[".metadata"] = store.hash_file(temporary / ".metadata")
