@@ -99,8 +99,9 @@ def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None)
     from tplaunch.plan.timeline import pipeline_timeline
 
     console = Console(highlight=False)
-    drawn = 1 < result.case.topology.pp <= 16 and result.case.microbatches * len(result.case.stages) <= 3000
-    timeline = pipeline_timeline(result.case)[0] if drawn else None
+    own = result.case
+    drawn = 1 < own.topology.pp <= 16 and own.microbatches * own.virtual_stages <= 50  # else its cells say nothing
+    timeline = pipeline_timeline(own)[0] if drawn else None
     show_plan(console, result, found, rank=rank, timeline=timeline)
     for problem in checked.warnings:
         if not problem.key.startswith("data."):

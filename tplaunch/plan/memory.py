@@ -191,7 +191,9 @@ def block_working(case: Case) -> float:
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps between the two halves of its backward pass: the gradients of its linear
-    layers' outputs."""
+    layers' outputs. On the first stage torch leaves all to the second half."""
+    if stage.first:
+        return 0.0
     model, tp = case.model, case.topology.tp
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
@@ -201,16 +203,13 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
 
 
 def reducing(case: Case, unit: float) -> float:
-    """FSDP2's buffers while it reduces the gradients of a unit of so many weights.
-
-    The reduce-scatter's input and output. Where gradients are not accumulated whole, also the unit's gradients as
-    computed, and the input of the unit before, which is freed after this one's is made; with a single microbatch the
-    output is the gradient that stays.
-    """
+    """FSDP2's buffers while it reduces the gradients of a unit of so many weights: the reduce-scatter's input and
+    output, and, where gradients are not accumulated whole, the unit's gradients as computed. With a single microbatch
+    the output is the gradient that stays."""
     wide = case.storage_bytes
     output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else wide / case.shards
-    whole = 0.0 if _accumulates(case) else wide + case.compute_bytes
-    return unit * (wide + output + whole)
+    computed = 0.0 if _accumulates(case) else case.compute_bytes
+    return unit * (wide + output + computed)
 
 
 def gathering(case: Case) -> float:
@@ -218,18 +217,24 @@ def gathering(case: Case) -> float:
     return case.block_weights * case.compute_bytes if case.zero == 3 and case.shards > 1 else 0.0
 
 
-def pipeline_buffers(case: Case, stages: list[Stage]) -> float:
-    """Receive buffers of torch's pipeline stages, one for each microbatch and direction, kept from step to step; and,
-    where a rank has several stages, what it has sent, which torch keeps to the end of the step."""
+def pipeline_buffers(case: Case, stages: list[Stage], in_flight: float) -> float:
+    """What torch's pipeline stages receive, forward and backward: a buffer for each microbatch, kept from step to step
+    (what the rank's next stage takes over directly is kept as long). And, where a rank has several stages, what it has
+    sent, which torch keeps to the end of the step.
+
+    Args:
+        in_flight: microbatches in flight on the rank, counted once for each of its stages: those not yet sent back.
+    """
     if case.topology.pp == 1:
         return 0.0
     here = {stage.index for stage in stages}
-    directions = 0
-    for stage in stages:
-        directions += not stage.first and stage.index - 1 not in here
-        directions += not stage.last and stage.index + 1 not in here
-    kept = 2 if case.virtual_stages > 1 else 1
-    return kept * directions * case.microbatches * hidden_bytes(case)
+    received = sum((not stage.first) + (not stage.last) for stage in stages)
+    sent = 0.0
+    if len(stages) > 1:
+        leaving = sum(not s.first and s.index - 1 not in here for s in stages)
+        leaving += sum(not s.last and s.index + 1 not in here for s in stages)
+        sent = leaving * max(0.0, case.microbatches - in_flight / len(stages))
+    return (received * case.microbatches + sent) * hidden_bytes(case)
 
 
 # NCCL's and cuBLAS's shares, of the order that `nvidia-smi` shows above torch's own reserve on A100 and H100.
@@ -319,6 +324,6 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         loss=fullest.loss,
         working=fullest.working,
         data_parallel_buffers=fullest.buffers,
-        pipeline_buffers=pipeline_buffers(case, stages),
+        pipeline_buffers=pipeline_buffers(case, stages, step.in_flight[pp_rank]),
         overhead=overhead(case, fullest.total + gradient),
     )

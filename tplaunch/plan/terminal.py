@@ -26,6 +26,7 @@ _MEMORY_COLOURS = (
     ("optimizer", "magenta"),
     ("activations", "yellow"),
     ("transient", "red"),
+    ("pipeline_buffers", "bright_magenta"),
     ("overhead", "white"),
 )
 _MOST_ROWS = 16
@@ -108,7 +109,7 @@ def _recompute(case: Case) -> str:
 
 
 def _transient(memory: Memory) -> float:
-    return memory.loss + memory.working + memory.data_parallel_buffers + memory.pipeline_buffers
+    return memory.loss + memory.working + memory.data_parallel_buffers
 
 
 def _parts(memory: Memory) -> dict[str, float]:
@@ -138,10 +139,23 @@ def _memory_table(plan: Plan) -> Text:
         full = pp_rank == plan.fullest and len(plan.memory) > 1
         total = Text(_gib(memory.total), style="bold red" if memory.total > capacity else "bold" if full else "")
         rows.append([str(pp_rank), _layers(case.stages_on(pp_rank)), *cells, total, memory_bar(memory, capacity, 24)])
-    headings = ["pp", "layers", "weights", "gathered", "grads", "optim", "activ", "working", "other", "total", ""]
+    headings = [
+        "pp",
+        "layers",
+        "weights",
+        "gathered",
+        "grads",
+        "optim",
+        "activ",
+        "working",
+        "pipe",
+        "other",
+        "total",
+        "",
+    ]
     left = frozenset({len(headings) - 1})
-    table = columns(f"Memory of a rank, GiB of {_gib(capacity)}", headings, rows, left)
-    for heading, (_, colour) in zip(headings[2:9], _MEMORY_COLOURS, strict=True):
+    table = columns(f"Memory of a rank at its fullest moment, GiB of {_gib(capacity)}", headings, rows, left)
+    for heading, (_, colour) in zip(headings[2:10], _MEMORY_COLOURS, strict=True):
         table.highlight_words([f" {heading}"], colour)
     return table
 

@@ -185,11 +185,12 @@ def quick_look(case: Case, block: BlockWork) -> float | None:
     works_of = StageWorks(case, block)
     pp = case.topology.pp
     ends = [0, pp - 1] if pp > 1 else [0]
-    held = [0.0] * pp
+    held, in_flight = [0.0] * pp, [0.0] * pp
     for rank in ends:
         stages = case.stages_on(rank)
-        held[rank] = passes_in_flight(case, rank) * sum(works_of(stage)[1].held for stage in stages) / len(stages)
-        step = Step(0.0, [0.0] * pp, held, held, [0.0] * pp)
+        in_flight[rank] = passes_in_flight(case, rank)
+        held[rank] = in_flight[rank] * sum(works_of(stage)[1].held for stage in stages) / len(stages)
+        step = Step(0.0, [0.0] * pp, held, held, in_flight)
         if memory.rank_memory(case, rank, step).total > (1 - HEADROOM) * case.gpu.memory:
             return None
     ranks = {rank: [works_of(stage)[0] for stage in case.stages_on(rank)] for rank in {*ends, pp // 2}}
@@ -251,47 +252,49 @@ def _losses(plan: Plan) -> str:
 
 
 def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
-    """One knob turned one way, everything else as in the best."""
+    """One knob turned one way, everything else as in the best (or as suits it, where pp changes the schedules)."""
     own, base = best.change.values, _on(case, gpus)
     found = []
-    for differing, values in _steps(own, gpus, case.recipe):
-        candidate = Change({**own, **values}).apply(base)
-        change = Change(differing)
-        if not is_legal(candidate):
-            found.append(Neighbour(change, "cannot run: heads, layers or microbatches do not divide"))
-            continue
-        plan = estimate(candidate)
-        found.append(Neighbour(change, _why(plan, best.plan)))
+    for differing, ways in _steps(own, gpus, case.recipe):
+        cases = [Change({**own, **values}).apply(base) for values in ways]
+        plans = [estimate(candidate) for candidate in cases if is_legal(candidate)]
+        if plans:
+            why = _why(min(plans, key=lambda plan: (not plan.fits, plan.step_seconds)), best.plan)
+        else:
+            why = "cannot run: heads, layers or microbatches do not divide"
+        found.append(Neighbour(Change(differing), why))
     return found
 
 
-def _steps(own: dict[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(what to say, what to change) for each knob of the best."""
+def _steps(own: dict[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(what to say, ways to do it) for each knob of the best."""
     tp, pp, dp = own["topology.tp"], own["topology.pp"], own["topology.dp"]
-    for name, size in (("tp", tp), ("pp", pp)):
-        for new in (size * 2, size // 2 if size % 2 == 0 else 0):
-            other = pp if name == "tp" else tp
-            if new and gpus % (new * other) == 0:
-                values = {f"topology.{name}": new, "topology.dp": gpus // (new * other)}
-                if name == "tp":
-                    values["topology.sequence_parallel"] = new > 1 and recipe.training.seq_len % new == 0
-                if name == "pp" and new == 1:
-                    values |= {"topology.schedule": "1f1b", "topology.virtual_stages": 1}
-                yield {f"topology.{name}": new}, values
+    layers, compiled = recipe.model.num_layers, recipe.training.compile
+    for new in (tp * 2, tp // 2 if tp % 2 == 0 else 0):
+        if new and gpus % (new * pp) == 0:
+            split = new > 1 and recipe.training.seq_len % new == 0
+            sizes = {"topology.tp": new, "topology.dp": gpus // (new * pp), "topology.sequence_parallel": split}
+            yield {"topology.tp": new}, [sizes]
+    for new in (pp * 2, pp // 2 if pp % 2 == 0 else 0):
+        if new and gpus % (new * tp) == 0:
+            sizes = {"topology.pp": new, "topology.dp": gpus // (new * tp)}
+            schedules = _schedules(new, layers, compiled=compiled)
+            ways = [{**sizes, "topology.schedule": s, "topology.virtual_stages": v} for s, v in schedules]
+            yield {"topology.pp": new}, ways
     for micro_batch in (own["training.micro_batch_size"] * 2, own["training.micro_batch_size"] // 2):
         if micro_batch:
             values = {"training.micro_batch_size": micro_batch}
-            yield values, values
+            yield values, [values]
     for recompute in RECOMPUTE:
         if recompute != own["training.recompute"]:
-            yield {"training.recompute": recompute}, {"training.recompute": recompute}
+            yield {"training.recompute": recompute}, [{"training.recompute": recompute}]
     for zero in (1, 2, 3):
         if zero != own["topology.zero"] and dp > 1:
-            yield {"topology.zero": zero}, {"topology.zero": zero}
-    for schedule, virtual in _schedules(pp, recipe.model.num_layers, compiled=recipe.training.compile):
+            yield {"topology.zero": zero}, [{"topology.zero": zero}]
+    for schedule, virtual in _schedules(pp, layers, compiled=compiled):
         values = {"topology.schedule": schedule, "topology.virtual_stages": virtual}
         if any(own[key] != value for key, value in values.items()):
-            yield values, values
+            yield values, [values]
 
 
 def _why(plan: Plan, best: Plan) -> str:
