@@ -20,6 +20,7 @@ from tplaunch.checkpoint.store import (
     list_checkpoints,
     read_manifest,
     retire,
+    set_aside,
     sweep,
 )
 
@@ -167,6 +168,17 @@ def test_a_crash_while_replacing_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert step == 5
     assert faults(path) == []
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_later_ones_are_set_aside(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    assert [p.name for p in set_aside(tmp_path, after=5)] == ["step-00000010.abandoned", "step-00000015.abandoned"]
+    assert steps(tmp_path) == [5]
+    write(tmp_path, 10)
+    set_aside(tmp_path, after=5)  # again: the newer history replaces the older one
+    assert steps(tmp_path) == [5]
+    assert faults(tmp_path / "step-00000010.abandoned") == []
 
 
 def test_sweep_removes_torn_saves_only(tmp_path: Path) -> None:

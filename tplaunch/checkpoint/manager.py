@@ -84,7 +84,7 @@ class CheckpointManager:
         self.root = run_dir.checkpoints
         self._thread: threading.Thread | None = None
         self._stager = DefaultStager(_staging())
-        self.saved_step: int | None = None
+        self.saved_step: int | None = None  # of the newest complete save, or of what was loaded; rank 0 knows
         self._timings: dict[str, float] = {}
         self._wandb_id = None
         if self.rank == 0:
@@ -262,6 +262,9 @@ class CheckpointManager:
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
                 self._read(path)
+                self.saved_step = manifest.step
+                if self.rank == 0 and source != "auto":
+                    store.set_aside(self.root, after=manifest.step)
                 return manifest.step, manifest.state
             found += problems
             if self.rank == 0:

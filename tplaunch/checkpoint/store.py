@@ -201,6 +201,22 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
+def set_aside(root: Path, *, after: int) -> list[Path]:
+    """Rename checkpoints of later steps to `NAME.abandoned`: a run that was sent back writes another history, and
+    must not go on from theirs. Nothing is deleted.
+
+    Returns:
+        The new names.
+    """
+    renamed = []
+    for step, path in list_checkpoints(root):
+        if step > after:
+            target = path.with_name(f"{path.name}.abandoned")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier time that this run was sent back
+            renamed.append(path.rename(target))
+    return renamed
+
+
 def sweep(root: Path) -> None:
     """Remove what an interrupted save left behind; a checkpoint that it was about to replace gets its name back."""
     if not root.is_dir():

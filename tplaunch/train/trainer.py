@@ -367,12 +367,15 @@ class Trainer:
         self.checkpoints.finish()
         faulthandler.cancel_dump_traceback_later()
         if self.main:
+            step = self.progress.step
+            if self.checkpoints.saved_step != step:
+                raise RuntimeError(f"the checkpoint of step {step}, the last, could not be written: see events.jsonl")
             if self.wandb is not None:
                 self.wandb.finish()
             if stopped:
-                self.run_dir.append_event("stopped", step=self.progress.step, by=self.stop.by)
+                self.run_dir.append_event("stopped", step=step, by=self.stop.by)
             else:
-                self.run_dir.append_event("done", step=self.progress.step)
+                self.run_dir.append_event("done", step=step)
         return not stopped
 
 
