@@ -62,7 +62,7 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
     with torch.no_grad():
         logit_difference = (stage.module(tokens) - expected).abs().max().item()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
-    stage.module(tokens, labels, 1.0 / labels.numel()).backward()
+    stage.module(tokens, labels, loss_scale=1.0 / labels.numel()).backward()
     GradientFinalizer([stage], mesh, schedule="1f1b", num_stages=1, tied=False).complete()
     gradients = tensors(model, family, grad=True)
     # A floor, for gradients that are zero but for rounding: GPT-2's key bias shifts all scores of a row alike.
