@@ -44,7 +44,6 @@ def plan(
     Example: tplaunch plan recipes/llama3-70b.yaml --timeline step.svg
     """
     from tplaunch.plan.estimate import estimate
-    from tplaunch.plan.remedies import remedies
 
     checked, case = _case(recipe, set_, gpu)
     if rank is not None and not 0 <= rank < case.topology.world_size:
@@ -52,7 +51,11 @@ def plan(
             Problem(f"there is no rank {rank}", fix=f"0 to {case.topology.world_size - 1}", key="--rank")
         )
     result = estimate(case)
-    found = [] if result.fits else remedies(result)
+    found: list[Remedy] = []
+    if not result.fits:
+        from tplaunch.plan.remedies import remedies
+
+        found = remedies(result)
     if as_json:
         typer.echo(json.dumps(_as_json(checked, result, found), indent=2))
     else:
@@ -96,12 +99,14 @@ def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None)
     from rich.console import Console
 
     from tplaunch.plan.terminal import show_plan
-    from tplaunch.plan.timeline import pipeline_timeline
 
     console = Console(highlight=False)
     own = result.case
-    drawn = 1 < own.topology.pp <= 16 and own.microbatches * own.virtual_stages <= 50  # else its cells say nothing
-    timeline = pipeline_timeline(own)[0] if drawn else None
+    timeline = None
+    if 1 < own.topology.pp <= 16 and own.microbatches * own.virtual_stages <= 50:  # else its cells would say nothing
+        from tplaunch.plan.timeline import pipeline_timeline
+
+        timeline, _ = pipeline_timeline(own)
     show_plan(console, result, found, rank=rank, timeline=timeline)
     for problem in checked.warnings:
         if not problem.key.startswith("data."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -11,10 +12,12 @@ from rich.text import Text
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import GiB, Memory
-from tplaunch.plan.remedies import Remedy
-from tplaunch.plan.schedule import Timeline
-from tplaunch.plan.tune import Tuning
 from tplaunch.units import format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from tplaunch.plan.remedies import Remedy
+    from tplaunch.plan.schedule import Timeline
+    from tplaunch.plan.tune import Tuning
 
 # One colour for each pipeline rank, in turn; and for what a pipeline rank does.
 STAGE_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
@@ -290,14 +293,14 @@ def rank_map(case: Case, most_nodes: int = 8) -> Text:
     """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
     topology = case.topology
     per_node = topology.ranks_per_node
-    nodes = list(range(topology.nodes))
-    left_out = nodes[most_nodes - 1 : -1] if len(nodes) > most_nodes else []
+    count = topology.nodes
+    nodes: list[int | None] = list(range(min(count, most_nodes)))
+    if count > most_nodes:
+        nodes = [*range(most_nodes - 1), None, count - 1]
     wide = min(per_node, 8)
     rows: list[list[str | Text]] = []
     for node in nodes:
-        if node in left_out[1:]:
-            continue
-        if node in left_out[:1]:
+        if node is None:
             rows.append(["...", *[""] * wide])
             continue
         ranks = range(node * per_node, min((node + 1) * per_node, topology.world_size))
