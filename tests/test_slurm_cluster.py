@@ -351,14 +351,18 @@ def test_gone_jobs_are_told_from_the_run_directory(site: Site) -> None:
 
 
 def test_a_bad_node_is_left_out(site: Site) -> None:
-    """The first node says that its temporary directory is gone; the next attempt runs on another."""
-    (site.folder / "setup.sh").write_text("mkdir first 2>/dev/null && export TMPDIR=/gone; true\n")
+    """On the first node nvidia-smi tells of ECC errors; the next attempt runs on another."""
+    (site.folder / "bin").mkdir()
+    (site.folder / "bin" / "nvidia-smi").write_text("#!/bin/bash\necho '0, 5, Not Active'\n")
+    (site.folder / "bin" / "nvidia-smi").chmod(0o755)
+    (site.folder / "setup.sh").write_text("mkdir first 2>/dev/null && export PATH=$PWD/bin:$PATH; true\n")
     setup = f'launch.slurm.setup=["cd {site.folder}; source ./setup.sh"]'
-    job = site.submit(*ONE_RANK, "--set", "training.steps=2", "--set", setup)
+    gpus = "launch.slurm.gpus=true"
+    job = site.submit(*ONE_RANK, "--set", "training.steps=2", "--set", setup, "--set", gpus)
     ended = site.wait_for_state(job, "COMPLETED")
     (bad,) = [event["nodes"] for event in site.run_dir.read_events() if event["event"] == "bad_nodes"]
     assert [ended.excluded] == bad and bad != site.attempts()[0]["nodes"]
-    assert f"node {ended.excluded} is not fit: /gone cannot be written" in site.log()
+    assert f"node {ended.excluded} is not fit: GPU 0: uncorrected ECC errors since the last reset (5)" in site.log()
 
 
 def test_train_sbatch_runs_a_recipe(site: Site) -> None:
@@ -377,6 +381,24 @@ def test_train_sbatch_runs_a_recipe(site: Site) -> None:
     assert len(curve(site.run_dir)) == 3
     assert site.status()[0]["state"] == "done"
     assert "the last step is done" in site.tplaunch("logs", job)
+
+
+def test_follow_shows_the_log_to_its_end(site: Site) -> None:
+    output = site.tplaunch("submit", "tiny.yaml", *ONE_RANK, "--set", "training.steps=2", "--follow")
+    assert "queue  place 1 of 1" in output or "state  " in output
+    assert "step 2/2" in output and "the last step is done" in output
+
+
+def test_doctor_looks_at_each_node_of_an_allocation(site: Site) -> None:
+    command = f"{sys.executable} -m tplaunch doctor --json"
+    log = site.folder / "doctor.json"
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--chdir={site.folder}"]
+    job = slurm.call("sbatch", "--parsable", *options, f"--wrap={command}").strip()
+    site.wait_for_state(job, "COMPLETED", "FAILED")
+    findings = {finding["topic"]: finding for finding in json.loads(log.read_text())}
+    assert [findings[topic]["level"] for topic in ("Slurm", "requeue", "node n1", "node n3")] == ["ok"] * 4
+    assert "between 2 nodes" in findings["clocks"]["text"]
+    assert "topology/tree" in findings["topology"]["text"]
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "slurm").glob("*.sbatch"))])

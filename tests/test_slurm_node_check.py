@@ -10,42 +10,62 @@ from pathlib import Path
 
 import pytest
 
-from tplaunch.launch.node_check import check_disks, check_gpu_state, check_gpus, find_slow, read_gpu_state
+from tplaunch.launch.node_check import check_disks, check_gpu_state, check_gpus, find_slow
 
-WELL = "0, 0, No, No, Not Active\n1, 0, No, No, Not Active\n"
-
-
-def test_healthy_gpus_have_no_problems() -> None:
-    assert read_gpu_state(WELL, 2) == []
-    assert read_gpu_state("0, [N/A], [N/A], [N/A], [Not Supported]\n", 1) == []  # a GPU without ECC
-
-
-@pytest.mark.parametrize(
-    ("csv", "expected"),
-    [
-        ("0, 0, No, No, Not Active\n", "1 GPUs of 2"),
-        (WELL.replace("1, 0,", "1, 3,"), "GPU 1: uncorrected ECC errors since the last reset (3)"),
-        (WELL.replace("1, 0, No", "1, 0, Yes"), "GPU 1: memory rows wait to be remapped: reset the GPU (Yes)"),
-        (WELL.replace("No, Not", "Yes, Not", 1), "GPU 0: memory rows cannot be remapped (Yes)"),
-        (WELL.replace("Not Active", "Active", 1), "GPU 0: the hardware slows its clock down (heat or power) (Active)"),
-        ("", "0 GPUs of 2"),
-    ],
-)
-def test_sick_gpus_are_named(csv: str, expected: str) -> None:
-    assert read_gpu_state(csv, 2) == [expected]
+STATE = "0, 0, Not Active\n1, 0, Not Active\n"
+REMAPPED = "0000:1B:00.0, No, No\n0000:43:00.0, No, No\n"
 
 
 def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    (folder / "nvidia-smi").write_text(f"#!/bin/bash\n{script}\n")
+    (folder / "nvidia-smi").write_text(f'#!/bin/bash\necho "$1" >>{folder}/asked\n{script}\n')
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_nvidia_smi_is_asked_for_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, f"echo \"$*\" >{tmp_path}/asked; printf '{WELL}'")
+def answers(state: str, remapped: str) -> str:
+    """The script of an nvidia-smi that gives these answers."""
+    return f"case $1 in --query-gpu=*) printf '{state}' ;; *) printf '{remapped}' ;; esac"
+
+
+@pytest.mark.parametrize(
+    ("state", "remapped"),
+    [(STATE, REMAPPED), ("0, [N/A], [Not Supported]\n1, [N/A], N/A\n", REMAPPED), (STATE, REMAPPED.replace("No", "0"))],
+)
+def test_healthy_gpus_have_no_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, remapped) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, answers(state, remapped))
     assert check_gpu_state(2) == []
-    fields = (tmp_path / "asked").read_text().split()[0].removeprefix("--query-gpu=").split(",")
-    assert fields[0] == "index" and len(fields) == len(WELL.splitlines()[0].split(","))
+    # Each field that is asked for has its value in the answer.
+    for asked, answer in zip((tmp_path / "asked").read_text().splitlines(), (state, remapped), strict=True):
+        assert asked.count(",") == answer.splitlines()[0].count(",")
+
+
+@pytest.mark.parametrize(
+    ("state", "remapped", "expected"),
+    [
+        ("0, 0, Not Active\n", "0000:1B:00.0, No, No\n", "1 GPUs of 2"),
+        (STATE.replace("1, 0,", "1, 3,"), REMAPPED, "GPU 1: uncorrected ECC errors since the last reset (3)"),
+        (STATE.replace("Not A", "A", 1), REMAPPED, "GPU 0: the hardware slows its clock down (heat or power) (Active)"),
+        (
+            STATE,
+            REMAPPED.replace("No", "Yes", 1),
+            "GPU 0000:1B:00.0: memory rows wait to be remapped: reset the GPU (Yes)",
+        ),
+        (
+            STATE,
+            REMAPPED.replace("No, No\n0000:43", "No, 1\n0000:43"),
+            "GPU 0000:1B:00.0: memory rows cannot be remapped (1)",
+        ),
+    ],
+)
+def test_sick_gpus_are_named(tmp_path: Path, monkeypatch, state: str, remapped: str, expected: str) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, answers(state, remapped))
+    assert check_gpu_state(2) == [expected]
+
+
+def test_a_driver_that_lacks_a_field_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "echo 'Field \"x\" is not a valid field to query.'; exit 2"
+    fake_nvidia_smi(tmp_path, monkeypatch, f"[[ $1 == --query-gpu=* ]] || {{ {refused}; }}; printf '{STATE}'")
+    assert check_gpu_state(2) == []
 
 
 def test_a_driver_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,13 +28,26 @@ GPU_SECONDS = 180.0  # a healthy node needs the import of torch and a few second
 SLOW = 0.7  # a GPU below this part of its neighbours' median speed is a bad one
 _MATMUL = 4096
 
-# nvidia-smi query field -> (values that are well, what else means). Fields that a GPU lacks read "[N/A]".
-_STATE = {
-    "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors since the last reset",
-    "remapped_rows.pending": "memory rows wait to be remapped: reset the GPU",
-    "remapped_rows.failure": "memory rows cannot be remapped",
-    "clocks_throttle_reasons.hw_slowdown": "the hardware slows its clock down (heat or power)",
-}
+# What nvidia-smi is asked: the option, the field that names the GPU, and the others with what it means when their value
+# is not one of _WELL. (clocks_throttle_reasons is called clocks_event_reasons in new drivers, which know both.)
+_QUERIES = (
+    (
+        "--query-gpu",
+        "index",
+        {
+            "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors since the last reset",
+            "clocks_throttle_reasons.hw_slowdown": "the hardware slows its clock down (heat or power)",
+        },
+    ),
+    (
+        "--query-remapped-rows",
+        "gpu_bus_id",
+        {
+            "remapped_rows.pending": "memory rows wait to be remapped: reset the GPU",
+            "remapped_rows.failure": "memory rows cannot be remapped",
+        },
+    ),
+)
 _WELL = ("0", "No", "Not Active", "N/A", "[N/A]", "[Not Supported]")
 
 
@@ -110,25 +123,30 @@ def check_gpus(expected: int) -> list[str]:
 
 
 def check_gpu_state(expected: int) -> list[str]:
-    """The number of GPUs, their ECC errors and their clocks, as nvidia-smi tells."""
-    argv = ["nvidia-smi", f"--query-gpu=index,{','.join(_STATE)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return ["nvidia-smi hangs"]
-    if done.returncode != 0:
-        return [f"nvidia-smi failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}"]
-    return read_gpu_state(done.stdout, expected)
+    """The number of GPUs, their ECC errors, remapped memory and clocks, as nvidia-smi tells."""
+    problems = []
+    for option, name, meanings in _QUERIES:
+        argv = ["nvidia-smi", f"{option}={','.join([name, *meanings])}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            return ["nvidia-smi hangs"]
+        said = done.stdout + done.stderr
+        if done.returncode == 0:
+            problems += read_gpu_state(done.stdout, expected, list(meanings.values()))
+        elif "not a valid field" not in said:  # a driver that lacks a field is no sign of a sick GPU
+            return [f"nvidia-smi failed: {' '.join(said.split())[-200:]}"]
+    return list(dict.fromkeys(problems))
 
 
-def read_gpu_state(csv: str, expected: int) -> list[str]:
-    """The problems in the output of nvidia-smi, one line for each GPU."""
+def read_gpu_state(csv: str, expected: int, meanings: list[str]) -> list[str]:
+    """The problems in the output of nvidia-smi: a line for each GPU, its name and then a value for each meaning."""
     rows = [[cell.strip() for cell in line.split(",")] for line in csv.splitlines() if line.strip()]
     problems = [f"{len(rows)} GPUs of {expected}"] if len(rows) < expected else []
-    for index, *values in rows:
-        for meaning, value in zip(_STATE.values(), values, strict=True):
+    for name, *values in rows:
+        for meaning, value in zip(meanings, values, strict=True):
             if value not in _WELL:
-                problems.append(f"GPU {index}: {meaning} ({value})")
+                problems.append(f"GPU {name}: {meaning} ({value})")
     return problems
 
 
