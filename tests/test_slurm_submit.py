@@ -170,6 +170,11 @@ def test_a_wrong_sweep_is_refused(site: Site, sweep: list[str], message: str) ->
         plan_submission("tiny.yaml", sweep=sweep)
 
 
+def test_nodes_of_unknown_size_cannot_be_filled(site: Site) -> None:
+    with pytest.raises(RecipeError, match=r"tiny.yaml:4:\d+: topology.dp: auto cannot fill .*\n.*\n.*gpus_per_node: 8"):
+        plan_submission("tiny.yaml", ["topology.gpus_per_node=null"])
+
+
 def test_members_of_different_shape_are_refused(site: Site) -> None:
     overrides = ["topology.gpus_per_node=null", "topology.dp=2"]
     with pytest.raises(TplaunchError, match="2 nodes of 2 and 2 nodes of 4"):

@@ -97,7 +97,8 @@ def plan_submission(
     if layout.dp == "auto" and layout.gpus_per_node is None:
         why = "the nodes that the job will get cannot be counted here"
         fix = "topology.gpus_per_node: 8, say, or dp as a number"
-        raise RecipeError(Problem("auto fills nodes, but not of unknown size", why, fix, key="topology.dp"))
+        where = loaded.where("topology.dp") or str(loaded.path)
+        raise RecipeError(Problem("auto cannot fill nodes of unknown size", why, fix, where, "topology.dp"))
     root = (run_dir or Path("runs") / name).absolute()
     if not sweep:
         return Submission(name, root, [Member(check_recipe(loaded, need_data=need_data), RunDir(root))], loaded)
