@@ -7,6 +7,7 @@ through torchrun itself.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -41,6 +42,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send((function(*args), None))
             finally:
                 dist.destroy_process_group()
+                gc.collect()  # meshes are cycles, and each keeps the threads of its groups
         except BaseException:
             pipe.send((None, traceback.format_exc()))
 
