@@ -189,7 +189,7 @@ def check_limits() -> Iterator[Finding]:
 
 def check_folder(folder: Path) -> Iterator[Finding]:
     """Room, speed, locks and clock of the file system that run directories go to."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    place = _existing(folder)
     topic = f"files in {place}"
     yield Finding("ok", topic, f"{_file_system(place)}, {format_bytes(shutil.disk_usage(place).free)} free")
     try:
@@ -199,6 +199,11 @@ def check_folder(folder: Path) -> Iterator[Finding]:
             yield _clock(Path(scratch), topic)
     except OSError as error:
         yield Finding("fail", topic, f"cannot be written: {error.strerror}", "another place: --run-dir DIR")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _file_system(path: Path) -> str:
@@ -330,7 +335,7 @@ def check_allocation(folder: Path) -> Iterator[Finding]:
     )
     try:
         lines = slurm.call(
-            "srun", "--ntasks-per-node=1", sys.executable, "-c", code, str(folder.absolute())
+            "srun", "--ntasks-per-node=1", sys.executable, "-c", code, str(_existing(folder))
         ).splitlines()
     except TplaunchError as error:
         yield Finding("fail", "nodes of this job", str(error.problems[0]))
