@@ -21,7 +21,8 @@ from tplaunch.train.straggler import find_stragglers
 TOPOLOGIES = {"tp2": shape(2, 1, 1), "dp2": shape(1, 1, 2)}
 STEPS, EVERY = 12, 4
 TINY = [
-    *(f"training.steps={STEPS}", "training.seq_len=32", "training.global_batch_size=4", "model.num_layers=2"),
+    *(f"training.steps={STEPS}", "training.seq_len=32", "training.micro_batch_size=2", "training.global_batch_size=4"),
+    "model.num_layers=2",
     *(f"checkpoint.every={EVERY}", "checkpoint.async=false", "launch.max_restarts=1"),
 ]
 DEAD_S = 30.0  # in which a dead rank must be noticed; an idle machine takes less than one
