@@ -28,20 +28,22 @@ def trainer(raw: dict[str, Any], root: str) -> Any:
     return Trainer(recipe, mesh, run_dir, stop, beat)  # type: ignore[arg-type]
 
 
-def train(made: Any, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of that many more steps, on random tokens that depend on the step only."""
+def batch(made: Any) -> Any:
+    """This rank's share of the next step: random tokens that depend on the step only."""
     import numpy as np
     import torch
 
     from tplaunch.train.batch import Batch, share
 
-    recipe, mesh, curve = made.recipe, made.mesh, []
-    for _ in range(steps):
-        step = made.progress.step + 1
-        samples = share(recipe, step, mesh.coordinates.dp, mesh.topology.dp)
-        length = recipe.training.seq_len + 1
-        rows = [np.random.default_rng(sample).integers(0, recipe.model.vocab_size, length) for sample in samples]
-        tokens = torch.from_numpy(np.stack(rows))
-        result = made.train_step(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
-        curve.append((result.loss, result.grad_norm))
-    return curve
+    recipe, mesh = made.recipe, made.mesh
+    samples = share(recipe, made.progress.step + 1, mesh.coordinates.dp, mesh.topology.dp)
+    length = recipe.training.seq_len + 1
+    rows = [np.random.default_rng(sample).integers(0, recipe.model.vocab_size, length) for sample in samples]
+    tokens = torch.from_numpy(np.stack(rows))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def train(made: Any, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of that many more steps."""
+    results = [made.train_step(batch(made)) for _ in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]

@@ -395,6 +395,16 @@ def _warnings(recipe: Recipe) -> Iterator[Problem]:
             fix="zero: 2 keeps them between microbatches",
             key="topology.zero",
         )
+    for key, asked in (
+        ("training.loss_spike", training.loss_spike),
+        ("training.nonfinite.rollback_after", training.nonfinite.rollback_after),
+    ):
+        if asked is not None and checkpoint.every == 0:
+            yield Problem(
+                "has nothing to go back to: no checkpoint is written before the end",
+                fix="set checkpoint.every",
+                key=key,
+            )
     if checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
         yield Problem(
             f"keep_every {checkpoint.keep_every} is not a multiple of every {checkpoint.every}: "

@@ -107,6 +107,9 @@ class RunView:
             self.say(f"checkpoint {event['path']} is damaged and left out: {event['why']}")
         elif name == "skipped":
             self.say(f"step {step} skipped: the loss or a gradient is not finite")
+        elif name == "loss_spike":
+            loss, median = _number(event["loss"]), _number(event["median"])
+            self.say(f"loss {loss} at step {step} is a spike: the median before it is {median}")
         elif name == "rollback":
             self.say(f"back to the state of step {event['checkpoint']} after step {step}; its data are skipped")
         elif name == "straggler":

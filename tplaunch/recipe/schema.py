@@ -152,6 +152,16 @@ class NonFinite(Section):
     )
 
 
+class LossSpike(Section):
+    """A loss far above those before it brings back the last checkpoint's state; the data since then are skipped, with
+    those of the spike (PaLM, Chowdhery et al. 2022, section 5.1)."""
+
+    factor: Annotated[float, Field(gt=1)] = Field(1.5, description="a spike is more than so many times the median")
+    window: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100, description="steps before it that the median is of; after a spike as many pass before the next can be seen"
+    )
+
+
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
@@ -169,6 +179,7 @@ class Training(Section):
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
     document_mask: bool = Field(False, description="attention and positions restart at each document")
     nonfinite: NonFinite = Field({}, validate_default=True)
+    loss_spike: LossSpike | None = Field(None, description="what to go back from; {} for the defaults")
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
@@ -283,7 +294,9 @@ class Slurm(Section):
 
 
 class Launch(Section):
-    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="torchrun restarts after a failed rank")
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0, description="times that a failed run is started again without a new checkpoint in between"
+    )
     timeout: Seconds = Field(600.0, description="seconds a collective may take")
     first_step_timeout: Seconds = Field(1800.0, description="the same for set-up and the first step")
     slurm: Slurm = Field({}, validate_default=True)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from tplaunch.train.loss_scale import LossScale
 from tplaunch.train.lr import learning_rate
 from tplaunch.train.optimizer import ShardedOptimizer
 from tplaunch.train.pipeline import Pipeline
+from tplaunch.train.spike import spike
 from tplaunch.train.stop import StopRequest
 from tplaunch.train.straggler import find_stragglers
 
@@ -52,6 +53,7 @@ class Progress:
         nonfinite: such others in a row, up to now.
         tokens: trained on.
         flops: model FLOPs spent.
+        losses: of the last steps, where `training.loss_spike` asks for them.
     """
 
     step: int = 0
@@ -59,6 +61,7 @@ class Progress:
     nonfinite: int = 0
     tokens: int = 0
     flops: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Trainer:
                 window.end()
                 step = self.progress.step
                 self._limit(recipe.launch.timeout)
-                self._answer_nonfinite(result)
+                self.answer(result)
                 last = step == recipe.training.steps
                 validation = self.validate() if self._due(recipe.training.eval_every, last) else None
                 if validation is not None or step % recipe.logging.every == 0 or last or step == 1:
@@ -200,15 +203,30 @@ class Trainer:
         progress.flops += count * self.flops_per_token
         return result
 
-    def _answer_nonfinite(self, result: StepResult) -> None:
-        """Stop or roll back after too many steps in a row without an update; all ranks alike."""
+    def answer(self, result: StepResult) -> None:
+        """Stop or roll back as the recipe asks when a step went wrong; all ranks alike.
+
+        Raises:
+            FloatingPointError: see `run`.
+        """
+        rule = self.recipe.training.loss_spike
+        if not result.finite:
+            self._answer_nonfinite()
+        elif rule is not None:
+            median = spike(result.loss, self.progress.losses, rule)
+            if median is not None:
+                if self.main:
+                    self.run_dir.append_event("loss_spike", step=self.progress.step, loss=result.loss, median=median)
+                self._roll_back()
+
+    def _answer_nonfinite(self) -> None:
         count, step, policy = self.progress.nonfinite, self.progress.step, self.recipe.training.nonfinite
         if count >= policy.stop_after:
             text = f"loss or gradient not finite in {count} steps in a row (training.nonfinite.stop_after), to {step}"
             if self.main:
                 self.run_dir.append_event("fault", kind="nonfinite", step=step, steps=count)
             raise FloatingPointError(text)
-        if count and policy.rollback_after is not None and count % policy.rollback_after == 0:
+        if policy.rollback_after is not None and count % policy.rollback_after == 0:
             self._roll_back()
 
     def _roll_back(self) -> None:
