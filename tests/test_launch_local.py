@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +25,13 @@ FAKES = Path(__file__).parent / "launch_fakes"
 class Launch:
     """A launcher process and the run directory it works in."""
 
-    def __init__(self, root: Path, plan: dict[str, object], grace_s: float = 60.0, max_restarts: int = 0) -> None:
+    def __init__(
+        self, root: Path, plan: dict[str, object], grace_s: float = 60.0, max_restarts: int = 0, resume: str = "auto"
+    ) -> None:
         self.run = RunDir(root)
         paths = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, str(FAKES / "launch.py"), str(root), str(grace_s), str(max_restarts)],
+            [sys.executable, str(FAKES / "launch.py"), str(root), str(grace_s), str(max_restarts), resume],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FAKE_WORKER": json.dumps(plan)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -80,7 +83,7 @@ def mine() -> set[int]:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     launches: list[Launch] = []
 
-    def start(plan: dict[str, object], **more: float) -> Launch:
+    def start(plan: dict[str, object], **more: Any) -> Launch:
         launches.append(Launch(tmp_path / "run", plan, **more))
         return launches[-1]
 
@@ -172,10 +175,23 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch: Callable[..., Launc
 
 
 @pytest.mark.faults
-def test_torchrun_may_restart_the_workers(launch: Callable[..., Launch]) -> None:
-    started = launch({"1": "sigkill", "peers": "hang", "in starts": "0"}, max_restarts=1)
-    assert started.end()[0] == Exit.DONE
+def test_a_failed_run_is_started_again(launch: Callable[..., Launch]) -> None:
+    started = launch({"1": "sigkill", "peers": "hang", "in attempts": "1"}, max_restarts=1)
+    code, out, err = started.end()
+    assert code == Exit.DONE
     assert [e["event"] for e in started.run.read_events()] == ["start", "start", "done"]
+    assert "Rank 1 failed (tp=1 pp=0 dp=0)" in err and "restart 1 of at most 1 without a new checkpoint" in err
+    assert "step 6/6" in out
+
+
+@pytest.mark.faults
+def test_a_restart_that_gets_on_does_not_count(launch: Callable[..., Launch]) -> None:
+    started = launch({"1": "sigkill", "peers": "hang", "saves in attempts": "2"}, max_restarts=1, resume="none")
+    code, _, err = started.end()
+    assert code == Exit.FAILED
+    assert [e["resume"] for e in started.run.read_events() if e["event"] == "start"] == ["none", "none", "auto"]
+    assert err.count("restart 1 of at most 1 without a new checkpoint") == 2
+    assert err.count("the same command goes on after step 2") == 1
 
 
 @pytest.mark.faults

@@ -1,7 +1,8 @@
 """Stands in for `tplaunch.worker` in launcher tests: keeps its contract with files and signals, without torch.
 
 FAKE_WORKER, JSON: rank -> what it does at step FAIL_AT; the other ranks train. With "peers": "hang" they take no
-notice of SIGTERM once that has happened, as in a hung collective. "in starts": "0" lets all go well after a restart.
+notice of SIGTERM once that has happened, as in a hung collective. "in attempts": "1" lets all go well after a restart;
+"saves in attempts": "2" is a checkpoint before the failure.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ def main(run: RunDir) -> None:
     print(f"rank {rank} begins", flush=True)
     (run.root / f"pid-{rank}").write_text(str(os.getpid()))
     if rank == 0:
-        run.append_event("start", attempt=attempt)
+        run.append_event("start", attempt=attempt, resume=os.environ["TPLAUNCH_RESUME"])
+        if str(attempt) in plan.get("saves in attempts", ""):
+            run.append_event("checkpoint", step=attempt, path="p")
+    while not any(event["event"] == "start" and event["attempt"] == attempt for event in run.read_events()):
+        time.sleep(0.02)  # as the ranks of a real world wait for one another
     try:
         for step in range(1, plan.get("steps", STEPS) + 1):
             time.sleep(0.1)
-            if step == FAIL_AT and os.environ["TORCHELASTIC_RESTART_COUNT"] in plan.get("in starts", "0123"):
+            if step == FAIL_AT and str(attempt) in plan.get("in attempts", "123456789"):
                 misbehave(mine, run.rank_error(attempt, 1))
                 if plan.get("peers") == "hang":
                     time.sleep(600)

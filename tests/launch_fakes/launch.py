@@ -1,4 +1,4 @@
-"""Runs `run_local` on a small recipe with the fake worker: `launch.py RUN_DIR GRACE_S MAX_RESTARTS`."""
+"""Runs `run_local` on a small recipe with the fake worker: `launch.py RUN_DIR GRACE_S MAX_RESTARTS RESUME`."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ run = RunDir(Path(sys.argv[1]))
 run.create()
 with run.lock():
     checked = Checked(Recipe.model_validate(RECIPE), Topology(tp=2), [2], [])
-    sys.exit(run_local(checked, run, module="fake_worker"))
+    sys.exit(run_local(checked, run, resume=sys.argv[4], module="fake_worker"))

@@ -1,4 +1,6 @@
-"""Runs a recipe on this machine: starts torchrun, shows how it goes, and ends it in good order.
+"""Runs a recipe on this machine: starts torchrun, shows how it goes, ends it in good order, and starts a failed run
+again. torchrun's own restarts do not serve: it counts them all, and a run of weeks may fail any number of times as
+long as it gets on.
 
 torchrun ends the other workers when one has failed, but waits 30 s for each that does not answer; a worker in a
 hung collective does not. Here what is left after a few seconds is killed, so that a failed launch ends within 10 s.
@@ -24,6 +26,8 @@ from tplaunch.launch.torchrun import WORKER, torchrun_argv, torchrun_environment
 from tplaunch.rundir import Record, RunDir
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tplaunch.check import Checked
     from tplaunch.launch.console import RunView
 
@@ -63,45 +67,36 @@ class Survivors:
 
     Args:
         torchrun: its process id.
-        restarts: whether torchrun may start the workers again; it is then left alone.
     """
 
-    def __init__(self, run_dir: RunDir, attempt: int, launch_id: str, torchrun: int, *, restarts: bool) -> None:
-        self.run_dir, self.attempt, self.launch_id = run_dir, attempt, launch_id
-        self.torchrun, self.restarts = torchrun, restarts
-        self.seen: set[object] = set()
-        self.doomed: set[int] = set()
+    def __init__(self, run_dir: RunDir, attempt: int, launch_id: str, torchrun: int) -> None:
+        self.run_dir, self.attempt, self.launch_id, self.torchrun = run_dir, attempt, launch_id, torchrun
         self.deadline: float | None = None
 
     def watch(self, *, stopping: bool) -> None:
-        """Looks for new failures, and acts on those that are old enough.
+        """Looks for a failure, and acts on one that is old enough.
 
         Args:
             stopping: all workers have been told to end, so that this is no sign of a failure.
         """
-        signs: set[object] = {
-            (file.name, file.stat().st_mtime_ns) for file in self.run_dir.attempt_dir(self.attempt).glob("*.error.json")
-        }
-        if not stopping:
-            signs |= failure.workers_told_to_end(self.run_dir.torchrun_log(self.attempt).read_text(errors="replace"))
-        new = signs - self.seen
-        self.seen |= new
-        if new:
-            self.doomed |= processes_of(self.launch_id) - {self.torchrun}
-            self.deadline = self.deadline or time.monotonic() + SURVIVORS_S
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            left = processes_of(self.launch_id)
-            if self.doomed & left:
-                kill(self.doomed & left)
-                self.deadline = time.monotonic() + SURVIVORS_S
-            else:
-                if not self.restarts:
-                    kill(left)
-                self.doomed, self.deadline = set(), None
+        now = time.monotonic()
+        if self.deadline is None and self._failed(stopping):
+            self.deadline = now + SURVIVORS_S
+        if self.deadline is not None and now > self.deadline:
+            kill(processes_of(self.launch_id) - {self.torchrun} or {self.torchrun})
+            self.deadline = now + SURVIVORS_S
+
+    def _failed(self, stopping: bool) -> bool:
+        if any(self.run_dir.attempt_dir(self.attempt).glob("*.error.json")):
+            return True
+        log = self.run_dir.torchrun_log(self.attempt)
+        return not stopping and bool(failure.workers_told_to_end(log.read_text(errors="replace")))
 
 
 def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module: str = WORKER) -> Exit:
     """Trains on this machine until the run is done, fails or is stopped; then no process of it is left.
+
+    A failed run is started again, as a new attempt, up to `launch.max_restarts` times without a new checkpoint.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop it in good order: the workers finish their step and save, for which
     they have the recipe's `launch.slurm.grace`. A second Ctrl-C ends it at once.
@@ -117,24 +112,52 @@ def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module
     """
     from rich.console import Console
 
-    from tplaunch.launch.console import RunView, print_summary
+    from tplaunch.launch.console import print_summary
 
-    launch = checked.recipe.launch
-    ranks, grace_s = checked.topology.world_size, launch.slurm.grace
-    attempt, launch_id = run_dir.next_attempt(), uuid.uuid4().hex
+    console, errors = (Console(stderr=e, highlight=False, markup=False, emoji=False) for e in (False, True))
+    began, stop, restarts, saved = time.monotonic(), StopRequest(), 0, 0
+    with stop.listening():
+        while True:
+            attempt, before = run_dir.next_attempt(), len(run_dir.read_events())
+            code = _attempt(checked, run_dir, attempt, "auto" if saved else resume, module, stop, console)
+            events = run_dir.read_events()[before:]
+            end = how_it_ended(code, events, asked=stop.soon)
+            newest = max((event["step"] for event in events if event["event"] == "checkpoint"), default=0)
+            if newest > saved:
+                restarts, saved = 0, newest
+            if end is not Exit.FAILED or stop.soon or restarts == checked.recipe.launch.max_restarts:
+                break
+            restarts += 1
+            count = f"restart {restarts} of at most {checked.recipe.launch.max_restarts} without a new checkpoint"
+            failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, count)
+    if end is not Exit.FAILED:
+        if end is Exit.STOPPED:
+            console.print(f"stopped; {_again(run_dir)}", soft_wrap=True)
+        print_summary(console, run_dir, time.monotonic() - began)
+    elif stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
+        errors.print(f"ended before it could save; {_again(run_dir)}", soft_wrap=True)
+    else:
+        failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, _again(run_dir))
+    return end
+
+
+def _attempt(
+    checked: Checked, run_dir: RunDir, attempt: int, resume: str, module: str, stop: StopRequest, console: Console
+) -> int:
+    """Runs torchrun once, until no process of it is left, and returns its exit code."""
+    from tplaunch.launch.console import RunView
+
+    ranks, grace_s, launch_id = checked.topology.world_size, checked.recipe.launch.slurm.grace, uuid.uuid4().hex
     environment = {
         **os.environ,
         **torchrun_environment(ranks, attempt=attempt, resume=resume, grace_s=grace_s, one_node=True),
         "LOGLEVEL": "WARNING",  # torchrun's; its warnings say which workers it ends
         LAUNCH_ID: launch_id,
     }
-    argv = torchrun_argv(run_dir.root, ranks, max_restarts=launch.max_restarts, module=module)
-    console = Console(highlight=False, markup=False, emoji=False)
-    before, began, stop = len(run_dir.read_events()), time.monotonic(), StopRequest()
-    with stop.listening(), run_dir.torchrun_log(attempt).open("wb") as log:
+    with run_dir.torchrun_log(attempt).open("wb") as log:
         view = RunView(checked, run_dir, console)
         process = subprocess.Popen(
-            argv,
+            torchrun_argv(run_dir.root, ranks, module=module),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -142,28 +165,15 @@ def run_local(checked: Checked, run_dir: RunDir, *, resume: str = "auto", module
             start_new_session=True,  # the terminal's Ctrl-C reaches the launcher only
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
-        survivors = Survivors(run_dir, attempt, launch_id, process.pid, restarts=launch.max_restarts > 0)
         try:
-            _attend(process, view, survivors, stop, grace_s)
+            _attend(process, view, Survivors(run_dir, attempt, launch_id, process.pid), stop, grace_s)
         finally:
             process.kill()
             stuck = end_launch(launch_id, patience_s=0 if stop.now else LEFTOVERS_S)
             view.close()
     if stuck:
         console.print(f"processes {sorted(stuck)} do not end even by SIGKILL: the kernel or a device holds them")
-
-    end = how_it_ended(process.wait(), run_dir.read_events()[before:], asked=stop.soon)
-    if end is not Exit.FAILED:
-        if end is Exit.STOPPED:
-            console.print(f"stopped; {_again(run_dir)}", soft_wrap=True)
-        print_summary(console, run_dir, time.monotonic() - began)
-        return end
-    errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    if stop.now or (stop.soon and not failure.errors(run_dir, attempt)):
-        errors.print(f"ended before it could save; {_again(run_dir)}", soft_wrap=True)
-    else:
-        failure.print_cause(errors, failure.find_cause(run_dir, attempt), checked.topology, _again(run_dir))
-    return end
+    return process.wait()
 
 
 def _attend(

@@ -9,8 +9,9 @@ the last step is done                      exit 0; later jobs of a chain are can
 stopped, told so before the time limit     back to the queue (or the next job of the chain), exit 75
   (USR1) or because of preemption
 stopped, because the user wished it        exit 75; later jobs of a chain are cancelled
-failed                                     once more in the same nodes, launch.max_restarts times; then back to
-                                             the queue (or the next job of the chain), exit 1
+failed                                     once more in the same nodes, launch.max_restarts times without a new
+                                             checkpoint; then back to the queue (or the next job of the
+                                             chain), exit 1
 failed, for the third time in a row        exit 1; later jobs of a chain are cancelled
   without a new checkpoint
 ended by Slurm (scancel, a lost node)      nothing: Slurm has decided already
@@ -212,9 +213,10 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
             return Exit.DONE
         while True:
             attempt = _attempt(checked, run_dir, command, signals)
-            job = _own_job(job_id)
+            job, events = _own_job(job_id), run_dir.read_events()
+            restarts = restarts if count_failures(events) else 0
             verdict = judge(
-                run_dir.read_events(),
+                events,
                 told=signals.told,
                 state=job.state if job else "RUNNING",
                 preempted=job.preempted if job else False,
@@ -226,7 +228,7 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
             if verdict.then != "again":
                 break
             restarts += 1
-            say(f"once more, {restarts} of at most {launch.max_restarts} times in this job")
+            say(f"once more, {restarts} of at most {launch.max_restarts} times without a new checkpoint")
         if verdict.last:
             _cancel_rest(run_dir, job_id)
     # Outside the lock: the next attempt must not find it taken.
