@@ -117,6 +117,9 @@ def test_the_rank_that_others_waited_for_in_vain(attempt: Attempt) -> None:
     assert cause.rank == 2 and cause.detail == "its last words"
     assert re.match(r"did not arrive: last seen at \d\d:\d\d:\d\d in step 7, data; rank 0 waited", cause.what)
     assert "step 7, gradients, last collective gloo:all_reduce of [[3]]: [x.cc:78] Timed out" in cause.what
+    assert cause.advice == ""
+    attempt.run.rank_flight(1, 0).touch()
+    assert attempt.cause().advice == f"the last collectives of rank 0: {attempt.run.rank_flight(1, 0)}"
 
 
 def test_where_nccls_watchdog_gave_up_too(attempt: Attempt) -> None:
@@ -128,6 +131,10 @@ def test_where_nccls_watchdog_gave_up_too(attempt: Attempt) -> None:
         Heartbeat(attempt.run.beat(1, rank), rank)(4, "data")
     cause = attempt.cause()
     assert cause.rank == 0 and "(nor did rank 2)" in cause.what
+    (attempt.run.attempt_dir(1) / "nccl-flight-1").touch()
+    assert attempt.cause().advice == (
+        f"the last collectives of every rank: torchfrtrace -p nccl-flight- {attempt.run.attempt_dir(1)}"
+    )
     assert cause.what.endswith("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)")
 
 

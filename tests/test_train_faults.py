@@ -3,6 +3,7 @@ bit for bit, of one that was not."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -172,6 +173,9 @@ def test_a_hung_rank_is_named(tmp_path: Path, launch: Callable[..., Run]) -> Non
     assert "step 7, forward and backward, last collective gloo:" in run.output and "Timed out" in run.output
     stacks = run.folder.rank_log(1, 0).read_text()
     assert "Timeout (" in stacks and "in train_step" in stacks  # faulthandler's, while it waited
+    flight = run.folder.rank_flight(1, 0)
+    assert f"the last collectives of rank 0: {flight}" in run.output
+    assert json.loads(flight.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")
 
 
 @pytest.mark.faults

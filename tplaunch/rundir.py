@@ -117,6 +117,10 @@ class RunDir:
         """The exception that ended a rank: {rank, tp, pp, dp, host, time, type, message, traceback}."""
         return self.attempt_dir(attempt) / f"rank-{rank}.error.json"
 
+    def rank_flight(self, attempt: int, rank: int) -> Path:
+        """The last collectives of a rank that failed (`observe.flight`)."""
+        return self.attempt_dir(attempt) / f"rank-{rank}.flight.json"
+
     def beat(self, attempt: int, rank: int) -> Path:
         """Where a rank is: step, time and part of the step (`observe.heartbeat`)."""
         return self.attempt_dir(attempt) / f"rank-{rank}.beat"

@@ -1,7 +1,8 @@
 """What torchrun starts on every rank: `python -m tplaunch.worker RUN_DIR`.
 
 Reads RUN_DIR/recipe.yaml, trains, and exits 0 when done or stopped on request (event `done` or `stopped`), 1 on an
-exception, whose account is then in `logs/attempt-K/rank-R.error.json`.
+exception, whose account is then in `logs/attempt-K/rank-R.error.json`, beside the collectives before it in
+`rank-R.flight.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tplaunch.launch.orphans import die_with_parent
+from tplaunch.observe.flight import collectives, last_collective, remember_collectives
 from tplaunch.observe.heartbeat import Beat, Heartbeat
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -31,6 +33,7 @@ def main(run_dir: RunDir) -> None:
     die_with_parent()
     attempt, rank = int(os.environ["TPLAUNCH_ATTEMPT"]), int(os.environ["RANK"])
     _redirect(run_dir.rank_log(attempt, rank))
+    remember_collectives(run_dir.attempt_dir(attempt))
     run_dir.rank_error(attempt, rank).unlink(missing_ok=True)  # of the workers that torchrun starts again
     beat = Heartbeat(run_dir.beat(attempt, rank), rank)
     recipe = load_recipe(run_dir.recipe).recipe
@@ -41,7 +44,7 @@ def main(run_dir: RunDir) -> None:
         _train(trainer, run_dir, attempt)
     except BaseException as error:
         traceback.print_exc()
-        _report(error, topology, beat.last, run_dir.rank_error(attempt, rank))
+        _report(error, topology, beat.last, run_dir, attempt)
         if trainer is not None:
             trainer.fail()
         _exit(1)
@@ -113,8 +116,8 @@ def _redirect(log: Path) -> None:
     os.close(descriptor)
 
 
-def _report(error: BaseException, topology: Topology, beat: Beat, path: Path) -> None:
-    place = topology.coordinates(beat.rank)
+def _report(error: BaseException, topology: Topology, beat: Beat, run_dir: RunDir, attempt: int) -> None:
+    place, record = topology.coordinates(beat.rank), collectives()
     account = {
         "rank": beat.rank,
         "tp": place.tp,
@@ -124,24 +127,17 @@ def _report(error: BaseException, topology: Topology, beat: Beat, path: Path) ->
         "time": time.time(),
         "step": beat.step,
         "doing": beat.doing,
-        "collective": _last_collective(),
+        "collective": last_collective(record),
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
+    path = run_dir.rank_error(attempt, beat.rank)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(account))
     temporary.replace(path)
-
-
-def _last_collective() -> str:
-    """The collective that this process began last, such as "gloo:all_reduce of [[64, 32]]", from torch's flight
-    recorder; "" before the first, and where torch keeps no such record."""
-    c10d = sys.modules.get("torch._C._distributed_c10d")
-    if c10d is None or not hasattr(c10d, "_dump_fr_trace_json"):  # not a public function
-        return ""
-    entries = json.loads(c10d._dump_fr_trace_json()).get("entries")
-    return f"{entries[-1]['profiling_name']} of {entries[-1]['input_sizes']}" if entries else ""
+    if record:
+        run_dir.rank_flight(attempt, beat.rank).write_bytes(record)
 
 
 def _exit(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tplaunch.observe.flight import NCCL_PREFIX
 from tplaunch.observe.heartbeat import Beat, read_beats
 from tplaunch.rundir import RunDir
 from tplaunch.topology import Topology
@@ -130,7 +131,15 @@ def _hung(late: list[Beat], waited: dict[int, str], run_dir: RunDir, attempt: in
     when = datetime.fromtimestamp(first.time).strftime("%H:%M:%S")
     what = f"did not arrive{also}: last seen at {when} in {first}; rank {peer} waited for it in {text}"
     log = run_dir.rank_log(attempt, first.rank)
-    return Cause(first.rank, "", what, _tail(_read(log)), log)
+    return Cause(first.rank, "", what, _tail(_read(log)), log, _where_collectives_stand(run_dir, attempt, peer))
+
+
+def _where_collectives_stand(run_dir: RunDir, attempt: int, peer: int) -> str:
+    """How to see what the ranks sent one another last; "" where torch has written nothing."""
+    folder, flight = run_dir.attempt_dir(attempt), run_dir.rank_flight(attempt, peer)
+    if any(folder.glob(f"{NCCL_PREFIX}*")):
+        return f"the last collectives of every rank: torchfrtrace -p {NCCL_PREFIX} {folder}"
+    return f"the last collectives of rank {peer}: {flight}" if flight.exists() else ""
 
 
 def _where(error: dict[str, Any]) -> str:

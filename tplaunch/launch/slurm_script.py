@@ -218,7 +218,6 @@ def _environment(recipe: Recipe) -> str:
         [
             ("export NCCL_DEBUG=${NCCL_DEBUG:-WARN}", "NCCL says why it fails"),
             ("export PYTHONFAULTHANDLER=1", "a crash in native code leaves the Python stack in the rank's log"),
-            ("export TORCH_FR_BUFFER_SIZE=2000", "collectives that torch remembers, to be told after a hang"),
             ("export PYTHONUNBUFFERED=1", "what a rank prints can be followed"),
             ("export SLURM_EXPORT_ENV=ALL", "srun hands all this on, also where the site's default is NONE"),
         ]

@@ -47,7 +47,7 @@ def torchrun_argv(
     Args:
         run_dir: the run directory; must be the same place on every node.
         rendezvous: for more than one node; without it the launch keeps to this machine and its loopback.
-        max_restarts: how often torchrun starts the workers again after one has failed.
+        max_restarts: how often torchrun itself starts the workers again after one has failed, in all.
     """
     if rendezvous is None:
         # The address is said because the default, the full host name, asks DNS and need not resolve.
@@ -78,7 +78,6 @@ def torchrun_environment(
         # Else the workers that torchrun starts again read in its store the addresses of those that are gone
         # (pytorch issue 135712; 2.13 still does).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_FR_BUFFER_SIZE": "2000",  # torch remembers as many collectives, to be told after a hang
         **({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {}),
     }
     ours = {"TPLAUNCH_ATTEMPT": str(attempt), "TPLAUNCH_RESUME": resume}
