@@ -18,8 +18,8 @@ settings.load_profile("tplaunch")
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """Eight processes that stay up for the whole session."""
+    """Makes small worlds."""
     from world import World
 
-    with World(8) as pool:
-        yield pool
+    with World() as made:
+        yield made

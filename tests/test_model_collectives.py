@@ -105,7 +105,7 @@ def test_zero(world: World) -> None:
     # Rajbhandari et al. 2020, section 7: 2 volumes for stages 0 to 2 (once a step, gradients every microbatch for
     # stage 2), 3 for stage 3, which gathers for the forward and again for the backward pass.
     size = block_bytes(1)
-    dp = {"dp": 2, "training": {"global_batch_size": 2 * MICROBATCHES * BATCH}}
+    dp = {"dp": 2, "training": {"micro_batch_size": BATCH, "global_batch_size": 2 * MICROBATCHES * BATCH}}
     assert per_block(world, zero=0, **dp) == {("all-reduce", size): 1}
     assert per_block(world, zero=1, **dp) == {("all-gather", size): 1, ("reduce-scatter", size): 1}
     assert per_block(world, zero=2, **dp) == {("all-gather", size): 1, ("reduce-scatter", size): MICROBATCHES}

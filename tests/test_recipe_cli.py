@@ -79,7 +79,18 @@ class TestCheck:
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         report = json.loads(
-            output(capsys, "check", "quickstart", "--json", "--set", "topology.dp=auto", "--gpus", "16")
+            output(
+                capsys,
+                "check",
+                "quickstart",
+                "--json",
+                "--set",
+                "training.micro_batch_size=2",
+                "--set",
+                "topology.dp=auto",
+                "--gpus",
+                "16",
+            )
         )
         assert report["ok"]
         assert (report["world_size"], report["dp"], sum(report["stage_layers"])) == (16, 4, 4)

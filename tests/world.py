@@ -1,18 +1,21 @@
-"""A pool of processes that stay up, so that many small worlds can be tried without importing torch each time.
+"""Small gloo worlds, made by forking one process that has imported torch and the trainer.
 
-A case is a module-level function `f(*args)`; it runs on the first n processes of the pool, in a fresh gloo world,
-and returns each rank's result. For tests of what happens inside a world; what happens to processes is tested
-through torchrun itself.
+A case is a module-level function `f(*args)`; it runs on n fresh processes that form a world, and returns each rank's
+result. Fresh, because a world leaves threads and sockets behind in its processes; forked, because importing torch
+takes longer than most cases. For tests of what happens inside a world; what happens to processes is tested through
+torchrun itself.
 """
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
+import pickle
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,75 +23,87 @@ from typing import Any
 TIMEOUT_S = 240
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(pipe: Connection) -> None:
+    """The process that is forked: must not start threads."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import torch
-    import torch.distributed as dist
+    import torch._dynamo
+
+    import tplaunch.train.trainer  # noqa: F401 (imported for its children)
 
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    while (job := pipe.recv()) is not None:
-        function, args, world, store = job
+    while True:
         try:
-            from datetime import timedelta
+            job, world, folder = pipe.recv()
+        except EOFError:
+            return
+        ranks = {}
+        for rank in range(world):
+            if (child := os.fork()) == 0:
+                os._exit(_rank(rank, world, folder, *job))
+            ranks[child] = rank
+        while ranks:
+            child, status = os.wait()
+            del ranks[child]
+            if status != 0:  # what its peers would say is that it has gone
+                for peer in ranks:
+                    os.kill(peer, signal.SIGKILL)
+        pipe.send(None)
 
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(store, world),
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=TIMEOUT_S / 2),
-            )
-            try:
-                pipe.send((function(*args), None))
-            finally:
-                dist.destroy_process_group()
-                gc.collect()  # meshes are cycles, and each keeps the threads of its groups
-        except BaseException:
-            pipe.send((None, traceback.format_exc()))
+
+def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    import torch.distributed as dist
+
+    from tplaunch.launch.orphans import die_with_parent
+
+    die_with_parent()
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S / 2)
+        )
+        result = pickle.dumps(function(*args))
+        dist.barrier()  # a peer may still read from this one
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        return 1
+    (folder / f"result-{rank}").write_bytes(result)
+    return 0
 
 
 class World:
-    """The pool. Use as a context manager."""
+    """Makes worlds. Use as a context manager."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         context = mp.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process.start()
+        theirs.close()
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run a case on `world` ranks; their results in rank order.
 
         Raises:
-            AssertionError: a rank raised, died or did not answer; holds the traceback.
+            AssertionError: a rank raised, died or did not end; holds the traceback.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            for pipe in self.pipes[:world]:
-                pipe.send((function, args, world, store))
-            results, failures = [], []
-            for rank, pipe in enumerate(self.pipes[:world]):
-                if not pipe.poll(TIMEOUT_S):
-                    raise AssertionError(f"rank {rank} did not answer")
-                try:
-                    result, error = pipe.recv()
-                except EOFError:
-                    result, error = None, "the process died"
-                results.append(result)
-                if error is not None:
-                    failures.append(f"rank {rank}:\n{error}")
-        assert not failures, "\n".join(failures)
-        return results
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.pipe.send(((function, args), world, folder))
+            if not self.pipe.poll(TIMEOUT_S):
+                self.process.kill()
+                raise AssertionError(f"the world did not end in {TIMEOUT_S} s")
+            self.pipe.recv()
+            errors = [f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("error-*"))]
+            assert not errors, "\n".join(errors)
+            results = [folder / f"result-{rank}" for rank in range(world)]
+            assert all(path.exists() for path in results), "a rank died"
+            return [pickle.loads(path.read_bytes()) for path in results]
 
     def __enter__(self) -> World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+        self.pipe.close()
+        self.process.join()

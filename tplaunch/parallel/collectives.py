@@ -17,30 +17,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from tplaunch.parallel.mesh import TensorParallel
 
-# torch 2.13 renamed two of its functional collectives.
-_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+# The operators below torch's functional collectives: those wrap each result in a tensor subclass that waits at its
+# first use, and its dispatch costs more than a small collective. Here every result is waited for by hand.
+_ops = torch.ops._c10d_functional
 
 
 def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
-    return funcol.all_reduce(x.contiguous(), op, tp.group)
+    return _ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
 
 
 def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    return _all_gather(x.contiguous(), 0, tp.group)
+    return _ops.all_gather_into_tensor.default(x.contiguous(), tp.size, tp.group.group_name)
 
 
 def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
-    return _reduce_scatter(x.contiguous(), "sum", 0, tp.group)
+    return _ops.reduce_scatter_tensor.default(x.contiguous(), "sum", tp.size, tp.group.group_name)
 
 
 def wait(x: Tensor) -> Tensor:
-    return funcol.wait_tensor(x)
+    return _ops.wait_tensor.default(x)
 
 
 class _Copy(torch.autograd.Function):
