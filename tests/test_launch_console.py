@@ -62,6 +62,8 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
     log.append(record(6, at=time.time() + 3, mfu=0.412, **{"validation/loss": 2.5}))
     run.append_event("checkpoint", step=6, path="p")
     run.append_event("checkpoint_failed", step=7, why="disk full")
+    run.append_event("loss_spike", step=8, loss=9.0, median=2.25)
+    run.append_event("rollback", step=8, checkpoint=6)
     view.update()
     view.close()
     _, _, *lines = out.getvalue().splitlines()
@@ -70,9 +72,11 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
         "step 5/100  loss 2.0000  grad_norm 0.5000  lr 1.00e-03  1.23K tokens/s  3m10s left",
     ]
     assert lines[2:4] == ["checkpoint of step 6", "checkpoint of step 7 failed, training goes on: disk full"]
-    assert lines[4].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
-    assert "MFU 41.2%" in lines[4]
-    assert len(lines) == 5
+    assert lines[4] == "loss 9.0000 at step 8 is a spike: the median before it is 2.2500"
+    assert lines[5] == "back to the state of step 6 after step 8; its data are skipped"
+    assert lines[6].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
+    assert "MFU 41.2%" in lines[6]
+    assert len(lines) == 7
 
 
 def test_steps_that_are_trained_again_are_shown_again(run: RunDir) -> None:

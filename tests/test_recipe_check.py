@@ -343,6 +343,8 @@ class TestData:
         (["optimizer.momentum=0.9"], "optimizer.momentum"),
         (["topology.pp=2", "topology.zero=3"], "topology.zero"),
         (["checkpoint={every: 4, keep_every: 10}"], "checkpoint.keep_every"),
+        (["checkpoint.every=0", "training.loss_spike={}"], "training.loss_spike"),
+        (["checkpoint.every=0", "training.nonfinite.rollback_after=3"], "training.nonfinite.rollback_after"),
     ],
 )
 def test_warned_of(recipe: Path, overrides: list[str], key: str) -> None:
