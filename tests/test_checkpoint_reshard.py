@@ -27,7 +27,7 @@ Curve = list[tuple[float, float]]
 
 
 def recipe(name: str, *, tied: bool) -> dict[str, Any]:
-    model = {"hidden_size": 32, "tie_embeddings": tied}
+    model = {"hidden_size": 32, "num_layers": 4, "tie_embeddings": tied}
     training = {"seq_len": 16, "global_batch_size": 8, "steps": BEFORE + AFTER}
     return case(**TOPOLOGIES[name], model=model, training=training)
 
