@@ -32,7 +32,7 @@ RECIPE = {
     "name": "tiny",
     "model": {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 64,
               "vocab_size": 512},
-    "topology": {"tp": 2, "pp": 2, "dp": 1, "nodes": 2},
+    "topology": {"tp": 1, "pp": 2, "dp": 1, "nodes": 2},
     "training": {"seq_len": 32, "micro_batch_size": 1, "global_batch_size": 8, "steps": STEPS, "precision": "fp32"},
     "optimizer": {"lr": 1e-3},
     "data": {"train": str(ROOT / "recipes/data/shakespeare-validation.txt"), "tokenizer": {"vocab_size": 512}},
@@ -40,7 +40,8 @@ RECIPE = {
     "logging": {"every": 1, "wandb": {"mode": "offline"}},
     "launch": {"slurm": {"gpus": False, "grace": "10s"}},
 }  # fmt: skip
-ONE_RANK = ["--set", "topology.tp=1", "--set", "topology.pp=1", "--set", "topology.nodes=1"]  # starts soonest
+ONE_RANK = ["--set", "topology.pp=1", "--set", "topology.nodes=1"]  # starts soonest
+EIGHT_RANKS = ["--set", "topology.tp=2", "--set", "topology.dp=2", "--set", "training.steps=5"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,16 +182,20 @@ def check_joined(site: Site, uninterrupted: list[tuple], job: str) -> None:
     assert len(ids) == 1
 
 
+@pytest.fixture(scope="module")
+def eight_ranks(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[tuple]:
+    """TP2 x PP2 x DP2 on this machine without Slurm."""
+    site = Site(tmp_path_factory.mktemp("eight"), cache)
+    site.tplaunch("train", "tiny.yaml", *EIGHT_RANKS, "--set", "topology.nodes=1")
+    return curve(site.run_dir)
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
-def test_a_submitted_run_equals_the_local_one(site: Site, cache: Path, tmp_path: Path, nodes: int) -> None:
-    sizes = ["--set", "topology.dp=2", "--set", "training.steps=5"]
-    (tmp_path / "local").mkdir()
-    local = Site(tmp_path / "local", cache)
-    local.tplaunch("train", "tiny.yaml", *sizes, "--set", "topology.nodes=1")
-    output = site.tplaunch("submit", "tiny.yaml", *sizes, "--set", f"topology.nodes={nodes}", "--wait")
+def test_a_submitted_run_equals_the_local_one(site: Site, eight_ranks: list[tuple], nodes: int) -> None:
+    output = site.tplaunch("submit", "tiny.yaml", *EIGHT_RANKS, "--set", f"topology.nodes={nodes}", "--wait")
     assert f"log    {site.run_dir.slurm}" in output
     assert len(curve(site.run_dir)) == 5
-    for ours, theirs in zip(curve(site.run_dir), curve(local.run_dir), strict=True):
+    for ours, theirs in zip(curve(site.run_dir), eight_ranks, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     # dev-cluster's switches hold the odd and the even nodes: ranks follow them.
     assert site.attempts()[0]["nodes"] == (["n1", "n3", "n2", "n4"] if nodes == 4 else ["n1", "n3"])
@@ -316,9 +321,8 @@ def test_a_run_that_cannot_progress_is_given_up(site: Site) -> None:
 
 
 def test_a_sweep_of_four(site: Site) -> None:
-    small = ["--set", "topology.pp=1", "--set", "topology.nodes=1", "--set", "training.steps=3"]
     axes = ["--sweep", "optimizer.lr=1e-4,3e-4", "--sweep", "training.seed=1,2"]
-    site.tplaunch("submit", "tiny.yaml", *small, *axes, "--wait")
+    site.tplaunch("submit", "tiny.yaml", *ONE_RANK, "--set", "training.steps=3", *axes, "--wait")
     rows = site.status()
     names = ["0-lr-1e-4-seed-1", "1-lr-1e-4-seed-2", "2-lr-3e-4-seed-1", "3-lr-3e-4-seed-2"]
     assert [Path(row["run"]).name for row in rows] == names
