@@ -18,7 +18,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run_dir: Path, cache: Path, *settings: str) -> list[float]:
-    settings = (*shape(2, 1, 1), f"training.steps={STEPS}", "training.seq_len=32", "checkpoint.every=0", *settings)
+    length = [f"training.steps={STEPS}", "training.seq_len=32", "checkpoint.every=0"]
+    settings = (*shape(2, 1, 1), *length, "optimizer.lr=1e-3", *settings)
     env = {**environment(cache), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     done = subprocess.run(command(run_dir, *settings), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

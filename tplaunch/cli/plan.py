@@ -46,10 +46,7 @@ def plan(
     from tplaunch.plan.estimate import estimate
 
     checked, case = _case(recipe, set_, gpu)
-    if rank is not None and not 0 <= rank < case.topology.world_size:
-        raise TplaunchError(
-            Problem(f"there is no rank {rank}", fix=f"0 to {case.topology.world_size - 1}", key="--rank")
-        )
+    _check_rank(rank, case)
     result = estimate(case)
     found: list[Remedy] = []
     if not result.fits:
@@ -64,6 +61,47 @@ def plan(
         _write_timeline(case, timeline, quiet=as_json)
     if not result.fits:
         raise typer.Exit(Exit.USAGE)
+
+
+def simulate(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu: GpuOption = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="This rank. Default: one of the first, middle and last pipeline rank.")
+    ] = None,
+) -> None:
+    """Run the real trainer for a few ranks of any world on this machine: no weights, no data, no other ranks.
+
+    Shows what each holds and sends beside what `tplaunch plan` says, and ends with 1 when what the ranks of a pipeline
+    or group say to each other does not fit together.
+
+    Example: tplaunch simulate llama3-405b
+    """
+    from rich.console import Console
+
+    from tplaunch.plan.estimate import estimate
+
+    _, case = _case(recipe, set_, gpu)
+    _check_rank(rank, case)
+    if not estimate(case).fits:
+        what = f"{case.recipe.name} does not fit {case.gpu.name}"
+        raise TplaunchError(Problem(what, fix=f"`tplaunch plan {recipe}` says what would"))
+    from tplaunch.simulate.report import show
+    from tplaunch.simulate.world import ends_and_middle, shortened
+    from tplaunch.simulate.world import simulate as run
+
+    simulation = run(shortened(case), ends_and_middle(case.topology) if rank is None else [rank])
+    show(Console(highlight=False), simulation)
+    if simulation.problems:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _check_rank(rank: int | None, case: Case) -> None:
+    if rank is not None and not 0 <= rank < case.topology.world_size:
+        raise TplaunchError(
+            Problem(f"there is no rank {rank}", fix=f"0 to {case.topology.world_size - 1}", key="--rank")
+        )
 
 
 def _case(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Checked, Case]:

@@ -262,7 +262,8 @@ class StageWorks:
         again = recomputed * (block.forward + traffic.forward)
         work = StageWork(passes, again, tensor_parallel)
         held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
-        return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held, waiting)
+        gradients = memory.gradients(case, [stage])
+        return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held, waiting, gradients)
 
 
 def estimate(case: Case) -> Plan:

@@ -275,21 +275,33 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
     # What FSDP2 reduced last stays until the next reduction, or the end of the step's last backward pass.
     lingers = case.zero >= 2 and case.topology.pp == 1 and case.microbatches > 1
     lingering = ends * case.storage_bytes if lingers else 0.0
-    # A pipeline schedule that reduces once a step does so at its end, when no activations are left.
-    at_end = case.topology.pp > 1 and case.zero <= 1
     moments = []
     if last:
         moments.append(_Moment(held, loss=loss_working(case), buffers=lingering))
     for stage in stages:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
-            one = hidden_bytes(case) if case.recomputes(stage.layers[-1]) else block_activations(case)
-            left = 0.0 if at_end else max(0.0, after_head - one)
-            moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
-    if ends:
-        left = 0.0 if at_end else max(0.0, held - max(stage_activations(case, stage) for stage in stages))
+            if not _reduces_at_end(case):
+                one = hidden_bytes(case) if case.recomputes(stage.layers[-1]) else block_activations(case)
+                left = max(0.0, after_head - one)
+                moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
+    if ends and not _reduces_at_end(case):
+        left = max(0.0, held - max(stage_activations(case, stage) for stage in stages))
         moments.append(_Moment(left, buffers=reducing(case, ends)))
     return moments
+
+
+def _reduces_at_end(case: Case) -> bool:
+    """Whether gradients are reduced after the last backward pass, when no activations are left: a pipeline schedule
+    that reduces once a step."""
+    return case.topology.pp > 1 and case.zero <= 1
+
+
+def _end_moments(case: Case, stages: list[Stage]) -> list[_Moment]:
+    """The reduction of a block's and of the ends' gradients at the end of the step. FSDP2 first gives the unit's
+    gathered weights back, and frees its whole gradients before it makes what the reduction returns."""
+    units = [case.block_weights, max(case.end_weights(stage) for stage in stages)]
+    return [_Moment(0.0, buffers=unit * (case.storage_bytes - case.compute_bytes)) for unit in units]
 
 
 def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
@@ -310,11 +322,10 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         step: the simulated schedule, its costs' `held` from `stage_activations`.
     """
     stages = case.stages_on(pp_rank)
-    # Before the rank's first backward pass there are no gradients.
-    with_gradients = gradients(case, stages)
-    times = [(0.0, step.held[pp_rank]), (with_gradients, step.held_later[pp_rank])]
-    found = [(gradient, moment) for gradient, held in times for moment in _moments(case, stages, held)]
-    gradient, fullest = max(found, key=lambda item: item[0] + item[1].total)
+    moments = [(step.gradients[pp_rank], moment) for moment in _moments(case, stages, step.held[pp_rank])]
+    if _reduces_at_end(case):
+        moments += [(gradients(case, stages), moment) for moment in _end_moments(case, stages)]
+    gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),
         gathered_weights=gathered_weights(case, stages),

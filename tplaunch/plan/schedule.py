@@ -229,6 +229,7 @@ class StageCost:
         input_backward, weight_backward: seconds of the two halves of the backward pass; a whole one takes both.
         held: bytes kept from the forward's start to the end of the (weight half of the) backward.
         waiting: bytes kept beside them from the input half to the weight half of a split backward.
+        gradients: bytes of the stage's weight gradients, which are there once its first backward has ended.
     """
 
     forward: float
@@ -236,6 +237,7 @@ class StageCost:
     weight_backward: float
     held: float = 0.0
     waiting: float = 0.0
+    gradients: float = 0.0
 
     def seconds(self, kind: Kind) -> float:
         if kind == "F":
@@ -260,15 +262,16 @@ class Step:
     Args:
         seconds: from the first start to the last end.
         busy: by rank, seconds that it computes.
-        held: by rank, the largest sum of `StageCost.held` and `waiting` over the microbatches in flight.
-        held_later: the same from the end of the rank's first backward pass on, when there are gradients.
+        held: by rank, the sum of `StageCost.held` and `waiting` over the microbatches in flight, when that and the
+            gradients together are at their largest.
+        gradients: by rank, the gradients of that moment: those of stages that have had a backward pass.
         in_flight: by rank, the most microbatches in flight, counted once for each stage of the rank they are in.
     """
 
     seconds: float
     busy: list[float]
     held: list[float]
-    held_later: list[float]
+    gradients: list[float]
     in_flight: list[float]
 
     @property
@@ -376,7 +379,7 @@ def predict(
         extend([a.seconds], [b.seconds])[0],
         extend(a.busy, b.busy),
         extend(a.held, b.held),
-        extend(a.held_later, b.held_later),
+        extend(a.gradients, b.gradients),
         extend(a.in_flight, b.in_flight),
     )
 
@@ -434,16 +437,16 @@ def _sum_up(orders: list[list[Action]], ends: list[list[float]], costs: Sequence
     seconds = {kind: [cost.seconds(kind) for cost in costs] for kind in ("F", "B", "I", "W")}
     busy = [sum(seconds[kind][stage] for kind, stage, _ in order) for order in orders]
     peaks = [_peaks(order, costs) for order in orders]
-    held, held_later, in_flight = ([peak[i] for peak in peaks] for i in range(3))
-    return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, held_later, in_flight)
+    held, gradients, in_flight = ([peak[i] for peak in peaks] for i in range(3))
+    return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, gradients, in_flight)
 
 
 def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, float, float]:
-    """Of a rank's order: most bytes held, the same after its first backward pass, most microbatches in flight."""
+    """Of a rank's order: bytes held and gradients when both together are most, most microbatches in flight."""
     held, waiting = [cost.held for cost in costs], [cost.waiting for cost in costs]
-    now = most = before = 0.0
+    coming = [cost.gradients for cost in costs]
+    now = gradients = most = most_gradients = 0.0
     flying = most_flying = 0
-    first = True
     for kind, stage, _ in order:
         if kind == "F":
             now += held[stage]
@@ -452,11 +455,11 @@ def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, floa
                 most_flying = flying
         elif kind == "I":
             now += waiting[stage]
-        if now > most:
-            most = now
-        if kind in "BW":
+        else:
             now -= held[stage] + (waiting[stage] if kind == "W" else 0.0)
             flying -= 1
-            if first:
-                first, before, most = False, most, now
-    return max(before, most), most, float(most_flying)
+            gradients += coming[stage]
+            coming[stage] = 0.0
+        if now + gradients > most + most_gradients and flying:
+            most, most_gradients = now, gradients
+    return most, most_gradients, float(most_flying)

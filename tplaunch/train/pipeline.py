@@ -107,7 +107,7 @@ class Pipeline:
         """The input of a stage: from the rank of the stage before it, or `carried` when that is this one."""
         if stage == 0 or self._rank_of(stage - 1) == self.mesh.coordinates.pp:
             return carried
-        carried = torch.empty_like(self._hidden(), device=self.mesh.device)
+        carried = torch.empty_like(self.hidden(), device=self.mesh.device)
         dist.recv(carried, group=self.mesh.pp_group, group_src=self._rank_of(stage - 1))
         return carried
 
@@ -161,7 +161,7 @@ class Pipeline:
             )
         return self._schedules[microbatches]
 
-    def _hidden(self) -> Tensor:
+    def hidden(self) -> Tensor:
         """What passes between stages, [s or s/tp, b, h], on the meta device."""
         training, tp = self.recipe.training, self.mesh.tp
         rows = training.seq_len // tp.size if tp.sequence_parallel else training.seq_len
@@ -171,7 +171,7 @@ class Pipeline:
     def _pipeline_stage(self, stage: Stage) -> PipelineStage:
         training = self.recipe.training
         tokens = torch.empty(training.micro_batch_size, training.seq_len, dtype=torch.int64, device="meta")
-        hidden = self._hidden().requires_grad_()
+        hidden = self.hidden().requires_grad_()
         loss = torch.empty(1, device="meta", requires_grad=True)
         first, last = stage.index == 0, stage.index == self.num_stages - 1
         managed = self.recipe.topology.zero < 2

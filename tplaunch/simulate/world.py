@@ -1,0 +1,75 @@
+"""Some ranks of a world, each run on its own, and whether what they say fits together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import Plan, estimate
+from tplaunch.simulate.agree import deadlock, differing_collective
+from tplaunch.simulate.pool import processes
+from tplaunch.simulate.rank import RankRecord, pipeline_messages, simulate_rank
+from tplaunch.topology import Topology
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the ranks did.
+
+    Args:
+        plan: the planner's answer for the simulated step.
+        records: of the ranks asked for.
+        problems: where ranks do not fit together; empty when all do.
+        listened: how many ranks took part in that.
+    """
+
+    plan: Plan
+    records: list[RankRecord]
+    problems: list[str]
+    listened: int
+
+
+def shortened(case: Case) -> Case:
+    """The same step with as many microbatches as show everything: two, or two for each pipeline rank. What comes
+    later repeats what was before, in memory and in the order of messages (a test holds both against whole steps)."""
+    few = min(case.microbatches, 2 * case.topology.pp)
+    training = case.recipe.training.model_copy(
+        update={"global_batch_size": few * case.recipe.training.micro_batch_size * case.topology.dp, "compile": False}
+    )
+    return replace(case, recipe=case.recipe.model_copy(update={"training": training}))
+
+
+def ends_and_middle(topology: Topology) -> list[int]:
+    """The first rank of the first, the middle and the last pipeline rank."""
+    return sorted({topology.rank(pp=pp) for pp in (0, topology.pp // 2, topology.pp - 1)})
+
+
+def simulate(case: Case, ranks: list[int]) -> Simulation:
+    """Run the trainer of each rank alone, for one step on tensors that hold nothing.
+
+    The messages of all ranks of their pipelines are then delivered to each other, and the collectives of the first
+    rank are held against those of a rank that differs from it in tp, and of one that differs in dp.
+    """
+    topology, recipe = case.topology, case.recipe
+    twins = [twin for twin in _twins(topology, ranks[0]) if twin not in ranks]
+    pipelines = {tuple(topology.group("pp", rank)) for rank in ranks if topology.pp > 1}
+    speakers = [rank for pipeline in sorted(pipelines) for rank in pipeline]
+    with processes() as run:
+        records = list(run(simulate_rank, [(recipe, topology, rank) for rank in [*ranks, *twins]]))
+        messages = dict(zip(speakers, run(pipeline_messages, [(recipe, topology, r) for r in speakers]), strict=True))
+    first, *others = records
+    found = [deadlock({rank: messages[rank] for rank in pipeline}) for pipeline in sorted(pipelines)]
+    found += [differing_collective(first.rank, first.collectives, o.rank, o.collectives) for o in others]
+    problems = [problem for problem in found if problem]
+    return Simulation(estimate(case), records[: len(ranks)], problems, len({*speakers, *ranks, *twins}))
+
+
+def _twins(topology: Topology, rank: int) -> list[int]:
+    """Ranks that differ from one in tp only, and in dp only."""
+    place = topology.coordinates(rank)
+    found = []
+    if topology.tp > 1:
+        found.append(topology.rank(tp=(place.tp + 1) % topology.tp, pp=place.pp, dp=place.dp))
+    if topology.dp > 1:
+        found.append(topology.rank(tp=place.tp, pp=place.pp, dp=(place.dp + 1) % topology.dp))
+    return found
