@@ -12,6 +12,7 @@ from tplaunch.cli.main import run
 from tplaunch.errors import Exit
 from tplaunch.hardware import find_gpu
 from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import estimate
 from tplaunch.recipe.load import load_recipe
 from tplaunch.simulate.agree import deadlock, differing_collective
 from tplaunch.simulate.pool import processes
@@ -134,16 +135,18 @@ def test_messages_are_those_of_the_whole_trainer(schedule: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_shortened_step_holds_as_much() -> None:
+def test_a_shortened_step_lacks_receive_buffers_only() -> None:
     whole = case("quickstart", "topology={tp: 2, pp: 2, dp: 1}", "training.global_batch_size=64")
     short = shortened(whole)
     assert short.microbatches < whole.microbatches
     with processes() as go:
         jobs = [(of.recipe, of.topology, rank) for of in (whole, short) for rank in (0, 2)]
-        records = list(go(simulate_rank, jobs))
-    for ours, theirs in zip(records[2:], records[:2], strict=True):
-        # What differs is the batch of tokens.
-        assert ours.peak == pytest.approx(theirs.peak, rel=0.05)
+        *wholes, first, last = go(simulate_rank, jobs)
+    for pp, (ours, theirs) in enumerate(zip((first, last), wholes, strict=True)):
+        plans = [estimate(of).memory[pp] for of in (whole, short)]
+        buffers = plans[0].pipeline_buffers - plans[1].pipeline_buffers
+        tokens = (whole.microbatches - short.microbatches) * whole.tokens * 2 * 8  # the batch itself, int64
+        assert theirs.peak - ours.peak == pytest.approx(buffers + tokens, rel=0.1)
 
 
 @pytest.mark.slow
@@ -158,3 +161,5 @@ def test_shipped_recipes(name: str) -> None:
     for record in simulation.records:
         planned = simulation.plan.memory[of.topology.coordinates(record.rank).pp].allocated
         print(f"{name} rank {record.rank}: {record.peak / 2**30:.2f} GiB, planned {planned / record.peak - 1:+.1%}")
+        # Within 5 %, but for the last stage of the 405B: planned 6.7 % too full.
+        assert planned == pytest.approx(record.peak, rel=0.07 if name == "llama3-405b" else 0.05)

@@ -265,19 +265,20 @@ class _Moment:
         return self.activations + self.loss + self.working + self.buffers
 
 
+def _lingering(case: Case, stages: list[Stage]) -> float:
+    """What FSDP2 reduced last stays until the next reduction, or the end of the step's last backward pass."""
+    lingers = case.zero >= 2 and case.topology.pp == 1 and case.microbatches > 1
+    return max(case.end_weights(stage) for stage in stages) * case.storage_bytes if lingers else 0.0
+
+
 def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
-    """The moments at which a backward pass that starts with `held` bytes of activations may be at its fullest: in the
-    head, in a block, while the gradients of a block or of the ends are reduced."""
+    """The moments at which a backward pass that starts with `held` bytes of activations may be at its fullest, after
+    the head: in a block, while the gradients of a block or of the ends are reduced."""
     last = any(stage.last for stage in stages)
     after_head = max(0.0, held - (head_activations(case) if last else 0.0))
     ends = max(case.end_weights(stage) for stage in stages)
-    gathered = gathering(case)
-    # What FSDP2 reduced last stays until the next reduction, or the end of the step's last backward pass.
-    lingers = case.zero >= 2 and case.topology.pp == 1 and case.microbatches > 1
-    lingering = ends * case.storage_bytes if lingers else 0.0
+    gathered, lingering = gathering(case), _lingering(case, stages)
     moments = []
-    if last:
-        moments.append(_Moment(held, loss=loss_working(case), buffers=lingering))
     for stage in stages:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
@@ -323,6 +324,9 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     """
     stages = case.stages_on(pp_rank)
     moments = [(step.gradients[pp_rank], moment) for moment in _moments(case, stages, step.held[pp_rank])]
+    if any(stage.last for stage in stages):
+        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=_lingering(case, stages))
+        moments.append((step.gradients_at_loss[pp_rank], head))
     if _reduces_at_end(case):
         moments += [(gradients(case, stages), moment) for moment in _end_moments(case, stages)]
     gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)

@@ -265,6 +265,8 @@ class Step:
         held: by rank, the sum of `StageCost.held` and `waiting` over the microbatches in flight, when that and the
             gradients together are at their largest.
         gradients: by rank, the gradients of that moment: those of stages that have had a backward pass.
+        held_at_loss, gradients_at_loss: the same, when both are at their largest as the last stage's backward pass
+            begins; 0 on ranks without that stage.
         in_flight: by rank, the most microbatches in flight, counted once for each stage of the rank they are in.
     """
 
@@ -272,6 +274,8 @@ class Step:
     busy: list[float]
     held: list[float]
     gradients: list[float]
+    held_at_loss: list[float]
+    gradients_at_loss: list[float]
     in_flight: list[float]
 
     @property
@@ -380,6 +384,8 @@ def predict(
         extend(a.busy, b.busy),
         extend(a.held, b.held),
         extend(a.gradients, b.gradients),
+        extend(a.held_at_loss, b.held_at_loss),
+        extend(a.gradients_at_loss, b.gradients_at_loss),
         extend(a.in_flight, b.in_flight),
     )
 
@@ -437,17 +443,20 @@ def _sum_up(orders: list[list[Action]], ends: list[list[float]], costs: Sequence
     seconds = {kind: [cost.seconds(kind) for cost in costs] for kind in ("F", "B", "I", "W")}
     busy = [sum(seconds[kind][stage] for kind, stage, _ in order) for order in orders]
     peaks = [_peaks(order, costs) for order in orders]
-    held, gradients, in_flight = ([peak[i] for peak in peaks] for i in range(3))
-    return Step(max(rank_ends[-1] for rank_ends in ends), busy, held, gradients, in_flight)
+    return Step(max(rank_ends[-1] for rank_ends in ends), busy, *map(list, zip(*peaks, strict=True)))
 
 
-def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, float, float]:
-    """Of a rank's order: bytes held and gradients when both together are most, most microbatches in flight."""
+def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, float, float, float, float]:
+    """Of a rank's order: bytes held and gradients when both together are most, the same as the last stage's backward
+    pass begins, most microbatches in flight."""
+    last = len(costs) - 1
     held, waiting = [cost.held for cost in costs], [cost.waiting for cost in costs]
     coming = [cost.gradients for cost in costs]
-    now = gradients = most = most_gradients = 0.0
+    now = gradients = most = most_gradients = at_loss = gradients_at_loss = 0.0
     flying = most_flying = 0
     for kind, stage, _ in order:
+        if stage == last and kind in "BI" and now + gradients > at_loss + gradients_at_loss:
+            at_loss, gradients_at_loss = now, gradients
         if kind == "F":
             now += held[stage]
             flying += 1
@@ -462,4 +471,4 @@ def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, floa
             coming[stage] = 0.0
         if now + gradients > most + most_gradients and flying:
             most, most_gradients = now, gradients
-    return most, most_gradients, float(most_flying)
+    return most, most_gradients, at_loss, gradients_at_loss, float(most_flying)

@@ -191,7 +191,7 @@ def quick_look(case: Case, block: BlockWork) -> float | None:
         in_flight[rank] = passes_in_flight(case, rank)
         held[rank] = in_flight[rank] * sum(works_of(stage)[1].held for stage in stages) / len(stages)
         gradients = [memory.gradients(case, stages) / len(stages)] * pp  # of the first stage that has any
-        step = Step(0.0, [0.0] * pp, held, gradients, in_flight)
+        step = Step(0.0, [0.0] * pp, held, gradients, held, gradients, in_flight)
         if memory.rank_memory(case, rank, step).total > (1 - HEADROOM) * case.gpu.memory:
             return None
     ranks = {rank: [works_of(stage)[0] for stage in case.stages_on(rank)] for rank in {*ends, pp // 2}}

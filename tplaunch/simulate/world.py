@@ -31,7 +31,7 @@ class Simulation:
 
 def shortened(case: Case) -> Case:
     """The same step with as many microbatches as show everything: two, or two for each pipeline rank. What comes
-    later repeats what was before, in memory and in the order of messages (a test holds both against whole steps)."""
+    later repeats what was before; only the buffers for what a stage receives grow, by one with each microbatch."""
     few = min(case.microbatches, 2 * case.topology.pp)
     training = case.recipe.training.model_copy(
         update={"global_batch_size": few * case.recipe.training.micro_batch_size * case.topology.dp, "compile": False}
