@@ -58,7 +58,7 @@ def case(
         "topology": {"tp": tp, "pp": pp, "dp": dp, **topology},
         "training": {
             "seq_len": SEQ,
-            "micro_batch_size": 2 if dp == 1 else 1,
+            "micro_batch_size": BATCH // dp // (2 if pp == 1 else 4),
             "global_batch_size": BATCH,
             "steps": STEPS,
             "precision": "fp32",
@@ -171,7 +171,22 @@ def references() -> dict[str, list[tuple[float, float]]]:
     return {}
 
 
-@pytest.mark.parametrize("name", CASES)
+# What these combine, others above show part by part; they would take the default suite beyond ten minutes.
+COMBINED = {
+    "tp2-pp2-dp2-hsdp-zero0",
+    "zbv-tp-full",
+    "kv1-tp2-pp2-biased",
+    "gpt2-tp4-dp2",
+    "qwen3-tp4-dp2",
+    "qwen2-tp2-pp2",
+    "documents-pp4-full",
+    "fp64-gpt2-tp2-pp2",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in COMBINED else []) for name in CASES]
+)
 def test_curve_is_that_of_one_process(
     world: World, references: dict[str, list[tuple[float, float]]], name: str
 ) -> None:

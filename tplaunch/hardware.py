@@ -32,7 +32,7 @@ class Gpu:
         node_size: GPUs joined by the fast link.
         link_bandwidth: bytes/s one way from one GPU to others of its node.
         network_bandwidth: bytes/s one way from one GPU to other nodes (its share of the node's adapters).
-        power: watts at full load.
+        power: watts at full load; 0: not known.
         matmul_efficiency, attention_efficiency, link_efficiency, memory_efficiency: shares of the peaks that kernels
             reach on large inputs.
         link_latency, network_latency: seconds that each hop of a collective costs whatever its size.
@@ -214,7 +214,8 @@ def _read_gpu(path: Path) -> Gpu:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         gpu = Gpu(**values)
-        numbers = {**{f.name: getattr(gpu, f.name) for f in fields(Gpu) if f.name not in ("name", "peak")}, **gpu.peak}
+        others = ("name", "peak", *(["power"] if gpu.power == 0 else []))
+        numbers = {**{f.name: getattr(gpu, f.name) for f in fields(Gpu) if f.name not in others}, **gpu.peak}
         bad = [key for key, value in numbers.items() if isinstance(value, bool) or not 0 < value < float("inf")]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TplaunchError(Problem("not a GPU description", why=str(error), where=str(path))) from error

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tplaunch import __version__
-from tplaunch.cli import checkpoint, data, doctor, plan, recipe, slurm, train, wandb
+from tplaunch.cli import bench, checkpoint, data, doctor, plan, recipe, slurm, train, wandb
 from tplaunch.errors import Exit, TplaunchError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(train.command)
 app.command()(plan.plan)
 app.command()(plan.tune)
 app.command()(plan.simulate)
+app.command()(bench.bench)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

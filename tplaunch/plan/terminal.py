@@ -273,13 +273,14 @@ def _run_line(plan: Plan) -> Text:
     case = plan.case
     per_gpu = plan.tokens_per_second / case.topology.world_size
     bubble = f", bubble {plan.step.bubble:.1%}" if case.topology.pp > 1 else ""
+    energy = f", at most {_energy(plan.energy_kwh)}" if case.gpu.power else ""
     flops = plan.total_flops / REGULATED_FLOPS
     against = f"{flops:.2g} of 1e25" if flops < 1 else f"{flops:.2f} times 1e25, which regulators name"
     return Text(
         f"{format_count(plan.tokens_per_second)} tokens/s, {per_gpu:,.0f} a GPU, "
         f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}\n"
         f"{case.recipe.training.steps:,} steps, {format_count(plan.tokens)} tokens: {format_duration(plan.seconds)}, "
-        f"{plan.gpu_hours:,.0f} GPU-hours, at most {_energy(plan.energy_kwh)}\n"
+        f"{plan.gpu_hours:,.0f} GPU-hours{energy}\n"
         f"{plan.model_flops_per_token / 1e9:,.1f} GFLOP a token "
         f"({plan.hardware_flops_per_token / 1e9:,.1f} with recomputation), {plan.total_flops:.2e} in all: {against}"
     )

@@ -23,17 +23,10 @@ from tplaunch.rundir import RunDir
 from tplaunch.simulate.phantom import Phantom, fused_rms_norm
 from tplaunch.simulate.record import Collective, Message, Recorder, replaced
 from tplaunch.topology import Topology, stages_of
-from tplaunch.train.batch import Batch
+from tplaunch.train.batch import random_batch
 from tplaunch.train.pipeline import Pipeline
-from tplaunch.train.stop import StopRequest
+from tplaunch.train.stop import NeverStopped
 from tplaunch.train.trainer import Trainer
-
-
-class _NeverAsked(StopRequest):
-    """Leaves this process's signals alone."""
-
-    def __init__(self) -> None:
-        self.requested, self.by = False, None
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,11 @@ def simulate_rank(recipe: Recipe, topology: Topology, rank: int) -> RankRecord:
         run_dir = RunDir(Path(folder))
         run_dir.create()
         beat = Heartbeat(run_dir.root / "beat", rank)
-        trainer = Trainer(recipe, mesh, run_dir, _NeverAsked(), beat)
+        trainer = Trainer(recipe, mesh, run_dir, NeverStopped(), beat)
         for _ in trainer.optimizer.state():
             pass
         recorder.active = True
-        trainer.train_step(_batch(recipe, trainer.pipeline))
+        trainer.train_step(random_batch(recipe, topology.dp, trainer.pipeline.reads_data))
         parameters = sum(math.prod(p.local_shape(topology.tp)) for s in trainer.stages for p in s.parameters.values())
         return RankRecord(rank, parameters, phantom.peak, recorder.collectives, recorder.messages)
 
@@ -84,7 +77,7 @@ def pipeline_messages(recipe: Recipe, topology: Topology, rank: int) -> list[Mes
         mine = stages_of(mesh.coordinates.pp, knobs.pp, knobs.virtual_stages, knobs.schedule)
         stages = [Stage(i, _Hollow(unsharded, mesh, i), {}) for i in mine]  # type: ignore[arg-type]
         pipeline = Pipeline(stages, mesh, unsharded)
-        pipeline.train(_batch(unsharded, pipeline), 1.0)
+        pipeline.train(random_batch(unsharded, topology.dp, pipeline.reads_data), 1.0)
     return recorder.messages
 
 
@@ -130,13 +123,3 @@ def _fake_group(new_group):  # type: ignore[no-untyped-def]
         return new_group(*args, **keywords)
 
     return made
-
-
-def _batch(recipe: Recipe, pipeline: Pipeline) -> Batch:
-    """A share of a step, of the shapes that the trainer's reader gives."""
-    training = recipe.training
-    rows = training.global_batch_size // pipeline.mesh.topology.dp
-    shape = (rows, training.seq_len if pipeline.reads_data else 0)
-    tokens, labels = (torch.empty(shape, dtype=torch.int64) for _ in range(2))
-    masked = training.document_mask and pipeline.reads_data
-    return Batch(tokens, labels, torch.empty(shape, dtype=torch.int64) if masked else None)

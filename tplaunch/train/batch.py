@@ -83,3 +83,17 @@ def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
     if training.eod_mask_loss:
         labels.masked_fill_(places[:, 1:] == 0, IGNORE)
     return Batch(row[:, :-1].contiguous(), labels, places[:, :-1].contiguous() if training.document_mask else None)
+
+
+def random_batch(recipe: Recipe, dp: int, reads_data: bool) -> Batch:
+    """A data-parallel rank's share of a step of random tokens, of the shapes that its stages would read.
+
+    Args:
+        dp: data-parallel ranks.
+        reads_data: whether this rank's stages read tokens or labels.
+    """
+    training = recipe.training
+    shape = (training.global_batch_size // dp, training.seq_len if reads_data else 0)
+    tokens = torch.randint(recipe.model.vocab_size, shape)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1) if training.document_mask and reads_data else None
+    return Batch(tokens, tokens.roll(-1, 1), positions)

@@ -325,7 +325,7 @@ class Trainer:
         self.beat(self.progress.step, "metrics")
         recipe, progress, world = self.recipe, self.progress, self.mesh.topology.world_size
         device = self.mesh.device
-        mine = torch.tensor([_peak_memory(device), window.data_time], dtype=torch.float64, device=device)
+        mine = torch.tensor([peak_memory(device), window.data_time], dtype=torch.float64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(everyone, mine)
         if not self.main:
@@ -424,7 +424,7 @@ class _Window:
         return self.data / self.steps
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """Bytes: torch's peak on a GPU, the process's largest resident size on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))

@@ -1,0 +1,124 @@
+"""What the steps of the real trainer take on one rank of a world, and where their time goes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from tplaunch.observe.heartbeat import Heartbeat
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.rundir import RunDir
+from tplaunch.train.batch import Batch, random_batch
+from tplaunch.train.stop import NeverStopped
+from tplaunch.train.trainer import Trainer, peak_memory
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Measured steps; figures of parts are means over the ranks.
+
+    Args:
+        seconds: of each step, by the slowest rank.
+        parts: seconds of a step by what the rank was in ("forward and backward", "gradients", "update").
+        kernels: seconds of a step in kernels, by kind, on each rank's device. What is left of the step is
+            communication that no kernel shows, waiting, and Python.
+        peak_memory: bytes of the fullest rank: torch's peak on a GPU, the process's resident size on the CPU.
+    """
+
+    seconds: list[float]
+    parts: dict[str, float]
+    kernels: dict[str, float]
+    peak_memory: float
+
+
+class _Clock(Heartbeat):
+    """Notes when each part of a step begins."""
+
+    def __init__(self, path: Path, rank: int, device: torch.device) -> None:
+        self.device, self.parts, self.doing, self.since = device, Counter[str](), "", 0.0
+        super().__init__(path, rank)
+
+    def __call__(self, step: int, doing: str) -> None:
+        super().__call__(step, doing)
+        self._change(doing)
+
+    def stop(self) -> None:
+        """No part goes on."""
+        self._change("")
+
+    def _change(self, doing: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.doing:
+            self.parts[self.doing] += now - self.since  # type: ignore[assignment]
+        self.doing, self.since = doing, now
+
+
+def measure_steps(recipe: Recipe, mesh: Mesh, run_dir: RunDir, count: int) -> Steps:
+    """Train on random tokens: a few steps to warm up, `count` that are timed, one that is profiled.
+
+    Every rank of the world must call it; all get the same answer.
+    """
+    device, rank = mesh.device, dist.get_rank()
+    clock = _Clock(run_dir.root / f"beat-{rank}", rank, device)
+    trainer = Trainer(recipe, mesh, run_dir, NeverStopped(), clock)
+    batch = random_batch(recipe, mesh.topology.dp, trainer.pipeline.reads_data)
+    for _ in range(WARM_UP):
+        trainer.train_step(batch)
+    clock.stop()
+    clock.parts.clear()
+    seconds = []
+    for _ in range(count):
+        dist.barrier()
+        start = time.perf_counter()
+        trainer.train_step(batch)
+        clock.stop()
+        seconds.append(time.perf_counter() - start)
+    parts = {name: total / count for name, total in clock.parts.items()}
+    mine = (seconds, parts, _kernels(trainer, batch), peak_memory(device))
+    ranks = [mine] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    times, by_part, by_kernel, memory = zip(*ranks, strict=True)
+    return Steps([max(step) for step in zip(*times, strict=True)], _mean(by_part), _mean(by_kernel), max(memory))
+
+
+def _mean(ranks: tuple[dict[str, float], ...]) -> dict[str, float]:
+    """The mean of each key's values, 0 where a rank has none, in the order of their first appearance."""
+    keys = dict.fromkeys(key for rank in ranks for key in rank)
+    return {key: fmean(rank.get(key, 0.0) for rank in ranks) for key in keys}
+
+
+def _kernels(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Seconds of a step in kernels, by kind."""
+    cuda = trainer.mesh.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
+        trainer.train_step(batch)
+    kinds = Counter[str]()
+    for event in profiled.key_averages():
+        if event.device_type.name == "CPU":  # an operation; on a GPU its kernels' time is counted with it
+            micros = event.self_device_time_total if cuda else event.self_cpu_time_total
+            if kind := kernel_kind(event.key):
+                kinds[kind] += micros / 1e6
+    return {kind: kinds[kind] for kind in ("matmul", "attention", "communication", "other kernels") if kinds[kind]}
+
+
+def kernel_kind(name: str) -> str | None:
+    """What an operation of torch's profiler is for; None: no kernel of this rank's device."""
+    if name.startswith("nccl:"):
+        return "communication"
+    if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+        return "matmul"
+    if "attention" in name and name.startswith("aten::"):
+        return "attention"
+    return "other kernels" if name.startswith(("aten::", "triton_", "fused")) else None
