@@ -89,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pp2-dp2-zero3": case(1, 2, 2, zero=3),
     "tp2-pp2-dp2-hsdp-zero0": case(2, 2, 2, zero=0, sequence_parallel=True),
     "interleaved": case(2, 2, schedule="interleaved1f1b", sequence_parallel=True),
+    "interleaved-4": case(1, 2, 2, schedule="interleaved1f1b", virtual_stages=4, model={"num_layers": 8}),
     "interleaved-zero3": case(1, 2, 2, schedule="interleaved1f1b", zero=3),
     "zero-bubble": case(1, 2, 2, schedule="interleavedzerobubble"),
     "zero-bubble-selective": case(

@@ -10,7 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    RESHARD,
+    UNSHARD,
+    PipelineScheduleSingle,
+    _Action,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
 
 from tplaunch.model.build import Stage
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE, begin_microbatch, units
@@ -156,9 +163,11 @@ class Pipeline:
             stages = [self._pipeline_stage(stage) for stage in self.stages]
             first = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
             # The last stage returns its loss, so the schedule has nothing to compute of its own.
-            self._schedules[microbatches] = kind(
-                first, n_microbatches=microbatches, loss_fn=lambda loss, _: loss, scale_grads=False
-            )
+            schedule = kind(first, n_microbatches=microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
+            if isinstance(schedule, _PipelineScheduleRuntime):
+                actions = schedule.pipeline_order_with_comms
+                actions[schedule.rank] = gathered_once(actions[schedule.rank])
+            self._schedules[microbatches] = schedule
         return self._schedules[microbatches]
 
     def hidden(self) -> Tensor:
@@ -184,6 +193,23 @@ class Pipeline:
             output_args=loss if last else hidden,
             group=self.mesh.pp_group,
         )
+
+
+def gathered_once(actions: list[_Action]) -> list[_Action]:
+    """A rank's schedule in which each stage's weights are gathered once and let go of once.
+
+    torch keeps three stages gathered at a time: ranks with more would gather some again and again, where ZeRO 1 is to
+    keep what it has gathered.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, action in enumerate(actions):
+        if action.computation_type is UNSHARD:
+            first.setdefault(action.stage_index, i)
+        elif action.computation_type is RESHARD:
+            last[action.stage_index] = i
+    kept = {*first.values(), *last.values()}
+    return [a for i, a in enumerate(actions) if a.computation_type not in (UNSHARD, RESHARD) or i in kept]
 
 
 def _fsdp(stage: Stage) -> FSDPModule:
