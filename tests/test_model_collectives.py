@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from world import World
 
-MICROBATCHES, BATCH, HIDDEN = 4, 2, 64
+MICROBATCHES, BATCH, HIDDEN = 2, 4, 64
 ACTIVATION = 4 * SEQ * BATCH * HIDDEN  # bytes of [s, b, h] in fp32
 KINDS = {
     "all_reduce": "all-reduce",
