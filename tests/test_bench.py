@@ -86,6 +86,7 @@ def test_bench_runs_on_one_node(capsys: pytest.CaptureFixture[str]) -> None:
         ("nccl:all_reduce", "communication"),
         ("gloo:all_reduce", None),
         ("aten::add_", "other kernels"),
+        ("triton_poi_fused_add_0", "other kernels"),
         ("ProfilerStep#1", None),
     ],
 )

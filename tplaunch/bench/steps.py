@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -45,7 +45,8 @@ class _Clock(Heartbeat):
     """Notes when each part of a step begins."""
 
     def __init__(self, path: Path, rank: int, device: torch.device) -> None:
-        self.device, self.parts, self.doing, self.since = device, Counter[str](), "", 0.0
+        self.device, self.doing, self.since = device, "", 0.0
+        self.parts: defaultdict[str, float] = defaultdict(float)
         super().__init__(path, rank)
 
     def __call__(self, step: int, doing: str) -> None:
@@ -61,7 +62,7 @@ class _Clock(Heartbeat):
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self.doing:
-            self.parts[self.doing] += now - self.since  # type: ignore[assignment]
+            self.parts[self.doing] += now - self.since
         self.doing, self.since = doing, now
 
 
@@ -104,7 +105,9 @@ def _kernels(trainer: Trainer, batch: Batch) -> dict[str, float]:
     cuda = trainer.mesh.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
         trainer.train_step(batch)
-    kinds = Counter[str]()
+        if cuda:
+            torch.cuda.synchronize(trainer.mesh.device)
+    kinds: defaultdict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
         if event.device_type.name == "CPU":  # an operation; on a GPU its kernels' time is counted with it
             micros = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -121,4 +124,4 @@ def kernel_kind(name: str) -> str | None:
         return "matmul"
     if "attention" in name and name.startswith("aten::"):
         return "attention"
-    return "other kernels" if name.startswith(("aten::", "triton_", "fused")) else None
+    return "other kernels" if name.startswith(("aten::", "triton_", "cpp_fused")) else None

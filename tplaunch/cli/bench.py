@@ -130,7 +130,7 @@ def _show(checked: Checked, result: Bench, plan: Plan | None) -> None:
         lines.append(f"planned   {plan.step_seconds:.3g} s a step, {plan.step_seconds / step - 1:+.0%}")
     lines.append(f"memory    {format_bytes(result.peak_memory)} at most on a rank")
     console = Console(highlight=False)
-    console.print("\n".join(lines), markup=False)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
     rest = step - sum(result.kernels.values())
     kernels = {**result.kernels, "communication, waiting, Python": max(0.0, rest)}
     for title, seconds in (("parts of a step", result.parts), ("kernels of a step", kernels)):
