@@ -342,6 +342,7 @@ class TestData:
         (["data.validation={path}"], "data.validation"),
         (["optimizer.momentum=0.9"], "optimizer.momentum"),
         (["topology.pp=2", "topology.zero=3"], "topology.zero"),
+        (["topology.tp=2", "topology.async_tp=true"], "topology.async_tp"),
         (["checkpoint={every: 4, keep_every: 10}"], "checkpoint.keep_every"),
         (["checkpoint.every=0", "training.loss_spike={}"], "training.loss_spike"),
         (["checkpoint.every=0", "training.nonfinite.rollback_after=3"], "training.nonfinite.rollback_after"),

@@ -67,7 +67,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         raise RecipeError(*placed(problems))
     layout = recipe.topology
     topology = Topology(layout.tp, dp, layout.pp, layout.tp * dp * layout.pp // layout.nodes)
-    warnings += [*_placement(topology)]
+    warnings += [*_placement(topology, layout.async_tp)]
     return Checked(recipe, topology, stage_layers(recipe), placed(warnings))
 
 
@@ -389,6 +389,12 @@ def _warnings(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("is never used: training.eval_every is 0", fix="set training.eval_every", key="data.validation")
     if recipe.optimizer.momentum and recipe.optimizer.name != "sgd":
         yield Problem(f"has no effect with {recipe.optimizer.name}", key="optimizer.momentum")
+    if layout.async_tp and not (layout.sequence_parallel and layout.tp > 1):
+        yield Problem(
+            "has no effect: what it fuses matmuls with are the collectives of sequence parallelism",
+            fix="sequence_parallel: true, and tp above 1",
+            key="topology.async_tp",
+        )
     if layout.pp > 1 and layout.zero == 3:
         yield Problem(
             "gathers the parameters again for every microbatch of the pipeline",
@@ -413,8 +419,10 @@ def _warnings(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _placement(topology: Topology) -> Iterator[Problem]:
+def _placement(topology: Topology, async_tp: bool) -> Iterator[Problem]:
     if topology.nodes > 1 and topology.gpus_per_node % topology.tp:
+        if async_tp:
+            yield Problem("is off: tp groups cross nodes, where memory is not shared", key="topology.async_tp")
         yield Problem(
             f"tp groups of {topology.tp} cross nodes of {topology.gpus_per_node} GPUs",
             why="every layer waits for its tp group, and the network is far slower than the links inside a node",

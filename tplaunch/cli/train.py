@@ -102,6 +102,8 @@ def _checked(recipe: str, set_: list[str] | None, *, need_data: bool) -> Checked
 
     loaded = load_recipe(recipe, set_ or ())
     gpus = count_gpus() * loaded.recipe.topology.nodes
+    if loaded.recipe.topology.async_tp and not gpus:
+        typer.echo("warning: topology.async_tp is off: its fused matmuls are for CUDA GPUs, and none is here", err=True)
     checked = check_recipe(loaded, gpus=gpus or None, need_data=need_data)
     for warning in checked.warnings:
         typer.echo(f"warning: {warning}", err=True)

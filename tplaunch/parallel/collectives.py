@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed._symmetric_memory  # defines torch.ops.symm_mem
 from torch import Tensor
 
 from tplaunch.parallel.mesh import TensorParallel
@@ -36,6 +37,32 @@ def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
 
 def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
     return _ops.reduce_scatter_tensor.default(x.contiguous(), "sum", tp.size, tp.group.group_name)
+
+
+def gather_matmul(x: Tensor, weights: list[Tensor], tp: TensorParallel) -> tuple[Tensor, list[Tensor]]:
+    """All-gather fused with the matmuls that follow it; for `tp.fused`.
+
+    Args:
+        x: [s/tp, b, k].
+        weights: each [k, n].
+
+    Returns:
+        The whole x [s, b, k], and x @ weight [s, b, n] for each weight.
+    """
+    return torch.ops.symm_mem.fused_all_gather_matmul.default(x, weights, 0, tp.group.group_name)
+
+
+def matmul_scatter(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """Matmul fused with the reduce-scatter that follows it; for `tp.fused`.
+
+    Args:
+        x: [s, b, k], of which each tp rank has another part of k.
+        weight: [k, n].
+
+    Returns:
+        This rank's slice of the sum over the tp ranks, [s/tp, b, n].
+    """
+    return torch.ops.symm_mem.fused_matmul_reduce_scatter.default(x, weight, "sum", 0, tp.group.group_name)
 
 
 def wait(x: Tensor) -> Tensor:

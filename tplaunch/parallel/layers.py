@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tplaunch.parallel.collectives import leave_region, start_all_gather, start_all_reduce, start_reduce_scatter, wait
+from tplaunch.parallel.collectives import (
+    gather_matmul,
+    leave_region,
+    matmul_scatter,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
 from tplaunch.parallel.mesh import TensorParallel
 
 
@@ -55,6 +63,8 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.tp = tp
         ctx.save_for_backward(x, *weights)
+        if tp.fused:
+            return tuple(gather_matmul(x, [weight.t() for weight in weights], tp)[1])
         if tp.sequence_parallel:
             x = wait(start_all_gather(x, tp))
         return tuple(F.linear(x, weight) for weight in weights)
@@ -65,20 +75,22 @@ class _ColumnParallel(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
-        grad_x = None
-        if need_x:
+        grad_x, reducing = None, need_x and tp.size > 1 and not tp.fused
+        if need_x and tp.fused:
+            grad_x = matmul_scatter(torch.cat(grads, -1), torch.cat(weights), tp)
+        elif need_x:
             grad_x = grads[0] @ weights[0]
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 grad_x += grad @ weight
         if tp.sequence_parallel and need_weights:
             gathering = wait(gathering)
-        if grad_x is not None and tp.size > 1:
+        if grad_x is not None and reducing:
             grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if need_weights:
             rows = gathering.flatten(0, -2)
             grad_weights = [grad.flatten(0, -2).t() @ rows for grad in grads]
-        if grad_x is not None and tp.size > 1:
+        if grad_x is not None and reducing:
             grad_x = wait(grad_x)
         return grad_x, None, *grad_weights
 
@@ -90,6 +102,8 @@ class _RowParallel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
+        if tp.fused:
+            return matmul_scatter(x, weight.t(), tp)
         y = F.linear(x, weight)
         if tp.size == 1:
             return y
@@ -98,9 +112,13 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        if ctx.tp.sequence_parallel:
-            grad = wait(start_all_gather(grad, ctx.tp))
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.tp.fused and ctx.needs_input_grad[0]:
+            grad, (grad_x,) = gather_matmul(grad, [weight], ctx.tp)
+        else:
+            if ctx.tp.sequence_parallel:
+                grad = wait(start_all_gather(grad, ctx.tp))
+            grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_weight
 

@@ -26,10 +26,14 @@ class TensorParallel:
         mesh: 1-D mesh of the tp ranks; parameters are DTensors on it.
         sequence_parallel: activations between the layers are split along the sequence
             (Korthikanti et al. 2022, arXiv 2205.05198).
+        fused: matmuls and the all-gathers before them, or reduce-scatters after them, run as one operation, piece by
+            piece (asynchronous tensor parallelism: torch's symmetric-memory operations; torchtitan
+            `enable_async_tensor_parallel`).
     """
 
     mesh: DeviceMesh
     sequence_parallel: bool = False
+    fused: bool = False
 
     @property
     def size(self) -> int:
@@ -51,18 +55,28 @@ class Mesh:
         topology: sizes of the axes.
         dp_replicate: how many full copies the dp ranks hold (HSDP); divides dp.
         sequence_parallel: see `TensorParallel`.
+        async_tp: fuse what `TensorParallel` names, where sequence parallelism and the device allow it.
         device: this rank's device.
     """
 
     def __init__(
-        self, topology: Topology, *, device: torch.device, dp_replicate: int = 1, sequence_parallel: bool = False
+        self,
+        topology: Topology,
+        *,
+        device: torch.device,
+        dp_replicate: int = 1,
+        sequence_parallel: bool = False,
+        async_tp: bool = False,
     ) -> None:
         self.topology = topology
         self.device = device
         self.dp_replicate = dp_replicate
         shape = (topology.pp, dp_replicate, topology.dp // dp_replicate, topology.tp)
         self.world = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
-        self.tp = TensorParallel(self.world["tp"], sequence_parallel and topology.tp > 1)
+        sequence_parallel = sequence_parallel and topology.tp > 1
+        one_node = topology.gpus_per_node % topology.tp == 0
+        fused = async_tp and sequence_parallel and one_node and has_fused_matmuls(device)
+        self.tp = TensorParallel(self.world["tp"], sequence_parallel, fused)
         self.coordinates: Coordinates = topology.coordinates(dist.get_rank())
         self._key_value: dict[int, DeviceMesh] = {}
 
@@ -75,6 +89,7 @@ class Mesh:
             device=device,
             dp_replicate=topology.dp if knobs.zero == 0 else knobs.dp_replicate,
             sequence_parallel=knobs.sequence_parallel,
+            async_tp=knobs.async_tp,
         )
 
     @property
@@ -92,6 +107,11 @@ class Mesh:
             shape = (num_kv_heads, self.topology.tp // num_kv_heads)
             self._key_value[num_kv_heads] = self.tp.mesh._unflatten(0, shape, ("kv_head", "kv_copy"))
         return self._key_value[num_kv_heads]
+
+
+def has_fused_matmuls(device: torch.device) -> bool:
+    """Whether matmuls can be fused with collectives: on CUDA GPUs of a node that each rank has to itself."""
+    return device.type == "cuda" and "nccl" in dist.get_backend_config()
 
 
 def local_device(local_rank: int) -> torch.device:

@@ -124,7 +124,7 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
     backward pass, beside the weight gradient's matmul (Shoeybi et al. 2019). With it, all-gathers enter and
     reduce-scatters leave; backward, the input is gathered again beside the input gradient's matmul (Korthikanti et
-    al. 2022, section 4.2.2).
+    al. 2022, section 4.2.2). What asynchronous tensor parallelism hides beyond that is not counted.
 
     Args:
         input_backward, weight_backward: seconds of a block's backward halves, of which each region's column-parallel

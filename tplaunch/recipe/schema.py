@@ -120,6 +120,7 @@ class Topology(Section):
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
     zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
     sequence_parallel: bool = False
+    async_tp: bool = Field(False, description="fuse matmuls with the collectives of sequence parallelism (CUDA)")
     schedule: Schedule = "1f1b"
     virtual_stages: Small = Field(1, description="model chunks a pipeline rank (interleaved and V schedules)")
     stage_layers: list[Annotated[int, Field(ge=0, le=10**6)]] | None = Field(
