@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
 from tplaunch.parallel.mesh import TensorParallel
+from tplaunch.parallel.split_backward import wanted
 
 IGNORE = -100  # label of a token that does not count, as in torch.nn.functional.cross_entropy
 
@@ -54,7 +55,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_z = ctx.saved_tensors
         first, real, chunk, z, wide = ctx.setting
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = wanted(ctx, 0, 1)
         counted = labels != IGNORE
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Several chunks are summed in the wide type: bf16 would lose the small ones.

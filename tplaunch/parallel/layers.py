@@ -26,6 +26,7 @@ from tplaunch.parallel.collectives import (
     wait,
 )
 from tplaunch.parallel.mesh import TensorParallel
+from tplaunch.parallel.split_backward import wanted
 
 
 def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
@@ -73,7 +74,8 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tp: TensorParallel = ctx.tp
         x, *weights = ctx.saved_tensors
-        need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
+        need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(weights)))
+        need_weights = any(need_each)
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
         grad_x, reducing = None, need_x and tp.size > 1 and not tp.fused
         if need_x and tp.fused:
@@ -112,14 +114,15 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        need_x, need_weight = wanted(ctx, 0, 2)
         grad_x = None
-        if ctx.tp.fused and ctx.needs_input_grad[0]:
+        if ctx.tp.fused and need_x:
             grad, (grad_x,) = gather_matmul(grad, [weight], ctx.tp)
         else:
             if ctx.tp.sequence_parallel:
                 grad = wait(start_all_gather(grad, ctx.tp))
-            grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[2] else None
+            grad_x = grad @ weight if need_x else None
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
         return grad_x, None, grad_weight
 
 

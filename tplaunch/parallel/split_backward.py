@@ -1,0 +1,28 @@
+"""Which gradients a backward pass has to compute, for autograd functions under schedules that split it in two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def wanted(ctx: Any, *places: int) -> list[bool]:
+    """Whether the backward pass that runs now needs the gradient of each of a function's first tensors.
+
+    `ctx.needs_input_grad` tells whether any pass could. A zero-bubble schedule runs the backward pass twice, for the
+    gradients of activations and later for those of weights (Qi et al. 2023, arXiv 2401.10241); torch's own operations
+    ask the engine which of them a pass is for, and a function that did not would do the work of both twice.
+
+    Args:
+        ctx: the function's context, in its backward pass.
+        places: where these tensors stand among the function's inputs.
+    """
+    if torch.compiler.is_compiling():  # a compiled pass is never split
+        return [ctx.needs_input_grad[place] for place in places]
+    return [node is not None and _runs(node) for node, _ in ctx.next_functions[: len(places)]]
+
+
+def _runs(node: Any) -> bool:
+    # The engine does not answer for leaves. None is met here but in tests: weights come through `to_local`.
+    return "AccumulateGrad" in node.name() or torch._C._will_engine_execute_node(node)
