@@ -20,7 +20,7 @@ from tplaunch.plan.communication import Group, axis_group, collective_seconds
 from tplaunch.plan.estimate import Plan, block_work, estimate
 from tplaunch.plan.legal import is_legal
 from tplaunch.plan.remedies import Change, remedies
-from tplaunch.plan.terminal import timeline_text
+from tplaunch.plan.terminal import rank_map, timeline_text
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg, timeline_trace
 from tplaunch.plan.tune import HEADROOM, candidates, quick_look, tune
 from tplaunch.recipe.load import load_recipe
@@ -120,6 +120,13 @@ def test_devices_are_known_by_their_drivers_names() -> None:
         assert found is not None
         assert found.name == name
     assert detect_gpu("NVIDIA GeForce RTX 3090") is None
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_rank_map_keeps_to_120_columns_and_shows_whole_nodes(name: str) -> None:
+    lines = rank_map(case(name)).plain.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert all(f" {rank} " in " ".join(lines) for rank in range(8))
 
 
 def test_a_rank_is_shown_with_its_groups(capsys: pytest.CaptureFixture[str]) -> None:

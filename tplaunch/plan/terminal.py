@@ -298,7 +298,8 @@ def rank_map(case: Case, most_nodes: int = 8) -> Text:
     nodes: list[int | None] = list(range(min(count, most_nodes)))
     if count > most_nodes:
         nodes = [*range(most_nodes - 1), None, count - 1]
-    wide = min(per_node, 8)
+    widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
+    wide = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
     rows: list[list[str | Text]] = []
     for node in nodes:
         if node is None:
