@@ -149,6 +149,27 @@ def test_messages_are_those_of_the_whole_trainer(schedule: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", ["interleaved1f1b", "interleavedzerobubble", "zbvzerobubble"])
+def test_sequences_are_gathered_as_often_as_planned(schedule: str) -> None:
+    of = case(
+        "quickstart",
+        f"topology={{tp: 2, pp: 2, dp: 1, sequence_parallel: true, schedule: {schedule}, virtual_stages: 2}}",
+        "model.num_layers=8",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=8",
+    )
+    with processes() as go:
+        records = list(go(simulate_rank, [(of.recipe, of.topology, rank) for rank in (0, 2)]))
+    for place, record in enumerate(records):
+        tp = tuple(of.topology.group("tp", record.rank))
+        seen = sum(c.kind == "all-gather" and c.group == tp for c in record.collectives)
+        planned = sum(t.calls for t in estimate(of).traffic[place] if (t.axis, t.kind) == ("sp", "all-gather"))
+        ends = sum(stage.first + stage.last for stage in of.stages_on(place))  # not in the plan's blocks
+        assert seen == planned + ends * of.microbatches
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_shortened_step_lacks_receive_buffers_only() -> None:
     whole = case("quickstart", "topology={tp: 2, pp: 2, dp: 1}", "training.global_batch_size=64")
     short = shortened(whole)

@@ -92,6 +92,12 @@ class Case:
     def schedule(self) -> str:
         return self.recipe.topology.schedule
 
+    def splits_backward(self, stage: Stage) -> bool:
+        """Whether the schedule runs most of a stage's backward passes in two halves. Not the first stage's: torch
+        leaves all of it to the second half. (DualPipeV splits a few at the end of a step.)"""
+        zero_bubble = self.schedule in ("interleavedzerobubble", "zbvzerobubble")
+        return zero_bubble and self.topology.pp > 1 and not stage.first
+
     @property
     def virtual_stages(self) -> int:
         return self.recipe.topology.virtual_stages

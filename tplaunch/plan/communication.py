@@ -109,6 +109,8 @@ class BlockTraffic:
         calls: (kind, calls forward, calls backward).
         call_seconds: of one call of each kind.
         size: bytes of one call.
+        split: seconds that a backward pass in two halves adds: each half's matmuls hide less.
+        split_gathers: all-gathers that it adds, as both halves need a row-parallel layer's output gradient whole.
     """
 
     forward: float
@@ -116,6 +118,8 @@ class BlockTraffic:
     calls: list[tuple[Kind, int, int]]
     call_seconds: dict[Kind, float]
     size: float
+    split: float = 0.0
+    split_gathers: int = 0
 
 
 def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:
@@ -138,14 +142,15 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     if not case.sequence_parallel:
         reduce = collective_seconds(case, group, "all-reduce", size)
         hidden = max(0.0, reduce - beside_weight)
-        return BlockTraffic(2 * reduce, 2 * hidden, [("all-reduce", 2, 2)], {"all-reduce": reduce}, size)
+        split = 2 * (reduce - hidden)
+        return BlockTraffic(2 * reduce, 2 * hidden, [("all-reduce", 2, 2)], {"all-reduce": reduce}, size, split)
     gather = collective_seconds(case, group, "all-gather", size)
     scatter = collective_seconds(case, group, "reduce-scatter", size)
     backward = 2 * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
     calls: list[tuple[Kind, int, int]] = [("all-gather", 2, 4), ("reduce-scatter", 2, 2)]
-    return BlockTraffic(
-        2 * (gather + scatter), backward, calls, {"all-gather": gather, "reduce-scatter": scatter}, size
-    )
+    seconds: dict[Kind, float] = {"all-gather": gather, "reduce-scatter": scatter}
+    split = 2 * (3 * gather + scatter) - backward
+    return BlockTraffic(2 * (gather + scatter), backward, calls, seconds, size, split, 2)
 
 
 def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:

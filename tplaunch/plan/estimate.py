@@ -257,7 +257,7 @@ class StageWorks:
         forward, backward = end_traffic(case, stage)
         tensor_parallel = (
             forward + layers * traffic.forward,
-            backward + layers * traffic.backward,
+            backward + layers * (traffic.backward + traffic.split * case.splits_backward(stage)),
         )
         again = recomputed * (block.forward + traffic.forward)
         work = StageWork(passes, again, tensor_parallel)
@@ -306,6 +306,9 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: Bl
     exposed += m * sum(case.recomputed(stage) for stage in stages) * per_block.forward
     blocks, again = sum(len(stage.layers) for stage in stages), sum(case.recomputed(stage) for stage in stages)
     counts = {kind: m * (blocks * (fwd + bwd) + again * fwd) for kind, fwd, bwd in per_block.calls}
+    if per_block.split_gathers:
+        split = sum(len(stage.layers) for stage in stages if case.splits_backward(stage))
+        counts["all-gather"] += m * split * per_block.split_gathers
     everything = sum(counts[kind] * per_block.call_seconds[kind] for kind in counts)
     for kind, count in counts.items():
         seconds = count * per_block.call_seconds[kind]
