@@ -41,7 +41,9 @@ def fused(raw: dict[str, Any]) -> tuple[list[tuple[float, float]], dict[str, int
     return train(raw), dict(calls)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "tp4-fewer-kv-heads" else pytest.mark.slow) for name in SETTINGS]
+)
 def test_curve_is_that_of_one_process(world: World, name: str) -> None:
     raw = case(**SETTINGS[name], sequence_parallel=True, async_tp=True)
     (reference,) = world.run(1, train, plain(raw))

@@ -12,6 +12,7 @@ from world import World
 
 from tplaunch.parallel.split_backward import wanted
 
+OTHERS = ("interleavedzerobubble", "dualpipev")
 TP, MICROBATCHES, BATCH, HIDDEN, PADDED_VOCAB = 2, 4, 2, 64, 384
 
 
@@ -46,8 +47,8 @@ def flops(raw: dict[str, Any]) -> int:
     return counted.count
 
 
-@pytest.mark.parametrize("schedule", ["interleavedzerobubble", "zbvzerobubble", "dualpipev"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("schedule", ["zbvzerobubble", *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)])
+@pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_matmul_is_done_twice(world: World, schedule: str, sequence_parallel: bool) -> None:
     whole, split = (
         sum(world.run(2 * TP, flops, case(TP, 2, schedule=name, sequence_parallel=sequence_parallel)))

@@ -103,6 +103,7 @@ def test_collectives_of_a_group(tp_pair: list[RankRecord]) -> None:
     assert differing_collective(0, first.collectives, 1, changed) is not None
 
 
+@pytest.mark.slow
 def test_a_rank_gathers_each_unit_once_however_many_stages_it_has() -> None:
     of = case(
         "quickstart",

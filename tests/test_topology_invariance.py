@@ -180,7 +180,11 @@ COMBINED = {
     "gpt2-tp4-dp2",
     "qwen3-tp4-dp2",
     "qwen2-tp2-pp2",
+    "qwen3-kv2-tp4-sp",
+    "zero-bubble-selective",
+    "documents-gpt2-kv",
     "documents-pp4-full",
+    "fp64-pp4-zbv-tied",
     "fp64-gpt2-tp2-pp2",
 }
 
