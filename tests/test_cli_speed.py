@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from tplaunch.cli.main import app
+from tplaunch.cli.app import app
 from tplaunch.recipe.shipped import shipped_recipes
 
 HEAVY = {"torch", "numpy", "wandb", "tokenizers", "transformers", "safetensors"}
@@ -17,13 +17,13 @@ SCRIPT = """
 import sys
 from tplaunch.cli.main import run
 code = run(sys.argv[1:])
-print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}))
+print("MODULES", *sys.modules)
 sys.exit(code)
 """
 
 
 def modules(*arguments: str) -> set[str]:
-    """The packages that are imported once the program has answered."""
+    """The modules that are imported once the program has answered."""
     process = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return set(process.stdout.rpartition("MODULES")[2].split())
@@ -49,6 +49,11 @@ def test_help_reads_no_recipe_either(arguments: list[str]) -> None:
 )
 def test_answers_without_the_trainer(arguments: list[str]) -> None:
     assert not modules(*arguments) & HEAVY
+
+
+def test_a_command_loads_no_other() -> None:
+    loaded = {name for name in modules("recipe", "check", "quickstart") if name.startswith("tplaunch.cli.")}
+    assert loaded == {f"tplaunch.cli.{name}" for name in ("app", "main", "options", "recipe")}
 
 
 def commands(command: typer.core.TyperCommand | typer.core.TyperGroup, name: str) -> list[tuple[str, str]]:

@@ -1,57 +1,13 @@
-"""The `tplaunch` program: its commands, and how it ends.
-
-Command modules import nothing heavy at their top: `tplaunch --help` loads them all and answers at once.
-"""
+"""How the `tplaunch` program starts and ends; its commands are in `tplaunch.cli.app`."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import typer
-
-from tplaunch import __version__
-from tplaunch.cli import bench, checkpoint, data, doctor, plan, recipe, slurm, train, wandb
 from tplaunch.errors import Exit, TplaunchError
-
-app = typer.Typer(
-    name="tplaunch",
-    help="Plan, launch and train tensor-parallel language models from one recipe.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # help in plain text comes in half the time, and looks alike in a log
-    context_settings={"max_content_width": 120},
-)
-app.command()(train.train)
-app.command()(train.command)
-app.command()(plan.plan)
-app.command()(plan.tune)
-app.command()(plan.simulate)
-app.command()(bench.bench)
-app.add_typer(recipe.app, name="recipe")
-app.add_typer(data.app, name="data")
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(wandb.app, name="wandb")
-for command in (slurm.submit, slurm.status, slurm.logs, slurm.cancel, doctor.doctor):
-    app.command()(command)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-VersionOption = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-]
-
-
-@app.callback()
-def _root(version: VersionOption = False) -> None:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,13 +16,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; default: those of this process.
     """
+    # Looking for garbage among all that imports leave takes an eighth of a short command, half of it at its end.
+    gc.set_threshold(50_000)
     # Looking into every installed package for pydantic plugins costs a tenth of the start-up, and none is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    sys.exit(run(argv))
+    code = run(argv)
+    gc.freeze()
+    sys.exit(code)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    from tplaunch.cli.app import app
+
     try:
         app(args=list(argv) if argv is not None else None, prog_name="tplaunch")
     except SystemExit as end:

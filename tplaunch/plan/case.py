@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from typing import NamedTuple
 
 from tplaunch.arithmetic import Parameter, block_parameters, first_parameters, last_parameters, stage_layers
 from tplaunch.hardware import Gpu
@@ -28,8 +29,7 @@ class Stage:
 _stages_of = lru_cache(maxsize=4096)(stages_of)
 
 
-@dataclass(frozen=True)
-class _Counts:
+class _Counts(NamedTuple):
     """Weights of one rank in a block, before the blocks, after them, and in the embedding alone."""
 
     block: int
@@ -42,8 +42,7 @@ class _Counts:
         return self.first * stage.first + (self.last + copy) * stage.last
 
 
-@dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     whole: _Counts
     shard: _Counts
 

@@ -7,8 +7,7 @@ node together, as NCCL's rings use them all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
@@ -17,8 +16,7 @@ Link = Literal["none", "node", "network"]
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Ranks that talk to one another.
 
     Args:
@@ -34,8 +32,7 @@ class Group:
         return "none" if self.size == 1 else "node" if self.nodes == 1 else "network"
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """One kind of communication of one rank in one step.
 
     Args:
@@ -99,8 +96,7 @@ def send_seconds(case: Case, sender: int, receiver: int) -> float:
     return hidden_bytes(case) / (bandwidth * gpu.link_efficiency) + latency
 
 
-@dataclass(frozen=True)
-class BlockTraffic:
+class BlockTraffic(NamedTuple):
     """Tensor-parallel communication of one block for one microbatch, in seconds that are not hidden, with its calls.
 
     Args:

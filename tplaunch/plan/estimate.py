@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tplaunch.arithmetic import attention_flops_per_token, block_matmul_parameters, model_flops_per_token
 from tplaunch.plan import compute, memory
@@ -26,8 +26,7 @@ from tplaunch.plan.schedule import StageCost, Step, predict
 REGULATED_FLOPS = 1e25
 
 
-@dataclass(frozen=True)
-class StageWork:
+class StageWork(NamedTuple):
     """Seconds of one microbatch in a stage, by cause.
 
     Args:
@@ -53,8 +52,7 @@ class StageWork:
         return self.forward + self.input_backward + self.passes.weight_backward
 
 
-@dataclass(frozen=True)
-class Breakdown:
+class Breakdown(NamedTuple):
     """Where the seconds of a step go, on the pipeline rank that computes longest.
 
     Args:
@@ -95,7 +93,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return sum(asdict(self.breakdown).values())
+        return sum(self.breakdown)
 
     @property
     def tokens_per_second(self) -> float:
@@ -191,11 +189,11 @@ class Plan:
             "memory_bytes": case.gpu.memory,
             "headroom_bytes": self.headroom,
             "fullest_pp_rank": self.fullest,
-            "memory": [{**asdict(rank), "allocated": rank.allocated, "total": rank.total} for rank in self.memory],
+            "memory": [{**rank._asdict(), "allocated": rank.allocated, "total": rank.total} for rank in self.memory],
             "in_flight": self.step.in_flight,
-            "traffic": [[asdict(item) for item in rank] for rank in self.traffic],
+            "traffic": [[item._asdict() for item in rank] for rank in self.traffic],
             "step_seconds": self.step_seconds,
-            "breakdown_seconds": asdict(self.breakdown),
+            "breakdown_seconds": self.breakdown._asdict(),
             "bubble": self.step.bubble,
             "tokens_per_step": case.tokens_per_step,
             "tokens_per_s": self.tokens_per_second,
@@ -214,8 +212,7 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class BlockWork:
+class BlockWork(NamedTuple):
     """One microbatch through one block: computation, and tensor-parallel communication."""
 
     passes: Passes

@@ -7,7 +7,7 @@ al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; `t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
@@ -16,8 +16,7 @@ MiB = 2**20
 GiB = 2**30
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes of one rank at the peak of its step.
 
     Args:
@@ -46,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self)
 
     @property
     def allocated(self) -> float:
@@ -251,8 +250,7 @@ def overhead(case: Case, transient: float) -> float:
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 
 
-@dataclass(frozen=True)
-class _Moment:
+class _Moment(NamedTuple):
     """Bytes of what comes and goes, at one moment of a backward pass."""
 
     activations: float

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from tplaunch.topology import stage_rank
@@ -220,8 +219,7 @@ def _dual_pipe_v(rank: int, pp: int, microbatches: int) -> list[Action]:
     return script.actions
 
 
-@dataclass(frozen=True)
-class StageCost:
+class StageCost(NamedTuple):
     """Seconds of one microbatch in one stage, and what it leaves in memory until its backward has ended.
 
     Args:
@@ -255,8 +253,7 @@ class Slot(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of the pipeline, in sum.
 
     Args:
@@ -284,8 +281,7 @@ class Step:
         return 1.0 - sum(self.busy) / (len(self.busy) * self.seconds)
 
 
-@dataclass(frozen=True)
-class Timeline:
+class Timeline(NamedTuple):
     """One step of the pipeline, action by action.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -116,7 +115,7 @@ def _transient(memory: Memory) -> float:
 
 
 def _parts(memory: Memory) -> dict[str, float]:
-    return {**asdict(memory), "transient": _transient(memory)}
+    return {**memory._asdict(), "transient": _transient(memory)}
 
 
 def _gib(count: float) -> str:
@@ -262,7 +261,7 @@ def _time_table(plan: Plan) -> Text:
         "optimizer": "optimizer",
     }
     rows: list[list[str | Text]] = []
-    for key, seconds in asdict(plan.breakdown).items():
+    for key, seconds in plan.breakdown._asdict().items():
         share = seconds / plan.step_seconds
         if seconds:
             rows.append([names[key], _seconds(seconds), f"{share:.1%}", "█" * round(share * 40)])

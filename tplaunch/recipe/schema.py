@@ -4,7 +4,7 @@ Only shape and single-value rules live here; rules between fields live in `tplau
 and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: pydantic would parse every one of them again at each start.
 
 from collections.abc import Callable
 from dataclasses import dataclass
