@@ -6,6 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, POSITIONS = 300, 64, 3, 4, 2, 112, 64
 SEQ = 96  # longer than POSITIONS, the context that rope scaling starts from
@@ -47,13 +60,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def reference(family: str) -> Any:
+def reference(family: str) -> PreTrainedModel:
     """The transformers model, in eval mode, fp32, with weights large enough to matter."""
-    import transformers
-
     torch.manual_seed(7)
     if family == "gpt2":
-        config = transformers.GPT2Config(
+        gpt2 = GPT2Config(
             vocab_size=VOCAB,
             n_positions=SEQ,
             n_embd=HIDDEN,
@@ -63,7 +74,7 @@ def reference(family: str) -> Any:
             bos_token_id=0,
             eos_token_id=0,
         )
-        model = transformers.GPT2LMHeadModel(config)
+        model: PreTrainedModel = GPT2LMHeadModel(gpt2)
     else:
         spec = MODELS[family]
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.get("rope_theta", 10000.0)}
@@ -75,28 +86,29 @@ def reference(family: str) -> Any:
                 "high_freq_factor": scaling["high_freq_factor"],
                 "original_max_position_embeddings": scaling["original_max_position"],
             }
-        kinds = {
-            "llama": ("LlamaConfig", "LlamaForCausalLM"),
-            "mistral": ("MistralConfig", "MistralForCausalLM"),
-            "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-            "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+        kinds: dict[str, tuple[Any, Any]] = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         }
-        config_name, model_name = kinds[family.split("-")[0]]
+        config, causal_lm = kinds[family.split("-")[0]]
         extra = {"head_dim": spec["head_dim"]} if "head_dim" in spec else {}
-        config = getattr(transformers, config_name)(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            rms_norm_eps=spec.get("norm_eps", 1e-5),
-            max_position_embeddings=4 * SEQ,
-            rope_parameters=rope,
-            tie_word_embeddings=spec.get("tie_embeddings", False),
-            **extra,
+        model = causal_lm(
+            config(
+                vocab_size=VOCAB,
+                hidden_size=HIDDEN,
+                intermediate_size=FFN,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV_HEADS,
+                rms_norm_eps=spec.get("norm_eps", 1e-5),
+                max_position_embeddings=4 * SEQ,
+                rope_parameters=rope,
+                tie_word_embeddings=spec.get("tie_embeddings", False),
+                **extra,
+            )
         )
-        model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("bias") or "norm" in name or "ln_" in name:
