@@ -1,0 +1,50 @@
+"""How soon the command line answers, beside what importing its libraries alone takes.
+
+    python tests/benchmark_cli.py
+
+Prints one JSON object: for each command the median of its seconds, over rounds in which all commands take turns, and
+that median over the libraries'. The first round (caches, .pyc files) does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+ROUNDS = 15
+LIBRARIES = "import typer, yaml, rich.console; from pydantic import BaseModel, Field; import importlib.metadata"
+COMMANDS = [
+    ["--help"],
+    ["recipe", "check", "quickstart"],
+    ["train", "quickstart", "--dry-run"],
+    ["plan", "quickstart", "--gpu", "h100-80gb"],
+    ["plan", "llama3-405b"],
+]
+
+
+def seconds(arguments: list[str]) -> float:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    programs = {"libraries": ["-c", LIBRARIES]}
+    programs |= {" ".join(command): ["-m", "tplaunch", *command] for command in COMMANDS}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(1 + ROUNDS):
+        for name, arguments in programs.items():
+            times[name].append(seconds(arguments))
+    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    libraries = medians["libraries"]
+    result = {name: {"s": round(s, 3), "of_libraries": round(s / libraries, 2)} for name, s in medians.items()}
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
