@@ -93,7 +93,9 @@ def reference(family: str) -> PreTrainedModel:
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         }
         config, causal_lm = kinds[family.split("-")[0]]
-        extra = {"head_dim": spec["head_dim"]} if "head_dim" in spec else {}
+        extra: dict[str, Any] = {"head_dim": spec["head_dim"]} if "head_dim" in spec else {}
+        if family == "mistral":
+            extra["sliding_window"] = None  # as version 0.3
         model = causal_lm(
             config(
                 vocab_size=VOCAB,

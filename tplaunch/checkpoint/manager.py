@@ -208,6 +208,8 @@ class CheckpointManager:
             "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest(),
             "topology": self.recipe.topology.model_dump(mode="json"),
             "model": self.recipe.model.model_dump(mode="json"),
+            "seq_len": self.recipe.training.seq_len,
+            "precision": self.recipe.training.precision,
             "parameters": parameter_count(self.recipe.model),
             "optimizer_state": list(self.optimizer.slots),
             "wandb_id": self._wandb_id,
@@ -232,7 +234,8 @@ class CheckpointManager:
             for name in _SHAPE
             if theirs[name] != ours[name]
         ]
-        missing = set(self.optimizer.slots) - set(about["optimizer_state"])
+        saved = about["optimizer_state"]  # None: weights only, from which training starts afresh
+        missing = set() if saved is None else set(self.optimizer.slots) - set(saved)
         if missing:
             problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
         if problems:
@@ -261,7 +264,7 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._read(path)
+                self._read(path, weights_only=manifest.about["optimizer_state"] is None)
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
@@ -287,8 +290,8 @@ class CheckpointManager:
         dist.all_gather_object(everyone, mine, group=self.group)
         return manifest, list(dict.fromkeys(text for texts in everyone for text in texts))
 
-    def _read(self, path: Path) -> None:
-        pairs = self.tensors()
+    def _read(self, path: Path, *, weights_only: bool) -> None:
+        pairs = [pair for pair in self.tensors() if not weights_only or pair[0].startswith("model.")]
         filled: State = dict(pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.rundir import RunDir
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -135,6 +138,20 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is meant as a checkpoint, by its name or its manifest; a damaged one too."""
     return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints that a path means, oldest first: itself, or those of a run directory.
+
+    Raises:
+        TplaunchError: there is none.
+    """
+    if is_checkpoint(path):
+        return [path]
+    found = [checkpoint for _, checkpoint in list_checkpoints(RunDir(path).checkpoints)]
+    if not found:
+        raise TplaunchError(Problem(f"no checkpoint in {path}", fix="name a run directory, or one checkpoint in it"))
+    return found
 
 
 def sync_directory(path: Path) -> None:

@@ -28,6 +28,8 @@ COMMANDS = {
     "recipe": ("recipe", "app"),
     "data": ("data", "app"),
     "checkpoint": ("checkpoint", "app"),
+    "export": ("huggingface", "export"),
+    "import": ("huggingface", "import_"),
     "wandb": ("wandb", "app"),
 }
 

@@ -12,10 +12,11 @@ import typer
 from tplaunch.checkpoint import store
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.rundir import RunDir
 from tplaunch.units import format_bytes, format_count
 
 app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
+
+_MAKERS = ("imported_from", "recipe_sha256", "wandb_id", "tplaunch", "torch", "python")
 
 PathArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A run directory, or one checkpoint (.../step-00000500).")
@@ -28,7 +29,7 @@ def list_(path: PathArgument, as_json: JsonOption = False) -> None:
 
     Example: tplaunch checkpoint list runs/quickstart
     """
-    rows = [_row(checkpoint) for checkpoint in _find(path)]
+    rows = [_row(checkpoint) for checkpoint in store.find_checkpoints(path)]
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -43,7 +44,7 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
 
     Example: tplaunch checkpoint inspect runs/quickstart
     """
-    checkpoint = _find(path)[-1]
+    checkpoint = store.find_checkpoints(path)[-1]
     try:
         manifest = store.read_manifest(checkpoint)
     except ValueError as error:
@@ -62,8 +63,8 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
         "parameters": format_count(about["parameters"]),
         "size": f"{format_bytes(size)} in {len(manifest.files)} files",
         **{name: _words(about[name]) for name in ("model", "topology")},
-        "optimizer_state": ", ".join(about["optimizer_state"]),
-        **{name: about[name] for name in ("recipe_sha256", "wandb_id", "tplaunch", "torch", "python")},
+        "optimizer_state": ", ".join(about["optimizer_state"] or ["none: weights only"]),
+        **{name: about[name] for name in _MAKERS if about.get(name) is not None},
     }
     for name, value in facts.items():
         typer.echo(f"{name.replace('_', ' '):>15}  {value}")
@@ -76,7 +77,7 @@ def verify(path: PathArgument, as_json: JsonOption = False) -> None:
     Example: tplaunch checkpoint verify runs/quickstart
     """
     reports = []
-    for checkpoint in _find(path):
+    for checkpoint in store.find_checkpoints(path):
         damage = _damage(checkpoint, read_files=True)
         reports.append({"path": str(checkpoint), "damage": damage})
         if not as_json:
@@ -85,16 +86,6 @@ def verify(path: PathArgument, as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(reports))
     if any(report["damage"] for report in reports):
         raise typer.Exit(int(Exit.FAILED))
-
-
-def _find(path: Path) -> list[Path]:
-    """The checkpoints that a path means, oldest first; at least one."""
-    if store.is_checkpoint(path):
-        return [path]
-    found = [checkpoint for _, checkpoint in store.list_checkpoints(RunDir(path).checkpoints)]
-    if not found:
-        raise TplaunchError(Problem(f"no checkpoint in {path}", fix="name a run directory, or one checkpoint in it"))
-    return found
 
 
 def _row(checkpoint: Path) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""A checkpoint -> a folder that transformers, vLLM, TensorRT-LLM, NeMo and Megatron-Bridge read: safetensors,
+`config.json` and, where it is known, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from tplaunch.checkpoint import store
+from tplaunch.data.progress import Progress
+from tplaunch.data.tokenizer import Tokenizer
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.huggingface.config import family_of, write_config
+from tplaunch.huggingface.tensors import HfTensor, hf_tensors
+from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
+from tplaunch.recipe.schema import Model, Precision
+
+SHARD_BYTES = 5 * 10**9  # what transformers makes its own files of
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Args:
+        files: safetensors files, in order.
+        parameters: elements in them.
+        tokenizer: whether a tokenizer lies beside them.
+    """
+
+    files: list[str]
+    parameters: int
+    tokenizer: bool
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: Precision,
+    seq_len: int,
+    tokenizer: Path | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write the model of a checkpoint; the folder appears whole or not at all. Holds one file's tensors at a time.
+
+    Args:
+        checkpoint: a checkpoint directory.
+        out: the folder to make.
+        precision: of the weights written: fp64, fp32, bf16 or fp16.
+        seq_len: positions that the model was trained on.
+        tokenizer: a tokenizer.json to put beside them.
+        shard_bytes: no file is larger, unless one tensor is.
+
+    Raises:
+        TplaunchError: `out` exists, the checkpoint is damaged, or no architecture of transformers is its model.
+    """
+    if out.exists():
+        raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
+    model = Model.model_validate(_whole_manifest(checkpoint).about["model"])
+    dtype = COMPUTE_DTYPE[precision]
+    tokens = Tokenizer(tokenizer) if tokenizer is not None else None
+    config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
+    tensors = hf_tensors(model, family_of(model))
+    shards = list(_shards(tensors, dtype.itemsize, shard_bytes))
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    names = [_file_name(number, len(shards)) for number in range(len(shards))]
+    elements = sum(tensor.elements for tensor in tensors)
+    with Progress().task(f"writing {out.name}", elements) as advance:
+        for name, shard in zip(names, shards, strict=True):
+            save_file(_read(checkpoint, shard, dtype), temporary / name, metadata={"format": "pt"})
+            (temporary / name).chmod(0o644)  # the library's files are their owner's alone
+            advance(sum(tensor.elements for tensor in shard))
+    if len(shards) > 1:
+        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = {"total_size": elements * dtype.itemsize, "total_parameters": elements}
+        _write_json(temporary / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
+    _write_json(temporary / "config.json", config)
+    if tokens is not None:
+        _write_tokenizer(temporary, tokens, seq_len)
+    temporary.rename(out)
+    return Exported(names, elements, tokens is not None)
+
+
+def _whole_manifest(checkpoint: Path) -> store.Manifest:
+    try:
+        manifest = store.read_manifest(checkpoint)
+    except ValueError as error:
+        raise TplaunchError(Problem(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
+    if found := store.damage(checkpoint, manifest):
+        fix = "export an older one: `tplaunch checkpoint verify` says which are whole"
+        raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
+    return manifest
+
+
+def _shards(tensors: list[HfTensor], itemsize: int, most: int) -> Iterator[list[HfTensor]]:
+    shard: list[HfTensor] = []
+    size = 0
+    for tensor in tensors:
+        bytes_ = tensor.elements * itemsize
+        if shard and size + bytes_ > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += bytes_
+    yield shard
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _read(checkpoint: Path, shard: list[HfTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one file, as they are written."""
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    ours: dict[str, Any] = {}
+    for tensor in shard:
+        for part in tensor.parts:
+            entry = stored[f"model.{part.name}"]
+            assert isinstance(entry, TensorStorageMetadata)
+            ours[f"model.{part.name}"] = torch.empty(part.shape, dtype=entry.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        load(ours, checkpoint_id=str(checkpoint), no_dist=True)
+    return {tensor.name: _pack(tensor, [ours.pop(f"model.{p.name}") for p in tensor.parts], dtype) for tensor in shard}
+
+
+def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: tensor.rows].to(dtype)
+    return (whole.t() if tensor.transposed else whole).contiguous()
+
+
+def _write_tokenizer(folder: Path, tokens: Tokenizer, seq_len: int) -> None:
+    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokens.decode([tokens.eod], skip_special_tokens=False),
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", about)
+    _write_json(folder / "generation_config.json", {"eos_token_id": tokens.eod})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

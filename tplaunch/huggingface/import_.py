@@ -1,0 +1,171 @@
+"""A Hugging Face folder (safetensors and `config.json`) -> a checkpoint to train on from, on any topology."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import tplaunch
+from tplaunch.arithmetic import Parameter, parameter_count
+from tplaunch.checkpoint import store
+from tplaunch.data.progress import Progress
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.huggingface.config import Read, read_config
+from tplaunch.huggingface.tensors import HfTensor, hf_tensors
+from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
+from tplaunch.recipe.schema import Precision
+from tplaunch.train.trainer import Progress as TrainingProgress
+
+_INDEX = "model.safetensors.index.json"
+# What old files have beside the weights: masks, rotary tables, a tied matrix said twice.
+_NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_PREFIX = "transformer."  # GPT-2's published files leave it out
+
+
+def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
+    """Write `out/step-00000000`, a checkpoint with the weights of a Hugging Face folder and no optimizer state.
+
+    Weights keep their dtype. One tensor is held at a time.
+
+    Raises:
+        TplaunchError: the folder holds no such model, or not all of it; or `out` holds a checkpoint already.
+    """
+    read = read_config(folder / "config.json")
+    final = out / store.checkpoint_name(0)
+    if final.exists():
+        raise TplaunchError(Problem(f"{final} exists already", fix="name another folder, or remove it"))
+    temporary = out / f"{final.name}.tmp"
+    with ExitStack() as opened:
+        source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=read.model.tie_embeddings)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with Progress().task(f"writing {final}", len(source.parts)) as advance, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no process group is there
+            save(
+                {name: source.outline(name) for name in source.parts},
+                storage_writer=FileSystemWriter(str(temporary), single_file_per_rank=True, sync_files=True),
+                planner=_OneByOne(source, advance),
+                no_dist=True,
+            )
+    files = {path.name: store.hash_file(path) for path in sorted(temporary.iterdir())}
+    about = {
+        "recipe_sha256": None,
+        "topology": {},
+        "model": read.model.model_dump(mode="json"),
+        "seq_len": read.seq_len,
+        "precision": source.precision,
+        "parameters": parameter_count(read.model),
+        "optimizer_state": None,
+        "wandb_id": None,
+        "imported_from": str(folder.absolute()),
+        "tplaunch": tplaunch.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    state = {"progress": asdict(TrainingProgress()), "loss_scale": None}
+    return store.commit(temporary, store.Manifest(0, state, about, files)), read
+
+
+class _Source:
+    """The tensors of a folder, by the names that they have in a checkpoint.
+
+    Raises:
+        TplaunchError: some are missing, too many, of another shape, or no floating-point numbers; says all.
+    """
+
+    def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: bool) -> None:
+        self._files = {name: opened.enter_context(_open(folder / name)) for name in _file_names(folder)}
+        where = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118 (no mapping)
+        problems: list[str] = []
+        self.parts: dict[str, tuple[HfTensor, Parameter]] = {}
+        self._read: dict[str, tuple[Any, str]] = {}  # our tensor's name in the files -> (file, key)
+        dtypes = set()
+        for tensor in tensors:
+            key = tensor.name if tensor.name in where else tensor.name.removeprefix(_PREFIX)
+            if key not in where:
+                problems.append(f"has no {tensor.name}")
+                continue
+            found = where.pop(key).get_slice(key)
+            if tuple(found.get_shape()) != tensor.shape:
+                problems.append(f"{key} is {found.get_shape()}, and config.json makes it {list(tensor.shape)}")
+            dtypes.add(found.get_dtype())
+            self._read[tensor.name] = self._file(key), key
+            self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
+        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == "lm_head.weight")]
+        problems += [f"{key} is none of the model's tensors" for key in extra]
+        if other := dtypes - _PRECISIONS.keys():
+            problems.append(f"holds {', '.join(sorted(other))}: quantized weights cannot be trained")
+        if problems:
+            raise TplaunchError(*(Problem(f"{folder}: {text}") for text in problems[:20]))
+        # The dtype that holds them all exactly.
+        self.precision: Precision = (
+            _PRECISIONS[dtypes.pop()] if len(dtypes) == 1 else "fp64" if "F64" in dtypes else "fp32"
+        )
+
+    def _file(self, key: str) -> Any:
+        return next(file for file in self._files.values() if key in file.keys())  # noqa: SIM118 (no mapping)
+
+    def outline(self, name: str) -> Tensor:
+        """A tensor's shape and dtype, without its numbers."""
+        _, part = self.parts[name]
+        return torch.empty(part.shape, dtype=COMPUTE_DTYPE[self.precision], device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as our model has it; rows that pad the vocabulary are zero."""
+        tensor, part = self.parts[name]
+        file, key = self._read[tensor.name]
+        whole = file.get_tensor(key)
+        whole = whole.t() if tensor.transposed else whole
+        first = sum(before.shape[0] for before in tensor.parts[: tensor.parts.index(part)])
+        mine = whole[first : first + part.shape[0]].to(COMPUTE_DTYPE[self.precision])
+        missing = part.shape[0] - mine.shape[0]
+        return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine.contiguous()
+
+
+_PRECISIONS: dict[str, Precision] = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def _file_names(folder: Path) -> Iterable[str]:
+    index = folder / _INDEX
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TplaunchError(Problem(f"{index} cannot be read", why=f"{type(error).__name__}: {error}")) from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        fix = "download it again; files of pickled weights (.bin, .pth) are not read"
+        raise TplaunchError(Problem(f"{path} cannot be read", why=str(error), fix=fix)) from None
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Reads a tensor only when it is written."""
+
+    def __init__(self, source: _Source, advance: Any) -> None:
+        super().__init__()
+        self._source = source
+        self._advance = advance
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        self._advance(1)
+        return self._source.read(index.fqn)

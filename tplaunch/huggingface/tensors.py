@@ -1,0 +1,90 @@
+"""What each tensor of a model is called in Hugging Face's files, and how it is made of ours. Torch-free."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from tplaunch.arithmetic import Parameter, parameter_shapes
+from tplaunch.huggingface.config import GPT2, Family
+from tplaunch.recipe.schema import Model
+
+
+class HfTensor(NamedTuple):
+    """One tensor of the files.
+
+    Args:
+        name: there.
+        parts: ours, that make it when stacked along their first dimension.
+        rows: first rows of the stack that it has; ours may be padded.
+        transposed: whether it is [in, out] (the Conv1D of GPT-2) instead of [out, in].
+    """
+
+    name: str
+    parts: tuple[Parameter, ...]
+    rows: int
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = (self.rows, *self.parts[0].shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+_LLAMA = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_GPT2 = {
+    "embedding": "transformer.wte",
+    "position": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "attention.wq": "attn.c_attn",
+    "attention.wk": "attn.c_attn",
+    "attention.wv": "attn.c_attn",
+    "attention.wo": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+def hf_tensors(model: Model, family: Family) -> list[HfTensor]:
+    """Every tensor of a model's files, in the order of the forward pass; a tied output matrix is none."""
+    names, layers = (_GPT2, "transformer.h") if family == GPT2 else (_LLAMA, "model.layers")
+
+    def name(parameter: Parameter) -> str:
+        module, _, kind = parameter.name.rpartition(".")
+        if parameter.layer is None:
+            return f"{names[module]}.{kind}"
+        return f"{layers}.{parameter.layer}.{names[module.split('.', 2)[2]]}.{kind}"
+
+    # Weights and biases of the three projections that GPT-2 fuses take turns: sorting by name (stable) joins them.
+    shapes = parameter_shapes(model)
+    order = {found: place for place, found in reversed([*enumerate(map(name, shapes))])}
+    tensors = []
+    for found, group in groupby(sorted(shapes, key=lambda p: order[name(p)]), key=name):
+        parts = tuple(group)
+        padded = parts[0].role in ("embedding", "output")
+        rows = model.vocab_size if padded else sum(part.shape[0] for part in parts)
+        tensors.append(HfTensor(found, parts, rows, family == GPT2 and parts[0].role == "matrix"))
+    return tensors
