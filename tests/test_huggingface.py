@@ -105,7 +105,7 @@ def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: 
     assert run(["export", str(root), str(tmp_path / "back")]) == Exit.DONE
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert third == pytest.approx(loss_of(trained, raw, step=3), rel=1e-5)
-    assert third != pytest.approx(loss_of(model, raw, step=3), rel=1e-4)  # it is another by now
+    assert not torch.allclose(trained.lm_head.weight, model.lm_head.weight, atol=1e-3)  # it is another by now
 
 
 def complete(model: Path) -> Path:
