@@ -30,6 +30,7 @@ COMMANDS = {
     "checkpoint": ("checkpoint", "app"),
     "export": ("huggingface", "export"),
     "import": ("huggingface", "import_"),
+    "generate": ("generate", "generate"),
     "wandb": ("wandb", "app"),
 }
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tplaunch.errors import Exit, Problem, TplaunchError
-
 if TYPE_CHECKING:
-    from tplaunch.recipe.schema import Data, Model
+    from tplaunch.recipe.schema import Model
 
 PrecisionOption = Annotated[
     Literal["bf16", "fp16", "fp32", "fp64"] | None,
@@ -30,35 +28,21 @@ def export(
 
     Example: tplaunch export runs/quickstart hf/quickstart
     """
-    from tplaunch.checkpoint.store import find_checkpoints, read_manifest
-    from tplaunch.recipe.load import load_recipe
-    from tplaunch.rundir import RunDir
+    from tplaunch.checkpoint.origin import origin_of
 
-    path = find_checkpoints(checkpoint)[-1]
-    try:
-        about = read_manifest(path).about
-    except ValueError as error:
-        raise TplaunchError(Problem(f"{path}: {error}"), code=Exit.FAILED) from None
-    run = RunDir(path.absolute().parent.parent)
-    if run.recipe.exists():
-        recipe = load_recipe(run.recipe).recipe
-        about = {"seq_len": recipe.training.seq_len, "precision": recipe.training.precision, **about}
-        tokenizer = tokenizer or _tokenizer(recipe.data)
+    origin = origin_of(checkpoint)
     from tplaunch.huggingface.export import export as write
 
-    done = write(path, out, precision=precision or about["precision"], seq_len=about["seq_len"], tokenizer=tokenizer)
+    done = write(
+        origin.checkpoint,
+        out,
+        precision=precision or origin.precision,
+        seq_len=origin.seq_len,
+        tokenizer=tokenizer or origin.tokenizer,
+    )
     typer.echo(f"{out}: {done.parameters:,} parameters in {len(done.files)} file{'s' * (len(done.files) > 1)}")
     if not done.tokenizer:
         typer.echo(f"no tokenizer was found: put the run's tokenizer.json into {out}", err=True)
-
-
-def _tokenizer(data: Data) -> Path | None:
-    """The tokenizer of a run: the one it names, or the one beside its token files."""
-    from tplaunch.data.corpus import tokenizer_path
-
-    named = [Path(data.tokenizer)] if isinstance(data.tokenizer, str) else []
-    beside = [tokenizer_path(Path(source.path)) for source in data.sources("train")]
-    return next((path for path in [*named, *beside] if path.exists()), None)
 
 
 def import_(

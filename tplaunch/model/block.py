@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
+from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
 from tplaunch.model.rope import apply_rope
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
@@ -44,8 +45,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
-    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same; rope: [2, s, 1 or b, 1, head_dim] or None; mask: bool [b, 1, s, s] or None."""
+    def forward(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """[s or s/tp, b, h] -> the same.
+
+        Args:
+            rope: [2, s, 1 or b, 1, head_dim], or None.
+            mask: bool [b, 1, s, s], or None for a causal one.
+            cache: of the tokens before these, which are added to it; then without a mask.
+        """
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.wq, self.wk, self.wv)
         )  # [s, b, local heads, head_dim]
@@ -53,6 +62,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
         if self.recompute_core and self.training:
             core = checkpoint(_core, q, k, v, mask, use_reentrant=False)
         else:
@@ -61,11 +72,13 @@ class Attention(nn.Module):
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d]."""
+    """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d].
+
+    A single query is the last token: it attends to all keys.
+    """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    causal = mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -98,12 +111,16 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
 
-    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same; rope and mask as for `Attention`."""
+    def forward(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """[s or s/tp, b, h] -> the same; rope, mask and cache as for `Attention`."""
         if self.recompute and self.training:
             return checkpoint(self._forward, x, rope, mask, use_reentrant=False)
-        return self._forward(x, rope, mask)
+        return self._forward(x, rope, mask, cache)
 
-    def _forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask)
+    def _forward(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -41,14 +41,23 @@ def build_stages(recipe: Recipe, mesh: Mesh) -> list[Stage]:
     return [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
 
 
-def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
-    model, training, zero = recipe.model, recipe.training, recipe.topology.zero
-    with torch.device("meta"), _default_dtype(STORAGE_DTYPE[training.precision]):
-        module = TransformerStage(model, training, layers, first=first, last=last, mesh=mesh)
+def outline(
+    recipe: Recipe, mesh: Mesh, layers: range, dtype: torch.dtype, *, first: bool, last: bool
+) -> tuple[TransformerStage, dict[str, Parameter]]:
+    """A stage on the meta device, and what it holds (see `Stage.parameters`)."""
+    model = recipe.model
+    with torch.device("meta"), _default_dtype(dtype):
+        module = TransformerStage(model, recipe.training, layers, first=first, last=last, mesh=mesh)
     parameters = {p.name: p for p in stage_parameters(model, layers, first=first, last=last)}
     if module.tied_copy:
         parameters["output.weight"] = first_parameters(model)[0]
         del parameters["embedding.weight"]
+    return module, parameters
+
+
+def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
+    model, training, zero = recipe.model, recipe.training, recipe.topology.zero
+    module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
 
     def fill(part: nn.Module, prefix: str) -> None:
         part.to_empty(device=mesh.device)

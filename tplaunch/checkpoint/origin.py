@@ -1,0 +1,61 @@
+"""What a checkpoint says of the model in it, and where its tokenizer is. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tplaunch.checkpoint.store import find_checkpoints, read_manifest
+from tplaunch.data.corpus import tokenizer_path
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.schema import Data, Model, Precision
+from tplaunch.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint and what it came from.
+
+    Args:
+        checkpoint: its directory.
+        model: the model.
+        seq_len: positions that it was trained on.
+        precision: that it was trained in.
+        tokenizer: a tokenizer.json, where one is found.
+    """
+
+    checkpoint: Path
+    model: Model
+    seq_len: int
+    precision: Precision
+    tokenizer: Path | None
+
+
+def origin_of(path: Path) -> Origin:
+    """Of a checkpoint, or of a run's newest.
+
+    Raises:
+        TplaunchError: there is no checkpoint, or its manifest is damaged.
+    """
+    checkpoint = find_checkpoints(path)[-1]
+    try:
+        about = read_manifest(checkpoint).about
+    except ValueError as error:
+        raise TplaunchError(Problem(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
+    folder = checkpoint.absolute().parent
+    tokenizers = [folder / "tokenizer.json"]  # where `tplaunch import` puts it
+    run = RunDir(folder.parent)
+    if run.recipe.exists():
+        recipe = load_recipe(run.recipe).recipe
+        about = {"seq_len": recipe.training.seq_len, "precision": recipe.training.precision, **about}
+        tokenizers += _tokenizers(recipe.data)
+    tokenizer = next((place for place in tokenizers if place.exists()), None)
+    model = Model.model_validate(about["model"])
+    return Origin(checkpoint, model, about["seq_len"], about["precision"], tokenizer)
+
+
+def _tokenizers(data: Data) -> list[Path]:
+    """Where a run's tokenizer may be: the file it names, or beside its token files."""
+    named = [Path(data.tokenizer)] if isinstance(data.tokenizer, str) else []
+    return [*named, *(tokenizer_path(Path(source.path)) for source in data.sources("train"))]

@@ -1,0 +1,1 @@
+"""Text from a checkpoint, on TP x PP ranks, with a key/value cache."""

@@ -1,0 +1,42 @@
+"""A checkpoint's weights in the stage of one rank, in the compute type, without FSDP2: nothing is trained."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from tplaunch.arithmetic import stage_layers
+from tplaunch.model.build import outline
+from tplaunch.model.transformer import TransformerStage
+from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.topology import layer_ranges
+
+
+def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> TransformerStage:
+    """This rank's stage, filled; every rank calls it.
+
+    Args:
+        recipe: with one stage on each pipeline rank.
+        positions: the most tokens that a sequence will have.
+    """
+    ranges, rank = layer_ranges(stage_layers(recipe)), mesh.coordinates.pp
+    dtype = COMPUTE_DTYPE[recipe.training.precision]
+    first, last = rank == 0, rank == len(ranges) - 1
+    module, parameters = outline(recipe, mesh, ranges[rank], dtype, first=first, last=last)
+    module.to_empty(device=mesh.device)
+    if recipe.model.tie_embeddings and first and last:
+        assert module.output is not None and module.embedding is not None
+        module.output.weight = module.embedding.weight  # `to_empty` has parted them
+    wanted: dict[str, Any] = {
+        f"model.{parameters[name].name}": tensor.detach() for name, tensor in module.named_parameters()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(wanted, checkpoint_id=str(checkpoint))
+    module.place_rope(positions, mesh.device)
+    return module.eval().requires_grad_(False)
