@@ -111,6 +111,7 @@ def test_summary(run: RunDir) -> None:
     append_line(run.metrics, record(10, **{"validation/loss": 3.0}))
     append_line(run.metrics, record(20))
     (run.wandb / "offline-run-20260101_000000-abc").mkdir()
+    (run.checkpoints / "step-00000020").mkdir()
     to, out = console(terminal=False)
     print_summary(to, run, 75.0)
     text = out.getvalue()
@@ -122,6 +123,8 @@ def test_summary(run: RunDir) -> None:
         "time        1m15s",
         f"watch       wandb leet {run.wandb}",
         f"upload      wandb sync {run.wandb}/offline-run-*",
+        f'generate    tplaunch generate {run.root} -p "..."',
+        f"export      tplaunch export {run.root} FOLDER, for transformers, vLLM and others",
     ):
         assert line + "\n" in text
 
@@ -129,7 +132,7 @@ def test_summary(run: RunDir) -> None:
 def test_summary_of_nothing(run: RunDir) -> None:
     to, out = console(terminal=False)
     print_summary(to, run, 1.0)
-    assert "loss" not in out.getvalue() and "wandb" not in out.getvalue()
+    assert "loss" not in out.getvalue() and "generate" not in out.getvalue() and "wandb" not in out.getvalue()
 
 
 def test_tail_waits_for_whole_lines(tmp_path: Path) -> None:

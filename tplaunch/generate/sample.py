@@ -36,6 +36,7 @@ def pick(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     if sampling.top_k:
         scores, tokens = scores[: sampling.top_k], tokens[: sampling.top_k]
     probabilities = scores.softmax(0)
-    before = probabilities.cumsum(0) - probabilities  # of the likelier ones: the first is always kept
-    probabilities = probabilities.where(before < sampling.top_p, 0.0)
+    kept = probabilities.cumsum(0) - probabilities < sampling.top_p  # what the likelier ones reach together
+    kept[0] = True
+    probabilities = probabilities.where(kept, 0.0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=random)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tplaunch.arithmetic import parameter_count
+from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.rundir import Record, RunDir, parse_lines
 from tplaunch.units import format_count, format_duration
 
@@ -190,6 +191,9 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
         lines += [("watch", f"wandb leet {run_dir.wandb}")]
     if any(run_dir.wandb.glob("offline-run-*")):
         lines += [("upload", f"wandb sync {run_dir.wandb}/offline-run-*")]
+    if list_checkpoints(run_dir.checkpoints):
+        lines += [("generate", f'tplaunch generate {run_dir.root} -p "..."')]
+        lines += [("export", f"tplaunch export {run_dir.root} FOLDER, for transformers, vLLM and others")]
     lines += [
         ("next", "the same command with --set training.steps=N trains on"),
         ("", "and with --set topology.tp=N goes on from the same checkpoint on another topology"),
