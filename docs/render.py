@@ -11,13 +11,14 @@ from pathlib import Path
 import vl_convert
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 
 from tplaunch.check import check_recipe
 from tplaunch.hardware import find_gpu
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.plan.remedies import remedies
-from tplaunch.plan.terminal import show_plan, show_tuning
+from tplaunch.plan.terminal import plan_text, tuning_text
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg
 from tplaunch.plan.tune import tune
 from tplaunch.recipe.load import load_recipe
@@ -39,28 +40,23 @@ def save(name: str, svg: str, scale: float = 1.0) -> None:
     print(f"{path.name}: {path.stat().st_size // 1024} KiB")
 
 
-def terminal(width: int) -> Console:
-    return Console(record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False)
+def terminal_picture(name: str, title: str, text: str) -> None:
+    console = Console(record=True, width=128, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(Text.from_ansi(text), soft_wrap=True)
+    save(name, console.export_svg(title=title))
 
 
 def plan_picture(name: str, recipe: str, *overrides: str) -> None:
     own = case(recipe, *overrides)
     plan = estimate(own)
-    console = terminal(128)
     drawn = own.topology.pp > 1 and own.microbatches * own.virtual_stages <= 50
-    show_plan(
-        console,
-        plan,
-        [] if plan.fits else remedies(plan),
-        timeline=pipeline_timeline(own)[0] if drawn else None,
-    )
-    save(name, console.export_svg(title=f"tplaunch plan {recipe}"))
+    timeline = pipeline_timeline(own)[0] if drawn else None
+    text = plan_text(plan, [] if plan.fits else remedies(plan), timeline=timeline)
+    terminal_picture(name, f"tplaunch plan {recipe}", text)
 
 
 def tune_picture(name: str, recipe: str, gpus: int) -> None:
-    console = terminal(128)
-    show_tuning(console, tune(case(recipe), gpus), gpus)
-    save(name, console.export_svg(title=f"tplaunch tune {recipe} --gpus {gpus}"))
+    terminal_picture(name, f"tplaunch tune {recipe} --gpus {gpus}", tuning_text(tune(case(recipe), gpus), gpus))
 
 
 def timeline_picture(name: str, recipe: str, *overrides: str) -> None:

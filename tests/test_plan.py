@@ -20,7 +20,7 @@ from tplaunch.plan.communication import Group, axis_group, collective_seconds
 from tplaunch.plan.estimate import Plan, block_work, estimate
 from tplaunch.plan.legal import is_legal
 from tplaunch.plan.remedies import Change, remedies
-from tplaunch.plan.terminal import rank_map, timeline_text
+from tplaunch.plan.terminal import plain, rank_map, timeline_text
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg, timeline_trace
 from tplaunch.plan.tune import HEADROOM, candidates, quick_look, tune
 from tplaunch.recipe.load import load_recipe
@@ -124,7 +124,7 @@ def test_devices_are_known_by_their_drivers_names() -> None:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_rank_map_keeps_to_120_columns_and_shows_whole_nodes(name: str) -> None:
-    lines = rank_map(case(name)).plain.splitlines()
+    lines = plain(rank_map(case(name))).splitlines()
     assert max(map(len, lines)) <= 120
     assert all(f" {rank} " in " ".join(lines) for rank in range(8))
 
@@ -172,7 +172,7 @@ def test_pictures_show_every_rank_without_overlap(pp: int) -> None:
     own = case("megatron-1t", f"topology.pp={pp}", f"topology.nodes={6 * pp}")
     timeline, shown = pipeline_timeline(own)
     assert pp <= shown <= own.microbatches
-    text = timeline_text(timeline, width=80).plain.splitlines()
+    text = plain(timeline_text(timeline, width=80)).splitlines()
     assert len(text) == pp + 1
     assert {len(line) for line in text[1:]} == {84}
     svg = ET.fromstring(timeline_svg(timeline, "a <title> & more"))

@@ -111,8 +111,7 @@ def _mfu(checked: Checked, result: Bench, plan: Plan) -> float:
 
 
 def _show(checked: Checked, result: Bench, plan: Plan | None) -> None:
-    from rich.console import Console
-
+    from tplaunch.cli.output import echo
     from tplaunch.launch.console import describe
     from tplaunch.plan.terminal import columns
     from tplaunch.units import format_bytes
@@ -129,10 +128,9 @@ def _show(checked: Checked, result: Bench, plan: Plan | None) -> None:
         lines.append(f"MFU       {_mfu(checked, result, plan):.1%} of {plan.case.gpu.name}")
         lines.append(f"planned   {plan.step_seconds:.3g} s a step, {plan.step_seconds / step - 1:+.0%}")
     lines.append(f"memory    {format_bytes(result.peak_memory)} at most on a rank")
-    console = Console(highlight=False)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    echo("\n".join(lines))
     rest = step - sum(result.kernels.values())
     kernels = {**result.kernels, "communication, waiting, Python": max(0.0, rest)}
     for title, seconds in (("parts of a step", result.parts), ("kernels of a step", kernels)):
         rows = [[name, f"{value:.3g} s", f"{value / step:.0%}"] for name, value in seconds.items()]
-        console.print(columns(f"\n{title}, mean of the ranks", ["", "", ""], rows, frozenset({0})))
+        echo(columns(f"\n{title}, mean of the ranks", ["", "", ""], rows, frozenset({0})))

@@ -78,8 +78,7 @@ def simulate(
 
     Example: tplaunch simulate llama3-405b
     """
-    from rich.console import Console
-
+    from tplaunch.cli.output import echo
     from tplaunch.plan.estimate import estimate
 
     _, case = _case(recipe, set_, gpu)
@@ -87,12 +86,12 @@ def simulate(
     if not estimate(case).fits:
         what = f"{case.recipe.name} does not fit {case.gpu.name}"
         raise TplaunchError(Problem(what, fix=f"`tplaunch plan {recipe}` says what would"))
-    from tplaunch.simulate.report import show
+    from tplaunch.simulate.report import report
     from tplaunch.simulate.world import ends_and_middle, shortened
     from tplaunch.simulate.world import simulate as run
 
     simulation = run(shortened(case), ends_and_middle(case.topology) if rank is None else [rank])
-    show(Console(highlight=False), simulation)
+    echo(report(simulation))
     if simulation.problems:
         raise typer.Exit(Exit.FAILED)
 
@@ -134,21 +133,19 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
 
 
 def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None) -> None:
-    from rich.console import Console
+    from tplaunch.cli.output import echo
+    from tplaunch.plan.terminal import plan_text
 
-    from tplaunch.plan.terminal import show_plan
-
-    console = Console(highlight=False)
     own = result.case
     timeline = None
     if 1 < own.topology.pp <= 16 and own.microbatches * own.virtual_stages <= 50:  # else its cells would say nothing
         from tplaunch.plan.timeline import pipeline_timeline
 
         timeline, _ = pipeline_timeline(own)
-    show_plan(console, result, found, rank=rank, timeline=timeline)
+    echo(plan_text(result, found, rank=rank, timeline=timeline))
     for problem in checked.warnings:
         if not problem.key.startswith("data."):
-            console.print(f"warning: {problem}", markup=False, style="yellow")
+            echo(typer.style(f"warning: {problem}", fg="yellow"))
 
 
 def _write_timeline(case: Case, path: Path, *, quiet: bool) -> None:
@@ -204,11 +201,10 @@ def tune(
     if as_json:
         typer.echo(json.dumps(_tuning_json(tuning), indent=2))
     else:
-        from rich.console import Console
+        from tplaunch.cli.output import echo
+        from tplaunch.plan.terminal import tuning_text
 
-        from tplaunch.plan.terminal import show_tuning
-
-        show_tuning(Console(highlight=False), tuning, gpus)
+        echo(tuning_text(tuning, gpus))
     if write is not None:
         _write_recipe(recipe, tuning.choices[0], write)
         if not as_json:

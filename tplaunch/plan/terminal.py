@@ -1,12 +1,16 @@
-"""A plan as text for the terminal: tables of memory, communication and time, the rank map, the pipeline in time."""
+"""A plan as text for the terminal: tables of memory, communication and time, the rank map, the pipeline in time.
+
+Colours are ANSI codes, which `tplaunch.cli.output.echo` leaves out where they are not wanted. (rich, which the other
+commands use, takes a tenth of the time in which `plan` must answer.)
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+from typer import style
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
@@ -34,41 +38,45 @@ _MEMORY_COLOURS = (
 _MOST_ROWS = 16
 
 
-def columns(title: str, headings: list[str], rows: Sequence[Sequence[str | Text]], left: frozenset[int]) -> Text:
-    """A table as text: columns as wide as they need, numbers to the right. (Much quicker than rich's own.)
+_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def plain(text: str) -> str:
+    """The text without colours."""
+    return _CODES.sub("", text)
+
+
+def columns(title: str, headings: list[str], rows: Sequence[Sequence[str]], left: frozenset[int]) -> str:
+    """A table: columns as wide as they need, numbers to the right.
 
     Args:
         left: numbers of the columns that stand to the left.
     """
-    cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
-    if any(headings):
-        cells.insert(0, [Text(heading, style="bold") for heading in headings])
-    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
-    text = Text.assemble((title, "italic"))
+    cells = [[style(heading, bold=True) for heading in headings], *rows] if any(headings) else rows
+    widths = [max(len(plain(cell)) for cell in column) for column in zip(*cells, strict=True)]
+    lines = [style(title, italic=True)]
     for row in cells:
-        text.append("\n")
+        padded = []
         for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            pad = " " * (width - cell.cell_len)
-            last = i == len(row) - 1
-            text.append_text(cell + ("" if last else pad) if i in left else Text(pad) + cell)
-            text.append("" if last else "  ")
-    return text
+            pad = " " * (width - len(plain(cell)))
+            padded.append(pad + cell if i not in left else cell if i == len(row) - 1 else cell + pad)
+        lines.append("  ".join(padded))
+    return "\n".join(lines)
 
 
-def show_plan(
-    console: Console,
+def plan_text(
     plan: Plan,
     remedies: list[Remedy],
     *,
     rank: int | None = None,
     timeline: Timeline | None = None,
-) -> None:
-    """Print a whole plan.
+) -> str:
+    """A whole plan.
 
     Args:
         remedies: what would make it fit, where it does not.
         timeline: the pipeline's step, to be drawn.
-        rank: also print this rank's place, groups, memory and traffic.
+        rank: also this rank's place, groups, memory and traffic.
     """
     case = plan.case
     busiest = plan.fullest if rank is None else case.topology.coordinates(rank).pp
@@ -85,24 +93,21 @@ def show_plan(
     parts.append(rank_map(case))
     if rank is not None:
         parts.append(_rank_lines(case, rank))
-    console.print(Text("\n").join(parts), soft_wrap=True)
+    return "\n".join(parts)
 
 
-def _headline(case: Case) -> Text:
+def _headline(case: Case) -> str:
     topology, layout, training = case.topology, case.recipe.topology, case.recipe.training
     world = f"{topology.world_size} x {case.gpu.name}"
     nodes = f"{topology.nodes} node{'s' * (topology.nodes > 1)}"
     schedule = f", {layout.schedule}" if topology.pp > 1 else ""
     schedule += f" x {layout.virtual_stages}" if layout.virtual_stages > 1 else ""
-    text = Text(f"{case.recipe.name}", style="bold")
-    text.append(f"  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, dp {topology.dp}, zero {layout.zero}")
-    text.append(f"{', sequence parallel' if case.sequence_parallel else ''}{schedule}", style="")
-    text.append(
-        f"\n  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
-        f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {_recompute(case)}",
-        style="not bold",
+    return (
+        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, "
+        f"dp {topology.dp}, zero {layout.zero}{', sequence parallel' if case.sequence_parallel else ''}{schedule}\n"
+        f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
+        f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {_recompute(case)}"
     )
-    return text
 
 
 def _recompute(case: Case) -> str:
@@ -131,35 +136,22 @@ def shown_ranks(plan: Plan) -> list[int]:
     return sorted({*range(0, pp, step), pp - 1, plan.fullest})
 
 
-def _memory_table(plan: Plan) -> Text:
+def _memory_table(plan: Plan) -> str:
     case, capacity = plan.case, plan.case.gpu.memory
-    rows: list[list[str | Text]] = []
+    rows: list[list[str]] = []
     for pp_rank in shown_ranks(plan):
         memory = plan.memory[pp_rank]
         parts = _parts(memory)
         cells = [_gib(parts[name]) for name, _ in _MEMORY_COLOURS]
         full = pp_rank == plan.fullest and len(plan.memory) > 1
-        total = Text(_gib(memory.total), style="bold red" if memory.total > capacity else "bold" if full else "")
+        over = memory.total > capacity
+        total = style(_gib(memory.total), fg="red" if over else None, bold=over or full or None)
         rows.append([str(pp_rank), _layers(case.stages_on(pp_rank)), *cells, total, memory_bar(memory, capacity, 24)])
-    headings = [
-        "pp",
-        "layers",
-        "weights",
-        "gathered",
-        "grads",
-        "optim",
-        "activ",
-        "working",
-        "pipe",
-        "other",
-        "total",
-        "",
-    ]
-    left = frozenset({len(headings) - 1})
-    table = columns(f"Memory of a rank at its fullest moment, GiB of {_gib(capacity)}", headings, rows, left)
-    for heading, (_, colour) in zip(headings[2:10], _MEMORY_COLOURS, strict=True):
-        table.highlight_words([f" {heading}"], colour)
-    return table
+    names = ("weights", "gathered", "grads", "optim", "activ", "working", "pipe", "other")
+    coloured = [style(name, fg=colour) for name, (_, colour) in zip(names, _MEMORY_COLOURS, strict=True)]
+    headings = ["pp", "layers", *coloured, "total", ""]
+    title = f"Memory of a rank at its fullest moment, GiB of {_gib(capacity)}"
+    return columns(title, headings, rows, frozenset({len(headings) - 1}))
 
 
 def _layers(stages: Iterable[Stage]) -> str:
@@ -169,32 +161,32 @@ def _layers(stages: Iterable[Stage]) -> str:
     return " ".join(f"{s.layers.start}-{s.layers.stop - 1}" if s.layers else "-" for s in stages)
 
 
-def memory_bar(memory: Memory, capacity: float, width: int) -> Text:
+def memory_bar(memory: Memory, capacity: float, width: int) -> str:
     """A bar whose full width is the GPU's memory; what runs over it is said as a multiple."""
-    bar, parts = Text(), _parts(memory)
+    bar, parts = "", _parts(memory)
     done, drawn = 0.0, 0
     for name, colour in _MEMORY_COLOURS:
         done += parts[name]
         cells = min(round(done / capacity * width), width) - drawn
-        bar.append("█" * cells, style=colour)
+        bar += style("█" * cells, fg=colour) if cells else ""
         drawn += cells
     if memory.total > capacity:
-        return bar.append(f"▶ {memory.total / capacity:.2g}x", style="bold red")
-    return bar.append("·" * (width - drawn), style="dim")
+        return bar + style(f"▶ {memory.total / capacity:.2g}x", fg="red", bold=True)
+    return bar + style("·" * (width - drawn), dim=True)
 
 
-def _verdict(plan: Plan, remedies: list[Remedy]) -> Text:
+def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
     memory, capacity = plan.memory[plan.fullest], plan.case.gpu.memory
     pp = f" on pp rank {plan.fullest}" if plan.case.topology.pp > 1 else ""
     if plan.fits:
         share = plan.headroom / capacity
         text = f"fits: {format_bytes(plan.headroom)} to spare ({share:.0%}){pp}"
         tight = "; tight: fragmentation may still run it out of memory" if share < 0.05 else ""
-        return Text(text + tight, style="green" if share >= 0.05 else "yellow")
-    lines = [Text(f"does not fit: {format_bytes(memory.total)} of {format_bytes(capacity)}{pp}", style="bold red")]
-    lines.append(Text(f"  {_inference(plan)}"))
-    lines += [Text(f"  fix: {line}") for line in remedy_lines(plan, remedies)]
-    return Text("\n").join(lines)
+        return style(text + tight, fg="green" if share >= 0.05 else "yellow")
+    said = f"does not fit: {format_bytes(memory.total)} of {format_bytes(capacity)}{pp}"
+    lines = [style(said, fg="red", bold=True), f"  {_inference(plan)}"]
+    lines += [f"  fix: {line}" for line in remedy_lines(plan, remedies)]
+    return "\n".join(lines)
 
 
 def _inference(plan: Plan) -> str:
@@ -223,13 +215,13 @@ def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
     return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
 
 
-def _traffic_table(plan: Plan, pp_rank: int) -> Text:
+def _traffic_table(plan: Plan, pp_rank: int) -> str:
     traffic = [item for item in plan.traffic[pp_rank] if item.calls]
     if not traffic:
-        return Text("Communication: none, one rank alone")
+        return "Communication: none, one rank alone"
     where = f" of pp rank {pp_rank}" if plan.case.topology.pp > 1 else ""
     headings = ["axis", "what", "kind", "link", "ranks", "calls", "of", "total", "time", "not hidden"]
-    rows: list[list[str | Text]] = [
+    rows: list[list[str]] = [
         [
             item.axis,
             item.what,
@@ -251,7 +243,7 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _time_table(plan: Plan) -> Text:
+def _time_table(plan: Plan) -> str:
     names = {
         "compute": "compute",
         "recompute": "recomputation",
@@ -260,7 +252,7 @@ def _time_table(plan: Plan) -> Text:
         "data_parallel": "dp, not hidden",
         "optimizer": "optimizer",
     }
-    rows: list[list[str | Text]] = []
+    rows: list[list[str]] = []
     for key, seconds in plan.breakdown._asdict().items():
         share = seconds / plan.step_seconds
         if seconds:
@@ -268,14 +260,14 @@ def _time_table(plan: Plan) -> Text:
     return columns(f"Time of a step: {_seconds(plan.step_seconds)}", [""] * 4, rows, frozenset({0, 3}))
 
 
-def _run_line(plan: Plan) -> Text:
+def _run_line(plan: Plan) -> str:
     case = plan.case
     per_gpu = plan.tokens_per_second / case.topology.world_size
     bubble = f", bubble {plan.step.bubble:.1%}" if case.topology.pp > 1 else ""
     energy = f", at most {_energy(plan.energy_kwh)}" if case.gpu.power else ""
     flops = plan.total_flops / REGULATED_FLOPS
     against = f"{flops:.2g} of 1e25" if flops < 1 else f"{flops:.2f} times 1e25, which regulators name"
-    return Text(
+    return (
         f"{format_count(plan.tokens_per_second)} tokens/s, {per_gpu:,.0f} a GPU, "
         f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}\n"
         f"{case.recipe.training.steps:,} steps, {format_count(plan.tokens)} tokens: {format_duration(plan.seconds)}, "
@@ -289,7 +281,7 @@ def _energy(kwh: float) -> str:
     return f"{kwh / 1000:,.1f} MWh" if kwh >= 1000 else f"{kwh:,.1f} kWh"
 
 
-def rank_map(case: Case, most_nodes: int = 8) -> Text:
+def rank_map(case: Case, most_nodes: int = 8) -> str:
     """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
     topology = case.topology
     per_node = topology.ranks_per_node
@@ -299,23 +291,23 @@ def rank_map(case: Case, most_nodes: int = 8) -> Text:
         nodes = [*range(most_nodes - 1), None, count - 1]
     widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
     wide = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
-    rows: list[list[str | Text]] = []
+    rows: list[list[str]] = []
     for node in nodes:
         if node is None:
             rows.append(["...", *[""] * wide])
             continue
         ranks = range(node * per_node, min((node + 1) * per_node, topology.world_size))
         for start in range(0, min(len(ranks), 4 * wide), wide):
-            cells: list[str | Text] = [f"node {node}" if start == 0 else ""]
+            cells = [f"node {node}" if start == 0 else ""]
             for rank in ranks[start : start + wide]:
                 at = topology.coordinates(rank)
                 colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
-                cells.append(Text.assemble((f"{rank} ", "dim"), (f"{at.tp}/{at.dp}/{at.pp}", colour)))
+                cells.append(style(f"{rank} ", dim=True) + style(f"{at.tp}/{at.dp}/{at.pp}", fg=colour))
             rows.append(cells + [""] * (wide + 1 - len(cells)))
     return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (wide + 1), rows, frozenset({0}))
 
 
-def _rank_lines(case: Case, rank: int) -> Text:
+def _rank_lines(case: Case, rank: int) -> str:
     topology = case.topology
     at = topology.coordinates(rank)
     lines = [f"rank {rank}: {at}, node {topology.node(rank)}"]
@@ -324,7 +316,7 @@ def _rank_lines(case: Case, rank: int) -> Text:
         ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
         blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"
         lines.append(f"  stage {stage.index}: {blocks}{ends}")
-    return Text("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -336,9 +328,9 @@ def _ranks(ranks: list[int]) -> str:
     return f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]} ({len(ranks)}, every {step})"
 
 
-def show_tuning(console: Console, tuning: Tuning, gpus: int) -> None:
-    """Print the best topologies, what each loses its time on, and why the best's neighbours are not better."""
-    rows: list[list[str | Text]] = []
+def tuning_text(tuning: Tuning, gpus: int) -> str:
+    """The best topologies, what each loses its time on, and why the best's neighbours are not better."""
+    rows: list[list[str]] = []
     for place, choice in enumerate(tuning.choices, 1):
         plan, case = choice.plan, choice.plan.case
         topology, layout = case.topology, case.recipe.topology
@@ -367,21 +359,21 @@ def show_tuning(console: Console, tuning: Tuning, gpus: int) -> None:
     parts = [columns(title, headings, rows, frozenset({6, 7, 11}))]
     if lost:
         parts.append(columns("One step from the best", ["change", "why not"], lost, frozenset({0, 1})))
-    console.print(Text("\n\n").join(parts), soft_wrap=True)
+    return "\n\n".join(parts)
 
 
-def timeline_text(timeline: Timeline, width: int = 96) -> Text:
+def timeline_text(timeline: Timeline, width: int = 96) -> str:
     """The pipeline in time, one row a rank: a character is 1/width of the step and shows the last digit of the
     microbatch that takes most of it; forward, backward (input half, weight half) in their colours."""
-    text = Text("Pipeline: ")
+    text = "Pipeline: "
     kinds = {slot.action.kind for slots in timeline.slots for slot in slots}
     names = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward"}
     for kind in "FBIW":
         if kind in kinds:
-            text.append(f" {names[kind]} ", style=f"black on {KIND_COLOURS[kind]}")
+            text += style(f" {names[kind]} ", fg="black", bg=KIND_COLOURS[kind])
     cell = timeline.step.seconds / width
     for rank, slots in enumerate(timeline.slots):
-        text.append(f"\n{rank:>3} ")
+        text += f"\n{rank:>3} "
         owners: list[tuple[str, int] | None] = [None] * width
         shares = [0.0] * width
         for (kind, _, microbatch), start, end in slots:
@@ -391,7 +383,7 @@ def timeline_text(timeline: Timeline, width: int = 96) -> Text:
                     shares[column], owners[column] = share, (kind, microbatch)
         for owner in owners:
             if owner is None:
-                text.append("·", style="dim")
+                text += style("·", dim=True)
             else:
-                text.append(str(owner[1] % 10), style=f"black on {KIND_COLOURS[owner[0]]}")
+                text += style(str(owner[1] % 10), fg="black", bg=KIND_COLOURS[owner[0]])
     return text

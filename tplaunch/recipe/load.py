@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tplaunch.errors import Problem, RecipeError
-from tplaunch.recipe.explain import explain
 from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
 from tplaunch.recipe.shipped import find_recipe, shipped_recipes
@@ -62,6 +61,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:
+        from tplaunch.recipe.explain import explain  # a sound recipe needs no explanation
+
         problems += explain(error, tree)
     if problems:
         raise RecipeError(*sorted(problems, key=_reading_order))
@@ -96,7 +97,7 @@ def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> T
     tree = _read_mapping(path, problems)
     if tree is None or (base := tree.child("extends")) is None:
         return tree
-    tree = replace(tree, value={key: child for key, child in tree.value.items() if key != "extends"})
+    tree = tree._replace(value={key: child for key, child in tree.value.items() if key != "extends"})
     if base.value is BROKEN:
         return tree
     if not isinstance(base.value, str) or not base.value:
@@ -171,7 +172,7 @@ def _parse_override(text: str, problems: list[Problem]) -> Tree:
     problems += [replace(problem, key=key) for problem in found]
     tree = tree or Tree(BROKEN if found else None, "--set")  # nothing after the = is null
     for name in reversed(names):
-        tree = Tree({name: replace(tree, key_origin="--set")}, "--set", "--set")
+        tree = Tree({name: tree._replace(key_origin="--set")}, "--set", "--set")
     return tree
 
 
@@ -203,15 +204,15 @@ def _absolute_paths(tree: Tree) -> Tree:
         holder = sections.get(section)
         if holder is not None and isinstance(holder.value, dict):
             values = {key: _absolute(node, ending) if key in keys else node for key, node in holder.value.items()}
-            sections[section] = replace(holder, value=values)
-    return replace(tree, value=sections)
+            sections[section] = holder._replace(value=values)
+    return tree._replace(value=sections)
 
 
 def _absolute(node: Tree, ending: str) -> Tree:
     if isinstance(node.value, str) and node.value and node.value.endswith(ending):
-        return replace(node, value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
+        return node._replace(value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
     if isinstance(node.value, list):
-        return replace(node, value=[_absolute(child, ending) for child in node.value])
+        return node._replace(value=[_absolute(child, ending) for child in node.value])
     if isinstance(node.value, dict) and "path" in node.value:
-        return replace(node, value={**node.value, "path": _absolute(node.value["path"], ending)})
+        return node._replace(value={**node.value, "path": _absolute(node.value["path"], ending)})
     return node

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -27,8 +27,7 @@ _TAG = "tag:yaml.org,2002:"
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """One value of a recipe: a dict or list of trees, or a scalar.
 
     `origin` and `key_origin` say where the value and its key stand: "file:line:column", "--set" or
@@ -87,7 +86,7 @@ def merge(base: Tree, over: Tree) -> Tree:
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(merged[key], child) if key in merged else child
-    return replace(base if over.origin == "--set" else over, value=merged)
+    return (base if over.origin == "--set" else over)._replace(value=merged)
 
 
 _CORE_SCHEMA = [

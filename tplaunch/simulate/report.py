@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rich.console import Console
+from typer import style
 
 from tplaunch.plan.terminal import columns
 from tplaunch.simulate.rank import RankRecord
@@ -13,15 +13,14 @@ from tplaunch.topology import AXES, Topology
 from tplaunch.units import format_bytes, format_count
 
 
-def show(console: Console, simulation: Simulation) -> None:
-    """Print what the ranks held and said, beside what the planner says of them."""
+def report(simulation: Simulation) -> str:
+    """What the ranks held and said, beside what the planner says of them."""
     case = simulation.plan.case
     topology = case.topology
-    console.print(
+    parts = [
         f"{case.recipe.name}: {topology.tp} tp x {topology.pp} pp x {topology.dp} dp = {topology.world_size:,} ranks, "
-        f"one step of {case.microbatches} microbatches of the real trainer, on tensors that hold nothing",
-        markup=False,
-    )
+        f"one step of {case.microbatches} microbatches of the real trainer, on tensors that hold nothing"
+    ]
     rows = []
     for record in simulation.records:
         place = topology.coordinates(record.rank)
@@ -29,15 +28,14 @@ def show(console: Console, simulation: Simulation) -> None:
         sizes = (format_bytes(record.peak), format_bytes(planned), f"{planned / record.peak - 1:+.1%}")
         rows.append([str(record.rank), f"{place.tp} {place.pp} {place.dp}", format_count(record.parameters), *sizes])
     headings = ["rank", "tp pp dp", "parameters", "peak", "planned", "differs"]
-    console.print(columns("\nmemory, without what CUDA and the allocator add", headings, rows, frozenset()))
+    parts.append(columns("memory, without what CUDA and the allocator add", headings, rows, frozenset()))
     rows = [row for record in simulation.records for row in _traffic(simulation, record)]
     headings = ["rank", "axis", "what", "calls", "bytes", "planned"]
-    console.print(columns("\ncommunication", headings, rows, frozenset({1, 2})))
-    console.print()
-    if not simulation.problems:
-        console.print(f"sends, receives and collectives of {simulation.listened} ranks fit together", style="green")
-    for problem in simulation.problems:
-        console.print(f"ranks do not fit together: {problem}", markup=False, style="red")
+    parts.append(columns("communication", headings, rows, frozenset({1, 2})))
+    good = style(f"sends, receives and collectives of {simulation.listened} ranks fit together", fg="green")
+    bad = [style(f"ranks do not fit together: {problem}", fg="red") for problem in simulation.problems]
+    parts.append("\n".join(bad) or good)
+    return "\n\n".join(parts)
 
 
 def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
