@@ -220,7 +220,7 @@ def verdict(own: Case) -> bool:
     """What `tplaunch recipe check` says of a case."""
     loaded = load_recipe("llama3-8b")
     try:
-        check_recipe(replace(loaded, recipe=own.recipe), need_data=False)
+        check_recipe(loaded._replace(recipe=own.recipe), need_data=False)
     except RecipeError:
         return False
     return True

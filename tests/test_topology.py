@@ -53,7 +53,7 @@ def test_groups_partition_the_world(topology: Topology, axis: str) -> None:
 @given(topologies)
 def test_two_ranks_share_a_group_exactly_when_they_differ_on_its_axis_only(topology: Topology) -> None:
     for one, other in combinations(range(min(topology.world_size, 24)), 2):
-        here, there = vars(topology.coordinates(one)), vars(topology.coordinates(other))
+        here, there = topology.coordinates(one)._asdict(), topology.coordinates(other)._asdict()
         differing = [axis for axis in AXES if here[axis] != there[axis]]
         sharing = [axis for axis in AXES if other in topology.group(axis, one)]
         assert sharing == (differing if len(differing) == 1 else [])

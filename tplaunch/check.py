@@ -6,8 +6,9 @@ The microbatch rules are those of `torch.distributed.pipelining` (schedules.py o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import lcm
+from typing import NamedTuple
 
 from tplaunch.arithmetic import stage_layers
 from tplaunch.check_data import missing_files, tokenizer_problems
@@ -21,8 +22,7 @@ SPLIT_BACKWARD = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev
 INTERLEAVED = frozenset({"interleaved1f1b", "interleavedzerobubble"})
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """A recipe that can run.
 
     Attributes:

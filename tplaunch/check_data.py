@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tplaunch.data.text import is_raw
+from tplaunch.data.endings import is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Data, Recipe, TrainTokenizer
 

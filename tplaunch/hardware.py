@@ -10,7 +10,6 @@ FLOPS", ml-engineering); GPUs without such runs get 0.75 of theirs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -211,6 +210,8 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _read_gpu(path: Path) -> Gpu:
+    import json
+
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         gpu = Gpu(**values)
@@ -226,4 +227,6 @@ def _read_gpu(path: Path) -> Gpu:
 
 def write_gpu(gpu: Gpu, path: Path) -> None:
     """Write a GPU description that `find_gpu` reads."""
+    import json
+
     path.write_text(json.dumps(asdict(gpu), indent=2) + "\n", encoding="utf-8")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 AXES = ("tp", "dp", "pp")  # fastest first
 
 
-@dataclass(frozen=True)
-class Coordinates:
+class Coordinates(NamedTuple):
     """A rank's place on each axis."""
 
     tp: int
@@ -73,7 +73,7 @@ class Topology:
 
     def group(self, axis: str, rank: int) -> list[int]:
         """Ranks that differ from `rank` on `axis` only, itself included, in axis order."""
-        place = vars(self.coordinates(rank))
+        place = self.coordinates(rank)._asdict()
         return [self.rank(**{**place, axis: i}) for i in range(self.size(axis))]
 
     def groups(self, axis: str) -> list[list[int]]:

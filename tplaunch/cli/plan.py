@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +53,7 @@ def plan(
 
         found = remedies(result)
     if as_json:
-        typer.echo(json.dumps(_as_json(checked, result, found), indent=2))
+        _echo_json(_as_json(checked, result, found))
     else:
         _show(checked, result, found, rank)
     if timeline is not None:
@@ -117,6 +116,12 @@ def _case(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Checked
         hardware = find_gpu(_STAND_IN)
         typer.echo(f"no GPU is named or here: planned for {_STAND_IN}, --gpu plans for another", err=True)
     return checked, Case(checked.recipe, checked.topology, hardware)
+
+
+def _echo_json(value: dict[str, Any]) -> None:
+    import json  # not at the top: most answers are text
+
+    typer.echo(json.dumps(value, indent=2))
 
 
 def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def tune(
             )
         )
     if as_json:
-        typer.echo(json.dumps(_tuning_json(tuning), indent=2))
+        _echo_json(_tuning_json(tuning))
     else:
         from tplaunch.cli.output import echo
         from tplaunch.plan.terminal import tuning_text

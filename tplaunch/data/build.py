@@ -14,9 +14,10 @@ from typing import Any
 from tplaunch.data.cache import file_sha256, locked, write_atomic
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
+from tplaunch.data.endings import is_raw
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
 from tplaunch.data.progress import Progress
-from tplaunch.data.text import Block, blocks, is_raw
+from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 

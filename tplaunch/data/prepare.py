@@ -14,10 +14,10 @@ from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tok
 from tplaunch.data.cache import default_cache, file_sha256, remembered, subdirectory, write_atomic
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
+from tplaunch.data.endings import is_raw
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.order import quotas
 from tplaunch.data.progress import Progress
-from tplaunch.data.text import is_raw
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer

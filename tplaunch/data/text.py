@@ -13,20 +13,15 @@ from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
+from tplaunch.data.endings import FORMAT
 from tplaunch.errors import Problem, TplaunchError
 
 BLOCK = 1 << 20  # bytes of text that are tokenized in one go
-_FORMAT = re.compile(r"\.(?:(?P<lines>txt|jsonl)(?P<packed>\.gz|\.zst)?|(?P<table>parquet))$")
 # Places where no byte-level pre-tokenizer joins what stands left and right: after the end of a line and before
 # a single space, each between two printed characters. Cutting there leaves the tokens as they were.
 _CUTS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
 
 _KEY = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
-
-
-def is_raw(path: Path) -> bool:
-    """Whether a path names raw text, by its ending; otherwise it is a prefix of .bin/.idx."""
-    return _FORMAT.search(path.name) is not None
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def blocks(path: Path, text_key: str) -> Iterator[Block]:
     Raises:
         TplaunchError: the format's library is missing, or the packed file is damaged.
     """
-    match = _FORMAT.search(path.name)
+    match = FORMAT.search(path.name)
     assert match is not None, "callers ask is_raw first"
     if match["table"]:
         yield from _parquet_blocks(path, text_key)

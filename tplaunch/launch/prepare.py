@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from tplaunch.check import Checked
@@ -68,7 +67,7 @@ def prepare_data(checked: Checked) -> Checked:
     """
     from tplaunch.data.prepare import prepare_recipe_data
 
-    return replace(checked, recipe=prepare_recipe_data(checked.recipe))
+    return checked._replace(recipe=prepare_recipe_data(checked.recipe))
 
 
 def write_recipe(checked: Checked, run_dir: RunDir) -> None:

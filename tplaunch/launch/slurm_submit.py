@@ -188,7 +188,7 @@ def prepare_run(member: Member) -> None:
     """Makes the data and the run directory ready and writes the recipe there, resolved: what the ranks read."""
     checked, run_dir = prepare_data(member.checked), member.run_dir
     layout = checked.recipe.topology.model_copy(update={"gpus_per_node": checked.topology.ranks_per_node})
-    checked = replace(checked, recipe=checked.recipe.model_copy(update={"topology": layout}))
+    checked = checked._replace(recipe=checked.recipe.model_copy(update={"topology": layout}))
     run_dir.create()
     run_dir.slurm.mkdir(exist_ok=True)
     with run_dir.lock():

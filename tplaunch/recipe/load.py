@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,8 +21,7 @@ from tplaunch.recipe.tree import BROKEN, Dumper, Tree, merge, parse
 MAX_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True)
-class LoadedRecipe:
+class LoadedRecipe(NamedTuple):
     """A recipe and where it was said.
 
     Attributes:

@@ -332,7 +332,7 @@ class Trainer:
             return
         memory, data_times = torch.stack(everyone).T.tolist()
         for rank, ratio in find_stragglers(data_times, window.step_time):
-            place, node = vars(self.mesh.topology.coordinates(rank)), self.mesh.topology.node(rank)
+            place, node = self.mesh.topology.coordinates(rank)._asdict(), self.mesh.topology.node(rank)
             fields = {"rank": rank, "node": node, **place, "ratio": round(ratio, 2)}
             self.run_dir.append_event("straggler", step=progress.step, **fields)
         tokens = batch_size(recipe, progress.step) * recipe.training.seq_len
