@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tplaunch.data import text
+from tplaunch.data.endings import is_raw
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import TplaunchError
 
@@ -149,5 +150,5 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_endings_tell_raw_text_from_prefixes() -> None:
     raw = ["a.txt", "a.jsonl", "a.b.jsonl.gz", "a.txt.zst", "a.parquet"]
-    assert all(text.is_raw(Path(name)) for name in raw)
-    assert not any(text.is_raw(Path(name)) for name in ["a", "a.bin", "a.gz", "txt", "a.txt.bin", "a.json"])
+    assert all(is_raw(Path(name)) for name in raw)
+    assert not any(is_raw(Path(name)) for name in ["a", "a.bin", "a.gz", "txt", "a.txt.bin", "a.json"])
