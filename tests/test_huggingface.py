@@ -69,10 +69,10 @@ def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def train_on(raw: dict[str, Any], root: str, checkpoint: str) -> list[tuple[float, float]]:
-    """Two steps from a checkpoint, a save, and one step more."""
+def train_on(raw: dict[str, Any], root: str) -> list[tuple[float, float]]:
+    """Two steps from the initial weights, a save, and one step more."""
     made = trainer(raw, root)
-    made.resume(checkpoint)
+    made.resume("auto")
     results = train(made, 2)
     made.save(wait=True)
     return results + train(made, 1)
@@ -82,9 +82,12 @@ def train_on(raw: dict[str, Any], root: str, checkpoint: str) -> list[tuple[floa
 def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: World, family: str) -> None:
     model = saved(family, tmp_path / "theirs")
     assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    extended = load_recipe(complete(tmp_path / "ours" / "model.yaml")).recipe
+    assert extended.checkpoint.initial == str(tmp_path / "ours" / "step-00000000")
     raw = {
         "name": "on",
-        "model": load_recipe(complete(tmp_path / "ours" / "model.yaml")).recipe.model.model_dump(),
+        "model": extended.model.model_dump(),
+        "checkpoint": {"initial": extended.checkpoint.initial},
         "topology": {"tp": 2, "pp": 2, "dp": 1},
         "training": {
             "seq_len": SEQ,
@@ -98,8 +101,8 @@ def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: 
         "logging": {"wandb": {"mode": "disabled"}},
     }
     assert raw["model"] == Model.model_validate(MODELS[family]).model_dump()
-    root, checkpoint = tmp_path / "run", tmp_path / "ours" / "step-00000000"
-    results = world.run(4, train_on, raw, str(root), str(checkpoint))
+    root = tmp_path / "run"
+    results = world.run(4, train_on, raw, str(root))
     first, _, third = (loss for loss, _ in results[0])
     assert first == pytest.approx(loss_of(model, raw, step=1), rel=1e-5)
     assert run(["export", str(root), str(tmp_path / "back")]) == Exit.DONE
@@ -160,6 +163,9 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"hidden_size": "64"}, "hidden_size"),
+        (LLAMA, {"rope_parameters": None, "rope_theta": "x"}, "rope_theta"),
+        (LLAMA, {"rope_scaling": "llama3"}, "rope_scaling must be a mapping"),
+        (LLAMA, {"max_position_embeddings": "8K"}, "positions"),
         (LLAMA, {"num_hidden_layers": None}, "num_layers"),
         (LLAMA, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 128}, "sliding_window"),
@@ -244,3 +250,29 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
 def test_a_model_that_transformers_has_not(changes: dict[str, Any]) -> None:
     with pytest.raises(TplaunchError, match="no architecture"):
         family_of(Model.model_validate({**MODELS["llama"], **changes}))
+
+
+def start(raw: dict[str, Any], root: str) -> str:
+    """What is said of the initial weights; "" when they are taken."""
+    try:
+        trainer(raw, root).resume("auto")
+    except TplaunchError as error:
+        return str(error)
+    return ""
+
+
+def test_initial_weights_of_another_model_are_refused(tmp_path: Path, world: World) -> None:
+    saved("llama", tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    recipe = load_recipe(complete(tmp_path / "ours" / "model.yaml"), ["topology.dp=1"]).recipe
+    raw = recipe.model_dump(by_alias=True)
+    assert world.run(1, start, raw, str(tmp_path / "a")) == [""]
+    raw["model"]["ffn_hidden_size"] += 2
+    (said,) = world.run(1, start, raw, str(tmp_path / "b"))
+    assert "ffn_hidden_size" in said
+
+
+def test_missing_initial_weights_are_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "quickstart", "--run-dir", str(tmp_path / "run"), "--set", "checkpoint.initial=nowhere"]
+    assert run(arguments) == Exit.USAGE
+    assert "checkpoint.initial" in capsys.readouterr().err

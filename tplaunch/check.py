@@ -58,7 +58,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         problems += [*_batch(recipe, dp)]
     problems += [*_run(recipe), *tokenizer_problems(recipe)]
     warnings = [*_warnings(recipe)]
-    (problems if need_data else warnings).extend(missing_files(recipe.data))
+    (problems if need_data else warnings).extend(missing_files(recipe))
 
     def placed(found: list[Problem]) -> list[Problem]:
         return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]

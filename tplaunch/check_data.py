@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tplaunch.data.endings import is_raw
 from tplaunch.errors import Problem
-from tplaunch.recipe.schema import Data, Recipe, TrainTokenizer
+from tplaunch.recipe.schema import Recipe, TrainTokenizer
 
 
 def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -40,8 +40,9 @@ def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def missing_files(data: Data) -> Iterator[Problem]:
+def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
+    data, initial = recipe.data, recipe.checkpoint.initial
     for split in ("train", "validation"):
         for index, source in enumerate(data.sources(split)):
             key = f"data.{split}"
@@ -54,6 +55,9 @@ def missing_files(data: Data) -> Iterator[Problem]:
             fix="give a tokenizer.json, or {vocab_size: 4096} to train one",
             key="data.tokenizer",
         )
+    if initial is not None and not os.path.isfile(os.path.join(initial, "manifest.json")):
+        fix = "name a directory such as runs/NAME/checkpoints/step-00000500, or what `tplaunch import` made"
+        yield Problem(f"{initial}: no checkpoint", fix=fix, key="checkpoint.initial")
 
 
 def _data_file(path: str, key: str) -> Iterator[Problem]:

@@ -222,7 +222,7 @@ class CheckpointManager:
         store.retire(self.root, saved=step, keep=settings.keep, keep_every=settings.keep_every)
         return path
 
-    def _check_fits(self, path: Path, about: dict[str, Any]) -> None:
+    def _check_fits(self, path: Path, about: dict[str, Any], *, weights_only: bool = False) -> None:
         """Refuse a checkpoint whose tensors are not those of this recipe.
 
         Raises:
@@ -234,9 +234,8 @@ class CheckpointManager:
             for name in _SHAPE
             if theirs[name] != ours[name]
         ]
-        saved = about["optimizer_state"]  # None: weights only, from which training starts afresh
-        missing = set() if saved is None else set(self.optimizer.slots) - set(saved)
-        if missing:
+        missing = set(self.optimizer.slots) - set(about["optimizer_state"])
+        if missing and not weights_only:
             problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
         if problems:
             why = "a checkpoint can be resumed on any topology, but only with its own model and optimizer"
@@ -264,7 +263,7 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._read(path, weights_only=manifest.about["optimizer_state"] is None)
+                self._read(path)
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
@@ -276,6 +275,18 @@ class CheckpointManager:
             return None
         fix = "name an older one with --resume PATH, or train in a new --run-dir"
         raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
+
+    def start_from(self, path: Path) -> None:
+        """Read the weights of another run's checkpoint, or of an imported one, and nothing else.
+
+        Raises:
+            TplaunchError: it is damaged, or of another model.
+        """
+        manifest, problems = self._inspect(path)
+        if manifest is None or problems:
+            raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
+        self._check_fits(path, manifest.about, weights_only=True)
+        self._read(path, weights_only=True)
 
     def _inspect(self, path: Path) -> tuple[store.Manifest | None, list[str]]:
         """The manifest, and what is wrong, the same on every rank; ranks share the hashing."""
@@ -290,7 +301,7 @@ class CheckpointManager:
         dist.all_gather_object(everyone, mine, group=self.group)
         return manifest, list(dict.fromkeys(text for texts in everyone for text in texts))
 
-    def _read(self, path: Path, *, weights_only: bool) -> None:
+    def _read(self, path: Path, *, weights_only: bool = False) -> None:
         pairs = [pair for pair in self.tensors() if not weights_only or pair[0].startswith("model.")]
         filled: State = dict(pairs)
         with warnings.catch_warnings():

@@ -60,18 +60,21 @@ def import_(
     if tokenizer.exists():
         (out / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     recipe = out / "model.yaml"
-    recipe.write_text(_recipe(folder, read.model, tokenizer=tokenizer.exists()), encoding="utf-8")
+    recipe.write_text(_recipe(folder, read.model, checkpoint.name, tokenizer=tokenizer.exists()), encoding="utf-8")
     typer.echo(f"{checkpoint}: {read.family.model_type}, takes sequences of up to {read.seq_len} tokens")
-    typer.echo(f"train on from it: a recipe with `extends: {recipe}`, and --resume {checkpoint}")
+    typer.echo(f"train on from it: a recipe with `extends: {recipe}`")
 
 
-def _recipe(folder: Path, model: Model, *, tokenizer: bool) -> str:
-    """The part of a recipe that the model fills, as YAML."""
+def _recipe(folder: Path, model: Model, checkpoint: str, *, tokenizer: bool) -> str:
+    """The part of a recipe that the model fills, as YAML; its paths are relative to it."""
     import yaml
 
     from tplaunch.recipe.tree import Dumper
 
-    part: dict[str, Any] = {"model": model.model_dump(exclude_defaults=True)}
+    part: dict[str, Any] = {
+        "model": model.model_dump(exclude_defaults=True),
+        "checkpoint": {"initial": checkpoint},
+    }
     if tokenizer:
         part["data"] = {"tokenizer": "tokenizer.json"}
     return f"# The model of {folder}, to be extended.\n{yaml.dump(part, Dumper=Dumper, sort_keys=False)}"

@@ -51,7 +51,7 @@ def family_of(model: Model) -> Family:
     Raises:
         TplaunchError: there is none; names the fields that stand in the way.
     """
-    other = {field: _differing(model, fields) for field, fields in (("llama", _LLAMA_FIELDS), ("gpt2", _GPT2_FIELDS))}
+    other = {name: _differing(model, fields) for name, fields in (("llama", _LLAMA_FIELDS), ("gpt2", _GPT2_FIELDS))}
     if not other["llama"]:
         if not (model.qkv_bias and model.qk_norm):
             return QWEN2 if model.qkv_bias else QWEN3 if model.qk_norm else LLAMA
@@ -165,9 +165,13 @@ def read_config(path: Path) -> Read:
     if kind not in READ:
         known = ", ".join(READ)
         raise TplaunchError(Problem(f"{path}: model_type {kind!r} is none that tplaunch has", fix=f"known: {known}"))
+    if bad := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(config.get(key) or {}, dict)]:
+        raise TplaunchError(Problem(f"{path}: {bad[0]} must be a mapping"))
     family = READ[kind]
     fields, seq_len, allowed = _gpt2_fields(config) if family == GPT2 else _llama_fields(config, family)
     found = [*_refused(config, allowed), *(() if family == GPT2 else _refused(_rope(config), _ROPE))]
+    if type(seq_len) is not int or seq_len < 1:
+        found.append(f"the most positions are {json.dumps(seq_len)}, and must be a number")
     if found:
         why = "the model would compute something else here"
         raise TplaunchError(*(Problem(f"{path}: {text}", why=why) for text in found))
@@ -215,7 +219,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta") or 10000.0),
+        "rope_theta": rope.get("rope_theta") or 10000.0,
         "rope_scaling": scaling,
         "qkv_bias": family == QWEN2,
         "qk_norm": family == QWEN3,

@@ -63,14 +63,14 @@ def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
                 no_dist=True,
             )
     files = {path.name: store.hash_file(path) for path in sorted(temporary.iterdir())}
-    about = {
+    about: dict[str, Any] = {
         "recipe_sha256": None,
         "topology": {},
         "model": read.model.model_dump(mode="json"),
         "seq_len": read.seq_len,
         "precision": source.precision,
         "parameters": parameter_count(read.model),
-        "optimizer_state": None,
+        "optimizer_state": [],
         "wandb_id": None,
         "imported_from": str(folder.absolute()),
         "tplaunch": tplaunch.__version__,
@@ -89,8 +89,8 @@ class _Source:
     """
 
     def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: bool) -> None:
-        self._files = {name: opened.enter_context(_open(folder / name)) for name in _file_names(folder)}
-        where = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118 (no mapping)
+        files = [opened.enter_context(_open(folder / name)) for name in _file_names(folder)]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
         problems: list[str] = []
         self.parts: dict[str, tuple[HfTensor, Parameter]] = {}
         self._read: dict[str, tuple[Any, str]] = {}  # our tensor's name in the files -> (file, key)
@@ -100,11 +100,12 @@ class _Source:
             if key not in where:
                 problems.append(f"has no {tensor.name}")
                 continue
-            found = where.pop(key).get_slice(key)
+            file = where.pop(key)
+            found = file.get_slice(key)
             if tuple(found.get_shape()) != tensor.shape:
                 problems.append(f"{key} is {found.get_shape()}, and config.json makes it {list(tensor.shape)}")
             dtypes.add(found.get_dtype())
-            self._read[tensor.name] = self._file(key), key
+            self._read[tensor.name] = file, key
             self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
         extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == "lm_head.weight")]
         problems += [f"{key} is none of the model's tensors" for key in extra]
@@ -116,9 +117,6 @@ class _Source:
         self.precision: Precision = (
             _PRECISIONS[dtypes.pop()] if len(dtypes) == 1 else "fp64" if "F64" in dtypes else "fp32"
         )
-
-    def _file(self, key: str) -> Any:
-        return next(file for file in self._files.values() if key in file.keys())  # noqa: SIM118 (no mapping)
 
     def outline(self, name: str) -> Tensor:
         """A tensor's shape and dtype, without its numbers."""

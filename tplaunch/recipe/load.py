@@ -192,7 +192,11 @@ def _fill_preset(tree: Tree, problems: list[Problem]) -> Tree:
 
 
 # Sections, their keys that hold paths, and how a value ends that is a path.
-_PATHS = [("data", ("train", "validation", "tokenizer"), ""), ("hardware", ("gpu",), ".json")]
+_PATHS = [
+    ("data", ("train", "validation", "tokenizer"), ""),
+    ("checkpoint", ("initial",), ""),
+    ("hardware", ("gpu",), ".json"),
+]
 
 
 def _absolute_paths(tree: Tree) -> Tree:

@@ -248,6 +248,9 @@ class Checkpoint(Section):
     keep: Small = Field(3, description="newest checkpoints that stay")
     keep_every: Count | None = Field(None, description="steps whose multiples stay for ever")
     async_: bool = Field(True, alias="async")
+    initial: Text | None = Field(
+        None, description="a checkpoint, of another run or imported, whose weights a new run starts from"
+    )
 
 
 class Wandb(Section):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,8 +115,13 @@ class Trainer:
         self._timeout_s = 0.0
 
     def resume(self, source: str) -> None:
-        """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path."""
-        loaded = self.checkpoints.load(source)
+        """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path. Without one, start from the
+        recipe's initial weights, where it names any."""
+        loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
+        if loaded is None and initial is not None:
+            self.checkpoints.start_from(Path(initial))
+            if self.main:
+                self.run_dir.append_event("initial", path=initial)
         if loaded is not None:
             step, state = loaded
             self.progress = Progress(**state["progress"])
