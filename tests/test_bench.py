@@ -134,13 +134,18 @@ def test_topologies_are_as_fast_in_the_order_that_the_planner_says(
     tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine: Gpu = world.run(RANKS, calibrated)[0]
-    times, plans = [], []
-    for number, topology in enumerate(TOPOLOGIES):
-        raw = raw_recipe(topology)
-        times.append(world.run(RANKS, quickest_step, raw, str(tmp_path / str(number)))[0])
-        plans.append(predicted(Recipe.model_validate(raw), machine))
-    with capsys.disabled():
-        for topology, plan, seconds in zip(TOPOLOGIES, plans, times, strict=True):
-            print(f"{topology!s:<60} predicted {plan:6.3f} s, measured {seconds:6.3f} s")
-        print(f"Kendall tau {kendall_tau(plans, times):.2f}")
-    assert kendall_tau(plans, times) >= 0.7
+    raws = [raw_recipe(topology) for topology in TOPOLOGIES]
+    plans = [predicted(Recipe.model_validate(raw), machine) for raw in raws]
+    times, tau = [float("inf")] * len(raws), -1.0
+    for again in range(2):  # what else runs on the machine only adds time: of two rounds the quicker counts
+        for number, raw in enumerate(raws):
+            seconds = world.run(RANKS, quickest_step, raw, str(tmp_path / f"{number}-{again}"))[0]
+            times[number] = min(times[number], seconds)
+        tau = kendall_tau(plans, times)
+        with capsys.disabled():
+            for topology, plan, seconds in zip(TOPOLOGIES, plans, times, strict=True):
+                print(f"{topology!s:<60} predicted {plan:6.3f} s, measured {seconds:6.3f} s")
+            print(f"Kendall tau {tau:.2f}")
+        if tau >= 0.7:
+            return
+    raise AssertionError(f"Kendall tau {tau:.2f}")
