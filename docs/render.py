@@ -13,15 +13,15 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from tplaunch.check import check_recipe
-from tplaunch.hardware import find_gpu
+from tplaunch.check.recipe import check_recipe
+from tplaunch.cli.views.plan import plan_text, tuning_text
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.plan.remedies import remedies
-from tplaunch.plan.terminal import plan_text, tuning_text
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg
 from tplaunch.plan.tune import tune
 from tplaunch.recipe.load import load_recipe
+from tplaunch.spec.gpu import find_gpu
 
 HERE = Path(__file__).resolve().parent
 

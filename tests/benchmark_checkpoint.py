@@ -15,8 +15,9 @@ import tempfile
 import time
 
 import torch.distributed as dist
-from test_topology_invariance import case
-from training import train, trainer
+
+from tests.recipes import case
+from tests.training import train, trainer
 
 ROUNDS = 4
 MODEL = {"hidden_size": 768, "ffn_hidden_size": 3072, "num_layers": 8, "num_heads": 12, "num_kv_heads": 12}

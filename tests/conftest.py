@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from world import World
+    from tests.world import World
 
 # Machines that run tests are busy: how long an example takes says nothing.
 settings.register_profile("tplaunch", deadline=None)
@@ -19,7 +19,7 @@ settings.load_profile("tplaunch")
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """Makes small worlds."""
-    from world import World
+    from tests.world import World
 
     with World() as made:
         yield made

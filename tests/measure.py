@@ -11,14 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.recipes import resolved
 from tplaunch.model.build import build_stages
+from tplaunch.optim.gradients import GradientFinalizer
+from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.parallel.mesh import Mesh
-from tplaunch.recipe.schema import Recipe
-from tplaunch.topology import Topology
 from tplaunch.train.batch import Batch
-from tplaunch.train.gradients import GradientFinalizer
-from tplaunch.train.optimizer import ShardedOptimizer
-from tplaunch.train.pipeline import Pipeline
+from tplaunch.train.step import make_pipeline
 
 
 class StorageCounter(TorchDispatchMode):
@@ -57,13 +56,13 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         Bytes: `weights`, `optimizer` and `gradients`, this rank's shards of them; `peak`, everything at the fullest
         moment of the second step.
     """
-    recipe = Recipe.model_validate(values)
+    recipe = resolved(values)
     layout, training = recipe.topology, recipe.training
     assert isinstance(layout.dp, int)
-    mesh = Mesh.from_recipe(recipe, Topology(layout.tp, layout.dp, layout.pp), torch.device("cpu"))
+    mesh = Mesh.of(recipe, torch.device("cpu"))
     with StorageCounter() as counter:
         stages = build_stages(recipe, mesh)
-        pipeline = Pipeline(stages, mesh, recipe)
+        pipeline = make_pipeline(stages, mesh, recipe)
         optimizer = ShardedOptimizer(stages, recipe.optimizer)
         finalizer = GradientFinalizer(
             stages,

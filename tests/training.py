@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from tests.recipes import resolved
 
 
 def trainer(raw: dict[str, Any], root: str) -> Any:
@@ -12,20 +13,17 @@ def trainer(raw: dict[str, Any], root: str) -> Any:
     import torch
     import torch.distributed as dist
 
-    from tplaunch.observe.heartbeat import Heartbeat
     from tplaunch.parallel.mesh import Mesh
-    from tplaunch.recipe.schema import Recipe
-    from tplaunch.rundir import RunDir
+    from tplaunch.run.directory import RunDir
+    from tplaunch.run.heartbeat import Heartbeat
+    from tplaunch.train.stop import StopRequest
     from tplaunch.train.trainer import Trainer
-    from tplaunch.worker import topology_of
 
-    recipe = Recipe.model_validate(raw)
-    mesh = Mesh.from_recipe(recipe, topology_of(recipe), torch.device("cpu"))
+    recipe = resolved(raw)
     run_dir = RunDir(Path(root))
     run_dir.create()
-    stop = SimpleNamespace(requested=False, by=None)
-    beat = Heartbeat(run_dir.root / f"beat-{dist.get_rank()}", dist.get_rank())
-    return Trainer(recipe, mesh, run_dir, stop, beat)  # type: ignore[arg-type]
+    heartbeat = Heartbeat(run_dir.root / f"beat-{dist.get_rank()}", dist.get_rank())
+    return Trainer(recipe, Mesh.of(recipe, torch.device("cpu")), run_dir, StopRequest(), heartbeat)
 
 
 def batch(made: Any) -> Any:
@@ -45,5 +43,5 @@ def batch(made: Any) -> Any:
 
 def train(made: Any, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of that many more steps."""
-    results = [made.train_step(batch(made)) for _ in range(steps)]
+    results = [made.step.run(batch(made)) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]

@@ -54,7 +54,7 @@ def _serve(pipe: Connection) -> None:
 def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
     import torch.distributed as dist
 
-    from tplaunch.launch.orphans import die_with_parent
+    from tplaunch.run.processes import die_with_parent
 
     die_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)

@@ -29,8 +29,9 @@ from urllib.request import getproxies
 
 from tplaunch import __version__
 from tplaunch.errors import TplaunchError
-from tplaunch.launch import slurm
-from tplaunch.launch.machine import count_cores
+from tplaunch.machine import count_cores
+from tplaunch.slurm import client
+from tplaunch.slurm.nodes import node_reports
 from tplaunch.units import format_bytes
 
 SLOW_SYNC_S = 0.1  # a checkpoint syncs one file a rank; slower ones are felt in every save
@@ -274,10 +275,10 @@ def check_slurm() -> Iterator[Finding]:
         yield Finding("ok", "Slurm", "not here: tplaunch train works, submit does not")
         return
     try:
-        yield Finding("ok", "Slurm", slurm.version())
-        config = read_config(slurm.call("scontrol", "show", "config"))
-        partitions = slurm.call("sinfo", "--noheader", "--format=%P|%l|%D|%G").splitlines()
-        help_text = slurm.call("srun", "--help")
+        yield Finding("ok", "Slurm", client.version())
+        config = read_config(client.call("scontrol", "show", "config"))
+        partitions = client.call("sinfo", "--noheader", "--format=%P|%l|%D|%G").splitlines()
+        help_text = client.call("srun", "--help")
     except TplaunchError as error:
         yield Finding("fail", "Slurm", str(error.problems[0]), "see whether the controller is up: scontrol ping")
         return
@@ -331,28 +332,30 @@ def check_allocation(folder: Path) -> Iterator[Finding]:
     """Each node of the job that this runs in: its own check, and its clock."""
     code = (
         "import os, pathlib, sys, time; print('clock', os.environ['SLURMD_NODENAME'], time.time()); "
-        "from tplaunch.launch.node_check import main; main(pathlib.Path(sys.argv[1]))"
+        "from tplaunch.slurm.node_check import main; main(pathlib.Path(sys.argv[1]))"
     )
     try:
-        lines = slurm.call(
+        lines = client.call(
             "srun", "--ntasks-per-node=1", sys.executable, "-c", code, str(_existing(folder))
         ).splitlines()
     except TplaunchError as error:
         yield Finding("fail", "nodes of this job", str(error.problems[0]))
         return
-    clocks = {words[1]: float(words[2]) for line in lines if (words := line.split())[0] == "clock"}
-    spread = max(clocks.values()) - min(clocks.values())
+    # A site's prologue may print lines of its own, blank ones too.
+    clocks = {words[1]: float(words[2]) for line in lines if len(words := line.split()) == 3 and words[0] == "clock"}
+    spread = max(clocks.values(), default=0.0) - min(clocks.values(), default=0.0)
     # Tasks do not start at one moment, so the true difference is smaller.
-    if spread > SKEW_S:
+    if not clocks:
+        fix = "see whether srun runs a command on every node: srun hostname"
+        yield Finding("fail", "nodes of this job", "none has answered", fix)
+    elif spread > SKEW_S:
         fix = "run chrony or ntpd on the nodes, or ask again: a slow start looks alike"
         yield Finding("warn", "clocks", f"differ by up to {spread:.1f} s between {len(clocks)} nodes", fix)
     else:
         yield Finding("ok", "clocks", f"differ by less than {spread:.1f} s between {len(clocks)} nodes")
-    for line in lines:
-        if line.startswith("{"):
-            report = json.loads(line)
-            if report["problems"]:
-                fix = f"launch.slurm.exclude: {report['node']}, and tell the administrators"
-                yield Finding("fail", f"node {report['node']}", "; ".join(report["problems"]), fix)
-            else:
-                yield Finding("ok", f"node {report['node']}", "fit")
+    for report in node_reports(lines):
+        if report["problems"]:
+            fix = f"launch.slurm.exclude: {report['node']}, and tell the administrators"
+            yield Finding("fail", f"node {report['node']}", "; ".join(report["problems"]), fix)
+        else:
+            yield Finding("ok", f"node {report['node']}", "fit")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+MiB = 2**20
+GiB = 2**30
+
 _BYTES: dict[str, int | Decimal] = {
     "B": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGTP", 1)},

@@ -13,19 +13,115 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tplaunch.launch.orphans import die_with_parent
-from tplaunch.observe.flight import collectives, last_collective, remember_collectives
-from tplaunch.observe.heartbeat import Beat, Heartbeat
+from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import Record, RunDir
-from tplaunch.topology import Topology
+from tplaunch.run.directory import LOCKED, RunDir
+from tplaunch.run.flight import collectives, last_collective, remember_collectives
+from tplaunch.run.heartbeat import Beat, Heartbeat
+from tplaunch.run.processes import die_with_parent
+from tplaunch.spec.resolve import resolve
+from tplaunch.spec.topology import Topology
 
 if TYPE_CHECKING:
     from tplaunch.train.trainer import Trainer
+
+
+class Worker:
+    """One rank of one attempt.
+
+    Args:
+        run_dir: the run directory, whose recipe it trains.
+        attempt: the attempt's number.
+        rank: its number in the world.
+    """
+
+    def __init__(self, run_dir: RunDir, attempt: int, rank: int) -> None:
+        self.run_dir, self.attempt, self.rank = run_dir, attempt, rank
+        self.heartbeat = Heartbeat(run_dir.beat(attempt, rank), rank)
+        self.held = ExitStack()  # until this process ends
+        self.recipe: Recipe | None = None
+        self.trainer: Trainer | None = None
+
+    def run(self) -> None:
+        """Train, from start to end."""
+        if self.rank == 0 and os.environ.get(LOCKED) is None:  # a pasted torchrun line: no launcher holds it
+            self.held.enter_context(self.run_dir.lock())
+        # A run directory of an older version may hold a recipe that is not resolved.
+        self.recipe = resolve(load_recipe(self.run_dir.recipe).recipe)
+        self._set_up(self.recipe)
+        self._train()
+
+    def _set_up(self, recipe: Recipe) -> None:
+        # Here, not above: a rank whose torch is broken reports that like any other error.
+        import torch.distributed as dist
+
+        from tplaunch.parallel.mesh import Mesh, init_process_group, local_device
+        from tplaunch.parallel.placement import check_placement, own_view
+        from tplaunch.train.stop import StopRequest
+        from tplaunch.train.trainer import Trainer
+
+        stop = StopRequest()
+        device = local_device(int(os.environ["LOCAL_RANK"]))
+        init_process_group(device, recipe.launch.first_step_timeout)
+        topology = Topology.of(recipe)
+        views = [own_view()] * topology.world_size
+        dist.all_gather_object(views, own_view())
+        problems = check_placement(topology, views)
+        if problems:
+            raise RuntimeError("\n".join(str(problem) for problem in problems))
+        self.trainer = Trainer(recipe, Mesh.of(recipe, device), self.run_dir, stop, self.heartbeat)
+
+    def _train(self) -> None:
+        import torch.distributed as dist
+
+        from tplaunch.run.events import Started
+
+        assert self.trainer is not None
+        history = self.run_dir.history()
+        dist.barrier()  # all have read the events that rank 0 now adds to
+        if self.trainer.main:
+            self.run_dir.append(Started(self.attempt, world_size=dist.get_world_size()))
+        self.trainer.resume(history.resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto")))
+        self.trainer.run()
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> None:
+        """Leave an account of what ended this rank, and mark the W&B run as failed."""
+        record = collectives()
+        account = describe_error(error, self.heartbeat.last, self.recipe, last_collective(record))
+        write_atomic(self.run_dir.rank_error(self.attempt, self.rank), json.dumps(account))
+        if record:
+            self.run_dir.rank_flight(self.attempt, self.rank).write_bytes(record)
+        if self.trainer is not None:
+            self.trainer.fail()
+
+
+def describe_error(error: BaseException, beat: Beat, recipe: Recipe | None, collective: str) -> dict[str, Any]:
+    """What a rank says of the exception that ended it.
+
+    Args:
+        recipe: None when it could not be read; then the rank's place is not known.
+        collective: the last that it began.
+    """
+    place = Topology.of(recipe).coordinates(beat.rank)._asdict() if recipe is not None else {}
+    return {
+        "rank": beat.rank,
+        **place,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "step": beat.step,
+        "doing": beat.part,
+        "collective": collective,
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def main(run_dir: RunDir) -> None:
@@ -35,76 +131,14 @@ def main(run_dir: RunDir) -> None:
     _redirect(run_dir.rank_log(attempt, rank))
     remember_collectives(run_dir.attempt_dir(attempt))
     run_dir.rank_error(attempt, rank).unlink(missing_ok=True)  # of the workers that torchrun starts again
-    beat = Heartbeat(run_dir.beat(attempt, rank), rank)
-    recipe = load_recipe(run_dir.recipe).recipe
-    topology = topology_of(recipe)
-    trainer: Trainer | None = None
+    worker = Worker(run_dir, attempt, rank)
     try:
-        trainer = _set_up(recipe, topology, run_dir, beat)
-        _train(trainer, run_dir, attempt)
+        worker.run()
     except BaseException as error:
         traceback.print_exc()
-        _report(error, topology, beat.last, run_dir, attempt)
-        if trainer is not None:
-            trainer.fail()
+        worker.fail(error)
         _exit(1)
     _exit(0)
-
-
-def topology_of(recipe: Recipe) -> Topology:
-    """The topology of a resolved recipe."""
-    knobs = recipe.topology
-    assert isinstance(knobs.dp, int)  # the launcher resolved "auto"
-    return Topology(tp=knobs.tp, dp=knobs.dp, pp=knobs.pp, gpus_per_node=knobs.gpus_per_node or 0)
-
-
-def _set_up(recipe: Recipe, topology: Topology, run_dir: RunDir, beat: Heartbeat) -> Trainer:
-    # Here, not above: a rank whose torch is broken reports that like any other error.
-    import torch.distributed as dist
-
-    from tplaunch.launch.placement import check_placement, own_view
-    from tplaunch.parallel.mesh import Mesh, init_process_group, local_device
-    from tplaunch.train.stop import StopRequest
-    from tplaunch.train.trainer import Trainer
-
-    stop = StopRequest()
-    device = local_device(int(os.environ["LOCAL_RANK"]))
-    init_process_group(device, recipe.launch.first_step_timeout)
-    views = [own_view()] * topology.world_size
-    dist.all_gather_object(views, own_view())
-    problems = check_placement(topology, views)
-    if problems:
-        raise RuntimeError("\n".join(str(problem) for problem in problems))
-    return Trainer(recipe, Mesh.from_recipe(recipe, topology, device), run_dir, stop, beat)
-
-
-def _train(trainer: Trainer, run_dir: RunDir, attempt: int) -> None:
-    import torch.distributed as dist
-
-    source = resume_source(run_dir.read_events(), attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
-    dist.barrier()  # all have read the events that rank 0 now adds to
-    if trainer.main:
-        run_dir.append_event("start", attempt=attempt, world_size=trainer.mesh.topology.world_size)
-    trainer.resume(source)
-    trainer.run()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def resume_source(events: list[Record], attempt: int, asked: str) -> str:
-    """What to resume from: as asked at an attempt's first start; where torchrun starts the workers again after they
-    have saved, the newest checkpoint.
-
-    Args:
-        events: of the run, up to this start.
-        asked: auto, none, or a checkpoint's path.
-    """
-    started = False
-    for event in events:
-        started = started or (event["event"] == "start" and event["attempt"] == attempt)
-        if started and event["event"] == "checkpoint":
-            return "auto"
-    return asked
 
 
 def _redirect(log: Path) -> None:
@@ -114,30 +148,6 @@ def _redirect(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _report(error: BaseException, topology: Topology, beat: Beat, run_dir: RunDir, attempt: int) -> None:
-    place, record = topology.coordinates(beat.rank), collectives()
-    account = {
-        "rank": beat.rank,
-        "tp": place.tp,
-        "pp": place.pp,
-        "dp": place.dp,
-        "host": socket.gethostname(),
-        "time": time.time(),
-        "step": beat.step,
-        "doing": beat.doing,
-        "collective": last_collective(record),
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-    path = run_dir.rank_error(attempt, beat.rank)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(account))
-    temporary.replace(path)
-    if record:
-        run_dir.rank_flight(attempt, beat.rank).write_bytes(record)
 
 
 def _exit(code: int) -> NoReturn:

@@ -2,7 +2,7 @@
 while all ranks are at work.
 
 The planner's matmul_efficiency is that of training steps. What a single matmul reaches here is an upper bound of it:
-on A100 and H100 training steps reach 0.75 to 0.86 of it (see `tplaunch.hardware`).
+on A100 and H100 training steps reach 0.75 to 0.86 of it (see `tplaunch.spec.gpu`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tplaunch.hardware import Gpu, detect_gpu
+from tplaunch.spec.gpu import Gpu, detect_gpu
 
 _SECONDS = 0.2  # that one measurement runs for
 _PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

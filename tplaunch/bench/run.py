@@ -1,36 +1,59 @@
-"""Starts a bench on this machine: torchrun on a run directory that is gone afterwards. Imports no torch."""
+"""Starts a bench on this machine, and what follows from its times. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 
-from tplaunch.check import Checked
-from tplaunch.errors import Problem, TplaunchError
-from tplaunch.hardware import Gpu
-from tplaunch.launch.prepare import write_recipe
-from tplaunch.launch.torchrun import torchrun_argv, torchrun_environment
-from tplaunch.rundir import RunDir
+from tplaunch.check.recipe import Checked
+from tplaunch.launch.helper import run_module
+from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import Plan, estimate
+from tplaunch.spec.flops import model_flops_per_token
+from tplaunch.spec.gpu import Gpu, local_gpu
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured; see `tplaunch.bench.steps.Steps`.
+    """What was measured (see `tplaunch.bench.steps.Steps`), and what it means for a recipe.
 
     Args:
-        gpu: the machine, where it was asked for.
+        checked: the recipe.
+        gpu: the machine, where it was measured.
     """
 
+    checked: Checked
     seconds: list[float]
     parts: dict[str, float]
     kernels: dict[str, float]
     peak_memory: float
     gpu: Gpu | None
+
+    @property
+    def step_seconds(self) -> float:
+        """The median step."""
+        return median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the world, in the median step."""
+        training = self.checked.recipe.training
+        return training.global_batch_size * training.seq_len / self.step_seconds
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """Model FLOP/s of one rank."""
+        per_token = model_flops_per_token(self.checked.recipe.model, self.checked.recipe.training.seq_len)
+        return self.tokens_per_second * per_token / self.checked.topology.world_size
+
+    def plan(self) -> Plan | None:
+        """What the planner says of the same steps on this machine's GPU, where it knows it."""
+        gpu = self.gpu or local_gpu()
+        return estimate(Case(self.checked.recipe, gpu)) if gpu else None
+
+    def mfu(self, plan: Plan) -> float:
+        """Share of the planned GPU's peak that the model FLOPs take."""
+        return self.flops_per_gpu / plan.case.gpu.peak[self.checked.recipe.training.precision]
 
 
 def run_bench(checked: Checked, *, steps: int, calibrate: bool) -> Bench:
@@ -44,18 +67,6 @@ def run_bench(checked: Checked, *, steps: int, calibrate: bool) -> Bench:
     Raises:
         TplaunchError: a rank failed; what it said is on stderr.
     """
-    ranks = checked.topology.world_size
-    with tempfile.TemporaryDirectory(prefix="tplaunch-bench-") as folder:
-        run_dir = RunDir(Path(folder))
-        run_dir.create()
-        write_recipe(checked, run_dir)
-        (run_dir.root / "request.json").write_text(json.dumps({"steps": steps, "calibrate": calibrate}))
-        environment = torchrun_environment(ranks, attempt=1, resume="none", grace_s=5, one_node=True)
-        argv = torchrun_argv(run_dir.root, ranks, module="tplaunch.bench.worker")
-        # Kept from the terminal unless it is needed: torch's profiler reports its stages there.
-        done = subprocess.run(argv, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            sys.stderr.write(done.stderr)
-            raise TplaunchError(Problem("the bench failed", why="a rank ended with an error, which is shown above"))
-        result = json.loads((run_dir.root / "result.json").read_text())
-    return Bench(**result["steps"], gpu=Gpu(**result["gpu"]) if result["gpu"] else None)
+    request = {"steps": steps, "calibrate": calibrate}
+    result = run_module("tplaunch.bench.worker", checked, request, task="the bench")
+    return Bench(checked, **result["steps"], gpu=Gpu(**result["gpu"]) if result["gpu"] else None)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from tplaunch.observe.heartbeat import Heartbeat
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import RunDir
 from tplaunch.train.batch import Batch, random_batch
-from tplaunch.train.stop import NeverStopped
-from tplaunch.train.trainer import Trainer, peak_memory
+from tplaunch.train.memory import peak_memory
+from tplaunch.train.step import TrainStep
 
 WARM_UP = 3
 
@@ -41,57 +38,60 @@ class Steps:
     peak_memory: float
 
 
-class _Clock(Heartbeat):
-    """Notes when each part of a step begins."""
+class _Clock:
+    """Sums up the seconds between the marks of a step, by what the rank was in."""
 
-    def __init__(self, path: Path, rank: int, device: torch.device) -> None:
-        self.device, self.doing, self.since = device, "", 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.parts: defaultdict[str, float] = defaultdict(float)
-        super().__init__(path, rank)
+        self._part, self._since = "", 0.0
 
-    def __call__(self, step: int, doing: str) -> None:
-        super().__call__(step, doing)
-        self._change(doing)
-
-    def stop(self) -> None:
-        """No part goes on."""
-        self._change("")
-
-    def _change(self, doing: str) -> None:
+    def mark(self, step: int, part: str) -> None:
+        """A part of a step begins (`TrainStep.mark`)."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        if self.doing:
-            self.parts[self.doing] += now - self.since
-        self.doing, self.since = doing, now
+        if self._part:
+            self.parts[self._part] += now - self._since
+        self._part, self._since = part, now
 
 
-def measure_steps(recipe: Recipe, mesh: Mesh, run_dir: RunDir, count: int) -> Steps:
-    """Train on random tokens: a few steps to warm up, `count` that are timed, one that is profiled.
+def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
+    """Train on random tokens: a few steps to warm up, `count` that are timed, as many whose parts are, and one that is
+    profiled.
 
-    Every rank of the world must call it; all get the same answer.
+    The parts have steps of their own: on a GPU their clock waits for the device, which hides no launch behind work as
+    training does. Every rank of the world must call it; all get the same answer.
     """
-    device, rank = mesh.device, dist.get_rank()
-    clock = _Clock(run_dir.root / f"beat-{rank}", rank, device)
-    trainer = Trainer(recipe, mesh, run_dir, NeverStopped(), clock)
-    batch = random_batch(recipe, mesh.topology.dp, trainer.pipeline.reads_data)
+    device = mesh.device
+    step = TrainStep(recipe, mesh)
+    batch = random_batch(recipe, mesh.topology.dp, step.pipeline.reads_data)
     for _ in range(WARM_UP):
-        trainer.train_step(batch)
-    clock.stop()
-    clock.parts.clear()
-    seconds = []
+        step.run(batch)
+    seconds = [_time(step, batch) for _ in range(count)]
+    clock = _Clock(device)
+    step.mark = clock.mark
     for _ in range(count):
         dist.barrier()
-        start = time.perf_counter()
-        trainer.train_step(batch)
-        clock.stop()
-        seconds.append(time.perf_counter() - start)
+        step.run(batch)
+        clock.mark(0, "")
+    step.mark = lambda number, part: None
     parts = {name: total / count for name, total in clock.parts.items()}
-    mine = (seconds, parts, _kernels(trainer, batch), peak_memory(device))
+    mine = (seconds, parts, _kernels(step, batch), peak_memory(device))
     ranks = [mine] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     times, by_part, by_kernel, memory = zip(*ranks, strict=True)
-    return Steps([max(step) for step in zip(*times, strict=True)], _mean(by_part), _mean(by_kernel), max(memory))
+    return Steps([max(rank) for rank in zip(*times, strict=True)], _mean(by_part), _mean(by_kernel), max(memory))
+
+
+def _time(step: TrainStep, batch: Batch) -> float:
+    """Seconds of one step, until this rank's device is idle again."""
+    dist.barrier()
+    start = time.perf_counter()
+    step.run(batch)
+    if step.mesh.device.type == "cuda":
+        torch.cuda.synchronize(step.mesh.device)
+    return time.perf_counter() - start
 
 
 def _mean(ranks: tuple[dict[str, float], ...]) -> dict[str, float]:
@@ -100,13 +100,13 @@ def _mean(ranks: tuple[dict[str, float], ...]) -> dict[str, float]:
     return {key: fmean(rank.get(key, 0.0) for rank in ranks) for key in keys}
 
 
-def _kernels(trainer: Trainer, batch: Batch) -> dict[str, float]:
+def _kernels(step: TrainStep, batch: Batch) -> dict[str, float]:
     """Seconds of a step in kernels, by kind."""
-    cuda = trainer.mesh.device.type == "cuda"
+    cuda = step.mesh.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-        trainer.train_step(batch)
+        step.run(batch)
         if cuda:
-            torch.cuda.synchronize(trainer.mesh.device)
+            torch.cuda.synchronize(step.mesh.device)
     kinds: defaultdict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
         if event.device_type.name == "CPU":  # an operation; on a GPU its kernels' time is counted with it

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,25 +34,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import tplaunch
-from tplaunch.arithmetic import parameter_count
 from tplaunch.checkpoint import store
+from tplaunch.checkpoint.fit import model_differences
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.model.build import Stage
-from tplaunch.observe.wandb import run_id
+from tplaunch.parallel.data_parallel import STORAGE_DTYPE
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import RunDir
-from tplaunch.train.faults import FaultInjector
-from tplaunch.train.optimizer import ShardedOptimizer
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Saved, SaveFailed
+from tplaunch.spec.parameters import parameter_count
 from tplaunch.units import format_bytes
 
 State = dict[str, Any]
-
-_SHAPE = (
-    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size"),
-    *("make_vocab_size_divisible_by", "norm", "activation", "position", "max_position", "qkv_bias", "linear_bias"),
-    *("qk_norm", "tie_embeddings"),
-)
 
 
 class CheckpointManager:
@@ -61,24 +54,29 @@ class CheckpointManager:
     Args:
         run_dir: the run's directory.
         recipe: the recipe.
-        stages: this rank's stages.
-        optimizer: this rank's optimizer.
-        faults: may make a save fail.
+        tensors: gives everything to store or fill, with its global name (`named_tensors`).
+        slots: names of the state tensors that the optimizer keeps for each parameter.
+        about: more facts for the manifest.
+        before_commit: called with the step when this rank's files are written; what it raises fails the save, like
+            an error in writing.
     """
 
     def __init__(
         self,
         run_dir: RunDir,
         recipe: Recipe,
-        stages: list[Stage],
-        optimizer: ShardedOptimizer,
-        faults: FaultInjector,
+        tensors: Callable[[], list[tuple[str, Tensor]]],
+        *,
+        slots: Sequence[str],
+        about: Mapping[str, Any] | None = None,
+        before_commit: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
-        self.stages = stages
-        self.optimizer = optimizer
-        self.faults = faults
+        self.tensors = tensors
+        self.slots = slots
+        self.about = about or {}
+        self.before_commit = before_commit
         self.rank = dist.get_rank()
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.root = run_dir.checkpoints
@@ -86,23 +84,8 @@ class CheckpointManager:
         self._stager = DefaultStager(_staging())
         self.saved_step: int | None = None  # of the newest complete save, or of what was loaded; rank 0 knows
         self._timings: dict[str, float] = {}
-        self._wandb_id = None
         if self.rank == 0:
             store.sweep(self.root)
-            if recipe.logging.wandb.mode != "disabled":
-                self._wandb_id = run_id(run_dir)
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Everything that DCP stores, with its global name; the tensors are the live ones.
-
-        A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
-        """
-        found: list[tuple[str, Tensor]] = []
-        for stage in self.stages:
-            for name, tensor in stage.module.named_parameters():
-                found.append((f"model.{stage.parameters[name].name}", tensor.detach()))
-        found += [(f"optimizer.{name}", tensor) for name, tensor in self.optimizer.state()]
-        return found
 
     def save(self, step: int, state: State, *, wait: bool = False) -> None:
         """Save; returns at once when the recipe says async.
@@ -146,7 +129,7 @@ class CheckpointManager:
             self._prepare(temporary)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                writer = _Writer(temporary, partial(self.faults.in_save, step))
+                writer = _Writer(temporary, partial(self.before_commit, step))
                 save(tensors, storage_writer=writer, process_group=self.group)
             for path in sorted(temporary.glob(f"__{self.rank}_*.distcp")):
                 files[path.name] = store.hash_file(path)
@@ -168,13 +151,20 @@ class CheckpointManager:
                 errors = [f"rank 0: {type(caught).__name__}: {caught}"]
             if errors:
                 shutil.rmtree(temporary, ignore_errors=True)
-                self.run_dir.append_event("checkpoint_failed", step=step, why=errors[0])
+                self.run_dir.append(SaveFailed(step, errors[0]))
             else:
                 seconds = time.perf_counter() - started
                 self._timings["checkpoint/save_s"] = seconds
-                self.run_dir.append_event("checkpoint", step=step, path=str(path), seconds=round(seconds, 3))
+                self.run_dir.append(Saved(step, str(path), round(seconds, 3)))
+                self._retire(step)
         if not errors:
             self.saved_step = step
+
+    def _retire(self, saved: int) -> None:
+        """Delete old checkpoints. One that cannot be deleted costs space, not the run: it is told, and stays."""
+        settings = self.recipe.checkpoint
+        for path, why in store.retire(self.root, saved=saved, keep=settings.keep, keep_every=settings.keep_every):
+            self.run_dir.append(CheckpointKept(str(path), why))
 
     def _prepare(self, temporary: Path) -> None:
         """Make the directory, when there is room for the checkpoint.
@@ -198,9 +188,8 @@ class CheckpointManager:
 
     def estimate_bytes(self) -> int:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
-        parameter = next(self.stages[0].module.parameters())  # all have one dtype
-        copies = 1 + len(self.optimizer.slots)
-        return parameter_count(self.recipe.model, padded=True) * copies * parameter.dtype.itemsize
+        size = STORAGE_DTYPE[self.recipe.training.precision].itemsize
+        return parameter_count(self.recipe.model, padded=True) * (1 + len(self.slots)) * size
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         files[".metadata"] = store.hash_file(temporary / ".metadata")
@@ -211,16 +200,13 @@ class CheckpointManager:
             "seq_len": self.recipe.training.seq_len,
             "precision": self.recipe.training.precision,
             "parameters": parameter_count(self.recipe.model),
-            "optimizer_state": list(self.optimizer.slots),
-            "wandb_id": self._wandb_id,
+            "optimizer_state": list(self.slots),
+            **self.about,
             "tplaunch": tplaunch.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        path = store.commit(temporary, store.Manifest(step, state, about, files))
-        settings = self.recipe.checkpoint
-        store.retire(self.root, saved=step, keep=settings.keep, keep_every=settings.keep_every)
-        return path
+        return store.commit(temporary, store.Manifest(step, state, about, files))
 
     def _check_fits(self, path: Path, about: dict[str, Any], *, weights_only: bool = False) -> None:
         """Refuse a checkpoint whose tensors are not those of this recipe.
@@ -228,13 +214,11 @@ class CheckpointManager:
         Raises:
             TplaunchError: names every value that differs.
         """
-        theirs, ours = about["model"], self.recipe.model.model_dump(mode="json")
         problems = [
-            Problem(f"{path} has {name}={theirs[name]}, the recipe {ours[name]}", key=f"model.{name}")
-            for name in _SHAPE
-            if theirs[name] != ours[name]
+            Problem(f"{path} has {key.removeprefix('model.')}={theirs}, the recipe {ours}", key=key)
+            for key, theirs, ours in model_differences(about["model"], self.recipe.model, weights_only=weights_only)
         ]
-        missing = set(self.optimizer.slots) - set(about["optimizer_state"])
+        missing = set(self.slots) - set(about["optimizer_state"])
         if missing and not weights_only:
             problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
         if problems:
@@ -270,7 +254,7 @@ class CheckpointManager:
                 return manifest.step, manifest.state
             found += problems
             if self.rank == 0:
-                self.run_dir.append_event("checkpoint_damaged", path=str(path), why=problems[0])
+                self.run_dir.append(CheckpointDamaged(str(path), problems[0]))
         if not candidates:
             return None
         fix = "name an older one with --resume PATH, or train in a new --run-dir"

@@ -10,7 +10,7 @@ from tplaunch.data.corpus import tokenizer_path
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Data, Model, Precision
-from tplaunch.rundir import RunDir
+from tplaunch.run.directory import RunDir
 
 
 @dataclass(frozen=True)

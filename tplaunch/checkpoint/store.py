@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.rundir import RunDir
+from tplaunch.files import sha256_file, sync_directory, write_atomic
+from tplaunch.run.directory import RunDir
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -94,16 +94,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and checksum of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        return FileEntry(file.tell(), digest.hexdigest())
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while piece := file.read(2**20):
-        digest.update(piece)
-    return digest
+    return FileEntry(path.stat().st_size, sha256_file(path))
 
 
 def damage(path: Path, manifest: Manifest, names: Sequence[str] | None = None, *, read_files: bool = True) -> list[str]:
@@ -154,24 +145,12 @@ def find_checkpoints(path: Path) -> list[Path]:
     return found
 
 
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest into a `.tmp` directory and give it its name; atomic.
 
     An older directory of the same step, which a run that resumed from before it writes again, is replaced.
     """
-    with (temporary / MANIFEST).open("w") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(temporary / MANIFEST, manifest.to_json())
     sync_directory(temporary)
     final = temporary.with_name(checkpoint_name(manifest.step))
     if final.exists():
@@ -186,28 +165,29 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list[Path]:
+def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list[tuple[Path, str]]:
     """Remove what is older than the `keep` newest checkpoints, but steps that are a multiple of `keep_every`.
 
-    Counted are those up to step `saved`, with a readable manifest: a damaged one, and a later one that this run did
-    not go on from (it may be damaged too), push out no good one.
+    Damaged checkpoints, and later ones that this run did not resume from, do not count towards `keep`.
 
     Args:
         saved: the step just saved; this checkpoint stays.
 
     Returns:
-        The removed directories.
+        Those that could not be removed, with why.
     """
-    kept, gone = 0, []
+    kept, left = 0, []
     for step, path in reversed(list_checkpoints(root)):
         if step > saved:
             continue
         if kept >= keep and (keep_every is None or step % keep_every):
-            shutil.rmtree(path)
-            gone.append(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                left.append((path, f"{type(error).__name__}: {error}"))
         elif _is_readable(path):
             kept += 1
-    return gone
+    return left
 
 
 def _is_readable(path: Path) -> bool:

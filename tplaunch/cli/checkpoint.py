@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tplaunch.checkpoint import store
+from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.units import format_bytes, format_count
@@ -31,7 +31,7 @@ def list_(path: PathArgument, as_json: JsonOption = False) -> None:
     """
     rows = [_row(checkpoint) for checkpoint in store.find_checkpoints(path)]
     if as_json:
-        typer.echo(json.dumps(rows))
+        echo_json(rows)
         return
     for row in rows:
         when = datetime.fromtimestamp(row["time"]).isoformat(" ", "seconds")
@@ -53,7 +53,7 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
     if as_json:
         files = {name: vars(file) for name, file in manifest.files.items()}
         report = {"path": str(checkpoint), "step": manifest.step, "bytes": size}
-        typer.echo(json.dumps({**report, "state": manifest.state, "about": manifest.about, "files": files}))
+        echo_json({**report, "state": manifest.state, "about": manifest.about, "files": files})
         return
     about = manifest.about
     facts = {
@@ -83,7 +83,7 @@ def verify(path: PathArgument, as_json: JsonOption = False) -> None:
         if not as_json:
             typer.echo("\n".join(damage) if damage else f"{checkpoint}: whole")
     if as_json:
-        typer.echo(json.dumps(reports))
+        echo_json(reports)
     if any(report["damage"] for report in reports):
         raise typer.Exit(int(Exit.FAILED))
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tplaunch.cli.common import echo_json
+from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Problem, TplaunchError
 
 app = typer.Typer(help="Make text into token files, and look into them.", no_args_is_help=True)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -40,7 +39,7 @@ def prepare(
 
     meta = build(inputs, output, choice[0], text_key)
     if as_json:
-        typer.echo(meta.model_dump_json())
+        echo_json(meta.model_dump(mode="json"))
     else:
         typer.echo(f"{output}: {meta.documents:,} documents, {meta.tokens:,} tokens, vocabulary {meta.vocab_size:,}")
         typer.echo(f"in a recipe: data: {{train: {output}, tokenizer: {output}.tokenizer.json}}")
@@ -61,7 +60,10 @@ def inspect(
     from tplaunch.data.inspect import describe
 
     report = describe(prefix, tokenizer)
-    typer.echo(json.dumps(report) if as_json else "\n".join(_lines(report)))
+    if as_json:
+        echo_json(report)
+    else:
+        typer.echo("\n".join(_lines(report)))
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

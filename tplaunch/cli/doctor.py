@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit
 
@@ -37,6 +37,6 @@ def doctor(
                 line.append(f"\n      fix: {finding.fix}")
             console.print(line, soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+        echo_json([dataclasses.asdict(finding) for finding in findings])
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(Exit.FAILED)

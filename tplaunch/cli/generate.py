@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 
 
@@ -51,7 +51,7 @@ def generate(
     }
     found = run_generate(check(origin, tp, pp), request)
     if as_json:
-        typer.echo(json.dumps([{"prompt": prompt, **result} for prompt, result in zip(prompts, found, strict=True)]))
+        echo_json([{"prompt": prompt, **result} for prompt, result in zip(prompts, found, strict=True)])
         return
     tokens, seconds = sum(len(result["tokens"]) for result in found), sum(result["seconds"] for result in found)
     typer.echo(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} a second", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,3 +13,15 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value, such as training.steps=20. May be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives; default: runs/NAME.")
+]
+ResumeOption = Annotated[
+    str, typer.Option("--resume", metavar="auto|none|PATH", help="Go on from the newest checkpoint, none, or this one.")
+]
+GpuOption = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU: a name of the table, or a .json file.")
+]
+RunsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN]...", help="Run directories, names under runs/, or jobs.")
+]

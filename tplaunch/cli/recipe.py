@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption, RecipeArgument, SetOption
 from tplaunch.errors import Exit, Problem, RecipeError, TplaunchError
 
 if TYPE_CHECKING:
-    from tplaunch.check import Checked
+    from tplaunch.check.recipe import Checked
     from tplaunch.recipe.load import LoadedRecipe
 
 app = typer.Typer(help="List, show, check and start recipes.", no_args_is_help=True)
@@ -28,16 +29,16 @@ def list_(as_json: JsonOption = False) -> None:
 
     Example: tplaunch recipe list
     """
-    from tplaunch.arithmetic import parameter_count
     from tplaunch.recipe.presets import PRESETS
     from tplaunch.recipe.schema import Model
     from tplaunch.recipe.shipped import shipped_recipes
+    from tplaunch.spec.parameters import parameter_count
     from tplaunch.units import format_count
 
     recipes = {name: _first_comment(path) for name, path in shipped_recipes().items()}
     presets = {name: parameter_count(Model.model_validate(fields)) for name, fields in PRESETS.items()}
     if as_json:
-        typer.echo(json.dumps({"recipes": recipes, "presets": presets}))
+        echo_json({"recipes": recipes, "presets": presets})
         return
     typer.echo("Recipes (tplaunch train NAME):")
     typer.echo(_columns(recipes.items()))
@@ -56,7 +57,7 @@ def show(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
     loaded = load_recipe(recipe, set_ or ())
     if as_json:
         values = loaded.recipe.model_dump(mode="json", by_alias=True)
-        typer.echo(json.dumps({"path": str(loaded.path), "recipe": values, "origins": loaded.origins}))
+        echo_json({"path": str(loaded.path), "recipe": values, "origins": loaded.origins})
     else:
         typer.echo(_annotated(loaded))
 
@@ -72,7 +73,7 @@ def check(
 
     Example: tplaunch recipe check recipes/quickstart.yaml
     """
-    from tplaunch.check import check_recipe
+    from tplaunch.check.recipe import check_recipe
     from tplaunch.recipe.load import load_recipe
 
     try:
@@ -80,12 +81,12 @@ def check(
     except RecipeError as error:
         if not as_json:
             raise
-        typer.echo(json.dumps({"ok": False, "problems": [dataclasses.asdict(problem) for problem in error.problems]}))
+        echo_json({"ok": False, "problems": [dataclasses.asdict(problem) for problem in error.problems]})
         raise typer.Exit(Exit.USAGE) from None
     report = _report(checked)
     if as_json:
         warnings = [dataclasses.asdict(problem) for problem in checked.warnings]
-        typer.echo(json.dumps({"ok": True, **report, "warnings": warnings}))
+        echo_json({"ok": True, **report, "warnings": warnings})
         return
     typer.echo(f"{checked.recipe.name}: ok")
     typer.echo(_columns((key.replace("_", " "), _text(value)) for key, value in report.items()))
@@ -101,7 +102,7 @@ def schema() -> None:
     """
     from tplaunch.recipe.explain import editor_json_schema
 
-    typer.echo(json.dumps(editor_json_schema(), indent=2))
+    echo_json(editor_json_schema())
 
 
 @app.command()
@@ -150,7 +151,7 @@ def _starter(name: str) -> str:
 
 def _report(checked: Checked) -> dict[str, Any]:
     """The figures of a checked recipe, in the order in which they are printed."""
-    from tplaunch.arithmetic import parameter_count
+    from tplaunch.spec.parameters import parameter_count
 
     topology, training = checked.topology, checked.recipe.training
     return {
@@ -158,7 +159,7 @@ def _report(checked: Checked) -> dict[str, Any]:
         **{axis: topology.size(axis) for axis in ("tp", "pp", "dp")},
         "nodes": topology.nodes,
         "gpus_per_node": topology.ranks_per_node,
-        "stage_layers": checked.stage_layers,
+        "stage_layers": checked.recipe.topology.stage_layers,
         "microbatches": training.global_batch_size // (topology.dp * training.micro_batch_size),
         "parameters": parameter_count(checked.recipe.model),
         "tokens": training.steps * training.global_batch_size * training.seq_len,
@@ -170,10 +171,10 @@ def _text(value: Any) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    """What a recipe says of itself in its first line."""
-    with path.open(encoding="utf-8") as file:
-        line = file.readline().strip()
-    return line.lstrip("# ") if line.startswith("#") else ""
+    """What a recipe says of itself: the first sentence of the comment that it begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ").rstrip() for line in lines)
+    return re.split(r"(?<=[.;])(?<!et al\.)\s", text, maxsplit=1)[0]
 
 
 def _columns(rows: Iterable[tuple[str, str]]) -> str:

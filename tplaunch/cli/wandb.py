@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.rundir import RunDir
 
 app = typer.Typer(help="Send offline Weights & Biases runs.", no_args_is_help=True)
 
@@ -22,15 +21,16 @@ def _group() -> None:
 
 @app.command()
 def sync(
-    run_dir: Annotated[Path | None, typer.Argument(help="A run directory; default: all in runs/.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Argument(help="A run directory, or a folder of some; default: runs/.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> None:
     """Send the offline W&B runs that have not been sent yet, oldest first. Stops at the first that fails.
 
     Example: tplaunch wandb sync runs/quickstart
     """
-    places = [run_dir] if run_dir is not None else sorted(Path("runs").glob("*"))
-    waiting = waiting_runs(places)
+    waiting = waiting_runs(run_dir or Path("runs"))
     if not waiting:
         typer.echo(f"nothing to send in {run_dir or 'runs/'}")
         return
@@ -46,9 +46,13 @@ def sync(
             raise TplaunchError(Problem(f"{path} was not sent", fix=fix), code=Exit.FAILED)
 
 
-def waiting_runs(run_dirs: list[Path]) -> list[Path]:
-    """Offline W&B runs in run directories that have not been sent, oldest first: `offline-run-<time>-<id>`."""
-    found = [path for place in run_dirs for path in RunDir(place).wandb.glob("offline-run-*")]
+def waiting_runs(place: Path) -> list[Path]:
+    """Offline W&B runs that have not been sent, oldest first: `offline-run-<time>-<id>`.
+
+    Args:
+        place: a run directory, a sweep, or a folder of both.
+    """
+    found = [path for depth in ("", "*/", "*/*/") for path in place.glob(f"{depth}wandb/offline-run-*")]
     return sorted((path for path in found if not _is_sent(path)), key=lambda path: path.name)
 
 

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tplaunch.data.cache import file_sha256, locked, write_atomic
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
 from tplaunch.data.endings import is_raw
@@ -20,6 +19,7 @@ from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.files import locked, sha256_file, write_atomic
 
 FORMAT = 1  # raise it when the same text would give other files, or other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
@@ -113,7 +113,7 @@ def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path
 def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress) -> Meta:
     """Write the corpus, with the tokenizer that lies beside it already. The caller owns the output."""
     tokenizer = Tokenizer(tokenizer_path(output))
-    sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path)) for path in inputs]
+    sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path)) for path in inputs]
     size = sum(source.bytes for source in sources)
     journal = _Journal(output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key])
     done, written = journal.read()
@@ -143,8 +143,8 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             documents=total.documents,
             tokens=total.tokens,
             sources=sources,
-            bin_sha256=file_sha256(bin_file),
-            idx_sha256=file_sha256(idx_file),
+            bin_sha256=sha256_file(bin_file),
+            idx_sha256=sha256_file(idx_file),
         )
         write_atomic(meta_path(output), meta.model_dump_json(indent=1) + "\n")
         journal.remove()  # from here on there is nothing to go on with: the files are moved away

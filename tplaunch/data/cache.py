@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.files import write_atomic
 
 
 def default_cache() -> Path:
@@ -39,40 +38,6 @@ def subdirectory(cache: Path, name: str) -> Path:
     return path
 
 
-@contextmanager
-def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which exists only meanwhile; the lock ends with its holder's process.
-
-    Args:
-        path: the lock file.
-        waiting: called once when another process holds the lock.
-    """
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before may have removed the file that we opened; then the lock guards nothing.
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file by `text`, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def remembered(cache: Path, name: str, files: Sequence[Path], compute: Callable[[], Any]) -> Any:
     """The JSON value of `compute()`, a function of the contents of `files`; computed again when they change.
 
@@ -89,12 +54,3 @@ def remembered(cache: Path, name: str, files: Sequence[Path], compute: Callable[
     value = compute()
     write_atomic(record, json.dumps({"identity": identity, "value": value}))
     return value
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

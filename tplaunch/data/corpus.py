@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tplaunch.data.cache import file_sha256, remembered
+from tplaunch.data.cache import remembered
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.files import sha256_file
 
 
 def meta_path(prefix: Path) -> Path:
@@ -94,7 +95,7 @@ def verify_corpus(prefix: Path, cache: Path, progress: Progress) -> tuple[Indexe
     def check() -> int:
         corpus.verify()
         for path, checksum in checksums.items():
-            if file_sha256(path) != checksum:
+            if sha256_file(path) != checksum:
                 raise TplaunchError(
                     Problem(
                         f"{path}: its sha256 is not the one in {meta_path(prefix).name}",

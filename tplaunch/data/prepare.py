@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
-from tplaunch.data.cache import default_cache, file_sha256, remembered, subdirectory, write_atomic
+from tplaunch.data.cache import default_cache, remembered, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import is_raw
@@ -20,6 +20,7 @@ from tplaunch.data.order import quotas
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
+from tplaunch.files import sha256_file, write_atomic
 from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
 
 
@@ -179,7 +180,7 @@ class _Preparation:
             self.problems.append(Problem(str(error), fix="raise it, or leave the corpus out", key=f"data.{split}"))
 
     def _sha256(self, path: Path) -> str:
-        return remembered(self.cache, "sha256", [path], lambda: file_sha256(path))
+        return remembered(self.cache, "sha256", [path], lambda: sha256_file(path))
 
     @contextmanager
     def _problems_at(self, key: str) -> Iterator[None]:

@@ -20,14 +20,14 @@ class Decoder:
     Args:
         stage: from `load_stage`.
         mesh: the mesh, without sequence parallelism.
-        most: tokens of the sequence, prompt and all.
+        max_tokens: tokens of the sequence, prompt and all.
     """
 
-    def __init__(self, stage: TransformerStage, mesh: Mesh, most: int) -> None:
+    def __init__(self, stage: TransformerStage, mesh: Mesh, max_tokens: int) -> None:
         self.stage = stage
         self.mesh = mesh
         self.length = 0
-        self._caches = [KeyValueCache(most) for _ in stage.layers]
+        self._caches = [KeyValueCache(max_tokens) for _ in stage.layers]
         self._weight = next(stage.parameters())
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ def generate(
     mesh: Mesh,
     prompt: Sequence[int],
     *,
-    most: int,
+    max_tokens: int,
     sampling: Sampling,
     seed: int,
     end: int | None,
@@ -80,16 +80,16 @@ def generate(
 
     Args:
         prompt: at least one token.
-        most: tokens to make.
+        max_tokens: tokens to make.
         sampling: how each is chosen.
         seed: of the choice.
         end: the token after which there are no more.
     """
-    decoder = Decoder(stage, mesh, len(prompt) + most)
+    decoder = Decoder(stage, mesh, len(prompt) + max_tokens)
     random = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([prompt])
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
-    for _ in range(most):
+    for _ in range(max_tokens):
         logits = decoder.logits(tokens)
         if logits is not None:
             chosen.fill_(pick(logits, sampling, random))

@@ -1,4 +1,4 @@
-"""A checkpoint's weights in the stage of one rank, in the compute type, without FSDP2: nothing is trained."""
+"""A checkpoint's weights in the stage of one rank, in the compute dtype, without FSDP2: nothing is trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tplaunch.arithmetic import stage_layers
 from tplaunch.model.build import outline
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
-from tplaunch.topology import layer_ranges
+from tplaunch.spec.stages import stage_ranges
 
 
 def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> TransformerStage:
@@ -24,7 +23,7 @@ def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> 
         recipe: with one stage on each pipeline rank.
         positions: the most tokens that a sequence will have.
     """
-    ranges, rank = layer_ranges(stage_layers(recipe)), mesh.coordinates.pp
+    ranges, rank = stage_ranges(recipe), mesh.coordinates.pp
     dtype = COMPUTE_DTYPE[recipe.training.precision]
     first, last = rank == 0, rank == len(ranges) - 1
     module, parameters = outline(recipe, mesh, ranges[rank], dtype, first=first, last=last)

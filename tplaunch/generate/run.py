@@ -1,26 +1,18 @@
-"""Starts a generation on this machine: torchrun on a folder that is gone afterwards. Imports no torch."""
+"""Starts a generation on this machine. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tplaunch.check import Checked, check_recipe
+from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.checkpoint.origin import Origin
 from tplaunch.data.tokenizer import Tokenizer
-from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.launch.machine import count_gpus
-from tplaunch.launch.prepare import write_recipe
-from tplaunch.launch.torchrun import torchrun_argv, torchrun_environment
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.launch.helper import run_module
+from tplaunch.machine import count_gpus
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import RunDir
 
 
 def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -79,18 +71,5 @@ def run_generate(checked: Checked, request: dict[str, Any]) -> list[dict[str, An
     Raises:
         TplaunchError: a rank failed; what it said is on stderr.
     """
-    ranks = checked.topology.world_size
-    with tempfile.TemporaryDirectory(prefix="tplaunch-generate-") as name:
-        folder = Path(name)
-        write_recipe(checked, RunDir(folder))
-        (folder / "request.json").write_text(json.dumps(request))
-        environment = torchrun_environment(ranks, attempt=1, resume="none", grace_s=5, one_node=True)
-        argv = torchrun_argv(folder, ranks, module="tplaunch.generate.worker")
-        # Kept from the terminal unless it is needed: warnings of torchrun.
-        done = subprocess.run(argv, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            sys.stderr.write(done.stderr)
-            why = "a rank ended with an error, which is shown above"
-            raise TplaunchError(Problem("the generation failed", why=why), code=Exit.FAILED)
-        found: list[dict[str, Any]] = json.loads((folder / "result.json").read_text())
-        return found
+    found: list[dict[str, Any]] = run_module("tplaunch.generate.worker", checked, request, task="the generation")
+    return found

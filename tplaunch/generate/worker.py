@@ -1,29 +1,24 @@
 """What torchrun starts on every rank of a generation: `python -m tplaunch.generate.worker FOLDER`.
 
-Reads recipe.yaml and request.json in FOLDER; rank 0 prints the text as it comes, and writes result.json.
+Rank 0 prints the text as it comes, and answers with it (`launch.helper`).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.generate.decode import generate
 from tplaunch.generate.load import load_stage
 from tplaunch.generate.sample import Sampling
-from tplaunch.launch.orphans import die_with_parent
-from tplaunch.parallel.mesh import Mesh, init_process_group, local_device
-from tplaunch.recipe.load import load_recipe
-from tplaunch.rundir import RunDir
-from tplaunch.worker import topology_of
+from tplaunch.generate.stream import TextStream
+from tplaunch.model.transformer import TransformerStage
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.rank import helper_rank
 
 
 @dataclass(frozen=True)
@@ -51,56 +46,44 @@ class Request:
     show: bool
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     """One rank, from start to end."""
-    die_with_parent()
-    request = Request(**json.loads((folder / "request.json").read_text()))
-    recipe = load_recipe(RunDir(folder).recipe).recipe
-    device = local_device(int(os.environ["LOCAL_RANK"]))
-    init_process_group(device, recipe.launch.first_step_timeout)
-    mesh = Mesh.from_recipe(recipe, topology_of(recipe), device)
-    positions = max(map(len, request.prompts)) + request.max_tokens
-    stage = load_stage(recipe, mesh, Path(request.checkpoint), positions)
-    tokenizer = Tokenizer(request.tokenizer)
+    with helper_rank(folder) as rank:
+        request = Request(**rank.request)
+        mesh = Mesh.of(rank.recipe, rank.device)
+        positions = max(map(len, request.prompts)) + request.max_tokens
+        stage = load_stage(rank.recipe, mesh, Path(request.checkpoint), positions)
+        tokenizer = Tokenizer(request.tokenizer)
+        rank.answer([_continue(stage, mesh, tokenizer, prompt, request, show=rank.main) for prompt in request.prompts])
+
+
+def _continue(
+    stage: TransformerStage, mesh: Mesh, tokenizer: Tokenizer, prompt: list[int], request: Request, *, show: bool
+) -> dict[str, Any]:
+    """Continue one prompt; its text is printed as it comes where it is to be shown."""
+    began = time.perf_counter()
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
-    main_rank, results = dist.get_rank() == 0, []
-    for prompt in request.prompts:
-        began, made = time.perf_counter(), list[int]()
-        tokens = generate(
-            stage,
-            mesh,
-            prompt,
-            most=request.max_tokens,
-            sampling=sampling,
-            seed=request.seed,
-            end=tokenizer.eod,
-        )
-        for piece in _texts(tokenizer, prompt, tokens, made):
-            if main_rank and request.show:
-                print(piece, end="", flush=True)
-        if main_rank and request.show:
-            print(flush=True)
-        text = tokenizer.decode(made)
-        results.append({"tokens": made, "text": text, "seconds": round(time.perf_counter() - began, 3)})
-    if main_rank:
-        (folder / "result.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _texts(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int], made: list[int]) -> Iterator[str]:
-    """The prompt's text, then what each token adds; a character that is not whole yet waits for its other bytes."""
-    shown = tokenizer.decode(prompt)
-    yield shown
-    text = shown
+    tokens = generate(
+        stage,
+        mesh,
+        prompt,
+        max_tokens=request.max_tokens,
+        sampling=sampling,
+        seed=request.seed,
+        end=tokenizer.eod,
+    )
+    stream = TextStream(tokenizer, prompt) if show and request.show else None
+    if stream is not None:
+        print(stream.shown, end="", flush=True)
+    made = []
     for token in tokens:
         made.append(token)
-        text = tokenizer.decode([*prompt, *made])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
-    yield text[len(shown) :]
+        if stream is not None:
+            print(stream.add(token), end="", flush=True)
+    if stream is not None:
+        print(stream.rest(), flush=True)
+    return {"tokens": made, "text": tokenizer.decode(made), "seconds": round(time.perf_counter() - began, 3)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

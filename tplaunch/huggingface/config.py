@@ -191,7 +191,8 @@ def _refused(config: Config, allowed: dict[str, tuple[Any, ...]]) -> Iterable[st
     for key, values in allowed.items():
         if config.get(key) not in values:
             expected = " or ".join(str(value) for value in values if value is not None) or "absent"
-            yield f"{key} is {json.dumps(config[key])}, and must be {expected}"
+            found = json.dumps(config[key]) if key in config else "absent"
+            yield f"{key} is {found}, and must be {expected}"
 
 
 def _rope(config: Config) -> Config:
@@ -253,7 +254,7 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
     }
     allowed = {
         **_ANY_FAMILY,
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "activation_function": (None, "gelu_new", "gelu_pytorch_tanh"),  # gelu_new is its default
         "scale_attn_weights": (None, True),
         "scale_attn_by_inverse_layer_idx": (None, False),
     }

@@ -21,15 +21,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import tplaunch
-from tplaunch.arithmetic import Parameter, parameter_count
 from tplaunch.checkpoint import store
+from tplaunch.checkpoint.state import TrainingProgress
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.huggingface.config import Read, read_config
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
-from tplaunch.train.trainer import Progress as TrainingProgress
+from tplaunch.spec.parameters import Parameter, parameter_count
 
 _INDEX = "model.safetensors.index.json"
 # What old files have beside the weights: masks, rotary tables, a tied matrix said twice.

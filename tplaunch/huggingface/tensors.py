@@ -6,9 +6,9 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.arithmetic import Parameter, parameter_shapes
 from tplaunch.huggingface.config import GPT2, Family
 from tplaunch.recipe.schema import Model
+from tplaunch.spec.parameters import Parameter, parameter_shapes
 
 
 class HfTensor(NamedTuple):

@@ -1,44 +1,38 @@
-"""How a run goes, drawn from the files of its run directory: on a terminal live, elsewhere a line a record."""
+"""Shows the progress of a run from the files of its run directory: on a terminal live, elsewhere a line a record."""
 
 from __future__ import annotations
 
+import shlex
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tplaunch.arithmetic import parameter_count
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.store import list_checkpoints
-from tplaunch.rundir import Record, RunDir, parse_lines
+from tplaunch.files import Record, Tail, parse_lines
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import (
+    CheckpointDamaged,
+    CheckpointKept,
+    Event,
+    LossSpiked,
+    Resumed,
+    RolledBack,
+    Saved,
+    SaveFailed,
+    Skipped,
+    Started,
+    Straggled,
+    WandbOpened,
+    parse_event,
+)
 from tplaunch.units import format_count, format_duration
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-    from tplaunch.check import Checked
-
 REDRAW_S = 0.25
-
-
-class Tail:
-    """Reads what has been added to a file of JSON lines; one that was replaced is read from its start."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.inode = 0
-        self.offset = 0
-
-    def read(self) -> list[Record]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            inode = self.path.stat().st_ino
-            if inode != self.inode:
-                self.inode, self.offset = inode, 0
-            file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return parse_lines(whole)
 
 
 class RunView:
@@ -51,7 +45,6 @@ class RunView:
     """
 
     def __init__(self, checked: Checked, run_dir: RunDir, console: Console) -> None:
-        from rich.live import Live
 
         self.checked, self.run_dir, self.console = checked, run_dir, console
         self.metrics, self.events = Tail(run_dir.metrics), Tail(run_dir.events)
@@ -68,7 +61,7 @@ class RunView:
             self.live = Live(console=console, auto_refresh=False)
             self.live.start()
         else:
-            self.say(f"{checked.recipe.name}: {describe(checked)}")
+            self.say(f"{checked.recipe.name}: {checked.describe()}")
             self.say(self.phase)
 
     def say(self, text: str) -> None:
@@ -77,9 +70,10 @@ class RunView:
 
     def update(self) -> None:
         """Reads what is new and shows it."""
-        for event in self.events.read():
-            self._event(event)
-        for record in self.metrics.read():
+        for line in parse_lines(self.events.read(whole_lines=True)):
+            if event := parse_event(line):
+                self._event(event)
+        for record in parse_lines(self.metrics.read(whole_lines=True)):
             # By time, not by step: a resumed run writes its old records anew, and trains some steps again.
             if record["time"] > self.shown_until:
                 self._record(record)
@@ -94,31 +88,13 @@ class RunView:
         if self.live:
             self.live.stop()
 
-    def _event(self, event: Record) -> None:
-        name, step = event["event"], event.get("step")
-        if name == "resume":
-            self.say(f"resumed after step {step}")
-        elif name == "checkpoint":
-            self.checkpoint = step
-            if not self.live:
-                self.say(f"checkpoint of step {step}")
-        elif name == "checkpoint_failed":
-            self.say(f"checkpoint of step {step} failed, training goes on: {event['why']}")
-        elif name == "checkpoint_damaged":
-            self.say(f"checkpoint {event['path']} is damaged and left out: {event['why']}")
-        elif name == "skipped":
-            self.say(f"step {step} skipped: the loss or a gradient is not finite")
-        elif name == "loss_spike":
-            loss, median = _number(event["loss"]), _number(event["median"])
-            self.say(f"loss {loss} at step {step} is a spike: the median before it is {median}")
-        elif name == "rollback":
-            self.say(f"back to the state of step {event['checkpoint']} after step {step}; its data are skipped")
-        elif name == "straggler":
-            self.say(f"rank {event['rank']} (node {event['node']}) holds the others up: {event['ratio']} x the median")
-        elif name == "wandb" and "problem" in event:
-            self.say(f"W&B is {event['mode']}: {event['problem']}")
-        if name in ("start", "resume"):
+    def _event(self, event: Event) -> None:
+        if isinstance(event, Saved):
+            self.checkpoint = event.step
+        if isinstance(event, (Started, Resumed)):
             self.phase = "running the first step"
+        if (text := _in_words(event)) and not (self.live and isinstance(event, Saved)):
+            self.say(text)
 
     def _record(self, record: Record) -> None:
         self.shown_until = record["time"]
@@ -141,12 +117,8 @@ class RunView:
         return [f"{format_duration(steps * seconds_per_step)} left"] if steps > 0 else []
 
     def _picture(self) -> RenderableType:
-        from rich.console import Group
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
 
-        panel = Panel(describe(self.checked), title=self.checked.recipe.name, title_align="left", expand=False)
+        panel = Panel(self.checked.describe(), title=self.checked.recipe.name, title_align="left", expand=False)
         if not self.last:
             return Group(panel, f"{self.phase} ({format_duration(time.time() - self.started)})")
         bar = Table.grid(padding=(0, 2))
@@ -165,22 +137,36 @@ class RunView:
         return Group(panel, bar, "  ".join(figures))
 
 
-def describe(checked: Checked) -> str:
-    """Topology, model and batch in words."""
-    recipe, topology = checked.recipe, checked.topology
-    training, layout = recipe.training, recipe.topology
-    where = f" on {topology.nodes} nodes" if topology.nodes > 1 else ""
-    split = f", layers {'+'.join(map(str, checked.stage_layers))} by {layout.schedule}" if topology.pp > 1 else ""
-    return (
-        f"tp {topology.tp} x pp {topology.pp} x dp {topology.dp} = {topology.world_size} ranks{where}{split}; "
-        f"{format_count(parameter_count(recipe.model))} parameters in {training.precision}; "
-        f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
-    )
+def _in_words(event: Event) -> str:
+    """What a launch says of an event; "" of those that need no word."""
+    match event:
+        case Resumed(step=step):
+            return f"resumed after step {step}"
+        case Saved(step=step):
+            return f"checkpoint of step {step}"
+        case SaveFailed(step=step, why=why):
+            return f"checkpoint of step {step} failed, training goes on: {why}"
+        case CheckpointKept(path=path, why=why):
+            return f"old checkpoint {path} could not be deleted and stays: {why}"
+        case CheckpointDamaged(path=path, why=why):
+            return f"checkpoint {path} is damaged and left out: {why}"
+        case Skipped(step=step):
+            return f"step {step} skipped: the loss or a gradient is not finite"
+        case LossSpiked(step=step, loss=loss, median=median):
+            return f"loss {_number(loss)} at step {step} is a spike: the median before it is {_number(median)}"
+        case RolledBack(step=step, checkpoint=checkpoint):
+            return f"back to the state of step {checkpoint} after step {step}; its data are skipped"
+        case Straggled(rank=rank, node=node, ratio=ratio):
+            return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
+        case WandbOpened(mode=mode, problem=str(problem)):
+            return f"W&B is {mode}: {problem}"
+    return ""
 
 
 def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
     """What a finished or stopped launch leaves: figures, where they are, how to watch them, what to try next."""
     last = {key: value for record in run_dir.read_metrics() for key, value in record.items()}
+    root, wandb = (shlex.quote(str(path)) for path in (run_dir.root, run_dir.wandb))
     lines = [("run", str(run_dir.root))]
     if last:
         lines += [("step", str(last["step"])), ("loss", _number(last["loss"]))]
@@ -188,12 +174,12 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
         lines += [("validation", _number(last["validation/loss"]))]
     lines += [("time", format_duration(seconds))]
     if any(run_dir.wandb.glob("*run-*-*")):
-        lines += [("watch", f"wandb leet {run_dir.wandb}")]
+        lines += [("watch", f"wandb leet {wandb}")]
     if any(run_dir.wandb.glob("offline-run-*")):
-        lines += [("upload", f"wandb sync {run_dir.wandb}/offline-run-*")]
+        lines += [("upload", f"wandb sync {wandb}/offline-run-*")]
     if list_checkpoints(run_dir.checkpoints):
-        lines += [("generate", f'tplaunch generate {run_dir.root} -p "..."')]
-        lines += [("export", f"tplaunch export {run_dir.root} FOLDER, for transformers, vLLM and others")]
+        lines += [("generate", f'tplaunch generate {root} -p "..."')]
+        lines += [("export", f"tplaunch export {root} FOLDER, for transformers, vLLM and others")]
     lines += [
         ("next", "the same command with --set training.steps=N trains on"),
         ("", "and with --set topology.tp=N goes on from the same checkpoint on another topology"),

@@ -1,4 +1,4 @@
-"""Why a launch failed: the one rank that failed first, told apart from those that its end took along."""
+"""Finds the root cause of a failed launch: the rank that failed first, not the peers that failed because of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tplaunch.observe.flight import NCCL_PREFIX
-from tplaunch.observe.heartbeat import Beat, read_beats
-from tplaunch.rundir import RunDir
-from tplaunch.topology import Topology
+from tplaunch.run.directory import RunDir
+from tplaunch.run.flight import NCCL_PREFIX
+from tplaunch.run.heartbeat import Beat, read_beats
+from tplaunch.spec.topology import Topology
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,7 +185,7 @@ def _tail(text: str) -> str:
 
 
 def print_cause(console: Console, cause: Cause, topology: Topology, next_step: str) -> None:
-    """Shows a cause: a panel on a terminal, the same text elsewhere, where boxes and line breaks hinder search.
+    """Show a cause: a panel on a terminal, the same text elsewhere, where boxes and line breaks hinder search.
 
     Args:
         next_step: what the user can do now.

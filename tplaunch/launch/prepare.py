@@ -1,14 +1,17 @@
-"""What stands between a checked recipe and its launch: the run directory, what is in it already, and the data."""
+"""Steps between checking a recipe and launching it: run directory, resume check, data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tplaunch.check import Checked
+from tplaunch.check.recipe import Checked
+from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.errors import Problem, RecipeError
+from tplaunch.files import write_atomic
 from tplaunch.recipe.load import dump_recipe, load_recipe
-from tplaunch.recipe.schema import Model, Recipe
-from tplaunch.rundir import RunDir
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
 
 
 def run_dir_of(recipe: Recipe, given: Path | None) -> RunDir:
@@ -16,13 +19,13 @@ def run_dir_of(recipe: Recipe, given: Path | None) -> RunDir:
     return RunDir(given or Path("runs") / recipe.name)
 
 
-def steps_done(run_dir: RunDir) -> int:
-    """The step at which the run was done last; 0: never."""
-    return max((event["step"] for event in run_dir.read_events() if event["event"] == "done"), default=0)
+def absolute_resume(resume: str) -> str:
+    """What to resume from, independent of the working directory."""
+    return resume if resume in ("auto", "none") else str(Path(resume).absolute())
 
 
 def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
-    """Refuses to go on where the run directory and the recipe do not belong together.
+    """Refuse to go on where the run directory and the recipe do not belong together.
 
     Topology, steps, schedule, logging and so on may change between launches of one run; the model may not.
 
@@ -33,8 +36,6 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         RecipeError: the model differs from that of the checkpoints; `none` would mix two runs in one directory;
             no such checkpoint.
     """
-    from tplaunch.checkpoint.store import list_checkpoints
-
     elsewhere = "train in a new directory: --run-dir DIR"
     saved = list_checkpoints(run_dir.checkpoints)
     if resume == "none" and (saved or run_dir.read_metrics()):
@@ -45,18 +46,12 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         raise RecipeError(Problem(f"there is no checkpoint {resume}", fix="--resume auto takes the newest of the run"))
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe.model
-        changed = _differences(stored, checked.recipe.model)
+        changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
         why = f"the checkpoints in {run_dir.root} are of another model"
         if changed:
             raise RecipeError(
                 *(Problem(f"is {new}, was {old}", why, f"{old}, or {elsewhere}", key=key) for key, old, new in changed)
             )
-
-
-def _differences(stored: Model, asked: Model) -> list[tuple[str, object, object]]:
-    """(key, stored value, asked value) of the fields that differ; a preset is only a name for values."""
-    old, new = stored.model_dump(exclude={"preset"}), asked.model_dump(exclude={"preset"})
-    return [(f"model.{key}", old[key], new[key]) for key in old if old[key] != new[key]]
 
 
 def prepare_data(checked: Checked) -> Checked:
@@ -71,7 +66,5 @@ def prepare_data(checked: Checked) -> Checked:
 
 
 def write_recipe(checked: Checked, run_dir: RunDir) -> None:
-    """Writes the resolved recipe into the run directory, for the workers. The caller holds the directory."""
-    temporary = run_dir.recipe.with_suffix(".tmp")
-    temporary.write_text(dump_recipe(checked.recipe))
-    temporary.replace(run_dir.recipe)
+    """Write the resolved recipe into the run directory, for the workers. The caller holds the directory."""
+    write_atomic(run_dir.recipe, dump_recipe(checked.recipe))

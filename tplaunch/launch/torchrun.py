@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tplaunch.launch.machine import count_cores
+from tplaunch.check.recipe import Checked
+from tplaunch.machine import count_cores
+from tplaunch.run.directory import RunDir
 
 WORKER = "tplaunch.worker"
+RENDEZVOUS_PORT = 29400  # torchrun's default
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,23 @@ def shell_line(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     """A command and its environment as one line for a POSIX shell, ready to paste."""
     assignments = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     return " ".join([*assignments, shlex.join(argv)])
+
+
+def pasteable(checked: Checked, run_dir: RunDir, resume: str, attempt: int) -> str:
+    """One attempt for a shell: the topology as a comment, and the torchrun line, the same on every node."""
+    topology, launch = checked.topology, checked.recipe.launch
+    one_node = topology.nodes == 1
+    rendezvous = Rendezvous(
+        topology.nodes, f"{os.uname().nodename}:{RENDEZVOUS_PORT}", f"{checked.recipe.name}-{attempt}"
+    )
+    argv = torchrun_argv(
+        run_dir.root.absolute(),
+        topology.ranks_per_node,
+        rendezvous=None if one_node else rendezvous,
+        max_restarts=launch.max_restarts,
+    )
+    environment = torchrun_environment(
+        topology.ranks_per_node, attempt=attempt, resume=resume, grace_s=launch.slurm.grace, one_node=one_node
+    )
+    where = "" if one_node else f"\n# the same line on each of the {topology.nodes} nodes"
+    return f"# {checked.recipe.name}: {checked.describe()}{where}\n{shell_line(argv, environment)}"

@@ -3,18 +3,21 @@ no rank ever holds more than one whole block beyond its own shards."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from tplaunch.arithmetic import Parameter, first_parameters, stage_layers, stage_parameters
 from tplaunch.model.init import initialize
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.data_parallel import STORAGE_DTYPE, shard
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
-from tplaunch.topology import layer_ranges, stages_of
+from tplaunch.spec.parameters import Parameter, first_parameters, stage_parameters
+from tplaunch.spec.schedules import stages_of
+from tplaunch.spec.stages import stage_ranges
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Stage:
 
 def build_stages(recipe: Recipe, mesh: Mesh) -> list[Stage]:
     """Build this rank's stages, initialised and sharded."""
-    knobs = recipe.topology
-    ranges = layer_ranges(stage_layers(recipe))
-    mine = stages_of(mesh.coordinates.pp, knobs.pp, knobs.virtual_stages, knobs.schedule)
+    parallelism = recipe.topology
+    ranges = stage_ranges(recipe)
+    mine = stages_of(mesh.coordinates.pp, parallelism.pp, parallelism.virtual_stages, parallelism.schedule)
     return [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
 
 
@@ -46,12 +49,13 @@ def outline(
 ) -> tuple[TransformerStage, dict[str, Parameter]]:
     """A stage on the meta device, and what it holds (see `Stage.parameters`)."""
     model = recipe.model
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"), default_dtype(dtype):
         module = TransformerStage(model, recipe.training, layers, first=first, last=last, mesh=mesh)
     parameters = {p.name: p for p in stage_parameters(model, layers, first=first, last=last)}
     if module.tied_copy:
         parameters["output.weight"] = first_parameters(model)[0]
         del parameters["embedding.weight"]
+    assert parameters.keys() == dict(module.named_parameters()).keys(), "spec.parameters and model.block disagree"
     return module, parameters
 
 
@@ -81,15 +85,12 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
     return Stage(index, module, parameters)
 
 
-class _default_dtype:
-    """torch's default dtype within a `with` block."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __enter__(self) -> None:
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors of this dtype within a `with` block, where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

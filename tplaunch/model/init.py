@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from tplaunch.arithmetic import Parameter
 from tplaunch.recipe.schema import Model
+from tplaunch.spec.parameters import Parameter
 
 _BLOCK_ROWS_BYTES = 64 * 2**20  # a tensor is drawn in runs of rows of about this size, each with its own generator
 

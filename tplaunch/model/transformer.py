@@ -64,7 +64,7 @@ class TransformerStage(nn.Module):
     """Some consecutive layers of the model.
 
     Parameter names are global (`layers.17.attention.wq.weight`), the same on every topology; they are those of
-    `tplaunch.arithmetic.parameter_shapes`. A tied output matrix on another stage than the embedding is the one
+    `tplaunch.spec.parameters.parameter_shapes`. A tied output matrix on another stage than the embedding is the one
     exception: `output.weight` there is a copy of `embedding.weight` (see `tied_copy`).
 
     Args:
@@ -147,9 +147,6 @@ def document_mask(positions: Tensor) -> Tensor:
 
 
 def _block(model: Model, training: Training, layer: int, mesh: Mesh) -> TransformerBlock:
-    recompute = training.recompute
-    if recompute in ("none", "selective"):
-        whole = False
-    else:
-        whole = recompute == "full" or layer % recompute.every == 0  # type: ignore[union-attr]
-    return TransformerBlock(model, mesh, recompute=whole, recompute_core=recompute == "selective")
+    return TransformerBlock(
+        model, mesh, recompute=training.recomputes(layer), recompute_core=training.recompute == "selective"
+    )

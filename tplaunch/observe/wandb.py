@@ -16,8 +16,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from tplaunch.files import write_atomic
 from tplaunch.recipe.schema import Recipe
-from tplaunch.rundir import RunDir
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import WandbOpened
 
 if TYPE_CHECKING:
     import wandb
@@ -60,9 +62,7 @@ def run_id(run_dir: RunDir) -> str:
     path = run_dir.wandb / "run-id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(uuid.uuid4().hex[:12] + "\n")
-        temporary.replace(path)
+        write_atomic(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()
 
 
@@ -115,13 +115,13 @@ class WandbLog:
                 run.log(grouped(record), step=record["step"], commit=True)
             run.finish(exit_code=self._exit_code)
         except Exception as error:  # a mirror must never bring the trainer down
-            self._run_dir.append_event("wandb", mode="broken", id=run.id, problem=_reason(error))
+            self._run_dir.append(WandbOpened("broken", run.id, _reason(error)))
 
     def _open(self, mode: str) -> wandb.Run | None:
         import wandb
 
         wanted = self._recipe.logging.wandb
-        problem: dict[str, str] = {}
+        problem: str | None = None
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 run = wandb.init(
@@ -141,12 +141,12 @@ class WandbLog:
                 for group in ("train/*", "validation/*"):
                     run.define_metric(group, step_metric="train/tokens")
             except Exception as error:  # an unreachable server, a wrong key, a full disk: train on without
-                problem = {"problem": _reason(error)}
+                problem = _reason(error)
                 wandb.teardown()  # else its service holds the id and refuses the offline run
             else:
-                self._run_dir.append_event("wandb", mode=attempt, id=run.id, **problem)
+                self._run_dir.append(WandbOpened(attempt, run.id, problem))
                 return run
-        self._run_dir.append_event("wandb", mode="disabled", **problem)
+        self._run_dir.append(WandbOpened("disabled", problem=problem))
         return None
 
 

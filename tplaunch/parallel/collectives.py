@@ -17,26 +17,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._symmetric_memory  # defines torch.ops.symm_mem
 from torch import Tensor
 
 from tplaunch.parallel.mesh import TensorParallel
-
-# The operators below torch's functional collectives: those wrap each result in a tensor subclass that waits at its
-# first use, and its dispatch costs more than a small collective. Here every result is waited for by hand.
-_ops = torch.ops._c10d_functional
+from tplaunch.torch_private import collective_ops, symmetric_memory_ops
 
 
 def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
-    return _ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
+    return collective_ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
 
 
 def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    return _ops.all_gather_into_tensor.default(x.contiguous(), tp.size, tp.group.group_name)
+    return collective_ops.all_gather_into_tensor.default(x.contiguous(), tp.size, tp.group.group_name)
 
 
 def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
-    return _ops.reduce_scatter_tensor.default(x.contiguous(), "sum", tp.size, tp.group.group_name)
+    return collective_ops.reduce_scatter_tensor.default(x.contiguous(), "sum", tp.size, tp.group.group_name)
 
 
 def gather_matmul(x: Tensor, weights: list[Tensor], tp: TensorParallel) -> tuple[Tensor, list[Tensor]]:
@@ -49,7 +45,7 @@ def gather_matmul(x: Tensor, weights: list[Tensor], tp: TensorParallel) -> tuple
     Returns:
         The whole x [s, b, k], and x @ weight [s, b, n] for each weight.
     """
-    return torch.ops.symm_mem.fused_all_gather_matmul.default(x, weights, 0, tp.group.group_name)
+    return symmetric_memory_ops.fused_all_gather_matmul.default(x, weights, 0, tp.group.group_name)
 
 
 def matmul_scatter(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
@@ -62,11 +58,11 @@ def matmul_scatter(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     Returns:
         This rank's slice of the sum over the tp ranks, [s/tp, b, n].
     """
-    return torch.ops.symm_mem.fused_matmul_reduce_scatter.default(x, weight, "sum", 0, tp.group.group_name)
+    return symmetric_memory_ops.fused_matmul_reduce_scatter.default(x, weight, "sum", 0, tp.group.group_name)
 
 
 def wait(x: Tensor) -> Tensor:
-    return _ops.wait_tensor.default(x)
+    return collective_ops.wait_tensor.default(x)
 
 
 class _Copy(torch.autograd.Function):

@@ -6,9 +6,8 @@
     2     1/dp of weights and optimizer state  whole weights, 1/dp of gradients    every microbatch
     3     1/dp of weights and optimizer state  1/dp of both, one block at a time   every microbatch
 
-Weights and gradients that FSDP2 shards are the wide ones (fp32; fp64 in fp64), so "weights" above are Megatron's
-master weights; what is gathered is in the compute type. Gradients are summed, never averaged: the loss already
-carries 1 / (tokens of the global batch).
+FSDP2 shards fp32 master weights and gradients (fp64 in fp64 runs): the "weights" above. Gathered weights are in the
+compute dtype. Gradients are summed, never averaged: the loss already carries 1 / (tokens of the global batch).
 """
 
 from __future__ import annotations

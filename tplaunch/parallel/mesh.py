@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tplaunch.topology import Coordinates, Topology
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.topology import Coordinates, Topology
+from tplaunch.torch_private import unflatten
 
-if TYPE_CHECKING:
-    from tplaunch.recipe.schema import Recipe
+SHARE_GPUS = "TPLAUNCH_SHARE_GPUS"  # =1: ranks may share GPUs, over gloo
 
 
 @dataclass(frozen=True)
@@ -74,22 +73,22 @@ class Mesh:
         shape = (topology.pp, dp_replicate, topology.dp // dp_replicate, topology.tp)
         self.world = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
         sequence_parallel = sequence_parallel and topology.tp > 1
-        one_node = topology.gpus_per_node % topology.tp == 0
+        one_node = topology.ranks_per_node % topology.tp == 0
         fused = async_tp and sequence_parallel and one_node and has_fused_matmuls(device)
         self.tp = TensorParallel(self.world["tp"], sequence_parallel, fused)
         self.coordinates: Coordinates = topology.coordinates(dist.get_rank())
         self._key_value: dict[int, DeviceMesh] = {}
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, topology: Topology, device: torch.device) -> Mesh:
-        """The mesh of a recipe. ZeRO 0 is replication all the way: every dp rank holds a full copy."""
-        knobs = recipe.topology
+    def of(cls, recipe: Recipe, device: torch.device) -> Mesh:
+        """The mesh of a resolved recipe. ZeRO 0 is replication all the way: every dp rank holds a full copy."""
+        topology, parallelism = Topology.of(recipe), recipe.topology
         return cls(
             topology,
             device=device,
-            dp_replicate=topology.dp if knobs.zero == 0 else knobs.dp_replicate,
-            sequence_parallel=knobs.sequence_parallel,
-            async_tp=knobs.async_tp,
+            dp_replicate=topology.dp if parallelism.zero == 0 else parallelism.dp_replicate,
+            sequence_parallel=parallelism.sequence_parallel,
+            async_tp=parallelism.async_tp,
         )
 
     @property
@@ -105,7 +104,7 @@ class Mesh:
         """The tp ranks as (heads, copies), for key/value projections with fewer heads than tp ranks."""
         if num_kv_heads not in self._key_value:
             shape = (num_kv_heads, self.topology.tp // num_kv_heads)
-            self._key_value[num_kv_heads] = self.tp.mesh._unflatten(0, shape, ("kv_head", "kv_copy"))
+            self._key_value[num_kv_heads] = unflatten(self.tp.mesh, shape, ("kv_head", "kv_copy"))
         return self._key_value[num_kv_heads]
 
 
@@ -115,9 +114,19 @@ def has_fused_matmuls(device: torch.device) -> bool:
 
 
 def local_device(local_rank: int) -> torch.device:
-    """This process's device: its CUDA GPU where there are any, else the CPU."""
+    """This process's device: its CUDA GPU where there are any, else the CPU.
+
+    Raises:
+        RuntimeError: the node has fewer GPUs than ranks, and nobody has asked for that (`SHARE_GPUS`).
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if ranks > gpus and os.environ.get(SHARE_GPUS) != "1":
+            raise RuntimeError(
+                f"{ranks} ranks of this node would share {gpus} GPUs, many times slower than one each\n"
+                f"  fix: ask for {ranks} GPUs a node, or, only to try things out: export {SHARE_GPUS}=1"
+            )
+        device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
@@ -131,23 +140,6 @@ def init_process_group(device: torch.device, timeout_s: float) -> None:
     """
     backend = "gloo"
     if device.type == "cuda":
-        import os
-
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
         backend = "cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-
-
-def set_timeout(timeout_s: float, *, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Let collectives that begin from now on take so long, in every group of this process.
-
-    Groups that are made without a timeout, such as a mesh's, do not take over the world's: gloo waits 30 minutes,
-    NCCL 10. There is no public way to change that later, nor to list the groups; what is used here is the same in
-    torch 2.11 to 2.13. gloo's send and recv keep the timeout that their group was made with.
-
-    Args:
-        without: groups that keep theirs.
-    """
-    for group in list(distributed_c10d._world.pg_map):
-        if group not in without:
-            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tplaunch.torch_private import will_execute
+
 
 def wanted(ctx: Any, *places: int) -> list[bool]:
     """Whether the backward pass that runs now needs the gradient of each of a function's first tensors.
@@ -25,4 +27,4 @@ def wanted(ctx: Any, *places: int) -> list[bool]:
 
 def _runs(node: Any) -> bool:
     # The engine does not answer for leaves. None is met here but in tests: weights come through `to_local`.
-    return "AccumulateGrad" in node.name() or torch._C._will_engine_execute_node(node)
+    return "AccumulateGrad" in node.name() or will_execute(node)

@@ -7,10 +7,12 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.arithmetic import Parameter, block_parameters, first_parameters, last_parameters, stage_layers
-from tplaunch.hardware import Gpu
-from tplaunch.recipe.schema import Every, Model, Precision, Recipe
-from tplaunch.topology import Topology, layer_ranges, stages_of
+from tplaunch.recipe.schema import Model, Precision, Recipe
+from tplaunch.spec.gpu import Gpu
+from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters
+from tplaunch.spec.schedules import SCHEDULES, stages_of
+from tplaunch.spec.stages import stage_ranges
+from tplaunch.spec.topology import Topology
 
 COMPUTE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 STORAGE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights kept, gradients reduced
@@ -70,14 +72,17 @@ class Case:
     """A checked recipe (dp a number) to be planned for a GPU.
 
     Args:
-        recipe: the recipe.
-        topology: its ranks.
+        recipe: the recipe, resolved (`tplaunch.spec.resolve`).
         gpu: the hardware.
     """
 
     recipe: Recipe
-    topology: Topology
     gpu: Gpu
+
+    @cached_property
+    def topology(self) -> Topology:
+        """The rank grid."""
+        return Topology.of(self.recipe)
 
     @property
     def model(self) -> Model:
@@ -94,8 +99,7 @@ class Case:
     def splits_backward(self, stage: Stage) -> bool:
         """Whether the schedule runs most of a stage's backward passes in two halves. Not the first stage's: torch
         leaves all of it to the second half. (DualPipeV splits a few at the end of a step.)"""
-        zero_bubble = self.schedule in ("interleavedzerobubble", "zbvzerobubble")
-        return zero_bubble and self.topology.pp > 1 and not stage.first
+        return SCHEDULES[self.schedule].zero_bubble and self.topology.pp > 1 and not stage.first
 
     @property
     def virtual_stages(self) -> int:
@@ -138,7 +142,7 @@ class Case:
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element in the compute type."""
+        """Bytes of an element in the compute dtype."""
         return COMPUTE_BYTES[self.recipe.training.precision]
 
     @property
@@ -148,7 +152,7 @@ class Case:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        ranges = layer_ranges(stage_layers(self.recipe))
+        ranges = stage_ranges(self.recipe)
         return [Stage(i, r, i == 0, i == len(ranges) - 1) for i, r in enumerate(ranges)]
 
     def stages_on(self, pp_rank: int) -> list[Stage]:
@@ -179,14 +183,9 @@ class Case:
         sizes = self._sizes.shard
         return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
 
-    def recomputes(self, layer: int) -> bool:
-        """Whether a block's inside is computed again in the backward pass."""
-        recompute = self.recipe.training.recompute
-        return layer % recompute.every == 0 if isinstance(recompute, Every) else recompute == "full"
-
     def recomputed(self, stage: Stage) -> int:
         """How many blocks of a stage are computed again in the backward pass."""
-        return sum(self.recomputes(layer) for layer in stage.layers)
+        return sum(map(self.recipe.training.recomputes, stage.layers))
 
     @property
     def attention_recomputed(self) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tplaunch.arithmetic import attention_flops_per_token
 from tplaunch.plan.case import Case
 from tplaunch.plan.memory import local_heads
+from tplaunch.spec.flops import attention_flops_per_token
 
 # FlashAttention's backward does five products where the forward does two (Dao 2023, arXiv 2307.08691, section 3.2).
 _ATTENTION_BACKWARD = 2.5

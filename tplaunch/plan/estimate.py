@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from tplaunch.arithmetic import attention_flops_per_token, block_matmul_parameters, model_flops_per_token
 from tplaunch.plan import compute, memory
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.communication import (
@@ -21,6 +20,7 @@ from tplaunch.plan.communication import (
 from tplaunch.plan.compute import Passes
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
+from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, model_flops_per_token
 
 # Training FLOPs from which the EU's AI Act (article 51) presumes that a general-purpose model carries systemic risk.
 REGULATED_FLOPS = 1e25

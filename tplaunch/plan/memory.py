@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
-
-MiB = 2**20
-GiB = 2**30
+from tplaunch.units import MiB
 
 
 class Memory(NamedTuple):
@@ -281,7 +279,9 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
             if not _reduces_at_end(case):
-                one = hidden_bytes(case) if case.recomputes(stage.layers[-1]) else block_activations(case)
+                one = (
+                    hidden_bytes(case) if case.recipe.training.recomputes(stage.layers[-1]) else block_activations(case)
+                )
                 left = max(0.0, after_head - one)
                 moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
     if ends and not _reduces_at_end(case):
@@ -307,7 +307,7 @@ def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> lis
     """The backward pass of a stage's last block, and of the last that is computed again."""
     moments = [_Moment(held, working=block_working(case), buffers=buffers)]
     for layer in reversed(stage.layers):
-        if case.recomputes(layer):
+        if case.recipe.training.recomputes(layer):
             moments.append(_Moment(held, working=block_working(case) + block_activations(case), buffers=buffers))
             break
         held = max(0.0, held - block_activations(case))

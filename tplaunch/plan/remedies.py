@@ -8,49 +8,9 @@ from itertools import combinations
 from typing import Any
 
 from tplaunch.plan.case import Case
+from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import Plan, estimate
-from tplaunch.plan.legal import is_legal
-from tplaunch.recipe.schema import Every, Recipe
-from tplaunch.topology import Topology
-
-
-@dataclass(frozen=True)
-class Change:
-    """New values of some recipe keys.
-
-    Args:
-        values: dotted key -> value.
-    """
-
-    values: dict[str, Any]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{key}={_as_yaml(value)}" for key, value in self.values.items())
-
-    def apply(self, case: Case) -> Case:
-        """The case with the new values; more ranks come in nodes of the same size."""
-        sections: dict[str, dict[str, Any]] = {}
-        for key, value in self.values.items():
-            section, _, field = key.partition(".")
-            sections.setdefault(section, {})[field] = value
-        topology = sections.get("topology", {})
-        old = case.topology
-        new = Topology(
-            topology.get("tp", old.tp), topology.get("dp", old.dp), topology.get("pp", old.pp), old.ranks_per_node
-        )
-        return Case(changed(case.recipe, sections), new, case.gpu)
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, Every):
-        return f"{{every: {value.every}}}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def changed(recipe: Recipe, sections: dict[str, dict[str, Any]]) -> Recipe:
-    """A copy of a recipe with some fields of its sections replaced."""
-    new = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
-    return recipe.model_copy(update=new)
+from tplaunch.recipe.schema import Every
 
 
 @dataclass(frozen=True)
@@ -70,10 +30,10 @@ class Remedy:
 
 def single_changes(case: Case) -> Iterator[Change]:
     """The knobs that trade memory for speed, each turned by itself."""
-    training, layout, topology = case.recipe.training, case.recipe.topology, case.topology
-    if topology.tp > 1 and not layout.sequence_parallel:
+    training, parallelism, topology = case.recipe.training, case.recipe.topology, case.topology
+    if topology.tp > 1 and not parallelism.sequence_parallel:
         yield Change({"topology.sequence_parallel": True})
-    for zero in range(layout.zero + 1, 4):
+    for zero in range(parallelism.zero + 1, 4):
         if topology.dp > 1:
             yield Change({"topology.zero": zero})
     if training.recompute in ("none", "selective"):
@@ -123,7 +83,7 @@ def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
 
 def _try(plan: Plan, change: Change) -> Remedy | None:
     case = change.apply(plan.case)
-    if not is_legal(case):
+    if case is None:
         return None
     then = estimate(case)
     if not then.fits:

@@ -9,9 +9,9 @@ from math import floor, log10
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import StageWorks
+from tplaunch.plan.orders import KIND_NAMES
 from tplaunch.plan.schedule import Timeline, simulate
 
-_NAMES = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward"}
 # Fill of each kind, the later chunks of a rank darker (Okabe and Ito's palette, told apart by the colour-blind).
 _FILLS = {"F": "#56b4e9", "B": "#009e73", "I": "#e69f00", "W": "#f0e442"}
 _WIDTH = 1600
@@ -53,7 +53,8 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
     row = 36 if ranks <= 8 else 24 if ranks <= 24 else 14
     height = _TOP + ranks * row + _BOTTOM
     per_second = (_WIDTH - _LEFT - 10) / seconds
-    kinds = [k for k in "FBIW" if any(slot.action.kind == k for slots in timeline.slots for slot in slots)]
+    shown = {slot.action.kind for slots in timeline.slots for slot in slots}
+    kinds = [kind for kind in KIND_NAMES if kind in shown]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
@@ -63,8 +64,8 @@ def timeline_svg(timeline: Timeline, title: str) -> str:
     x = _LEFT
     for kind in kinds:
         parts.append(f'<rect x="{x}" y="26" width="12" height="12" fill="{_FILLS[kind]}" stroke="#555"/>')
-        parts.append(f'<text x="{x + 17}" y="36">{_NAMES[kind]}</text>')
-        x += 40 + 7 * len(_NAMES[kind])
+        parts.append(f'<text x="{x + 17}" y="36">{KIND_NAMES[kind]}</text>')
+        x += 40 + 7 * len(KIND_NAMES[kind])
     parts.append(f'<text x="{x}" y="36">numbers: microbatches; darker: later stages of a rank</text>')
     for rank, slots in enumerate(timeline.slots):
         y = _TOP + rank * row
@@ -125,7 +126,7 @@ def timeline_trace(timeline: Timeline) -> str:
                     "ph": "X",
                     "pid": 0,
                     "tid": rank,
-                    "name": f"{_NAMES[kind]} {microbatch}",
+                    "name": f"{KIND_NAMES[kind]} {microbatch}",
                     "cat": kind,
                     "ts": start * 1e6,
                     "dur": (end - start) * 1e6,

@@ -6,26 +6,28 @@ stages) and looks at the first and the last pipeline rank only; the best of it a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tplaunch.check.choices import divisors
 from tplaunch.plan import compute, memory
 from tplaunch.plan.case import Case
+from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_exposed, estimate
-from tplaunch.plan.legal import is_legal
-from tplaunch.plan.remedies import Change
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Every, Recipe
+from tplaunch.spec.schedules import SCHEDULES
+from tplaunch.units import GiB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE: tuple[Any, ...] = ("none", Every(every=2), "full")
-# Of the GPU's memory, to keep free: what fits to the last byte runs out of it on a busy day.
+# Fraction of GPU memory to leave free, against fragmentation.
 HEADROOM = 0.05
-# gpipe is left out: as fast as 1f1b, it only holds more. So is selective recomputation: with FlashAttention it saves
-# next to nothing.
-SCHEDULES = ("1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev")
+# As fast as 1f1b, it only holds more. (Selective recomputation is not tried either: with FlashAttention it saves next
+# to nothing.)
+_NOT_TRIED = ("gpipe",)
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8)
 _KEYS = (
     "topology.tp",
@@ -87,20 +89,22 @@ class Tuning:
     fitting: int
 
 
-def tune(case: Case, gpus: int, count: int = 10) -> Tuning:
+def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10) -> Tuning:
     """Rank the topologies of a case's model on `gpus` GPUs by predicted tokens/s.
 
     The global batch stays as the recipe has it: it belongs to the training, not to the machine.
 
     Args:
-        case: the recipe and the hardware; its own topology is one among the candidates.
+        case: the recipe and the hardware; the topology is not read.
+        node_size: GPUs of a node; default: those of a usual node with this GPU.
     """
+    per_node = min(gpus, node_size or min(case.gpu.node_size, 8))
     blocks: dict[tuple[int, int, bool], BlockWork] = {}
     legal = 0
     ranked: list[tuple[float, int, Change, Case]] = []
-    for change in candidates(case, gpus):
-        candidate = change.apply(_on(case, gpus))
-        if not is_legal(candidate):
+    for change in candidates(case, gpus, per_node):
+        candidate = change.apply(case)
+        if candidate is None:
             continue
         legal += 1
         key = (candidate.topology.tp, candidate.recipe.training.micro_batch_size, candidate.sequence_parallel)
@@ -121,20 +125,14 @@ def tune(case: Case, gpus: int, count: int = 10) -> Tuning:
     return Tuning(choices, neighbours, legal, len(ranked))
 
 
-def _on(case: Case, gpus: int) -> Case:
-    """The case on full nodes of its GPUs."""
-    per_node = min(gpus, case.recipe.topology.gpus_per_node or min(case.gpu.node_size, 8))
-    return replace(case, topology=replace(case.topology, gpus_per_node=per_node))
-
-
-def candidates(case: Case, gpus: int) -> Iterator[Change]:
-    """Every combination worth a look; whether it is legal is for `is_legal` to say."""
+def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
+    """Every combination worth a look; `Change.apply` says whether it can run."""
     model, training = case.model, case.recipe.training
-    batch, per_node = training.global_batch_size, _on(case, gpus).topology.ranks_per_node
-    for tp in _divisors(gpus):
+    batch = training.global_batch_size
+    for tp in divisors(gpus):
         if tp > per_node or model.num_heads % tp:
             continue
-        for pp in _divisors(gpus // tp):
+        for pp in divisors(gpus // tp):
             dp = gpus // tp // pp
             if pp > model.num_layers or batch % dp:
                 continue
@@ -142,8 +140,8 @@ def candidates(case: Case, gpus: int) -> Iterator[Change]:
                 if batch % (dp * micro_batch):
                     continue
                 for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
-                    split_backward = schedule not in ("1f1b", "interleaved1f1b")
-                    for zero in (1, 2, 3) if dp > 1 and not split_backward else (1,):
+                    shards_gradients = dp > 1 and not SCHEDULES[schedule].splits_backward
+                    for zero in (1, 2, 3) if shards_gradients else (1,):
                         for recompute in RECOMPUTE:
                             values = (tp, pp, dp, zero, schedule, virtual, micro_batch, recompute)
                             more = {
@@ -156,24 +154,15 @@ def candidates(case: Case, gpus: int) -> Iterator[Change]:
                             yield Change({**dict(zip(_KEYS, values, strict=True)), **more})
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, int]]:
     if pp == 1:
         yield "1f1b", 1
         return
-    for schedule in SCHEDULES:
-        if compiled and schedule not in ("1f1b", "interleaved1f1b"):
-            continue  # torch cannot split the backward pass of compiled blocks
-        if schedule == "1f1b":
-            yield schedule, 1
-        elif schedule in ("zbvzerobubble", "dualpipev"):
-            if 2 * pp <= layers:
-                yield schedule, 2
-        else:
-            yield from ((schedule, v) for v in VIRTUAL_STAGES if v * pp <= layers)
+    for name, schedule in SCHEDULES.items():
+        if name in _NOT_TRIED or (compiled and schedule.splits_backward):
+            continue
+        counts = VIRTUAL_STAGES if schedule.interleaved else (schedule.min_stages,)
+        yield from ((name, count) for count in counts if count * pp <= layers)
 
 
 def quick_look(case: Case, block: BlockWork) -> float | None:
@@ -208,7 +197,7 @@ def quick_look(case: Case, block: BlockWork) -> float | None:
 
 
 def schedule_seconds(case: Case, forward: float, inputs: float, weights: float) -> float:
-    """Seconds of a pipelined step whose stages are equal (see tests/test_plan_schedule.py for the sources).
+    """Seconds of a pipelined step whose stages are equal (see tests/plan/test_schedule.py for the sources).
 
     Args:
         forward, inputs, weights: one microbatch's passes through all stages of a rank.
@@ -254,11 +243,11 @@ def _losses(plan: Plan) -> str:
 
 def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
     """One knob turned one way, everything else as in the best (or as suits it, where pp changes the schedules)."""
-    own, base = best.change.values, _on(case, gpus)
+    own = best.change.values
     found = []
     for differing, ways in _steps(own, gpus, case.recipe):
-        cases = [Change({**own, **values}).apply(base) for values in ways]
-        plans = [estimate(candidate) for candidate in cases if is_legal(candidate)]
+        cases = [Change({**own, **values}).apply(case) for values in ways]
+        plans = [estimate(candidate) for candidate in cases if candidate is not None]
         if plans:
             why = _why(min(plans, key=lambda plan: (not plan.fits, plan.step_seconds)), best.plan)
         else:
@@ -267,7 +256,7 @@ def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
     return found
 
 
-def _steps(own: dict[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _steps(own: Mapping[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(what to say, ways to do it) for each knob of the best."""
     tp, pp, dp = own["topology.tp"], own["topology.pp"], own["topology.dp"]
     layers, compiled = recipe.model.num_layers, recipe.training.compile
@@ -299,7 +288,7 @@ def _steps(own: dict[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dic
 
 
 def _why(plan: Plan, best: Plan) -> str:
-    used, has = plan.memory[plan.fullest].total / memory.GiB, plan.case.gpu.memory / memory.GiB
+    used, has = plan.memory[plan.fullest].total / GiB, plan.case.gpu.memory / GiB
     if used > (1 - HEADROOM) * has:
         return f"does not fit{' with room to spare' * plan.fits}: {used:.1f} GiB of {has:.1f}"
     slower = plan.step_seconds / best.step_seconds - 1

@@ -1,6 +1,6 @@
 """The recipe as typed data. Field names are public: they are the keys of the YAML file.
 
-Only shape and single-value rules live here; rules between fields live in `tplaunch.check`,
+Only shape and single-value rules live here; rules between fields live in `tplaunch.check.recipe`,
 and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`.
 """
 
@@ -101,7 +101,7 @@ class Model(Section):
             values["num_kv_heads"] = heads
         known = type(heads) is int and type(hidden) is int
         if values.get("head_dim") is None and known and 0 < heads <= hidden and hidden % heads == 0:
-            values["head_dim"] = hidden // heads  # else it stays None, and `tplaunch.check` says why
+            values["head_dim"] = hidden // heads  # else it stays None, and `tplaunch.check.recipe` says why
         return values
 
     @property
@@ -111,8 +111,8 @@ class Model(Section):
         return -(-self.vocab_size // multiple) * multiple
 
 
-class Topology(Section):
-    """TP x PP x DP, and how each is done."""
+class Parallelism(Section):
+    """TP x PP x DP, and how each is done: the section `topology`."""
 
     tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
@@ -185,6 +185,15 @@ class Training(Section):
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
 
+    def recomputes(self, layer: int) -> bool:
+        """Whether a whole block, by its global number, runs forward again in the backward pass."""
+        return layer % self.recompute.every == 0 if isinstance(self.recompute, Every) else self.recompute == "full"
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the blocks that `recomputes` names."""
+        return 1 / self.recompute.every if isinstance(self.recompute, Every) else float(self.recompute == "full")
+
 
 class Optimizer(Section):
     """AdamW (decoupled decay, on matrices only) or plain SGD."""
@@ -202,7 +211,9 @@ class LrSchedule(Section):
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    decay_steps: Count | None = Field(None, description="last steps that decay (wsd: default a tenth); else all")
+    decay_steps: Count | None = Field(
+        None, description="last steps of the run, over which lr decays; default: all after the warmup, of wsd a tenth"
+    )
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -320,7 +331,7 @@ class Recipe(Section):
         description="a name of letters, digits, dots, dashes and underscores",
     )
     model: Model
-    topology: Topology = Field({}, validate_default=True)
+    topology: Parallelism = Field({}, validate_default=True)
     training: Training
     optimizer: Optimizer = Field({}, validate_default=True)
     lr_schedule: LrSchedule = Field({}, validate_default=True)

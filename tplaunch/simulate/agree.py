@@ -1,4 +1,4 @@
-"""Whether what ranks say to each other fits together: found out before they wait for each other for ever."""
+"""Checks that the recorded sends, receives and collectives match, so that a deadlock is found before launch."""
 
 from __future__ import annotations
 

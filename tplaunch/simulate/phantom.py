@@ -16,12 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from tplaunch.torch_private import (
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    active_fake_mode,
+    storage_id,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 COMMUNICATION = ("c10d", "_c10d_functional")
 _SMALL = 4096  # bytes; such tensors are zeroed, for what is read of them (loss and norm, counts)
@@ -51,8 +58,8 @@ class _Alias:
 class Phantom(TorchDispatchMode):
     """Within it, operations compute nothing; the bytes of all live storages that they made are counted.
 
-    Operations on tensors from outside (a device mesh's rank numbers) run as they are. A number that is read from a
-    tensor is 1: all that is ever asked of one is a vote for static shapes, or a count.
+    Operations on tensors from outside (a device mesh's rank numbers) run as they are. `.item()` returns 1:
+    the trainer reads scalars only to vote on static shapes and to count tokens.
 
     torch's own `MemTracker` counts alike (a test compares) but refuses modules that run more than once, as every
     microbatch does.
@@ -117,7 +124,7 @@ class Phantom(TorchDispatchMode):
             return "device" in kwargs and kwargs["device"] is not None and kwargs["device"].type == "meta"
         if first.device.type == "meta":
             return kwargs.get("device", first.device).type == "meta"
-        return first.untyped_storage()._cdata not in self._sizes
+        return storage_id(first) not in self._sizes
 
     def _result(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         key = (func, _signature(args), _signature(kwargs))
@@ -143,7 +150,7 @@ class Phantom(TorchDispatchMode):
                 func, kwargs = torch.ops.aten.randn.default, {k: v for k, v in kwargs.items() if k != "generator"}
             inputs = _tensors(args, kwargs)
             outputs, form = tree_flatten(func(*args, **kwargs))
-        places = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs)}
+        places = {storage_id(t): i for i, t in enumerate(inputs)}
         return [_describe(output, inputs, places) for output in outputs], form
 
     def _make(self, spec: _New) -> Tensor:
@@ -212,7 +219,7 @@ def _describe(output: Any, inputs: list[Tensor], places: dict[int, int]) -> Any:
     for i, tensor in enumerate(inputs):
         if output is tensor:
             return _Alias(i)
-    source = places.get(output.untyped_storage()._cdata)
+    source = places.get(storage_id(output))
     if source is None:
         return _New(output.shape, output.stride(), output.dtype)
     return _Alias(source, output.shape, output.stride(), int(output.storage_offset()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from tplaunch.machine import count_cores
 
 
 class Run(Protocol):
@@ -21,7 +22,7 @@ def processes() -> Iterator[Run]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tplaunch.simulate.rank"])
-    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+    with context.Pool(count_cores(), maxtasksperchild=1) as pool:
 
         def run(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
             return pool.imap(_Spread(function), list(jobs), chunksize=1)

@@ -1,4 +1,4 @@
-"""What one rank says to others in a step, in order."""
+"""Records every collective, send and receive that one rank issues in a step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.distributed.pipelining import PipelineStage
-from torch.utils._pytree import tree_leaves
+
+from tplaunch.torch_private import CollectiveOp, OpOverload, storage_id, tree_leaves
 
 KINDS = {
     "all_reduce": "all-reduce",
@@ -60,7 +59,7 @@ class Message:
 
 @dataclass
 class Recorder:
-    """Keeps what the operations of torch.distributed say; only while `active`."""
+    """Keeps what the operations of torch.distributed send; only while `active`."""
 
     active: bool = False
     collectives: list[Collective] = field(default_factory=list)
@@ -69,7 +68,7 @@ class Recorder:
     _batch: int = 0
     _in_batch: bool = False
 
-    def __call__(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
+    def record(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
         """Note one operation."""
         if not self.active:
             return
@@ -85,7 +84,7 @@ class Recorder:
     def _message(self, kind: str, tensor: Tensor, peer: int) -> None:
         if not self._in_batch:
             self._batch += 1
-        what = self._names.get(tensor.untyped_storage()._cdata, "set-up")
+        what = self._names.get(storage_id(tensor), "set-up")
         self.messages.append(Message(kind, peer, tensor.nbytes, what, self._batch))
 
     @contextmanager
@@ -104,7 +103,7 @@ class Recorder:
             operations = method(stage, microbatch)
             for operation in operations:
                 what = f"{tensor} of stage {stage.stage_index + shift}, microbatch {microbatch}"
-                self._names[operation.tensor.untyped_storage()._cdata] = what
+                self._names[storage_id(operation.tensor)] = what
             return operations
 
         return named

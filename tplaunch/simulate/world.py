@@ -1,4 +1,4 @@
-"""Some ranks of a world, each run on its own, and whether what they say fits together."""
+"""Runs some ranks of a world, each on its own, and checks that what they send to each other matches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tplaunch.plan.estimate import Plan, estimate
 from tplaunch.simulate.agree import deadlock, differing_collective
 from tplaunch.simulate.pool import processes
 from tplaunch.simulate.rank import RankRecord, pipeline_messages, simulate_rank
-from tplaunch.topology import Topology
+from tplaunch.spec.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Simulation:
 
 
 def shortened(case: Case) -> Case:
-    """The same step with as many microbatches as show everything: two, or two for each pipeline rank. What comes
-    later repeats what was before; only the buffers for what a stage receives grow, by one with each microbatch."""
+    """The same step cut to 2 microbatches (2 per pipeline rank): later ones repeat the pattern. Only the buffers for
+    what a stage receives grow, by one with each microbatch."""
     few = min(case.microbatches, 2 * case.topology.pp)
     training = case.recipe.training.model_copy(
         update={"global_batch_size": few * case.recipe.training.micro_batch_size * case.topology.dp, "compile": False}
@@ -55,8 +55,8 @@ def simulate(case: Case, ranks: list[int]) -> Simulation:
     pipelines = {tuple(topology.group("pp", rank)) for rank in ranks if topology.pp > 1}
     speakers = [rank for pipeline in sorted(pipelines) for rank in pipeline]
     with processes() as run:
-        records = list(run(simulate_rank, [(recipe, topology, rank) for rank in [*ranks, *twins]]))
-        messages = dict(zip(speakers, run(pipeline_messages, [(recipe, topology, r) for r in speakers]), strict=True))
+        records = list(run(simulate_rank, [(recipe, rank) for rank in [*ranks, *twins]]))
+        messages = dict(zip(speakers, run(pipeline_messages, [(recipe, r) for r in speakers]), strict=True))
     first, *others = records
     found = [deadlock({rank: messages[rank] for rank in pipeline}) for pipeline in sorted(pipelines)]
     found += [differing_collective(first.rank, first.collectives, o.rank, o.collectives) for o in others]

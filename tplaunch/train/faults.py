@@ -19,7 +19,8 @@ import torch
 
 from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.rundir import RunDir
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import Fault
 
 VARIABLE = "TPLAUNCH_FAULT"
 SLOW_S = 3.0
@@ -34,7 +35,7 @@ IN_SAVE = ("disk_full", "kill_during_save")
 
 
 @dataclass(frozen=True)
-class Fault:
+class PlannedFault:
     """What goes wrong, on which rank, and when (steps count from 1)."""
 
     rank: int
@@ -42,7 +43,7 @@ class Fault:
     kind: str
 
     @classmethod
-    def parse(cls, text: str, world_size: int) -> Fault:
+    def parse(cls, text: str, world_size: int) -> PlannedFault:
         """Reads `rank=R,step=S,kind=K`, each exactly once, in any order.
 
         Raises:
@@ -74,15 +75,14 @@ class FaultInjector:
         device: where `oom` asks for memory.
     """
 
-    def __init__(self, fault: Fault | None, rank: int, run_dir: RunDir, device: torch.device) -> None:
+    def __init__(self, fault: PlannedFault | None, rank: int, run_dir: RunDir, device: torch.device) -> None:
         self.fault = fault if fault is not None and fault.rank == rank else None
         self.run_dir, self.device = run_dir, device
-        self.marker = run_dir.root / "fault-injected"
 
     @classmethod
     def from_environment(cls, rank: int, world_size: int, run_dir: RunDir, device: torch.device) -> FaultInjector:
         text = os.environ.get(VARIABLE)
-        return cls(Fault.parse(text, world_size) if text else None, rank, run_dir, device)
+        return cls(PlannedFault.parse(text, world_size) if text else None, rank, run_dir, device)
 
     def at_step(self, step: int) -> float:
         """Called at the start of a step.
@@ -122,10 +122,10 @@ class FaultInjector:
     def _now(self, kinds: tuple[str, ...], step: int) -> str:
         """The fault's kind if it is one of these and due, else ""; says so in the event log."""
         fault = self.fault
-        if fault is None or fault.kind not in kinds or step < fault.step or self.marker.exists():
+        if fault is None or fault.kind not in kinds or step < fault.step or self.run_dir.fault_marker.exists():
             return ""
-        self.marker.touch()
-        self.run_dir.append_event("fault", kind=fault.kind, rank=fault.rank, step=step, injected=True)
+        self.run_dir.fault_marker.touch()
+        self.run_dir.append(Fault(fault.kind, step, rank=fault.rank, injected=True))
         return fault.kind
 
 

@@ -7,21 +7,19 @@ import statistics
 from tplaunch.recipe.schema import LossSpike
 
 
-def spike(loss: float, window: list[float], rule: LossSpike) -> float | None:
-    """Whether a step's loss is a spike. The window takes the loss in, or begins anew after a spike: a loss that stays
-    high is no second one.
+def find_spike(loss: float, window: list[float], rule: LossSpike) -> tuple[float | None, list[float]]:
+    """Tell whether a step's loss is a spike.
 
     Args:
         loss: of the step.
-        window: losses of the steps before; changed.
+        window: losses of the steps before.
 
     Returns:
-        The median that the loss is a spike above, or None.
+        The median that the loss is a spike above, or None; and the window for the next step: with this loss, or empty
+        after a spike, since a loss that stays high is no second one.
     """
     if len(window) >= rule.window:
         median = statistics.median(window)
         if loss > rule.factor * median:
-            window.clear()
-            return median
-    window[:] = [*window, loss][-rule.window :]
-    return None
+            return median, []
+    return None, [*window, loss][-rule.window :]

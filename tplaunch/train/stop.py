@@ -21,10 +21,3 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.by = self.by or signal.Signals(number).name
-
-
-class NeverStopped(StopRequest):
-    """For steps that are tried, not trained: leaves the process's signals alone."""
-
-    def __init__(self) -> None:
-        self.requested, self.by = False, None

@@ -1,0 +1,435 @@
+"""Rules between fields, each with its mend; and that following the mend helps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tplaunch.check.recipe import Checked, check_recipe
+from tplaunch.errors import Problem, RecipeError
+from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.shipped import shipped_recipes
+from tplaunch.spec.schedules import SCHEDULES
+
+RECIPE = """\
+name: checked
+model: {hidden_size: 64, num_layers: 8, num_heads: 8, num_kv_heads: 4, ffn_hidden_size: 128, vocab_size: 512}
+training: {seq_len: 64, global_batch_size: 16, steps: 20}
+data: {train: text.txt, tokenizer: {vocab_size: 300}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("to be or not to be")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path / "r.yaml"
+
+
+def check(recipe: Path, *overrides: str, gpus: int | None = None, need_data: bool = True) -> Checked:
+    return check_recipe(load_recipe(recipe, overrides), gpus=gpus, need_data=need_data)
+
+
+def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Problem]:
+    with pytest.raises(RecipeError) as caught:
+        check(recipe, *overrides, gpus=gpus)
+    return caught.value.problems
+
+
+REFUSED = [
+    # overrides, key, what, a mend that is offered (None: none is)
+    (["topology.tp=3"], "topology.tp", "8 heads cannot be shared by tp = 3", "tp: 2 or 4"),
+    (["topology.tp=16"], "topology.tp", "8 heads cannot be shared by tp = 16", "tp: 8"),
+    (
+        [
+            "topology.tp=3",
+            "model.num_heads=12",
+            "model.num_kv_heads=4",
+            "model.head_dim=8",
+            "model.ffn_hidden_size=96",
+            "model.make_vocab_size_divisible_by=3",
+        ],
+        "topology.tp",
+        "4 key/value heads cannot be shared by tp = 3",
+        "tp: 2 or 4",
+    ),
+    (["model.num_kv_heads=3"], "model.num_kv_heads", "8 heads cannot share 3 key/value heads", "num_kv_heads: 2 or 4"),
+    (["model.num_kv_heads=16"], "model.num_kv_heads", "8 heads cannot share 16 key/value heads", "num_kv_heads: 8"),
+    (["model.hidden_size=60"], "model.num_heads", "hidden_size 60 is not a multiple of num_heads 8", "56 or 64"),
+    (["model.head_dim=7"], "model.head_dim", "head_dim 7 is odd", "head_dim: 8"),
+    (
+        ["topology.tp=4", "model.ffn_hidden_size=130"],
+        "model.ffn_hidden_size",
+        "130 is not divisible by tp = 4",
+        "128 or 132",
+    ),
+    (
+        ["topology.tp=8", "model.vocab_size=50257", "model.make_vocab_size_divisible_by=4"],
+        "model.make_vocab_size_divisible_by",
+        "vocab_size 50257, padded to 50260, is not divisible by tp = 8",
+        "make_vocab_size_divisible_by: 8, which pads to 50264",
+    ),
+    (
+        ["topology.tp=4", "topology.sequence_parallel=true", "training.seq_len=62"],
+        "training.seq_len",
+        "seq_len 62 is not divisible by tp = 4",
+        "seq_len: 60 or 64",
+    ),
+    (["model.position=learned"], "model.max_position", "learned positions need a table size", "max_position: 64"),
+    (
+        ["model.position=learned", "model.max_position=32"],
+        "model.max_position",
+        "the table has 32 positions, seq_len is 64",
+        "max_position: 64, or training.seq_len: 32",
+    ),
+    (
+        ["model.position=learned", "model.max_position=64", "model.rope_scaling={}"],
+        "model.rope_scaling",
+        "scales rotary embeddings, but position is learned",
+        "rope_scaling: null",
+    ),
+    (
+        ["model.rope_scaling={low_freq_factor: 4}"],
+        "model.rope_scaling",
+        "low_freq_factor 4 must be below high_freq_factor 4",
+        "1.0 and 4.0",
+    ),
+    (["topology.pp=16", "training.global_batch_size=16"], "topology.pp", "8 layers cannot fill 16 stages", "at most 8"),
+    (
+        ["topology.pp=2", "topology.schedule=interleaved1f1b", "topology.virtual_stages=5"],
+        "topology.pp",
+        "8 layers cannot fill 10 stages (pp 2 x virtual_stages 5)",
+        "pp: at most 1",
+    ),
+    (["topology.pp=4", "topology.stage_layers=[4, 4]"], "topology.stage_layers", "lists 2 stages; pp 4 x", None),
+    (
+        ["topology.pp=2", "topology.stage_layers=[4, 5]"],
+        "topology.stage_layers",
+        "adds up to 9 layers; num_layers is 8",
+        None,
+    ),
+    (["topology.pp=3", "topology.stage_layers=[4, 0, 4]"], "topology.stage_layers", "has no layer", None),
+    (["topology.virtual_stages=2"], "topology.virtual_stages", "virtual_stages 2 needs pp > 1", "virtual_stages: 1"),
+    (
+        ["topology.pp=2", "topology.virtual_stages=2"],
+        "topology.virtual_stages",
+        "1f1b runs 1 stage on each rank",
+        "interleaved1f1b",
+    ),
+    (
+        ["topology.pp=2", "topology.schedule=interleaved1f1b"],
+        "topology.virtual_stages",
+        "interleaved1f1b interleaves at least 2 stages",
+        "virtual_stages: 2",
+    ),
+    (
+        ["topology.pp=2", "topology.schedule=dualpipev", "topology.virtual_stages=3"],
+        "topology.virtual_stages",
+        "dualpipev runs exactly 2 stages on each rank, not 3",
+        "virtual_stages: 2",
+    ),
+    (
+        ["topology.pp=2", "topology.schedule=zbvzerobubble", "topology.virtual_stages=2", "training.compile=true"],
+        "training.compile",
+        "zbvzerobubble cannot run compiled layers",
+        "compile: false",
+    ),
+    (
+        ["topology.pp=2", "topology.schedule=dualpipev", "topology.virtual_stages=2", "topology.zero=2"],
+        "topology.zero",
+        "dualpipev cannot shard gradients or parameters within a step (zero: 2)",
+        "zero: 1",
+    ),
+    (
+        ["topology.pp=4", "training.global_batch_size=3"],
+        "training.global_batch_size",
+        "= 3 microbatches; 1f1b on pp = 4 wants at least pp = 4",
+        "global_batch_size: 4",
+    ),
+    (
+        ["topology.pp=4", "topology.schedule=dualpipev", "topology.virtual_stages=2", "training.global_batch_size=7"],
+        "training.global_batch_size",
+        "wants at least its stages, 2 x pp = 8",
+        "global_batch_size: 8",
+    ),
+    (
+        [
+            "topology.pp=4",
+            "topology.schedule=interleaved1f1b",
+            "topology.virtual_stages=2",
+            "training.global_batch_size=9",
+        ],
+        "training.global_batch_size",
+        "wants equal rounds of at least pp = 4",
+        "global_batch_size: 8 or 10",
+    ),
+    (
+        ["topology.dp=3"],
+        "training.global_batch_size",
+        "16 samples are not divisible by dp 3 x micro_batch_size 1 = 3",
+        "global_batch_size: 15 or 18",
+    ),
+    (["topology.dp=2", "training.micro_batch_size=16"], "training.global_batch_size", "= 32", "global_batch_size: 32"),
+    (["topology.dp=4", "topology.dp_replicate=3"], "topology.dp_replicate", "dp = 4 is not divisible", "2 or 4"),
+    (["topology.dp=2", "topology.nodes=3"], "topology.nodes", "cannot be spread evenly over 3 nodes", "nodes: 2"),
+    (
+        ["topology.dp=4", "topology.gpus_per_node=8"],
+        "topology.gpus_per_node",
+        "4 ranks (tp 1 x pp 1 x dp 4), but nodes 1 x gpus_per_node 8 = 8",
+        "dp: 8, or dp: auto",
+    ),
+    (
+        ["training.batch_ramp_up={start: 16, increment: 4, steps: 2}"],
+        "training.batch_ramp_up",
+        "starts at 16, not below global_batch_size 16",
+        "remove it",
+    ),
+    (
+        ["training.batch_ramp_up={start: 4, increment: 5, steps: 2}"],
+        "training.batch_ramp_up",
+        "from 4 by 5 never meets global_batch_size 16",
+        "increment: 4 or 6",
+    ),
+    (
+        ["topology.dp=2", "training.batch_ramp_up={start: 13, increment: 1, steps: 2}"],
+        "training.batch_ramp_up",
+        "increment 1 is not divisible by dp 2 x micro_batch_size 1 = 2",
+        "increment: 2",
+    ),
+    (
+        ["topology.pp=4", "training.batch_ramp_up={start: 2, increment: 2, steps: 2}"],
+        "training.batch_ramp_up.start",
+        "= 2 microbatches; 1f1b on pp = 4 wants at least pp = 4",
+        "start: 4",
+    ),
+    (["optimizer.betas=[0.9, 1]"], "optimizer.betas", "each beta must be below 1", "[0.9, 0.95]"),
+    (["lr_schedule.min_lr=1"], "lr_schedule.min_lr", "min_lr 1 is above lr 0.0003", None),
+    (
+        ["lr_schedule={warmup_steps: 10, decay_steps: 15}"],
+        "lr_schedule.decay_steps",
+        "warmup 10 + decay 15 steps exceed the run's 20",
+        "decay_steps: at most 10",
+    ),
+    (["training.eval_every=5"], "training.eval_every", "there is no validation data", "data.validation"),
+    (["launch.slurm={time: 1m}"], "launch.slurm.grace", "grace 120s is not shorter than the job's time 60s", None),
+    (["hardware.gpu=abacus"], "hardware.gpu", "no GPU is called 'abacus'", "h100-80gb"),
+    (["data.tokenizer=null"], "data.tokenizer", "text.txt is text, which needs a tokenizer", "{vocab_size: 4096}"),
+    (["data.tokenizer={vocab_size: 600}"], "data.tokenizer", "of 600 tokens does not fit model.vocab_size 512", "512"),
+    (["data.train=corpus"], "data.tokenizer", "there is no training text", "leave the key out"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "what", "mend"), REFUSED)
+def test_refused(recipe: Path, overrides: list[str], key: str, what: str, mend: str | None) -> None:
+    found = [problem for problem in problems(recipe, *overrides) if problem.key == key]
+    assert any(what in problem.what for problem in found), found
+    assert mend is None or any(mend in problem.fix for problem in found), found
+    assert all(problem.where for problem in found)
+
+
+def test_all_problems_come_at_once(recipe: Path) -> None:
+    found = problems(recipe, "topology.tp=3", "topology.pp=9", "optimizer.betas=[1, 1]", "data.train=nothing")
+    assert {"topology.tp", "topology.pp", "optimizer.betas", "data.train", "data.tokenizer"} <= {p.key for p in found}
+
+
+def test_a_problem_of_a_default_is_placed_at_its_section(recipe: Path) -> None:
+    (problem,) = problems(recipe, "topology.tp=8", "model.vocab_size=50257", "model.make_vocab_size_divisible_by=4")
+    assert problem.where == "--set"
+    (problem,) = problems(recipe, "model.position=learned")
+    assert problem.where == f"{recipe}:2:1"
+    (problem,) = problems(recipe, "training.eval_every=3", "data.validation=null")
+    assert problem.where == "--set"
+
+
+class TestWorld:
+    @pytest.mark.parametrize(
+        ("overrides", "gpus", "dp"),
+        [
+            ([], None, 1),
+            (["topology.tp=2", "topology.pp=2"], None, 1),
+            (["topology.tp=2"], 8, 4),
+            (["topology.gpus_per_node=4"], None, 4),
+            (["topology.gpus_per_node=4", "topology.nodes=2", "topology.tp=4"], None, 2),
+            (["topology.gpus_per_node=4"], 8, 4),
+            (["topology.dp=2"], 8, 2),
+        ],
+    )
+    def test_dp(self, recipe: Path, overrides: list[str], gpus: int | None, dp: int) -> None:
+        checked = check(recipe, *overrides, gpus=gpus)
+        assert checked.recipe.topology.dp == checked.topology.dp == dp
+
+    def test_auto_cannot_fill(self, recipe: Path) -> None:
+        (problem,) = problems(recipe, "topology.pp=4", gpus=6)
+        assert problem.what == "auto cannot fill 6 GPUs with replicas of 4 (tp 1 x pp 4)"
+        assert problem.fix == "make tp x pp 3 or 6, or state dp: 1"
+
+    def test_not_even_one_replica(self, recipe: Path) -> None:
+        (problem,) = problems(recipe, "topology.tp=8", gpus=4)
+        assert problem.what == "one replica needs 8 GPUs (tp 8 x pp 1), there are 4"
+        assert problem.fix == "make tp x pp 4"
+
+    def test_more_ranks_than_gpus(self, recipe: Path) -> None:
+        (problem,) = problems(recipe, "topology.tp=4", "topology.dp=4", gpus=8)
+        assert problem.what == "16 ranks (tp 4 x pp 1 x dp 4), but there are 8 GPUs"
+        assert problem.fix == "dp: 2"
+        assert check(recipe, "topology.tp=4", "topology.dp=4").topology.world_size == 16
+
+    def test_ranks_of_a_node(self, recipe: Path) -> None:
+        topology = check(recipe, "topology.tp=4", "topology.dp=4", "topology.nodes=2").topology
+        assert (topology.gpus_per_node, topology.nodes) == (8, 2)
+
+
+class TestStages:
+    def test_balanced_by_cost(self, recipe: Path) -> None:
+        stages = check(recipe, "topology.pp=4", "model.vocab_size=50257").recipe.topology.stage_layers
+        assert sum(stages) == 8
+        assert stages[-1] < max(stages), "the output layer of a large vocabulary weighs on the last stage"
+
+    def test_as_listed(self, recipe: Path) -> None:
+        assert check(recipe, "topology.pp=3", "topology.stage_layers=[0, 8, 0]").recipe.topology.stage_layers == [
+            0,
+            8,
+            0,
+        ]
+
+    def test_a_schedule_without_a_pipeline_is_ignored(self, recipe: Path) -> None:
+        assert check(recipe, "topology.schedule=dualpipev", "training.compile=true").recipe.topology.stage_layers == [8]
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        ("train", "what"),
+        [
+            ("tect.txt", r"tect.txt: no such file, but there is text.txt"),
+            ("far/away.txt", r"away.txt: no such file$"),
+            ("corpus", r"corpus: no such file, and no corpus.bin/.idx pair"),
+            ("half", r"half.bin is there, the other half of the .bin/.idx pair is not"),
+            ("whole.bin", r"whole.bin: is one half of a .bin/.idx pair"),
+            ("folder", r"folder: is a directory"),
+            ("notes.md", r"notes.md: its ending says neither"),
+        ],
+    )
+    def test_missing(self, recipe: Path, train: str, what: str) -> None:
+        for name in ("half.bin", "whole.bin", "whole.idx", "notes.md"):
+            (recipe.parent / name).touch()
+        (recipe.parent / "folder").mkdir()
+        overrides = [f"data.train={recipe.parent / train}", "data.tokenizer=null"]
+        found = [problem for problem in problems(recipe, *overrides) if problem.key == "data.train"]
+        assert len(found) == 1
+        assert re.search(what, found[0].what)
+
+    def test_a_pair_and_a_blend(self, recipe: Path) -> None:
+        for name in ("whole.bin", "whole.idx"):
+            (recipe.parent / name).touch()
+        check(recipe, f"data.train=[{{path: {recipe.parent}/whole}}, {{path: {recipe.parent}/text.txt}}]")
+        (problem,) = problems(recipe, f"data.validation=[{{path: {recipe.parent}/whole}}, {{path: /none.txt}}]")
+        assert (problem.key, problem.where) == ("data.validation[1].path", "--set")
+
+    def test_a_missing_tokenizer(self, recipe: Path) -> None:
+        (problem,) = problems(recipe, "data.tokenizer=tok.json")
+        assert problem.key == "data.tokenizer"
+
+    def test_is_only_warned_of_where_it_is_not_needed(self, recipe: Path) -> None:
+        checked = check(recipe, "data.train=gone.txt", need_data=False)
+        assert [(warning.key, warning.where) for warning in checked.warnings] == [("data.train", "--set")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["topology.tp=4", "topology.dp=2", "topology.nodes=4"], "topology.tp"),
+        (["lr_schedule.warmup_steps=20"], "lr_schedule.warmup_steps"),
+        (["training.batch_ramp_up={start: 8, increment: 4, steps: 10}"], "training.batch_ramp_up"),
+        (["data.validation={path}"], "data.validation"),
+        (["optimizer.momentum=0.9"], "optimizer.momentum"),
+        (["topology.pp=2", "topology.zero=3"], "topology.zero"),
+        (["topology.tp=2", "topology.async_tp=true"], "topology.async_tp"),
+        (["checkpoint={every: 4, keep_every: 10}"], "checkpoint.keep_every"),
+        (["checkpoint.every=0", "training.loss_spike={}"], "training.loss_spike"),
+        (["checkpoint.every=0", "training.nonfinite.rollback_after=3"], "training.nonfinite.rollback_after"),
+    ],
+)
+def test_warned_of(recipe: Path, overrides: list[str], key: str) -> None:
+    overrides = [text.replace("{path}", str(recipe.parent / "text.txt")) for text in overrides]
+    (warning,) = check(recipe, *overrides).warnings
+    assert warning.key == key
+    assert warning.where
+
+
+def test_a_plain_recipe_has_no_warning(recipe: Path) -> None:
+    assert check(recipe).warnings == []
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_pass(name: str) -> None:
+    check(Path(name), need_data=False)
+
+
+@settings(max_examples=30)
+@given(
+    tp=st.integers(1, 12),
+    pp=st.integers(1, 9),
+    dp=st.integers(1, 6),
+    batch=st.integers(1, 40),
+    heads=st.integers(1, 12),
+)
+def test_a_first_mend_that_names_a_value_is_accepted(
+    tp: int, pp: int, dp: int, batch: int, heads: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Following "KEY: VALUE" of one problem makes that problem go away."""
+    folder = tmp_path_factory.mktemp("mend")
+    (folder / "r.yaml").write_text(RECIPE)
+    overrides = [f"topology.tp={tp}", f"topology.pp={pp}", f"topology.dp={dp}", f"training.global_batch_size={batch}"]
+    overrides += [f"model.num_heads={heads}", "model.num_kv_heads=null", "model.head_dim=8"]
+    loaded = load_recipe(folder / "r.yaml", overrides)
+    try:
+        check_recipe(loaded, need_data=False)
+    except RecipeError as error:
+        for problem in error.problems:
+            mend = re.match(r"(\w+): (?:at most )?(\d+)", problem.fix)
+            assert mend is not None, problem
+            section = problem.key.rpartition(".")[0]
+            changed = load_recipe(folder / "r.yaml", [*overrides, f"{section}.{mend[1]}={mend[2]}"])
+            try:
+                check_recipe(changed, need_data=False)
+            except RecipeError as again:
+                assert (problem.key, problem.what) not in [(p.key, p.what) for p in again.problems]
+
+
+def test_microbatch_rules_are_those_of_torch() -> None:
+    """What the rule takes is exactly what torch's own schedule can be built with."""
+    torch = pytest.importorskip("torch")
+    from torch.distributed.pipelining import schedules
+
+    class Stage:
+        """As much of a stage as the schedules look at when they are built."""
+
+        def __init__(self, index: int, pp: int, stages: int) -> None:
+            self.stage_index, self.num_stages, self.group_size, self.group_rank = index, stages, pp, 0
+            self.is_first, self.is_last, self.has_backward = index == 0, index == stages - 1, True
+            self.submod, self.group, self.device = torch.nn.Identity(), None, torch.device("cpu")
+            self.stage_index_to_group_rank = {stage: stage % pp for stage in range(stages)}
+
+    kinds = {
+        "gpipe": (schedules.ScheduleGPipe, 1),
+        "1f1b": (schedules.Schedule1F1B, 1),
+        "interleaved1f1b": (schedules.ScheduleInterleaved1F1B, 2),
+        "interleavedzerobubble": (schedules.ScheduleInterleavedZeroBubble, 2),
+        "zbvzerobubble": (schedules.ScheduleZBVZeroBubble, 2),
+        "dualpipev": (schedules.ScheduleDualPipeV, 2),
+    }
+    for name, (kind, virtual) in kinds.items():
+        for pp in (2, 3, 4):
+            takes = SCHEDULES[name].takes
+            for count in range(1, 3 * pp + 2):
+                stages = [Stage(local * pp, pp, pp * virtual) for local in range(virtual)]
+                try:
+                    kind(stages[0] if virtual == 1 else stages, count, loss_fn=None)
+                    built = True
+                except ValueError:
+                    built = False
+                assert takes(count, pp) == built, (name, pp, count)

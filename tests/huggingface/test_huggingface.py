@@ -1,0 +1,278 @@
+"""Models from and to Hugging Face folders, with transformers itself as the judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.families import MODELS, SEQ, VOCAB, reference
+from tests.training import batch, train, trainer
+from tests.world import World
+from tplaunch.checkpoint.store import find_checkpoints
+from tplaunch.cli.main import run
+from tplaunch.errors import Exit, TplaunchError
+from tplaunch.huggingface.config import family_of, read_config, write_config
+from tplaunch.huggingface.export import export
+from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.schema import Model
+
+TOKENS = torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
+
+
+def saved(family: str, folder: Path, **options: Any) -> PreTrainedModel:
+    """The family's model, and its folder as transformers writes it."""
+    model = reference(family)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_there_and_back(tmp_path: Path, family: str) -> None:
+    model = saved(family, tmp_path / "theirs", max_shard_size="100KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    (checkpoint,) = find_checkpoints(tmp_path / "ours" / "step-00000000")
+    export(checkpoint, tmp_path / "back", precision="fp32", seq_len=4 * SEQ, tokenizer=None, shard_bytes=100_000)
+    theirs, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+    assert theirs.keys() == back.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == back.keys()
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in back.values())
+    loaded, said = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
+    model = reference("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    assert run(["export", str(tmp_path / "ours" / "step-00000000"), str(tmp_path / "back")]) == Exit.DONE
+    theirs, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+    assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def train_on(raw: dict[str, Any], root: str) -> list[tuple[float, float]]:
+    """Two steps from the initial weights, a save, and one step more."""
+    made = trainer(raw, root)
+    made.resume("auto")
+    results = train(made, 2)
+    made.save(wait=True)
+    return results + train(made, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt2"])
+def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: World, family: str) -> None:
+    model = saved(family, tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    extended = load_recipe(complete(tmp_path / "ours" / "model.yaml")).recipe
+    assert extended.checkpoint.initial == str(tmp_path / "ours" / "step-00000000")
+    raw = {
+        "name": "on",
+        "model": extended.model.model_dump(),
+        "checkpoint": {"initial": extended.checkpoint.initial},
+        "topology": {"tp": 2, "pp": 2, "dp": 1},
+        "training": {
+            "seq_len": SEQ,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "steps": 9,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 5e-3},
+        "data": {"train": "unused"},
+        "logging": {"wandb": {"mode": "disabled"}},
+    }
+    assert raw["model"] == Model.model_validate(MODELS[family]).model_dump()
+    root = tmp_path / "run"
+    results = world.run(4, train_on, raw, str(root))
+    first, _, third = (loss for loss, _ in results[0])
+    assert first == pytest.approx(loss_of(model, raw, step=1), rel=1e-5)
+    assert run(["export", str(root), str(tmp_path / "back")]) == Exit.DONE
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert third == pytest.approx(loss_of(trained, raw, step=3), rel=1e-5)
+    assert not torch.allclose(trained.lm_head.weight, model.lm_head.weight, atol=1e-3)  # it is another by now
+
+
+def complete(model: Path) -> Path:
+    """A recipe that extends what `import` wrote."""
+    path = model.with_name("recipe.yaml")
+    rest = "training: {seq_len: 8, global_batch_size: 1, steps: 1}\ndata: {train: unused}\n"
+    path.write_text(f"extends: {model.name}\nname: on\n{rest}")
+    return path
+
+
+def loss_of(model: Any, raw: dict[str, Any], step: int) -> float:
+    """transformers' loss on the batch of a step."""
+    from types import SimpleNamespace
+
+    from tplaunch.recipe.schema import Recipe
+
+    place = SimpleNamespace(coordinates=SimpleNamespace(dp=0), topology=SimpleNamespace(dp=1))
+    progress = SimpleNamespace(step=step - 1)
+    found = batch(SimpleNamespace(recipe=Recipe.model_validate(raw), mesh=place, progress=progress))
+    with torch.no_grad():
+        outputs = model.eval()(found.tokens).logits
+    return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), found.labels.flatten()).item()
+
+
+def config(tmp_path: Path, base: dict[str, Any], **changes: Any) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**base, **changes}))
+    return path
+
+
+LLAMA = write_config(Model.model_validate(MODELS["llama"]), seq_len=SEQ, precision="bf16", eod=0)
+QWEN2 = write_config(Model.model_validate(MODELS["qwen2"]), seq_len=SEQ, precision="bf16", eod=0)
+GPT2 = write_config(Model.model_validate(MODELS["gpt2"]), seq_len=SEQ, precision="bf16", eod=0)
+
+
+def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Path) -> None:
+    old = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}
+    new = {key: value for key, value in LLAMA.items() if key not in ("rope_theta", "rope_scaling")}
+    assert read_config(config(tmp_path, old)) == read_config(config(tmp_path, new))
+    assert read_config(config(tmp_path, LLAMA)).model == Model.model_validate(MODELS["llama"])
+    assert read_config(config(tmp_path, LLAMA)).seq_len == SEQ
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "said"),
+    [
+        (LLAMA, {"model_type": "mixtral"}, "model_type 'mixtral'"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
+        (LLAMA, {"attention_bias": True}, "attention_bias"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLAMA, {"hidden_size": "64"}, "hidden_size"),
+        (LLAMA, {"rope_parameters": None, "rope_theta": "x"}, "rope_theta"),
+        (LLAMA, {"rope_scaling": "llama3"}, "rope_scaling must be a mapping"),
+        (LLAMA, {"max_position_embeddings": "8K"}, "positions"),
+        (LLAMA, {"num_hidden_layers": None}, "num_layers"),
+        (LLAMA, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 128}, "sliding_window"),
+        (GPT2, {"activation_function": "relu"}, "activation_function"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        (GPT2, {"n_embd": None}, "hidden_size"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(
+    tmp_path: Path, base: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TplaunchError, match=said):
+        read_config(config(tmp_path, base, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TplaunchError):
+        read_config(tmp_path / "config.json")
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert run(["import", str(folder), str(folder.parent / "ours")]) == Exit.USAGE
+    assert not (folder.parent / "ours" / "step-00000000").exists()
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+def test_files_that_are_not_the_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "theirs"
+    saved("llama", folder)
+    whole = load_file(folder / "model.safetensors")
+    norm = whole["model.norm.weight"]
+
+    def write(**changes: Any) -> None:
+        left = {name: tensor for name, tensor in {**whole, **changes}.items() if tensor is not None}
+        save_file(left, folder / "model.safetensors")
+
+    write(**{"lm_head.weight": None, "model.norm.weight": torch.ones(3), "extra": norm})
+    said = refused(folder, capsys)
+    assert "has no lm_head.weight" in said and "model.norm.weight is [3]" in said and "extra is none" in said
+    write(**{"model.norm.weight": norm.to(torch.int8)})
+    assert "quantized" in refused(folder, capsys)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    assert "model.safetensors cannot be read" in refused(folder, capsys)
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors cannot be read" in refused(folder, capsys)
+    shutil.rmtree(folder)
+    assert "config.json" in refused(folder, capsys)
+
+
+def test_published_gpt2_files_are_read(tmp_path: Path) -> None:
+    """Without the prefix, with the masks, and with the tied matrix twice."""
+    folder = tmp_path / "theirs"
+    saved("gpt2", folder)
+    found = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    found |= {"h.0.attn.bias": torch.ones(1, 1, SEQ, SEQ), "lm_head.weight": found["wte.weight"].clone()}
+    save_file(found, folder / "model.safetensors")
+    assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
+
+
+def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("llama", tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    checkpoint = tmp_path / "ours" / "step-00000000"
+    assert run(["export", str(checkpoint), str(tmp_path / "theirs")]) == Exit.USAGE
+    assert "exists already" in capsys.readouterr().err
+    (shard,) = checkpoint.glob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert run(["export", str(checkpoint), str(tmp_path / "back")]) == Exit.FAILED
+    assert "checksum" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm": "layernorm"}, {"linear_bias": True}, {"qkv_bias": True, "qk_norm": True}], ids=str
+)
+def test_a_model_that_transformers_has_not(changes: dict[str, Any]) -> None:
+    with pytest.raises(TplaunchError, match="no architecture"):
+        family_of(Model.model_validate({**MODELS["llama"], **changes}))
+
+
+def start(raw: dict[str, Any], root: str) -> str:
+    """What is said of the initial weights; "" when they are taken."""
+    try:
+        trainer(raw, root).resume("auto")
+    except TplaunchError as error:
+        return str(error)
+    return ""
+
+
+def test_initial_weights_of_another_model_are_refused(tmp_path: Path, world: World) -> None:
+    saved("llama", tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    recipe = load_recipe(complete(tmp_path / "ours" / "model.yaml"), ["topology.dp=1"]).recipe
+    raw = recipe.model_dump(by_alias=True)
+    assert world.run(1, start, raw, str(tmp_path / "a")) == [""]
+    raw["model"]["ffn_hidden_size"] += 2
+    (said,) = world.run(1, start, raw, str(tmp_path / "b"))
+    assert "ffn_hidden_size" in said
+
+
+def test_missing_initial_weights_are_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "quickstart", "--run-dir", str(tmp_path / "run"), "--set", "checkpoint.initial=nowhere"]
+    assert run(arguments) == Exit.USAGE
+    assert "checkpoint.initial" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""What the console shows, from a run directory as its processes write it."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tplaunch.check.recipe import Checked
+from tplaunch.files import append_line
+from tplaunch.launch.console import RunView, print_summary
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Saved, SaveFailed
+from tplaunch.run.metrics import MetricsLog
+from tplaunch.spec.resolve import resolve
+
+RECIPE = {
+    "name": "tiny",
+    "model": {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "ffn_hidden_size": 128, "vocab_size": 512},
+    "topology": {"tp": 2, "pp": 2, "dp": 2, "stage_layers": [3, 1]},
+    "training": {"seq_len": 32, "global_batch_size": 8, "steps": 100, "precision": "fp32"},
+    "data": {"train": "corpus"},
+}
+CHECKED = Checked(resolve(Recipe.model_validate(RECIPE)), [])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    return run
+
+
+def record(step: int, at: float | None = None, **more: float | None) -> dict[str, float | None]:
+    figures = {"loss": 10 / step, "grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 1234.0, "step_time_s": 2.0}
+    return {"step": step, "time": time.time() if at is None else at, **figures, **more}
+
+
+def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=terminal, width=120, markup=False, highlight=False), out
+
+
+def test_describe() -> None:
+    assert CHECKED.describe() == (
+        "tp 2 x pp 2 x dp 2 = 8 ranks, layers 3+1 by 1f1b; 229.95K parameters in fp32; 8 x 32 tokens a step, 100 steps"
+    )
+
+
+def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
+    append_line(run.metrics, record(50, at=1e9))  # of an earlier launch
+    run.append(Saved(step=1))
+    to, out = console(terminal=False)
+    view = RunView(CHECKED, run, to)
+    run.append(Resumed(step=4))
+    log = MetricsLog(run)
+    log.truncate_after(4)
+    log.append(record(5))
+    view.update()
+    log.append(record(6, at=time.time() + 3, mfu=0.412, **{"validation/loss": 2.5}))
+    run.append(Saved(step=6, path="p"))
+    run.append(SaveFailed(step=7, why="disk full"))
+    run.append(LossSpiked(step=8, loss=9.0, median=2.25))
+    run.append(RolledBack(step=8, checkpoint=6))
+    view.update()
+    view.close()
+    _, _, *lines = out.getvalue().splitlines()
+    assert lines[:2] == [
+        "resumed after step 4",
+        "step 5/100  loss 2.0000  grad_norm 0.5000  lr 1.00e-03  1.23K tokens/s  3m10s left",
+    ]
+    assert lines[2:4] == ["checkpoint of step 6", "checkpoint of step 7 failed, training goes on: disk full"]
+    assert lines[4] == "loss 9.0000 at step 8 is a spike: the median before it is 2.2500"
+    assert lines[5] == "back to the state of step 6 after step 8; its data are skipped"
+    assert lines[6].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
+    assert "MFU 41.2%" in lines[6]
+    assert len(lines) == 7
+
+
+def test_steps_that_are_trained_again_are_shown_again(run: RunDir) -> None:
+    to, out = console(terminal=False)
+    view = RunView(CHECKED, run, to)
+    log = MetricsLog(run)
+    for step in (1, 2, 3):
+        log.append(record(step))
+    view.update()
+    log.truncate_after(1)
+    log.append(record(2, loss=None))
+    view.update()
+    shown = [line.split("  ")[:2] for line in out.getvalue().splitlines() if line.startswith("step")]
+    assert [step for step, _ in shown] == ["step 1/100", "step 2/100", "step 3/100", "step 2/100"]
+    assert shown[-1][1] == "loss not finite"
+
+
+def test_live_on_a_terminal(run: RunDir) -> None:
+    to, out = console(terminal=True)
+    view = RunView(CHECKED, run, to)
+    view.update()
+    assert "starting 8 processes" in out.getvalue() and "tiny" in out.getvalue()
+    MetricsLog(run).append(record(25, **{"validation/loss": 3.25}))
+    run.append(Saved(step=25, path="p"))
+    view.close()
+    last = out.getvalue()[out.getvalue().rindex("tiny") :]
+    for text in ("step 25/100", "25 %", "2m30s left", "loss 0.4000", "validation 3.2500 (step 25)", "checkpoint 25"):
+        assert text in last
+
+
+def test_summary(run: RunDir) -> None:
+    append_line(run.metrics, record(10, **{"validation/loss": 3.0}))
+    append_line(run.metrics, record(20))
+    (run.wandb / "offline-run-20260101_000000-abc").mkdir()
+    (run.checkpoints / "step-00000020").mkdir()
+    to, out = console(terminal=False)
+    print_summary(to, run, 75.0)
+    text = out.getvalue()
+    for line in (
+        f"run         {run.root}",
+        "step        20",
+        "loss        0.5000",
+        "validation  3.0000",
+        "time        1m15s",
+        f"watch       wandb leet {run.wandb}",
+        f"upload      wandb sync {run.wandb}/offline-run-*",
+        f'generate    tplaunch generate {run.root} -p "..."',
+        f"export      tplaunch export {run.root} FOLDER, for transformers, vLLM and others",
+    ):
+        assert line + "\n" in text
+
+
+def test_summary_of_nothing(run: RunDir) -> None:
+    to, out = console(terminal=False)
+    print_summary(to, run, 1.0)
+    assert "loss" not in out.getvalue() and "generate" not in out.getvalue() and "wandb" not in out.getvalue()

@@ -1,0 +1,124 @@
+"""The collectives of one step are those of the papers, and no more: counted in the real trainer.
+
+A block's share is the difference between a model of three layers and one of two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.recipes import SEQ, case, resolved
+from tests.world import World
+
+MICROBATCHES, BATCH, HIDDEN = 2, 4, 64
+ACTIVATION = 4 * SEQ * BATCH * HIDDEN  # bytes of [s, b, h] in fp32
+KINDS = {
+    "all_reduce": "all-reduce",
+    "allreduce_": "all-reduce",
+    "all_gather_into_tensor": "all-gather",
+    "_allgather_base_": "all-gather",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts collectives by (kind, bytes of the whole tensor: the larger of input and output)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func.name().partition("::")
+        name = name.split(".")[0]
+        if namespace in ("c10d", "_c10d_functional") and name in KINDS:
+            sizes = [t.numel() * t.element_size() for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            self.seen[KINDS[name], max(sizes)] += 1
+        return result
+
+
+def record(raw: dict[str, Any]) -> Counter[tuple[str, int]]:
+    """Collectives of the forward and backward passes of the second step on this rank."""
+    from tplaunch.model.build import build_stages
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.train.batch import Batch
+    from tplaunch.train.step import make_pipeline
+
+    recipe = resolved(raw)
+    mesh = Mesh.of(recipe, torch.device("cpu"))
+    stages = build_stages(recipe, mesh)
+    pipeline = make_pipeline(stages, mesh, recipe)
+    tokens = torch.randint(recipe.model.vocab_size, (MICROBATCHES * BATCH, SEQ))
+    batch = Batch(tokens, tokens)
+    pipeline.train(batch, 1.0)
+    with Recorder() as recorder:
+        pipeline.train(batch, 1.0)
+    return recorder.seen
+
+
+def per_block(world: World, **options: Any) -> dict[tuple[str, int], int]:
+    """What one more block adds on rank 0."""
+    counts = []
+    for layers in (2, 3):
+        raw = case(model={"num_layers": layers}, **options)
+        size = raw["topology"]["tp"] * raw["topology"]["dp"]
+        counts.append(world.run(size, record, raw)[0])
+    fewer, more = counts
+    assert not fewer - more
+    return dict(more - fewer)
+
+
+def block_bytes(tp: int) -> int:
+    from tplaunch.recipe.schema import Model
+    from tplaunch.spec.parameters import block_parameters
+
+    return 4 * sum(p.local_count(tp) for p in block_parameters(Model.model_validate(case()["model"])))
+
+
+def test_tensor_parallel(world: World) -> None:
+    # Shoeybi et al. 2019, section 3: two all-reduces of the activation forward, two backward.
+    assert per_block(world, tp=2) == {("all-reduce", ACTIVATION): 4 * MICROBATCHES}
+
+
+def test_sequence_parallel(world: World) -> None:
+    # Korthikanti et al. 2022, section 4.2.2: each all-reduce becomes an all-gather and a reduce-scatter; the gathered
+    # input of a column-parallel layer is not kept, and gathered once more for the weight gradient.
+    expected = {("all-gather", ACTIVATION): 6 * MICROBATCHES, ("reduce-scatter", ACTIVATION): 4 * MICROBATCHES}
+    assert per_block(world, tp=2, sequence_parallel=True) == expected
+
+
+def test_full_recomputation_repeats_the_forward_pass(world: World) -> None:
+    # The block's last all-reduce is not needed to compute gradients again, but is part of the block.
+    repeated = per_block(world, tp=2, training={"recompute": "full"})
+    assert repeated == {("all-reduce", ACTIVATION): 6 * MICROBATCHES}
+
+
+def test_zero(world: World) -> None:
+    # Rajbhandari et al. 2020, section 7: 2 volumes for stages 0 to 2 (once a step, gradients every microbatch for
+    # stage 2), 3 for stage 3, which gathers for the forward and again for the backward pass.
+    size = block_bytes(1)
+    dp = {"dp": 2, "training": {"micro_batch_size": BATCH, "global_batch_size": 2 * MICROBATCHES * BATCH}}
+    assert per_block(world, zero=0, **dp) == {("all-reduce", size): 1}
+    assert per_block(world, zero=1, **dp) == {("all-gather", size): 1, ("reduce-scatter", size): 1}
+    assert per_block(world, zero=2, **dp) == {("all-gather", size): 1, ("reduce-scatter", size): MICROBATCHES}
+    gathers = {("all-gather", size): 2 * MICROBATCHES, ("reduce-scatter", size): MICROBATCHES}
+    assert per_block(world, zero=3, **dp) == gathers
+
+
+def test_head_and_embedding(world: World) -> None:
+    # Outside the blocks: the embedding's sum forward, the output's input gradient backward, and of the loss only
+    # maxima [tokens] and sums [2, tokens], fp32: logits are never gathered.
+    raw = case(2, model={"num_layers": 2})
+    seen = world.run(2, record, raw)[0]
+    seen.subtract({("all-reduce", ACTIVATION): 2 * 4 * MICROBATCHES})
+    tokens = 4 * BATCH * SEQ
+    expected = Counter({("all-reduce", ACTIVATION): 2 * MICROBATCHES})
+    expected.update({("all-reduce", tokens): MICROBATCHES, ("all-reduce", 2 * tokens): MICROBATCHES})
+    assert +seen == expected

@@ -1,0 +1,289 @@
+"""Real W&B runs, offline and against servers that are away, die or are stand-ins; read back from their files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tplaunch.files import read_lines
+from tplaunch.observe.wandb import grouped, has_credentials, run_id
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+STEPS = 20
+
+RECIPE = {
+    "name": "tiny",
+    "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 128, "vocab_size": 512},
+    "topology": {"tp": 2, "dp": 1},
+    "training": {"seq_len": 32, "global_batch_size": 4, "steps": STEPS},
+    "data": {"train": "corpus"},
+    "launch": {"slurm": {"env": {"SECRET_TOKEN": "hunter2hunter2"}}},
+}
+
+# argv: run directory, W&B mode, first step, finish timeout; a line on stdin starts the second half.
+TRAINER = f"""
+import json, sys, time
+from pathlib import Path
+from tplaunch.observe import wandb
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+
+wandb.INIT_TIMEOUT_S = 3.0
+recipe = json.loads({json.dumps(json.dumps(RECIPE))})
+recipe["logging"] = {{"wandb": {{"mode": sys.argv[2], "tags": ["a"], "group": "g"}}}}
+first, waited = int(sys.argv[3]), 0.0
+start = time.perf_counter()
+log = wandb.WandbLog(Recipe.model_validate(recipe), RunDir(Path(sys.argv[1])), {{"world_size": 2, "parameters": 12345}})
+waited += time.perf_counter() - start
+for step in range(first, first + {STEPS}):
+    if step == first + {STEPS} // 2:
+        sys.stdin.readline()
+    start = time.perf_counter()
+    log.log({{"step": step, "time": 1e9, "loss": 1 / step, "tokens": step * 128, "tokens_per_s": 1e3,
+             "memory_peak_gib": 0.5, "validation/loss": 2 / step}})
+    waited += time.perf_counter() - start
+log.finish(timeout_s=float(sys.argv[4]))
+print(waited)
+"""
+
+
+def environment(**wanted: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return {**kept, "NETRC": os.devnull, **wanted}
+
+
+def start(run: RunDir, mode: str, first: int = 1, finish_s: float = 60.0, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(run.root), mode, str(first), str(finish_s)],
+        env=environment(**env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(trainer: subprocess.Popen[str]) -> float:
+    """Lets the trainer go on to its end; the seconds that W&B has made it wait before `finish`."""
+    out, _ = trainer.communicate("\n", timeout=120)
+    assert trainer.returncode == 0
+    return float(out)
+
+
+def read_back(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of a run's .wandb file by type."""
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
+    out = subprocess.run(inspect, env=environment(), capture_output=True, text=True, timeout=60, check=True).stdout
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, out.splitlines()):
+        by_type.setdefault(line["type"], []).append(line[line["type"]])
+    return by_type
+
+
+def rows(records: dict[str, list[dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    return {r["step"]["num"]: r["item"] for r in records["history"]}
+
+
+def wandb_event(run: RunDir) -> dict[str, Any]:
+    return next(e for e in reversed(read_lines(run.events)) if e["event"] == "wandb")
+
+
+def files_holding(root: Path, text: str) -> list[Path]:
+    return [p for p in root.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    return run
+
+
+class Server(ThreadingHTTPServer):
+    """As much of a W&B server as the client needs to open a run and stream rows to it."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.streamed = threading.Event()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The client drops its connections at its end; that is no error."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def reply(self, answer: object) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.reply({})
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if "file_stream" in self.path and b"train/loss" in body:
+            self.server.streamed.set()
+        if self.path != "/graphql":
+            return self.reply({})
+        asked = json.loads(body)
+        values = asked.get("variables", {})
+        data: dict[str, Any] = {}
+        if "upsertBucket" in asked["query"]:
+            project = {"id": "P", "name": "tplaunch", "entity": {"id": "E", "name": "e"}}
+            bucket = {"id": "Qg==", "name": values["name"], "displayName": "d", "config": "{}", "project": project}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        elif "createRunFiles" in asked["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.server.url}/{name}"} for name in values["files"]]
+            data = {"createRunFiles": {"runID": "Qg==", "uploadHeaders": [], "files": files}}
+        elif "viewer" in asked["query"]:
+            data = {"viewer": {"id": "V", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        return self.reply({"data": data})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """No access log."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_groups() -> None:
+    record = {"step": 3, "time": 1.0, "loss": 2.0, "lr": 0.1, "mfu": 0.4, "step_time_s": 1.5, "memory_peak_gib": 7.0}
+    assert grouped({**record, "validation/loss": 2.5, "checkpoint/stall_s": 0.1}) == {
+        "train/loss": 2.0,
+        "train/lr": 0.1,
+        "throughput/mfu": 0.4,
+        "throughput/step_time_s": 1.5,
+        "memory/peak_gib": 7.0,
+        "validation/loss": 2.5,
+        "checkpoint/stall_s": 0.1,
+    }
+
+
+def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert not has_credentials()
+    netrc.write_text("machine elsewhere.org login user password x\n")
+    assert not has_credentials()
+    netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert has_credentials()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
+    assert not has_credentials()
+    netrc.write_text("not a netrc file")
+    assert not has_credentials()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert has_credentials()
+
+
+def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:
+    end(start(run, "auto"))
+    (first,) = run.wandb.glob("offline-run-*")
+    records = read_back(first)
+    assert rows(records).keys() == set(range(1, STEPS + 1))
+    row = rows(records)[4]
+    assert row["train/loss"] == 1 / 4 and row["validation/loss"] == 2 / 4 and row["train/tokens"] == 512
+    assert row["throughput/tokens_per_s"] == 1e3 and row["memory/peak_gib"] == 0.5
+    (opened,) = records["run"]
+    config = opened["config"]["update"]
+    assert config["model"]["hidden_size"] == 64 and config["topology"]["tp"] == 2
+    assert config["world_size"] == 2 and config["parameters"] == 12345
+    assert opened["project"] == "tplaunch" and opened["display_name"] == "tiny" and opened["tags"] == ["a"]
+    assert {m.get("step_metric") for m in records["metric"] if m.get("glob_name")} == {"train/tokens"}
+    assert [exit["exit_code"] for exit in records["exit"]] == [0]
+    assert files_holding(run.root, "hunter2hunter2") == []
+
+    end(start(run, "auto", first=11))
+    (second,) = set(run.wandb.glob("offline-run-*")) - {first}
+    resumed = read_back(second)
+    assert rows(resumed).keys() == set(range(11, STEPS + 11))
+    assert resumed["run"][0]["run_id"] == opened["run_id"] == run_id(run)
+    assert [e["mode"] for e in read_lines(run.events)] == ["offline", "offline"]
+
+
+def test_online(run: RunDir, server: Server) -> None:
+    end(start(run, "auto", WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url))
+    assert server.streamed.is_set()
+    assert wandb_event(run)["mode"] == "online"
+    (directory,) = run.wandb.glob("run-*-*")
+    assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))
+    assert files_holding(run.root, KEY) == []
+
+
+def test_an_unreachable_server_costs_nothing(run: RunDir) -> None:
+    began = time.monotonic()
+    waited = end(start(run, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9"))
+    assert waited < 2.0
+    assert time.monotonic() - began < 60
+    assert wandb_event(run)["mode"] == "offline"
+    assert "127.0.0.1:9" in wandb_event(run)["problem"]
+    (directory,) = run.wandb.glob("offline-run-*")
+    assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))
+    assert files_holding(run.root, KEY) == []
+
+
+def test_a_server_that_dies_in_mid_run_costs_nothing(run: RunDir, server: Server) -> None:
+    trainer = start(run, "online", finish_s=3.0, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    deadline = time.monotonic() + 60
+    while not read_lines(run.events):
+        assert time.monotonic() < deadline, "no run was opened"
+        time.sleep(0.1)
+    server.shutdown()
+    server.server_close()
+    assert end(trainer) < 2.0
+    (directory,) = run.wandb.glob("run-*-*")
+    assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))
+
+
+def test_a_key_that_is_none(run: RunDir) -> None:
+    end(start(run, "online", WANDB_API_KEY="short"))
+    assert wandb_event(run)["mode"] == "offline"
+    assert wandb_event(run)["problem"]
+    (directory,) = run.wandb.glob("offline-run-*")
+    assert len(rows(read_back(directory))) == STEPS
+
+
+def test_disabled_writes_nothing(run: RunDir) -> None:
+    end(start(run, "disabled"))
+    assert list(run.wandb.iterdir()) == []
+    assert read_lines(run.events) == []
+
+
+def test_the_recipe_of_these_tests_is_one() -> None:
+    Recipe.model_validate(RECIPE)

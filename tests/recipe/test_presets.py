@@ -1,0 +1,49 @@
+"""Presets against the published parameter counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tplaunch.recipe.presets import PRESETS
+from tplaunch.recipe.schema import Model
+from tplaunch.spec.parameters import parameter_count
+
+# What the published checkpoints hold, tied weights once (safetensors metadata of the models' repositories).
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "mistral-7b": 7_248_023_552,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "gpt2-124m": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+}
+# Papers that give rounded counts: Brown et al. 2020 table 2.1; Narayanan et al. 2021 table 1.
+ROUNDED = {"gpt3-175b": (174.6e9, 0.1e9), "megatron-1t": (1008.0e9, 0.1e9)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count(name: str) -> None:
+    count = parameter_count(Model.model_validate(PRESETS[name]))
+    if name in ROUNDED:
+        published, rounding = ROUNDED[name]
+        assert abs(count - published) <= rounding
+    else:
+        assert count == PUBLISHED[name]
+
+
+def test_every_published_count_has_its_preset() -> None:
+    assert set(PUBLISHED) | set(ROUNDED) == set(PRESETS)

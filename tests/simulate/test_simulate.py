@@ -1,0 +1,200 @@
+"""`tplaunch simulate`: one rank of any world, alone; and whether the ranks of a world fit together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from tplaunch.check.recipe import check_recipe
+from tplaunch.cli.main import run
+from tplaunch.errors import Exit
+from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import estimate
+from tplaunch.recipe.load import load_recipe
+from tplaunch.simulate.agree import deadlock, differing_collective
+from tplaunch.simulate.pool import processes
+from tplaunch.simulate.rank import RankRecord, pipeline_messages, simulate_rank
+from tplaunch.simulate.record import Message
+from tplaunch.simulate.world import ends_and_middle, shortened, simulate
+from tplaunch.spec.gpu import find_gpu
+from tplaunch.spec.topology import Topology
+
+SCHEDULES = {
+    "1f1b": 1,
+    "gpipe": 1,
+    "interleaved1f1b": 2,
+    "interleavedzerobubble": 2,
+    "zbvzerobubble": 2,
+    "dualpipev": 2,
+}
+
+
+def case(name: str, *settings: str) -> Case:
+    checked = check_recipe(load_recipe(name, settings), need_data=False)
+    return Case(checked.recipe, find_gpu(checked.recipe.hardware.gpu or "h100-80gb"))
+
+
+def pipeline(schedule: str) -> Case:
+    return case(
+        "quickstart",
+        f"topology={{tp: 2, pp: 4, dp: 1, schedule: {schedule}, virtual_stages: {SCHEDULES[schedule]}}}",
+        "model.num_layers=8",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=8",
+    )
+
+
+def listen(of: Case) -> dict[int, list[Message]]:
+    ranks = of.topology.group("pp", 0)
+    with processes() as go:
+        jobs = [(of.recipe, rank) for rank in ranks]
+        return dict(zip(ranks, go(pipeline_messages, jobs), strict=True))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_messages_of_every_schedule_arrive(schedule: str) -> None:
+    messages = listen(pipeline(schedule))
+    assert deadlock(messages) is None
+    kinds = Counter(m.kind for said in messages.values() for m in said)
+    assert kinds["send"] == kinds["receive"] >= 8 * 2 * 3
+
+
+def test_another_order_on_one_rank_is_found() -> None:
+    messages = listen(pipeline("interleaved1f1b"))
+    second = messages[2]
+    # Microbatch 1 before 0, as a rank with another schedule would have it.
+    sends = [i for i, m in enumerate(second) if m.kind == "send" and m.what.startswith("output of stage 1,")]
+    first, later = sends[:2]
+    swapped = list(second)
+    swapped[first] = replace(second[first], what=second[later].what)
+    swapped[later] = replace(second[later], what=second[first].what)
+    found = deadlock({**messages, 2: swapped})
+    assert found is not None
+    assert "rank 2 waits to send the output of stage 1, microbatch 1" in found
+    assert "waits to receive the output of stage 1, microbatch 0" in found
+
+
+def test_two_ranks_that_both_receive_first() -> None:
+    send, receive = (Message(kind, peer, 8, "x", 1) for kind, peer in (("send", 1), ("receive", 1)))
+    ours = [receive, replace(send, batch=2)]
+    theirs = [replace(receive, peer=0), replace(send, peer=0, batch=2)]
+    assert deadlock({0: ours, 1: theirs}) is not None
+    together = [replace(message, batch=1) for message in ours]
+    assert deadlock({0: together, 1: [replace(message, batch=1) for message in theirs]}) is None
+
+
+@pytest.fixture(scope="module")
+def tp_pair() -> list[RankRecord]:
+    of = case("quickstart", "topology={tp: 2, pp: 1, dp: 2, sequence_parallel: true}", "training.micro_batch_size=2")
+    with processes() as go:
+        return list(go(simulate_rank, [(of.recipe, rank) for rank in (0, 1)]))
+
+
+def test_collectives_of_a_group(tp_pair: list[RankRecord]) -> None:
+    first, second = tp_pair
+    assert differing_collective(0, first.collectives, 1, second.collectives) is None
+    tp = [i for i, c in enumerate(second.collectives) if c.group == (0, 1)]
+    changed = list(second.collectives)
+    changed[tp[3]] = replace(changed[tp[3]], bytes=changed[tp[3]].bytes + 1)
+    assert "collective 4 of their group of 2" in str(differing_collective(0, first.collectives, 1, changed))
+    del changed[tp[-1]]
+    assert differing_collective(0, first.collectives, 1, changed) is not None
+
+
+@pytest.mark.slow
+def test_a_rank_gathers_each_unit_once_however_many_stages_it_has() -> None:
+    of = case(
+        "quickstart",
+        "topology={tp: 1, pp: 2, dp: 2, zero: 1, schedule: interleaved1f1b, virtual_stages: 4}",
+        "model.num_layers=8",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=16",
+    )
+    with processes() as go:
+        (record,) = go(simulate_rank, [(of.recipe, 0)])
+    dp = Counter(c.kind for c in record.collectives if c.group == (0, 1))
+    assert dp["all-gather"] == dp["reduce-scatter"] == 4 + 1  # blocks, and the embedding of the first stage
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "quickstart", "--gpu", "h100-80gb"]) == Exit.DONE
+    out = capsys.readouterr().out
+    assert "2 tp x 2 pp x 2 dp = 8 ranks" in out
+    assert "fit together" in out
+
+
+def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "quickstart", "--rank", "8"]) == Exit.USAGE
+    assert "there is no rank 8" in capsys.readouterr().err
+    assert run(["simulate", "llama3-70b-tp4"]) == Exit.USAGE
+    assert "`tplaunch plan llama3-70b-tp4` says what would" in capsys.readouterr().err
+
+
+def test_ranks_of_the_ends_and_the_middle() -> None:
+    assert ends_and_middle(Topology(8, 128, 16)) == [0, 8192, 15360]
+    assert ends_and_middle(Topology(8, 2, 1)) == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_messages_are_those_of_the_whole_trainer(schedule: str) -> None:
+    of = pipeline(schedule)
+    messages = listen(of)
+    with processes() as go:
+        for record in go(simulate_rank, [(of.recipe, rank) for rank in messages]):
+            assert record.messages == messages[record.rank]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", ["interleaved1f1b", "interleavedzerobubble", "zbvzerobubble"])
+def test_sequences_are_gathered_as_often_as_planned(schedule: str) -> None:
+    of = case(
+        "quickstart",
+        f"topology={{tp: 2, pp: 2, dp: 1, sequence_parallel: true, schedule: {schedule}, virtual_stages: 2}}",
+        "model.num_layers=8",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=8",
+    )
+    with processes() as go:
+        records = list(go(simulate_rank, [(of.recipe, rank) for rank in (0, 2)]))
+    for place, record in enumerate(records):
+        tp = tuple(of.topology.group("tp", record.rank))
+        seen = sum(c.kind == "all-gather" and c.group == tp for c in record.collectives)
+        planned = sum(t.calls for t in estimate(of).traffic[place] if (t.axis, t.kind) == ("sp", "all-gather"))
+        ends = sum(stage.first + stage.last for stage in of.stages_on(place))  # not in the plan's blocks
+        assert seen == planned + ends * of.microbatches
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_shortened_step_lacks_receive_buffers_only() -> None:
+    whole = case("quickstart", "topology={tp: 2, pp: 2, dp: 1}", "training.global_batch_size=64")
+    short = shortened(whole)
+    assert short.microbatches < whole.microbatches
+    with processes() as go:
+        jobs = [(of.recipe, rank) for of in (whole, short) for rank in (0, 2)]
+        *wholes, first, last = go(simulate_rank, jobs)
+    for pp, (ours, theirs) in enumerate(zip((first, last), wholes, strict=True)):
+        plans = [estimate(of).memory[pp] for of in (whole, short)]
+        buffers = plans[0].pipeline_buffers - plans[1].pipeline_buffers
+        tokens = (whole.microbatches - short.microbatches) * whole.tokens * 2 * 8  # the batch itself, int64
+        assert theirs.peak - ours.peak == pytest.approx(buffers + tokens, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name", ["llama3-8b", "llama3-70b", "llama3-405b", "megatron-1t", "gpt3-175b", "gpt2-124m", "qwen3-8b"]
+)
+def test_shipped_recipes(name: str) -> None:
+    of = shortened(case(name))
+    simulation = simulate(of, ends_and_middle(of.topology))
+    assert simulation.problems == []
+    for record in simulation.records:
+        planned = simulation.plan.memory[of.topology.coordinates(record.rank).pp].allocated
+        print(f"{name} rank {record.rank}: {record.peak / 2**30:.2f} GiB, planned {planned / record.peak - 1:+.1%}")
+        assert planned == pytest.approx(record.peak, rel=0.05)

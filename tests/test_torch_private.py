@@ -1,0 +1,107 @@
+"""Each name of torch that is not public: it is there, and does what we take it for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.world import World
+from tplaunch import torch_private
+
+
+@pytest.mark.parametrize("name", sorted(torch_private._LAZY))
+def test_names_that_are_imported_late(name: str) -> None:
+    assert getattr(torch_private, name) is not None
+
+
+def test_a_missing_name_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_private._LAZY, "FakeStore", "torch.no_such_module")
+    with pytest.raises(torch_private.UnsupportedTorch, match=r"has no torch.no_such_module.FakeStore, which tplaunch"):
+        torch_private.FakeStore  # noqa: B018
+    monkeypatch.delattr(torch, "_foreach_mul_")
+    with pytest.raises(torch_private.UnsupportedTorch, match=r"torch._foreach_mul_, which tplaunch uses: install"):
+        torch_private.scale_in_place([], 1.0)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        torch_private.no_such_name  # noqa: B018
+
+
+def test_tensors_in_one_call() -> None:
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[5.0], [12.0]])]
+    assert [norm.item() for norm in torch_private.norms(tensors)] == [5.0, 13.0]
+    torch_private.scale_in_place(tensors, 2.0)
+    assert tensors[0].tolist() == [6.0, 8.0]
+
+
+def test_storages_are_told_apart() -> None:
+    a, b = torch.zeros(4), torch.zeros(4)
+    assert torch_private.storage_id(a) == torch_private.storage_id(a[1:]) != torch_private.storage_id(b)
+
+
+def test_the_engine_says_which_nodes_a_pass_runs() -> None:
+    seen = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append([torch_private.will_execute(node) for node, _ in ctx.next_functions])
+            return grad, grad
+
+    x, y = (torch.ones((), requires_grad=True) for _ in range(2))
+    a, b = x * 1, y * 1
+    torch.autograd.grad(Ask.apply(a, b), [a])
+    assert seen == [[True, False]]
+
+
+def test_collectives_and_fused_matmuls_are_registered() -> None:
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor"):
+        assert hasattr(torch_private.collective_ops, name)
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        assert hasattr(torch_private.symmetric_memory_ops, name)
+
+
+def unflattened() -> tuple[int, int]:
+    """This rank's place on the two axes of a mesh that was one."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    split = torch_private.unflatten(mesh, (2, 2), ("kv_head", "kv_copy"))
+    return split.get_local_rank("kv_head"), split.get_local_rank("kv_copy")
+
+
+def limited() -> str:
+    """What a rank says whose peer does not come to a collective in time."""
+    group = dist.new_group([0, 1])
+    spared = dist.new_group([0, 1])
+    torch_private.set_group_timeouts(0.5, without=[spared])
+    said = ""
+    if dist.get_rank() == 0:
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+        except RuntimeError as error:
+            said = str(error)
+    dist.all_reduce(torch.ones(1), group=spared)
+    torch_private.set_group_timeouts(60)
+    return said
+
+
+def test_a_mesh_seen_as_one_of_two_axes(world: World) -> None:
+    assert world.run(4, unflattened) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_collectives_keep_to_their_timeout(world: World) -> None:
+    first, other = world.run(2, limited)
+    assert "Timed out" in first and other == ""
+
+
+def test_weights_are_gathered_once_a_step() -> None:
+    from torch.distributed.pipelining.schedules import FORWARD, RESHARD, UNSHARD, _Action
+
+    kinds = [(0, UNSHARD), (0, FORWARD), (0, RESHARD), (1, UNSHARD), (0, UNSHARD), (0, FORWARD), (0, RESHARD)]
+    actions = [_Action(stage, kind, None) for stage, kind in kinds]
+    kept = [(a.stage_index, a.computation_type) for a in torch_private.first_gathers(actions)]
+    assert kept == [(0, UNSHARD), (0, FORWARD), (1, UNSHARD), (0, FORWARD), (0, RESHARD)]

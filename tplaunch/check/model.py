@@ -1,0 +1,55 @@
+"""Whether the fields of a model go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tplaunch.check.choices import choices, divisors, multiples
+from tplaunch.errors import Problem
+from tplaunch.recipe.schema import Model
+
+
+def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
+    heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    if heads % kv_heads:
+        yield Problem(
+            f"{heads} heads cannot share {kv_heads} key/value heads evenly",
+            fix=f"num_kv_heads: {choices(divisors(heads), kv_heads)}",
+            key="model.num_kv_heads",
+        )
+    if model.head_dim is None:
+        yield Problem(
+            f"hidden_size {model.hidden_size} is not a multiple of num_heads {heads}, so head_dim is unknown",
+            fix=f"hidden_size: {choices(multiples(heads, model.hidden_size), model.hidden_size)}, or state head_dim",
+            key="model.num_heads",
+        )
+    elif model.position == "rope" and model.head_dim % 2:
+        yield Problem(
+            f"head_dim {model.head_dim} is odd",
+            why="rotary embeddings turn pairs of channels",
+            fix=f"head_dim: {model.head_dim + 1}",
+            key="model.head_dim",
+        )
+    if model.position == "learned":
+        if model.max_position is None:
+            yield Problem(
+                "learned positions need a table size", fix=f"max_position: {seq_len}", key="model.max_position"
+            )
+        elif model.max_position < seq_len:
+            yield Problem(
+                f"the table has {model.max_position} positions, seq_len is {seq_len}",
+                fix=f"max_position: {seq_len}, or training.seq_len: {model.max_position}",
+                key="model.max_position",
+            )
+        if model.rope_scaling is not None:
+            yield Problem(
+                "scales rotary embeddings, but position is learned",
+                fix="rope_scaling: null, or position: rope",
+                key="model.rope_scaling",
+            )
+    elif (scaling := model.rope_scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield Problem(
+            f"low_freq_factor {scaling.low_freq_factor:g} must be below high_freq_factor {scaling.high_freq_factor:g}",
+            fix="the published values are 1.0 and 4.0",
+            key="model.rope_scaling",
+        )

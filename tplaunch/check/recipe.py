@@ -1,0 +1,89 @@
+"""Checks that span several recipe fields. Each problem says what is wrong and how to fix it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from tplaunch.check.data import missing_files, tokenizer_problems
+from tplaunch.check.model import model_problems
+from tplaunch.check.rules import batch, pipeline, tensor_parallel
+from tplaunch.check.run import run_problems, run_warnings
+from tplaunch.check.world import data_parallel, placement_warnings
+from tplaunch.errors import Problem, RecipeError
+from tplaunch.recipe.load import LoadedRecipe
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.parameters import parameter_count
+from tplaunch.spec.resolve import resolve
+from tplaunch.spec.topology import Topology
+from tplaunch.units import format_count
+
+
+class Checked(NamedTuple):
+    """A recipe that can run.
+
+    Attributes:
+        recipe: as loaded, and resolved: `topology.dp`, `gpus_per_node` and `stage_layers` are stated.
+        warnings: settings that work but are probably mistakes.
+    """
+
+    recipe: Recipe
+    warnings: list[Problem]
+
+    @property
+    def topology(self) -> Topology:
+        """Its rank grid."""
+        return Topology.of(self.recipe)
+
+    def describe(self) -> str:
+        """Topology, model and batch in words."""
+        recipe, topology, training = self.recipe, self.topology, self.recipe.training
+        where = f" on {topology.nodes} nodes" if topology.nodes > 1 else ""
+        layers = "+".join(map(str, recipe.topology.stage_layers or ()))
+        split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
+        return (
+            f"tp {topology.tp} x pp {topology.pp} x dp {topology.dp} = {topology.world_size} ranks{where}{split}; "
+            f"{format_count(parameter_count(recipe.model))} parameters in {training.precision}; "
+            f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
+        )
+
+
+def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bool = True) -> Checked:
+    """Check everything that needs more than one field, this machine's GPUs, or a look at the data files.
+
+    Args:
+        loaded: the recipe.
+        gpus: GPUs (or processes, on the CPU) that the whole run can have; `dp: auto` fills them. None: not known.
+        need_data: refuse missing data files; otherwise (to plan, say) they are warnings.
+
+    Raises:
+        RecipeError: holds every problem that was found.
+    """
+    recipe = loaded.recipe
+    problems = [*model_problems(recipe.model, recipe.training.seq_len), *tensor_parallel(recipe), *pipeline(recipe)]
+    dp, dp_problems = data_parallel(recipe, gpus)
+    problems += dp_problems
+    if dp is not None:
+        recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
+        problems += [*batch(recipe, dp)]
+    problems += [*run_problems(recipe), *tokenizer_problems(recipe)]
+    warnings = [*run_warnings(recipe)]
+    (problems if need_data else warnings).extend(missing_files(recipe))
+
+    def placed(found: list[Problem]) -> list[Problem]:
+        return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]
+
+    if problems or dp is None:
+        raise RecipeError(*placed(problems))
+    recipe = resolve(recipe)
+    warnings += [*placement_warnings(Topology.of(recipe), recipe.topology.async_tp)]
+    return Checked(recipe, placed(warnings))
+
+
+def _place(loaded: LoadedRecipe, key: str) -> str:
+    """Where a key is said; for a default, where its section is, or the file."""
+    while key:
+        if where := loaded.where(key):
+            return where
+        key = key.rpartition(".")[0]
+    return str(loaded.path)

@@ -1,0 +1,98 @@
+"""Settings of a run: what contradicts itself, and what has no effect or is probably a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.gpu import find_gpu
+
+
+def run_problems(recipe: Recipe) -> Iterator[Problem]:
+    training, optimizer, schedule, slurm = (
+        recipe.training,
+        recipe.optimizer,
+        recipe.lr_schedule,
+        recipe.launch.slurm,
+    )
+    if optimizer.name == "adamw" and max(optimizer.betas) >= 1:
+        yield Problem("each beta must be below 1", fix="the usual values are [0.9, 0.95]", key="optimizer.betas")
+    if schedule.min_lr > optimizer.lr:
+        yield Problem(f"min_lr {schedule.min_lr:g} is above lr {optimizer.lr:g}", key="lr_schedule.min_lr")
+    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > training.steps:
+        room = training.steps - schedule.warmup_steps
+        yield Problem(
+            f"warmup {schedule.warmup_steps} + decay {schedule.decay_steps} steps exceed the run's {training.steps}",
+            fix=f"decay_steps: at most {room}" if room > 0 else "fewer warmup_steps",
+            key="lr_schedule.decay_steps",
+        )
+    if training.eval_every and recipe.data.validation is None:
+        yield Problem(
+            "there is no validation data to evaluate on",
+            fix="give data.validation, or eval_every: 0",
+            key="training.eval_every",
+        )
+    if slurm.time is not None and slurm.grace >= slurm.time:
+        yield Problem(
+            f"grace {slurm.grace:g}s is not shorter than the job's time {slurm.time:g}s", key="launch.slurm.grace"
+        )
+    if recipe.hardware.gpu is not None:
+        try:
+            find_gpu(recipe.hardware.gpu)
+        except TplaunchError as error:
+            yield from (replace(problem, key="hardware.gpu") for problem in error.problems)
+
+
+def run_warnings(recipe: Recipe) -> Iterator[Problem]:
+    training, parallelism, schedule, checkpoint = (
+        recipe.training,
+        recipe.topology,
+        recipe.lr_schedule,
+        recipe.checkpoint,
+    )
+    if schedule.warmup_steps >= training.steps:
+        yield Problem(
+            f"all {training.steps} steps are warmup ({schedule.warmup_steps}): lr never reaches its full value",
+            key="lr_schedule.warmup_steps",
+        )
+    if (ramp := training.batch_ramp_up) and ramp.start < training.global_batch_size:
+        length = (training.global_batch_size - ramp.start) // ramp.increment * ramp.steps
+        if length >= training.steps:
+            yield Problem(
+                f"takes {length} steps, the run ends after {training.steps}: it never has its full batch",
+                key="training.batch_ramp_up",
+            )
+    if recipe.data.validation is not None and training.eval_every == 0:
+        yield Problem("is never used: training.eval_every is 0", fix="set training.eval_every", key="data.validation")
+    if recipe.optimizer.momentum and recipe.optimizer.name != "sgd":
+        yield Problem(f"has no effect with {recipe.optimizer.name}", key="optimizer.momentum")
+    if parallelism.async_tp and not (parallelism.sequence_parallel and parallelism.tp > 1):
+        yield Problem(
+            "has no effect: what it fuses matmuls with are the collectives of sequence parallelism",
+            fix="sequence_parallel: true, and tp above 1",
+            key="topology.async_tp",
+        )
+    if parallelism.pp > 1 and parallelism.zero == 3:
+        yield Problem(
+            "gathers the parameters again for every microbatch of the pipeline",
+            fix="zero: 2 keeps them between microbatches",
+            key="topology.zero",
+        )
+    for key, asked in (
+        ("training.loss_spike", training.loss_spike),
+        ("training.nonfinite.rollback_after", training.nonfinite.rollback_after),
+    ):
+        if asked is not None and checkpoint.every == 0:
+            yield Problem(
+                "has nothing to go back to: no checkpoint is written before the end",
+                fix="set checkpoint.every",
+                key=key,
+            )
+    if checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
+        yield Problem(
+            f"keep_every {checkpoint.keep_every} is not a multiple of every {checkpoint.every}: "
+            f"only steps that are multiples of both stay",
+            key="checkpoint.keep_every",
+        )

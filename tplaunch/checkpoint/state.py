@@ -1,0 +1,47 @@
+"""What a checkpoint holds: progress, and every tensor under its global name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tplaunch.model.build import Stage
+
+
+@dataclass
+class TrainingProgress:
+    """What a checkpoint remembers beside the tensors.
+
+    Args:
+        step: steps done.
+        updates: steps whose update was made; the others had a non-finite loss or gradient.
+        nonfinite: such others in a row, up to now.
+        tokens: trained on.
+        flops: model FLOPs spent.
+        losses: of the last steps, where `training.loss_spike` asks for them.
+    """
+
+    step: int = 0
+    updates: int = 0
+    nonfinite: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Everything that a checkpoint stores, with its global name; the tensors are the live ones.
+
+    A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
+
+    Args:
+        stages: this rank's stages: `model.<parameter>`.
+        optimizer_state: its optimizer's state by "<parameter>.<slot>": `optimizer.<parameter>.<slot>`.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for stage in stages:
+        for name, tensor in stage.module.named_parameters():
+            found.append((f"model.{stage.parameters[name].name}", tensor.detach()))
+    return found + [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]

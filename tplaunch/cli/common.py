@@ -1,0 +1,78 @@
+"""What several commands do: load and check a recipe, choose the GPU to plan for, print JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tplaunch.errors import Problem, TplaunchError
+
+if TYPE_CHECKING:
+    from tplaunch.check.recipe import Checked
+    from tplaunch.plan.case import Case
+    from tplaunch.recipe.load import LoadedRecipe
+
+_STAND_IN = "h100-80gb"
+
+
+def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: bool = True) -> Checked:
+    """A recipe, checked against the GPUs of as many machines like this as it has nodes; warnings are printed."""
+    from tplaunch.check.recipe import check_recipe
+    from tplaunch.machine import count_gpus
+    from tplaunch.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    gpus = count_gpus() * loaded.recipe.topology.nodes
+    if warn and loaded.recipe.topology.async_tp and not gpus:
+        typer.echo("warning: topology.async_tp is off: its fused matmuls are for CUDA GPUs, and none is here", err=True)
+    checked = check_recipe(loaded, gpus=gpus or None, need_data=need_data)
+    for warning in checked.warnings if warn else ():
+        typer.echo(f"warning: {warning}", err=True)
+    return checked
+
+
+def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[LoadedRecipe, Checked, Case]:
+    """A recipe on the GPU that it, or --gpu, names; else on this machine's; else on a usual one, which is said."""
+    from tplaunch.check.recipe import check_recipe
+    from tplaunch.plan.case import Case
+    from tplaunch.recipe.load import load_recipe
+    from tplaunch.spec.gpu import find_gpu, local_gpu
+
+    overrides = [*(set_ or ()), *([f"hardware.gpu={gpu}"] if gpu else [])]
+    loaded = load_recipe(recipe, overrides)
+    checked = check_recipe(loaded, need_data=False)
+    name = checked.recipe.hardware.gpu
+    hardware = find_gpu(name) if name else local_gpu()
+    if hardware is None:
+        hardware = find_gpu(_STAND_IN)
+        typer.echo(f"no GPU is named or here: planned for {_STAND_IN}, --gpu plans for another", err=True)
+    return loaded, checked, Case(checked.recipe, hardware)
+
+
+def check_rank(rank: int | None, case: Case) -> None:
+    """Refuse a --rank that the world does not have."""
+    if rank is not None and not 0 <= rank < case.topology.world_size:
+        raise TplaunchError(
+            Problem(f"there is no rank {rank}", fix=f"0 to {case.topology.world_size - 1}", key="--rank")
+        )
+
+
+def echo_json(value: Any) -> None:
+    """Print one JSON value."""
+    import json  # not at the top: most answers are text
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Write the file that an option names.
+
+    Raises:
+        TplaunchError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TplaunchError(Problem(f"cannot write {path}", why=str(error), key=option)) from error

@@ -1,0 +1,42 @@
+"""`tplaunch export`: a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+PrecisionOption = Annotated[
+    Literal["bf16", "fp16", "fp32", "fp64"] | None,
+    typer.Option("--precision", help="Of the weights written; default: that of the training."),
+]
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest), or one.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    precision: PrecisionOption = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Its tokenizer.json; default: that of the run.")
+    ] = None,
+) -> None:
+    """Write a checkpoint's model as safetensors and config.json, for transformers, vLLM, TensorRT-LLM, NeMo.
+
+    Example: tplaunch export runs/quickstart hf/quickstart
+    """
+    from tplaunch.checkpoint.origin import origin_of
+
+    origin = origin_of(checkpoint)
+    from tplaunch.huggingface.export import export as write
+
+    done = write(
+        origin.checkpoint,
+        out,
+        precision=precision or origin.precision,
+        seq_len=origin.seq_len,
+        tokenizer=tokenizer or origin.tokenizer,
+    )
+    typer.echo(f"{out}: {done.parameters:,} parameters in {len(done.files)} file{'s' * (len(done.files) > 1)}")
+    if not done.tokenizer:
+        typer.echo(f"no tokenizer was found: put the run's tokenizer.json into {out}", err=True)

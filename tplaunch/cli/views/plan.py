@@ -1,0 +1,298 @@
+"""A plan as text for the terminal: tables of memory, communication and time, the rank map, the pipeline in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from typer import style
+
+from tplaunch.cli.views.table import columns
+from tplaunch.cli.views.timeline import timeline_text
+from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
+from tplaunch.plan.memory import Memory
+from tplaunch.units import GiB, format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from tplaunch.plan.remedies import Remedy
+    from tplaunch.plan.schedule import Timeline
+
+# One colour for each pipeline rank, in turn.
+STAGE_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+_MEMORY_COLOURS = (
+    ("weights", "blue"),
+    ("gathered_weights", "cyan"),
+    ("gradients", "green"),
+    ("optimizer", "magenta"),
+    ("activations", "yellow"),
+    ("transient", "red"),
+    ("pipeline_buffers", "bright_magenta"),
+    ("overhead", "white"),
+)
+_MAX_ROWS = 16
+
+
+def plan_text(
+    plan: Plan,
+    remedies: list[Remedy],
+    *,
+    rank: int | None = None,
+    timeline: Timeline | None = None,
+) -> str:
+    """A whole plan.
+
+    Args:
+        remedies: what would make it fit, where it does not.
+        timeline: the pipeline's step, to be drawn.
+        rank: also this rank's place, groups, memory and traffic.
+    """
+    case = plan.case
+    busiest = plan.fullest if rank is None else case.topology.coordinates(rank).pp
+    parts = [
+        _headline(case),
+        _memory_table(plan),
+        _verdict(plan, remedies),
+        _traffic_table(plan, busiest),
+        _time_table(plan),
+        _run_line(plan),
+    ]
+    if timeline is not None:
+        parts.append(timeline_text(timeline))
+    parts.append(rank_map(case))
+    if rank is not None:
+        parts.append(_rank_lines(case, rank))
+    return "\n".join(parts)
+
+
+def _headline(case: Case) -> str:
+    topology, parallelism, training = case.topology, case.recipe.topology, case.recipe.training
+    world = f"{topology.world_size} x {case.gpu.name}"
+    nodes = f"{topology.nodes} node{'s' * (topology.nodes > 1)}"
+    schedule = f", {parallelism.schedule}" if topology.pp > 1 else ""
+    schedule += f" x {parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
+    sequence = ", sequence parallel" if case.sequence_parallel else ""
+    return (
+        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, "
+        f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}\n"
+        f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
+        f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
+    )
+
+
+def recompute_text(case: Case) -> str:
+    recompute = case.recipe.training.recompute
+    return recompute if isinstance(recompute, str) else f"every {recompute.every}"
+
+
+def _transient(memory: Memory) -> float:
+    return memory.loss + memory.working + memory.data_parallel_buffers
+
+
+def _parts(memory: Memory) -> dict[str, float]:
+    return {**memory._asdict(), "transient": _transient(memory)}
+
+
+def gib(count: float) -> str:
+    return f"{count / GiB:.1f}"
+
+
+def shown_ranks(plan: Plan) -> list[int]:
+    """The pipeline ranks that a table shows: all, or of many the first, the last, the fullest and some between."""
+    pp = len(plan.memory)
+    if pp <= _MAX_ROWS:
+        return list(range(pp))
+    step = -(-pp // (_MAX_ROWS - 2))
+    return sorted({*range(0, pp, step), pp - 1, plan.fullest})
+
+
+def _memory_table(plan: Plan) -> str:
+    case, capacity = plan.case, plan.case.gpu.memory
+    rows: list[list[str]] = []
+    for pp_rank in shown_ranks(plan):
+        memory = plan.memory[pp_rank]
+        parts = _parts(memory)
+        cells = [gib(parts[name]) for name, _ in _MEMORY_COLOURS]
+        full = pp_rank == plan.fullest and len(plan.memory) > 1
+        over = memory.total > capacity
+        total = style(gib(memory.total), fg="red" if over else None, bold=over or full or None)
+        rows.append([str(pp_rank), _layers(case.stages_on(pp_rank)), *cells, total, memory_bar(memory, capacity, 24)])
+    names = ("weights", "gathered", "grads", "optim", "activ", "working", "pipe", "other")
+    coloured = [style(name, fg=colour) for name, (_, colour) in zip(names, _MEMORY_COLOURS, strict=True)]
+    headings = ["pp", "layers", *coloured, "total", ""]
+    title = f"Memory of a rank at its fullest moment, GiB of {gib(capacity)}"
+    return columns(title, headings, rows, frozenset({len(headings) - 1}))
+
+
+def _layers(stages: Iterable[Stage]) -> str:
+    stages = list(stages)
+    if len(stages) > 4:
+        return f"{sum(len(s.layers) for s in stages)} in {len(stages)}"
+    return " ".join(f"{s.layers.start}-{s.layers.stop - 1}" if s.layers else "-" for s in stages)
+
+
+def memory_bar(memory: Memory, capacity: float, width: int) -> str:
+    """A bar whose full width is the GPU's memory; what runs over it is said as a multiple."""
+    bar, parts = "", _parts(memory)
+    done, drawn = 0.0, 0
+    for name, colour in _MEMORY_COLOURS:
+        done += parts[name]
+        cells = min(round(done / capacity * width), width) - drawn
+        bar += style("█" * cells, fg=colour) if cells else ""
+        drawn += cells
+    if memory.total > capacity:
+        return bar + style(f"▶ {memory.total / capacity:.2g}x", fg="red", bold=True)
+    return bar + style("·" * (width - drawn), dim=True)
+
+
+def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
+    memory, capacity = plan.memory[plan.fullest], plan.case.gpu.memory
+    pp = f" on pp rank {plan.fullest}" if plan.case.topology.pp > 1 else ""
+    if plan.fits:
+        share = plan.headroom / capacity
+        text = f"fits: {format_bytes(plan.headroom)} to spare ({share:.0%}){pp}"
+        tight = "; tight: fragmentation may still run it out of memory" if share < 0.05 else ""
+        return style(text + tight, fg="green" if share >= 0.05 else "yellow")
+    said = f"does not fit: {format_bytes(memory.total)} of {format_bytes(capacity)}{pp}"
+    lines = [style(said, fg="red", bold=True), f"  {_inference(plan)}"]
+    lines += [f"  fix: {line}" for line in remedy_lines(plan, remedies)]
+    return "\n".join(lines)
+
+
+def _inference(plan: Plan) -> str:
+    """What the weights alone take, in the compute type: enough for inference?"""
+    case = plan.case
+    sizes = [sum(case.weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp)]
+    share = max(sizes) * case.compute_bytes
+    whole = sum(sizes) * case.topology.tp * case.compute_bytes
+    fits = "fits" if share < case.gpu.memory else "does not fit"
+    return (
+        f"for inference alone the {case.recipe.training.precision} weights take {whole / 1e9:.0f} GB, "
+        f"{share / 1e9:.1f} GB a GPU: {fits}"
+    )
+
+
+def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
+    """One line for each remedy, with its price."""
+    lines = []
+    for remedy in remedies:
+        then = remedy.plan
+        world, old = then.case.topology.world_size, plan.case.topology.world_size
+        gpus = f", on {world} GPUs" if world != old else ""
+        price = f"{abs(remedy.price):.0%} {'slower' if remedy.price >= 0 else 'faster'} a GPU"
+        used = f"{then.memory[then.fullest].total / GiB:.1f} GiB"
+        lines.append(f"{remedy.change.options}  ({price}{gpus}; {used})")
+    return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
+
+
+def _traffic_table(plan: Plan, pp_rank: int) -> str:
+    traffic = [item for item in plan.traffic[pp_rank] if item.calls]
+    if not traffic:
+        return "Communication: none, one rank alone"
+    where = f" of pp rank {pp_rank}" if plan.case.topology.pp > 1 else ""
+    headings = ["axis", "what", "kind", "link", "ranks", "calls", "of", "total", "time", "not hidden"]
+    rows: list[list[str]] = [
+        [
+            item.axis,
+            item.what,
+            item.kind,
+            item.link,
+            str(item.ranks),
+            f"{item.calls:,.0f}",
+            format_bytes(item.bytes),
+            format_bytes(item.calls * item.bytes),
+            _seconds(item.seconds),
+            "see waiting" if item.axis == "pp" else _seconds(item.exposed),
+        ]
+        for item in traffic
+    ]
+    return columns(f"Communication{where} in a step", headings, rows, frozenset(range(4)))
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _time_table(plan: Plan) -> str:
+    names = {
+        "compute": "compute",
+        "recompute": "recomputation",
+        "tensor_parallel": "tp, not hidden",
+        "pipeline": "pipeline waiting",
+        "data_parallel": "dp, not hidden",
+        "optimizer": "optimizer",
+    }
+    rows: list[list[str]] = []
+    for key, seconds in plan.breakdown._asdict().items():
+        share = seconds / plan.step_seconds
+        if seconds:
+            rows.append([names[key], _seconds(seconds), f"{share:.1%}", "█" * round(share * 40)])
+    return columns(f"Time of a step: {_seconds(plan.step_seconds)}", [""] * 4, rows, frozenset({0, 3}))
+
+
+def _run_line(plan: Plan) -> str:
+    case = plan.case
+    per_gpu = plan.tokens_per_second / case.topology.world_size
+    bubble = f", bubble {plan.step.bubble:.1%}" if case.topology.pp > 1 else ""
+    energy = f", at most {_energy(plan.energy_kwh)}" if case.gpu.power else ""
+    flops = plan.total_flops / REGULATED_FLOPS
+    against = f"{flops:.2g} of 1e25" if flops < 1 else f"{flops:.2f} times 1e25, which regulators name"
+    return (
+        f"{format_count(plan.tokens_per_second)} tokens/s, {per_gpu:,.0f} a GPU, "
+        f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}\n"
+        f"{case.recipe.training.steps:,} steps, {format_count(plan.tokens)} tokens: {format_duration(plan.seconds)}, "
+        f"{plan.gpu_hours:,.0f} GPU-hours{energy}\n"
+        f"{plan.model_flops_per_token / 1e9:,.1f} GFLOP a token "
+        f"({plan.hardware_flops_per_token / 1e9:,.1f} with recomputation), {plan.total_flops:.2e} in all: {against}"
+    )
+
+
+def _energy(kwh: float) -> str:
+    return f"{kwh / 1000:,.1f} MWh" if kwh >= 1000 else f"{kwh:,.1f} kWh"
+
+
+def rank_map(case: Case, max_nodes: int = 8) -> str:
+    """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
+    topology = case.topology
+    per_node = topology.ranks_per_node
+    count = topology.nodes
+    nodes: list[int | None] = list(range(min(count, max_nodes)))
+    if count > max_nodes:
+        nodes = [*range(max_nodes - 1), None, count - 1]
+    widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
+    wide = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
+    rows: list[list[str]] = []
+    for node in nodes:
+        if node is None:
+            rows.append(["...", *[""] * wide])
+            continue
+        ranks = range(node * per_node, min((node + 1) * per_node, topology.world_size))
+        for start in range(0, min(len(ranks), 4 * wide), wide):
+            cells = [f"node {node}" if start == 0 else ""]
+            for rank in ranks[start : start + wide]:
+                at = topology.coordinates(rank)
+                colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
+                cells.append(style(f"{rank} ", dim=True) + style(f"{at.tp}/{at.dp}/{at.pp}", fg=colour))
+            rows.append(cells + [""] * (wide + 1 - len(cells)))
+    return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (wide + 1), rows, frozenset({0}))
+
+
+def _rank_lines(case: Case, rank: int) -> str:
+    topology = case.topology
+    at = topology.coordinates(rank)
+    lines = [f"rank {rank}: {at}, node {topology.node(rank)}"]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in ("tp", "dp", "pp")]
+    for stage in case.stages_on(at.pp):
+        ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
+        blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"
+        lines.append(f"  stage {stage.index}: {blocks}{ends}")
+    return "\n".join(lines)
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"{ranks[0]} alone"
+    step = ranks[1] - ranks[0]
+    if len(ranks) <= 8:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]} ({len(ranks)}, every {step})"

@@ -1,0 +1,72 @@
+"""A simulation as text for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from typer import style
+
+from tplaunch.cli.views.table import columns
+from tplaunch.simulate.rank import RankRecord
+from tplaunch.simulate.world import Simulation
+from tplaunch.spec.topology import AXES, Topology
+from tplaunch.units import format_bytes, format_count
+
+
+def report(simulation: Simulation) -> str:
+    """What the ranks held and sent, beside what the planner says of them."""
+    case = simulation.plan.case
+    topology = case.topology
+    parts = [
+        f"{case.recipe.name}: {topology.tp} tp x {topology.pp} pp x {topology.dp} dp = {topology.world_size:,} ranks, "
+        f"one step of {case.microbatches} microbatches of the real trainer, on tensors that hold nothing"
+    ]
+    rows = []
+    for record in simulation.records:
+        place = topology.coordinates(record.rank)
+        planned = simulation.plan.memory[place.pp].allocated
+        sizes = (format_bytes(record.peak), format_bytes(planned), f"{planned / record.peak - 1:+.1%}")
+        rows.append([str(record.rank), " ".join(map(str, place)), format_count(record.parameters), *sizes])
+    headings = ["rank", " ".join(AXES), "parameters", "peak", "planned", "differs"]
+    parts.append(columns("memory, without what CUDA and the allocator add", headings, rows, frozenset()))
+    rows = [row for record in simulation.records for row in _traffic(simulation, record)]
+    headings = ["rank", "axis", "what", "calls", "bytes", "planned"]
+    parts.append(columns("communication", headings, rows, frozenset({1, 2})))
+    good = style(f"sends, receives and collectives of {simulation.listened} ranks fit together", fg="green")
+    bad = [style(f"ranks do not fit together: {problem}", fg="red") for problem in simulation.problems]
+    parts.append("\n".join(bad) or good)
+    return "\n\n".join(parts)
+
+
+def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
+    """Calls and bytes of a rank by axis and kind; planned bytes where the planner counts them."""
+    topology = simulation.plan.case.topology
+    calls: Counter[tuple[str, str]] = Counter()
+    moved: Counter[tuple[str, str]] = Counter()
+    for collective in record.collectives:
+        key = (axis(topology, collective.group), collective.kind)
+        calls[key] += 1
+        moved[key] += collective.bytes
+    for message in record.messages:
+        calls["pp", message.kind] += 1
+        moved["pp", message.kind] += message.bytes
+    planned: Counter[tuple[str, str]] = Counter()
+    for traffic in simulation.plan.traffic[topology.coordinates(record.rank).pp]:
+        planned["tp" if traffic.axis == "sp" else traffic.axis, traffic.kind] += round(traffic.calls * traffic.bytes)
+    return [
+        [
+            str(record.rank),
+            *key,
+            str(calls[key]),
+            format_bytes(moved[key]),
+            format_bytes(planned[key]) if key in planned else "",
+        ]
+        for key in sorted(calls)
+    ]
+
+
+def axis(topology: Topology, group: tuple[int, ...]) -> str:
+    """The axis on which a group's ranks differ; "world" for several."""
+    first, last = topology.coordinates(group[0]), topology.coordinates(group[-1])
+    differing = [name for name in AXES if getattr(first, name) != getattr(last, name)]
+    return differing[0] if len(differing) == 1 else "world" if differing else "alone"

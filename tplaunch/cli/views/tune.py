@@ -1,0 +1,41 @@
+"""What `tune` found, as text for the terminal."""
+
+from __future__ import annotations
+
+from tplaunch.cli.views.plan import gib, recompute_text
+from tplaunch.cli.views.table import columns
+from tplaunch.plan.tune import Tuning
+
+
+def tuning_text(tuning: Tuning, gpus: int) -> str:
+    """The best topologies, what each loses its time on, and why the best's neighbours are not better."""
+    rows: list[list[str]] = []
+    for place, choice in enumerate(tuning.choices, 1):
+        plan, case = choice.plan, choice.plan.case
+        topology, parallelism = case.topology, case.recipe.topology
+        chunks = f" x{parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
+        schedule = f"{parallelism.schedule}{chunks}" if topology.pp > 1 else ""
+        rows.append(
+            [
+                str(place),
+                str(topology.tp),
+                str(topology.pp),
+                str(topology.dp),
+                str(parallelism.zero),
+                str(case.recipe.training.micro_batch_size),
+                recompute_text(case),
+                schedule,
+                f"{plan.tokens_per_second / gpus:,.0f}",
+                f"{plan.mfu:.1%}",
+                gib(plan.memory[plan.fullest].total),
+                choice.reason,
+            ]
+        )
+    headings = ["", "tp", "pp", "dp", "zero", "micro", "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
+    gpu = tuning.choices[0].plan.case.gpu.name
+    title = f"Best of {tuning.legal:,} topologies on {gpus} x {gpu}; {tuning.fitting:,} fit"
+    lost = [[str(neighbour.change), neighbour.why] for neighbour in tuning.neighbours]
+    parts = [columns(title, headings, rows, frozenset({6, 7, 11}))]
+    if lost:
+        parts.append(columns("One step from the best", ["change", "why not"], lost, frozenset({0, 1})))
+    return "\n\n".join(parts)

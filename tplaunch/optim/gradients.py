@@ -1,0 +1,131 @@
+"""What gradients still need after the backward passes: sums over copies, the true global norm, clipping.
+
+FSDP2 has summed them over data parallel. Left are sums that belong to the model's own parallelism, each one
+collective a step on the sharded gradients, as in Megatron's `finalize_model_grads`:
+
+- over tp, for replicated parameters that each rank applied to only its shard of the sequence (with sequence
+  parallelism) or of the heads (q/k norms);
+- over the copies of a key/value head that several tp ranks hold;
+- between first and last stage, for a tied embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tplaunch.model.build import Stage
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.spec.parameters import Parameter
+from tplaunch.spec.schedules import stage_rank
+from tplaunch.torch_private import norms, scale_in_place
+
+
+def local_grad(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter's gradient, sharing its memory.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if parameter.grad is None:
+        raise RuntimeError("a parameter got no gradient: it takes no part in the loss")
+    grad = parameter.grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """All-reduce tensors of one dtype in one call."""
+    if not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+class GradientFinalizer:
+    """Completes and measures the gradients of one rank's stages.
+
+    Args:
+        stages: this rank's stages.
+        mesh: the mesh.
+        schedule, num_stages: where first and last stage are.
+        tied: the model ties its output matrix to the embedding.
+    """
+
+    def __init__(self, stages: list[Stage], mesh: Mesh, *, schedule: str, num_stages: int, tied: bool) -> None:
+        self.mesh = mesh
+        tp = mesh.tp.size
+        self.replicated: list[Tensor] = []  # summed over tp
+        self.key_value: dict[int, list[Tensor]] = {}  # number of heads -> summed over the copies of each
+        self.owned: list[Tensor] = []  # each number of the model on exactly one rank
+        self.tied: list[Tensor] = []
+        self.all: list[Tensor] = []
+        first_replica = mesh.world.get_local_rank("dp_replicate") == 0
+        for stage in stages:
+            for name, tensor in stage.module.named_parameters():
+                parameter = stage.parameters[name]
+                copies = parameter.copies(tp)
+                copy = stage.module.tied_copy and name == "output.weight"
+                self.all.append(tensor)
+                if parameter.tp_dim is None and tp > 1 and (mesh.tp.sequence_parallel or _is_head_norm(parameter)):
+                    self.replicated.append(tensor)
+                elif parameter.tp_dim is not None and copies > 1:
+                    self.key_value.setdefault(parameter.pieces, []).append(tensor)
+                if parameter.name == "embedding.weight":
+                    self.tied.append(tensor)
+                if first_replica and mesh.tp.rank % copies == 0 and not copy:
+                    self.owned.append(tensor)
+        self.tied_group = None
+        last = stage_rank(num_stages - 1, mesh.topology.pp, schedule)
+        self.tied_apart = tied and last != 0
+        self.tied_together = tied and last == 0 and num_stages > 1
+        if self.tied_apart:
+            self.tied_group = self._pair_groups(last)
+
+    def _pair_groups(self, last: int) -> dist.ProcessGroup | None:
+        """Groups of (first stage, last stage) ranks; returns this rank's. Every rank must make all of them."""
+        mine = None
+        for ranks in self.mesh.topology.groups("pp"):
+            pair = [ranks[0], ranks[last]]
+            group = dist.new_group(pair)
+            if dist.get_rank() in pair:
+                mine = group
+        return mine
+
+    def complete(self) -> None:
+        """Sum the gradients over the copies that saw different parts of the batch or model."""
+        if self.replicated:
+            sum_in_place([local_grad(t) for t in self.replicated], self.mesh.tp.group)
+        for heads, tensors in self.key_value.items():
+            sum_in_place([local_grad(t) for t in tensors], self.mesh.key_value(heads).get_group("kv_copy"))
+        if self.tied_group is not None:
+            sum_in_place([local_grad(t) for t in self.tied], self.tied_group)
+        elif self.tied_together and self.tied:
+            first, last = (local_grad(t) for t in self.tied)
+            first.add_(last)
+            last.copy_(first)
+
+    def square_sum(self) -> Tensor:
+        """Sum of squares of the gradients that this rank counts, fp64 [], so that the world's sum is the norm^2."""
+        return square_sum(local_grad(t) for t in self.owned).to(self.mesh.device)
+
+    def scale(self, factor: float) -> None:
+        """Multiply every gradient of this rank."""
+        scale_in_place([local_grad(t) for t in self.all], factor)
+
+
+def square_sum(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of the squares of all elements; each tensor's in its own dtype, their sum in fp64."""
+    filled = [t for t in tensors if t.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms(filled)).double().square().sum()
+
+
+def _is_head_norm(parameter: Parameter) -> bool:
+    return parameter.name.endswith(("q_norm.weight", "k_norm.weight"))

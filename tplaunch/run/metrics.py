@@ -1,0 +1,41 @@
+"""`metrics.jsonl`, the source of truth of a run's curve; W&B and the console are its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tplaunch.files import append_line, parse_lines, to_line, write_atomic
+from tplaunch.run.directory import RunDir
+
+
+class MetricsLog:
+    """Appends metric records; used by one rank.
+
+    Args:
+        run_dir: an existing run directory.
+    """
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.path = run_dir.metrics
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append the record of one step. It is in the file when this returns, and outlives a SIGKILL.
+
+        Args:
+            record: flat; holds `step`. Values are JSON values; NaN and infinities are written as null.
+        """
+        append_line(self.path, record)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the records of later steps, which a run that resumes at `step` writes again.
+
+        Torn lines go too. The file is replaced in one rename, so that a crash leaves the old or the new one.
+        """
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        kept = b"".join(to_line(record) for record in parse_lines(data) if record.get("step", step + 1) <= step)
+        if kept == data:
+            return
+        write_atomic(self.path, kept)

@@ -1,0 +1,246 @@
+"""Runs that were submitted to Slurm: where they are, how they stand, what they print."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.files import Tail
+from tplaunch.recipe.load import load_recipe
+from tplaunch.run.directory import RunDir, runs_under
+from tplaunch.run.events import AttemptEnded, BadNodes
+from tplaunch.run.history import History
+from tplaunch.slurm import client
+
+POLL_S = 2.0  # between questions to the controller, which many users share
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run stands. What is not known is None.
+
+    Args:
+        run: the run directory.
+        job: the job that runs, waits or was last.
+        state: pending, running, requeued (waits again), stopping, done, stopped, failed, gone (Slurm has forgotten
+            the job, and the run did not say how it ended), or Slurm's own word.
+        attempt: how often the ranks were started.
+        seconds_left: at the present speed.
+        why: why it waits, or how it ended.
+    """
+
+    run: Path
+    job: str
+    state: str
+    nodes: str
+    attempt: int
+    step: int | None
+    steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    seconds_left: float | None
+    why: str
+
+
+def find_runs(targets: Sequence[str], folder: Path = Path("runs")) -> list[RunDir]:
+    """The runs that are meant.
+
+    Args:
+        targets: run directories, sweeps (folders of run directories), names under `folder`, or job numbers;
+            none: every run under `folder` that was submitted to Slurm.
+
+    Raises:
+        TplaunchError: a target is none of these.
+    """
+    if not targets:
+        return [run for run in runs_under(folder) if run.history().submitted_jobs]
+    found: list[RunDir] = []
+    problems = []
+    for target in targets:
+        runs = [run for path in (Path(target), folder / target) for run in runs_under(path)]
+        if not runs and target.replace("_", "").isdecimal():
+            runs = [run for run in runs_under(folder) if _holds(run.history().submitted_jobs, target)]
+        if not runs:
+            fix = f"see tplaunch status, or ls {folder}"
+            problems.append(Problem(f"{target!r} is no run directory, name or job number", fix=fix))
+        found += runs
+    if problems:
+        raise TplaunchError(*problems)
+    return list(dict.fromkeys(RunDir(run.root.absolute()) for run in found))
+
+
+def _holds(jobs: Sequence[str], target: str) -> bool:
+    return any(target in (job, job.split("_")[0]) for job in jobs)
+
+
+def status_of(run_dir: RunDir) -> RunStatus:
+    """How a run stands, from Slurm where it still knows the job and from the run directory."""
+    history, metrics = run_dir.history(), run_dir.read_metrics()
+    job_id, job = current_job(history)
+    steps = load_recipe(run_dir.recipe).recipe.training.steps
+    last = metrics[-1] if metrics else {}
+    running = job is not None and job.state == "RUNNING"
+    step = last.get("step")
+    return RunStatus(
+        run=run_dir.root,
+        job=job_id,
+        state=_state(job, history),
+        nodes=job.nodes if job else "",
+        attempt=history.attempts,
+        step=step,
+        steps=steps,
+        loss=last.get("loss"),
+        tokens_per_s=last.get("tokens_per_s"),
+        seconds_left=(steps - step) * last["step_time_s"] if running and step is not None else None,
+        why=_why(job, history),
+    )
+
+
+def current_job(history: History) -> tuple[str, client.Job | None]:
+    """The first job of the run's chain that is not over, else its last; its number, and what Slurm knows of it."""
+    known: list[tuple[str, client.Job | None]] = [("", None)]
+    for job_id in history.submitted_jobs:
+        known.append((job_id, client.find_job(job_id)))
+        if (job := known[-1][1]) is not None and job.open:
+            break
+    # Jobs of a chain that were cancelled because the run was done before are not what the user asks for.
+    started = [(job_id, job) for job_id, job in known if job is not None and (job.open or job.nodes)]
+    return started[-1] if started else known[-1]
+
+
+def _state(job: client.Job | None, history: History) -> str:
+    if job is not None and job.open:
+        if job.state == "PENDING":
+            return "requeued" if job.restarts else "pending"
+        return "stopping" if job.state == "COMPLETING" else job.state.lower()
+    match history.end:
+        case AttemptEnded(code=code):
+            return {Exit.DONE: "done", Exit.STOPPED: "stopped"}.get(Exit(code), "failed")
+        case BadNodes():
+            return "failed"
+    return job.state.lower() if job is not None else "gone"
+
+
+def _why(job: client.Job | None, history: History) -> str:
+    if job is not None and job.open:
+        return client.explain_reason(job.reason) if job.state == "PENDING" else ""
+    match history.end:
+        case AttemptEnded(why=why):
+            return why
+        case BadNodes(nodes=nodes):
+            return f"bad nodes: {', '.join(nodes)}"
+    return client.explain_reason(job.reason) if job is not None else "Slurm does not know the job any more"
+
+
+def wait_for(
+    runs: Sequence[RunDir],
+    while_waiting: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Exit:
+    """Wait until no job of the runs waits or runs, and say how they ended: the worst of them.
+
+    A controller that does not answer for a while, as it restarts or is busy, ends no wait.
+
+    Args:
+        while_waiting: called before each further question to the controller.
+        warn: told once when the controller ceases to answer.
+
+    Raises:
+        TplaunchError: Slurm cannot be asked at all, at the first question.
+    """
+    answered = reached = any(_is_open(run) for run in runs)
+    while answered:
+        while_waiting()
+        time.sleep(POLL_S)
+        try:
+            answered = any(_is_open(run) for run in runs)
+            reached = True
+        except TplaunchError as error:
+            if reached:
+                warn(f"{error}\nstill waiting")
+            reached = False
+    while_waiting()
+    states = {status_of(run).state for run in runs}
+    return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
+
+
+def _is_open(run_dir: RunDir) -> bool:
+    """Whether a job of the run waits or runs."""
+    _, job = current_job(run_dir.history())
+    return job is not None and job.open
+
+
+def job_log(run_dir: RunDir) -> Path:
+    """The log of the job that `status` speaks of.
+
+    Raises:
+        TplaunchError: the run was not submitted to Slurm.
+    """
+    history = run_dir.history()
+    log = history.log_of(current_job(history)[0])
+    if log is None:
+        fix = "for what its ranks printed: tplaunch logs RUN --rank N"
+        raise TplaunchError(Problem(f"{run_dir.root} was not submitted to Slurm", fix=fix))
+    return log
+
+
+def rank_log(run_dir: RunDir, rank: int) -> Path:
+    """The log of a rank in the latest attempt that has one.
+
+    Raises:
+        TplaunchError: there is none.
+    """
+    logs = sorted(run_dir.logs.glob(f"attempt-*/rank-{rank}.log"), key=lambda path: int(path.parent.name[8:]))
+    if not logs:
+        raise TplaunchError(Problem(f"rank {rank} of {run_dir.root} has printed nothing yet"))
+    return logs[-1]
+
+
+class Follower:
+    """Reads what is added to a log, and goes over to the next when the run has a new one.
+
+    Args:
+        newest: the log to read now; asked each time.
+    """
+
+    def __init__(self, newest: Callable[[], Path]) -> None:
+        self.newest = newest
+        self._tail: Tail | None = None
+
+    def read(self) -> Iterator[str]:
+        """What is new, in pieces of text."""
+        path = self.newest()
+        if self._tail is None or path != self._tail.path:
+            if self._tail is not None:
+                yield self._tail.read().decode(errors="replace")
+            self._tail = Tail(path)
+        yield self._tail.read().decode(errors="replace")
+
+
+def cancel_run(run_dir: RunDir, *, now: bool) -> list[str]:
+    """Stop a run: jobs that wait are taken from the queue, the one that runs is asked to save and stop.
+
+    Args:
+        now: do not ask, end it; what was trained since its last checkpoint is lost if it cannot save in Slurm's
+            KillWait (30 s unless configured otherwise).
+
+    Returns:
+        What was done, a sentence for each job.
+    """
+    jobs = [client.find_job(job_id) for job_id in run_dir.history().submitted_jobs]
+    live = [job for job in jobs if job is not None and job.open]
+    # The waiting ones first: one that waits for the running one must not start when that ends.
+    waiting = [job.id for job in live if job.state == "PENDING"]
+    running = [job.id for job in live if job.state != "PENDING"]
+    client.cancel([*waiting, *running] if now else waiting)
+    done = [f"job {job_id}: taken from the queue" for job_id in waiting]
+    for job_id in running:
+        if now:
+            done.append(f"job {job_id}: ended")
+        else:
+            client.ask_to_stop(job_id)
+            done.append(f"job {job_id}: asked to finish its step, save and stop")
+    return done

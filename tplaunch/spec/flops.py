@@ -1,0 +1,40 @@
+"""FLOPs of a model.
+
+A multiply and an add count as two, and only matrix products count (as Narayanan et al. 2021, arXiv 2104.04473,
+appendix, and Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from tplaunch.recipe.schema import Model
+from tplaunch.spec.parameters import block_parameters
+
+
+def block_matmul_parameters(model: Model) -> int:
+    """Weights of one block that every token is multiplied with."""
+    return sum(p.count for p in block_parameters(model) if p.role == "matrix")
+
+
+def matmul_parameters(model: Model) -> int:
+    """Weights that every token is multiplied with: the blocks' matrices and the output layer (tied or not).
+
+    The embedding lookup, positions, norms and biases multiply nothing. The vocabulary is unpadded.
+    """
+    return model.num_layers * block_matmul_parameters(model) + model.vocab_size * model.hidden_size
+
+
+def attention_flops_per_token(model: Model, seq_len: int) -> float:
+    """FLOPs of one block's two attention products, forward, for one token that sees all `seq_len` positions."""
+    assert model.head_dim is not None
+    return 4.0 * model.num_heads * model.head_dim * seq_len
+
+
+def model_flops_per_token(model: Model, seq_len: int) -> float:
+    """FLOPs that training on one token needs, forward and backward: 6 N + 12 L (heads head_dim) seq_len.
+
+    The standard formula, by which MFU is quoted (PaLM appendix B; torchtitan counts alike, and so does Narayanan et
+    al. 2021 without its recomputation). N is `matmul_parameters`: without the embedding lookup, with the output
+    layer. Attention is counted in full, not halved for the causal mask. Recomputation is not counted.
+    """
+    attention = 3 * model.num_layers * attention_flops_per_token(model, seq_len)
+    return 6.0 * matmul_parameters(model) + attention

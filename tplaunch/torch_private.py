@@ -1,0 +1,141 @@
+"""Every name of torch that is not public, in one place, so that a new torch fails here, in one sentence.
+
+What is used is the same in torch 2.11 to 2.14; `tests/test_torch_private.py` has a test for each. Imports that cost
+time lie inside the functions that need them. (`run/flight.py` reads the flight recorder where torch is loaded
+already: the launcher, which must not import torch, shares that file.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory  # defines torch.ops.symm_mem
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+# The operators below torch's functional collectives: those wrap each result in a tensor subclass that waits at its
+# first use, and its dispatch costs more than a small collective. Here every result is waited for by hand.
+collective_ops = torch.ops._c10d_functional
+# Matmuls fused with collectives by symmetric memory.
+symmetric_memory_ops = torch.ops.symm_mem
+
+
+class UnsupportedTorch(RuntimeError):
+    """The installed torch lacks a private name that tplaunch uses.
+
+    Args:
+        name: the name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"torch {torch.__version__} has no {name}, which tplaunch uses: install torch 2.11 to 2.14")
+
+
+# Names of `simulate` alone, imported when they are asked for: `from tplaunch.torch_private import FakeStore`.
+_LAZY = {
+    "CollectiveOp": "torch.distributed._tools.fake_collectives",
+    "FakeStore": "torch.testing._internal.distributed.fake_pg",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "OpOverload": "torch._ops",
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    "active_fake_mode": "torch._guards",
+    "tree_flatten": "torch.utils._pytree",
+    "tree_leaves": "torch.utils._pytree",
+    "tree_map_only": "torch.utils._pytree",
+    "tree_unflatten": "torch.utils._pytree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except (ImportError, AttributeError):
+        raise UnsupportedTorch(f"{_LAZY[name]}.{name}") from None
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that only tensors of the same storage share, while one of them lives."""
+    return _get(tensor.untyped_storage(), "_cdata", "UntypedStorage._cdata")
+
+
+def _get(owner: Any, name: str, called: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise UnsupportedTorch(called) from None
+
+
+def set_group_timeouts(timeout_s: float, *, without: Collection[dist.ProcessGroup] = ()) -> None:
+    """Let collectives that begin from now on take so long, in every group of this process.
+
+    Groups that are made without a timeout, such as a mesh's, do not take over the world's: gloo waits 30 minutes,
+    NCCL 10. There is no public way to change that later, nor to list the groups. gloo's send and recv keep the
+    timeout that their group was made with.
+
+    Args:
+        without: groups that keep theirs.
+    """
+    from torch.distributed import distributed_c10d
+
+    world = _get(distributed_c10d, "_world", "distributed_c10d._world")
+    set_timeout = _get(distributed_c10d, "_set_pg_timeout", "distributed_c10d._set_pg_timeout")
+    for group in list(world.pg_map):
+        if group not in without:
+            set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def unflatten(mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A 1-D mesh seen as one of more axes."""
+    return _get(mesh, "_unflatten", "DeviceMesh._unflatten")(0, shape, names)
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward pass that runs now will run a node of the autograd graph. Leaves have no answer."""
+    return _get(torch._C, "_will_engine_execute_node", "torch._C._will_engine_execute_node")(node)
+
+
+def scale_in_place(tensors: list[Tensor], factor: float) -> None:
+    """Multiply tensors in one call."""
+    _get(torch, "_foreach_mul_", "torch._foreach_mul_")(tensors, factor)
+
+
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, in one call."""
+    return _get(torch, "_foreach_norm", "torch._foreach_norm")(tensors)
+
+
+def gather_once(schedule: Any) -> None:
+    """Change a pipeline schedule so that this rank gathers each stage's weights once a step, and lets go of them once.
+
+    torch keeps three stages gathered at a time: ranks with more would gather some again and again, where ZeRO 1 is to
+    keep what it has gathered. Schedules of one stage a rank gather nothing themselves.
+    """
+    from torch.distributed.pipelining import schedules
+
+    runtime = _get(schedules, "_PipelineScheduleRuntime", "pipelining.schedules._PipelineScheduleRuntime")
+    if not isinstance(schedule, runtime):
+        return
+    actions = schedule.pipeline_order_with_comms
+    actions[schedule.rank] = first_gathers(actions[schedule.rank])
+
+
+def first_gathers(actions: list[Any]) -> list[Any]:
+    """Keep only the first UNSHARD and the last RESHARD of each stage in a rank's list of pipeline actions."""
+    from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
+
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, action in enumerate(actions):
+        if action.computation_type is UNSHARD:
+            first.setdefault(action.stage_index, i)
+        elif action.computation_type is RESHARD:
+            last[action.stage_index] = i
+    kept = {*first.values(), *last.values()}
+    return [a for i, a in enumerate(actions) if a.computation_type not in (UNSHARD, RESHARD) or i in kept]

@@ -1,0 +1,151 @@
+"""One optimizer step of one rank: microbatches through the pipeline, gradients, clipping, the update.
+
+What `train`, `bench` and `simulate` all run: it knows no run directory, no checkpoint and no log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tplaunch.checkpoint.state import TrainingProgress
+from tplaunch.model.build import Stage, build_stages
+from tplaunch.optim.gradients import GradientFinalizer
+from tplaunch.optim.loss_scale import LossScale
+from tplaunch.optim.lr import learning_rate
+from tplaunch.optim.optimizer import ShardedOptimizer
+from tplaunch.parallel.cross_entropy import IGNORE
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.flops import model_flops_per_token
+from tplaunch.train.batch import Batch, batch_size
+from tplaunch.train.pipeline import Pipeline
+
+
+def make_pipeline(stages: list[Stage], mesh: Mesh, recipe: Recipe) -> Pipeline:
+    """The pipeline of a recipe; `torch.distributed.pipelining`, which takes half a second to import, only where it
+    has more than one stage."""
+    if recipe.topology.pp == 1:
+        return Pipeline(stages, mesh, recipe)
+    from tplaunch.train.schedule import ScheduledPipeline
+
+    return ScheduledPipeline(stages, mesh, recipe)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the whole world saw of one step; equal on every rank.
+
+    Args:
+        loss: mean over the targets of the global batch.
+        grad_norm: of all gradients, before clipping.
+        finite: whether both are; if not, the update was skipped.
+        stop: whether a rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+class TrainStep:
+    """This rank's model, gradients and optimizer, and the step over them.
+
+    Args:
+        recipe: resolved.
+        mesh: the device mesh.
+        mark: told (step, part of the step) as the rank enters it (`Heartbeat.mark`).
+        stop_requested: whether this process was asked to stop; asked once a step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        mark: Callable[[int, str], None] = lambda step, part: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.mark = mark
+        self.stop_requested = stop_requested
+        self.stages = build_stages(recipe, mesh)
+        self.pipeline = make_pipeline(self.stages, mesh, recipe)
+        self.optimizer = ShardedOptimizer(self.stages, recipe.optimizer)
+        self.gradients = GradientFinalizer(
+            self.stages,
+            mesh,
+            schedule=recipe.topology.schedule,
+            num_stages=self.pipeline.num_stages,
+            tied=recipe.model.tie_embeddings,
+        )
+        self.loss_scale = LossScale.for_precision(recipe.training.precision)
+        self.progress = TrainingProgress()
+        self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.seq_len)
+
+    def run(self, batch: Batch, loss_factor: float = 1.0) -> StepResult:
+        """Train on this data-parallel rank's share of the global batch.
+
+        Args:
+            batch: the share.
+            loss_factor: 1, or NaN to spoil this rank's loss (`FaultInjector.at_step`).
+        """
+        recipe, progress = self.recipe, self.progress
+        step = progress.step + 1
+        batch = batch.to(self.mesh.device)
+        tokens = self.tokens_of(step)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.mark(step, "forward and backward")
+        loss = self.pipeline.train(batch, loss_factor * scale / self.count_targets(batch, tokens))
+        self.mark(step, "gradients")
+        self.gradients.complete()
+        result = self._all_reduce_result(loss / scale, self.gradients.square_sum() / scale**2)
+        self.mark(step, "update")
+        if result.finite:
+            factor = 1.0 / scale
+            clip = recipe.training.grad_clip
+            if clip is not None and result.grad_norm > clip:
+                factor *= clip / (result.grad_norm + 1e-6)
+            if factor != 1.0:
+                self.gradients.scale(factor)
+            self.optimizer.step(learning_rate(recipe, step))
+            progress.updates, progress.nonfinite = progress.updates + 1, 0
+        else:
+            progress.nonfinite += 1
+        if self.loss_scale is not None:
+            self.loss_scale.update(result.finite)
+        self.optimizer.zero_grad()
+        progress.step = step
+        progress.tokens += tokens
+        progress.flops += tokens * self.flops_per_token
+        return result
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of the global batch of a step."""
+        return batch_size(self.recipe, step) * self.recipe.training.seq_len
+
+    def count_targets(self, batch: Batch, tokens: int) -> int:
+        """Targets of the global batch that count, of `tokens`; right where the loss is."""
+        if not self.recipe.training.eod_mask_loss:
+            return tokens
+        total = (batch.labels != IGNORE).sum()
+        for axis in ("dp_replicate", "dp_shard"):
+            dist.all_reduce(total, group=self.mesh.world.get_group(axis))
+        return max(1, int(total))
+
+    def _all_reduce_result(self, loss: Tensor, squares: Tensor) -> StepResult:
+        """Sum loss, gradient norm and the wish to stop over the world, in one all-reduce, so that all decide alike."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
+        totals[0] = loss if self.pipeline.has_loss and self.mesh.tp.rank == 0 else 0.0
+        totals[1] = squares
+        totals[2] = float(self.stop_requested())
+        dist.all_reduce(totals)
+        total_loss, total_squares, stops = totals.tolist()
+        norm = math.sqrt(total_squares) if total_squares >= 0 else math.nan
+        return StepResult(total_loss, norm, math.isfinite(total_loss) and math.isfinite(norm), stops > 0)
