@@ -55,9 +55,6 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-# Old names of modules that batch scripts in the queue may still call; they only pass the call on.
-for alias in ("launch.slurm_job", "launch.node_check"):
-    del MODULES[alias]
 
 
 def test_every_package_has_its_floor() -> None:

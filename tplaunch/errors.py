@@ -1,4 +1,4 @@
-"""What can be wrong, said in one form: where, what, why, and how to mend it."""
+"""Mistakes in one form: where, what, why, and how to fix it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake. `what` is always said; the other parts where they are known."""
+    """One mistake. Only `what` is required."""
 
     what: str
     why: str = ""

@@ -24,13 +24,13 @@ def choices(options: Iterable[int], near: int) -> str:
     return " or ".join(str(option) for option in (below, above) if option is not None)
 
 
-def nearest(takes: Callable[[int], bool], near: int, most: int, *, between: bool = False) -> Iterator[int]:
-    """The first number below `near` and the first above it, up to `most`, that `takes` accepts.
+def nearest(takes: Callable[[int], bool], near: int, limit: int, *, between: bool = False) -> Iterator[int]:
+    """The first number below `near` and the first above it, up to `limit`, that `takes` accepts.
 
     Args:
         between: what is sought lies between `near` and the next number, so that `near` itself is below it.
     """
-    for numbers in (range(near if between else near - 1, 0, -1), range(near + 1, most + 1)):
+    for numbers in (range(near if between else near - 1, 0, -1), range(near + 1, limit + 1)):
         found = next(filter(takes, numbers), None)
         if found is not None:
             yield found

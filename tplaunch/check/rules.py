@@ -147,8 +147,8 @@ def batch(recipe: Recipe, dp: int) -> Iterator[Problem]:
         count, rest = divmod(batch, one_round)
         if rest == 0 and takes(count):
             return
-        most = count + 2 * parallelism.pp + 1
-        near = (number * one_round for number in nearest(takes, count, most, between=rest > 0))
+        limit = count + 2 * parallelism.pp + 1
+        near = (number * one_round for number in nearest(takes, count, limit, between=rest > 0))
         fix = f"{key.rsplit('.', 1)[1]}: {choices(near, batch)}"
         if rest:
             yield Problem(f"{batch} samples are not divisible by {rounds}", fix=fix, key=key)

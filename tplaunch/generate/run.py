@@ -29,9 +29,9 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> list[list
         what = f"{origin.tokenizer} has {tokenizer.vocab_size} tokens, the model {origin.model.vocab_size}"
         raise TplaunchError(Problem(what, fix="give the tokenizer that it was trained with"))
     found = [tokenizer.encode(prompt).tolist() or [tokenizer.eod] for prompt in prompts]
-    most, longest = origin.model.max_position, max(map(len, found)) + max_tokens
-    if most is not None and longest > most:
-        what = f"{longest} tokens, prompt and all, are more than the {most} positions of the model"
+    limit, longest = origin.model.max_position, max(map(len, found)) + max_tokens
+    if limit is not None and longest > limit:
+        what = f"{longest} tokens, prompt and all, are more than the {limit} positions of the model"
         raise TplaunchError(Problem(what, fix="fewer --max-tokens, or a shorter prompt", key="--max-tokens"))
     return found
 

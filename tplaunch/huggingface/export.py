@@ -105,12 +105,12 @@ def _whole_manifest(checkpoint: Path) -> store.Manifest:
     return manifest
 
 
-def _shards(tensors: list[HfTensor], itemsize: int, most: int) -> Iterator[list[HfTensor]]:
+def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
     shard: list[HfTensor] = []
     size = 0
     for tensor in tensors:
         bytes_ = tensor.elements * itemsize
-        if shard and size + bytes_ > most:
+        if shard and size + bytes_ > max_bytes:
             yield shard
             shard, size = [], 0
         shard.append(tensor)

@@ -69,7 +69,7 @@ class RunView:
         self.console.print(text, soft_wrap=True)
 
     def update(self) -> None:
-        """Reads what is new and shows it."""
+        """Read what is new and show it."""
         for line in parse_lines(self.events.read(whole_lines=True)):
             if event := parse_event(line):
                 self._event(event)
@@ -82,7 +82,7 @@ class RunView:
             self.drawn = time.monotonic()
 
     def close(self) -> None:
-        """Shows what is new a last time, and leaves it on the screen."""
+        """Show what is new a last time, and leave it on the screen."""
         self.drawn = 0.0
         self.update()
         if self.live:

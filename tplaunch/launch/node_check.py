@@ -1,9 +1,6 @@
 """The name of `tplaunch.slurm.node_check` up to version 0.1, which batch scripts in the queue may still call."""
 
-import sys
-from pathlib import Path
-
-from tplaunch.slurm.node_check import main
+import runpy
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    runpy.run_module("tplaunch.slurm.node_check", run_name="__main__")

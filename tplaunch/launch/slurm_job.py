@@ -1,8 +1,6 @@
 """The name of `tplaunch.slurm.job` up to version 0.1, which batch scripts in the queue may still call."""
 
-import sys
-
-from tplaunch.slurm.job import main
+import runpy
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    runpy.run_module("tplaunch.slurm.job", run_name="__main__")

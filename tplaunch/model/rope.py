@@ -48,6 +48,6 @@ def rope_table(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, head_dim], in the table's precision."""
     cos, sin = table.unbind(0)
-    wide = x.to(table.dtype)
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    x_table = x.to(table.dtype)
+    left, right = x_table.chunk(2, dim=-1)
+    return (x_table * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)

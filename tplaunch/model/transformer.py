@@ -98,8 +98,8 @@ class TransformerStage(nn.Module):
     def place_rope(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
         if self.spec.position == "rope":
-            wide = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
-            self.rope = rope_table(self.spec, torch.arange(seq_len, device=device), wide)
+            dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+            self.rope = rope_table(self.spec, torch.arange(seq_len, device=device), dtype)
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0

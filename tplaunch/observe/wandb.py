@@ -91,12 +91,12 @@ class WandbLog:
             self._thread.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Queues the record of one step; holds `step`."""
+        """Queue the record of one step; holds `step`."""
         if self._thread is not None:
             self._records.put(dict(record))
 
     def finish(self, exit_code: int = 0, timeout_s: float = FINISH_TIMEOUT_S) -> None:
-        """Ends the W&B run, which is shown as failed unless `exit_code` is 0.
+        """End the W&B run, which is shown as failed unless `exit_code` is 0.
 
         What is not sent within `timeout_s` stays in the run directory, for `wandb sync`.
         """

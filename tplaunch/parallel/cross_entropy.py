@@ -28,12 +28,12 @@ class _OutputCrossEntropy(torch.autograd.Function):
         rows = weight.shape[0]
         first = tp.rank * rows
         real = max(0, min(rows, vocab - first))  # columns of this slice that are not padding
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        local_max, local_sum, target = (hidden.new_zeros(labels.shape, dtype=wide) for _ in range(3))
+        accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        local_max, local_sum, target = (hidden.new_zeros(labels.shape, dtype=accumulate_dtype) for _ in range(3))
         for part in _chunks(len(labels), chunk):
-            logits = _logits(hidden[part], weight, real, wide)
+            logits = _logits(hidden[part], weight, real, accumulate_dtype)
             # A slice of nothing but padding has no maximum; a finite stand-in keeps NaN out.
-            local_max[part] = logits.amax(-1).clamp_min(torch.finfo(wide).min)
+            local_max[part] = logits.amax(-1).clamp_min(torch.finfo(accumulate_dtype).min)
             local_sum[part] = (logits - local_max[part].unsqueeze(-1)).exp_().sum(-1)
             column = labels[part] - first
             mine = (column >= 0) & (column < rows)
@@ -48,32 +48,32 @@ class _OutputCrossEntropy(torch.autograd.Function):
         counted = labels != IGNORE
         losses = torch.where(counted, log_z - target + z * log_z.square(), 0.0)
         ctx.save_for_backward(hidden, weight, labels, log_z)
-        ctx.setting = (first, real, chunk, z, wide)
+        ctx.setting = (first, real, chunk, z, accumulate_dtype)
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_z = ctx.saved_tensors
-        first, real, chunk, z, wide = ctx.setting
+        first, real, chunk, z, accumulate_dtype = ctx.setting
         need_hidden, need_weight = wanted(ctx, 0, 1)
         counted = labels != IGNORE
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Several chunks are summed in the wide type: bf16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        # Several chunks are summed in the accumulate_dtype type: bf16 would lose the small ones.
+        grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype) if need_weight else None
         scale = torch.where(counted, grad * (1 + 2 * z * log_z), 0.0)
         hit_scale = torch.where(counted, grad, 0.0)
         for part in _chunks(len(labels), chunk):
-            logits = _logits(hidden[part], weight, real, wide)
+            logits = _logits(hidden[part], weight, real, accumulate_dtype)
             grad_logits = (logits - log_z[part].unsqueeze(-1)).exp_().mul_(scale[part].unsqueeze(-1))
             column = labels[part] - first
             mine = (column >= 0) & (column < weight.shape[0])
             hit = torch.where(mine, hit_scale[part], 0.0).unsqueeze(-1)
             grad_logits.scatter_add_(-1, column.clamp(0, weight.shape[0] - 1).unsqueeze(-1), -hit)
-            narrow = grad_logits.to(weight.dtype)
+            grad_compute = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = narrow @ weight
+                grad_hidden[part] = grad_compute @ weight
             if grad_weight is not None:
-                grad_weight += narrow.t() @ hidden[part]
+                grad_weight += grad_compute.t() @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None

@@ -1,4 +1,4 @@
-"""Are the ranks where the plan put them? Asked once, at the start, of what every rank sees around itself."""
+"""Verifies at start-up that each rank runs on the node and GPU that the topology expects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def own_view(environ: Mapping[str, str] = os.environ) -> View:
 
 
 def check_placement(topology: Topology, views: Sequence[View]) -> list[Problem]:
-    """Compares every rank's view with the plan: rank r is local rank r % n of node r // n, n ranks a node.
+    """Compare every rank's view with the plan: rank r is local rank r % n of node r // n, n ranks a node.
 
     Args:
         topology: the plan.

@@ -14,7 +14,7 @@ def wanted(ctx: Any, *places: int) -> list[bool]:
 
     `ctx.needs_input_grad` tells whether any pass could. A zero-bubble schedule runs the backward pass twice, for the
     gradients of activations and later for those of weights (Qi et al. 2023, arXiv 2401.10241); torch's own operations
-    ask the engine which of them a pass is for, and a function that did not would do the work of both twice.
+    ask the autograd engine which gradients this pass needs. A function that does not ask computes both in both passes.
 
     Args:
         ctx: the function's context, in its backward pass.

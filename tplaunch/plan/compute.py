@@ -52,7 +52,7 @@ def move(case: Case, count: float) -> float:
 
 
 def matmul(case: Case, m: float, n: float, k: float) -> float:
-    """Seconds of [m, k] x [k, n] in the compute type."""
+    """Seconds of [m, k] x [k, n] in the compute dtype."""
     gpu = case.gpu
     peak = gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency
     elements = m * k + k * n + m * n
@@ -117,8 +117,8 @@ def head(case: Case) -> Passes:
     columns = model.padded_vocab_size // tp
     output = linear(case, tokens, columns, model.hidden_size)
     # Widened logits are read and written about four times each way, in fp32.
-    wide = tokens * columns * max(4, case.compute_bytes)
-    logits = pointwise(case, 4 * wide, 5 * wide, kernels=10)
+    fp32_logits = tokens * columns * max(4, case.compute_bytes)
+    logits = pointwise(case, 4 * fp32_logits, 5 * fp32_logits, kernels=10)
     return output + logits + Passes(0.0, output.forward)
 
 
@@ -136,7 +136,7 @@ def optimizer_seconds(case: Case, kept: float, gathered: float) -> float:
 
     Args:
         kept: weights of the rank's shard.
-        gathered: weights that it converts to the compute type for the next step.
+        gathered: weights that it converts to the compute dtype for the next step.
     """
     width = case.storage_bytes
     update = (4 + 3 if case.recipe.optimizer.name == "adamw" else 2 + 1) * width

@@ -1,7 +1,7 @@
 """Bytes that a rank holds at the peak of a step, term by term.
 
 Each function is one term, so that one can be corrected by measurement. What is kept follows the trainer: FSDP2 with
-wide (fp32) weights and compute-type copies, its gradient accumulation and reduction; activations as in Korthikanti et
+fp32 master weights and compute-dtype copies, its gradient accumulation and reduction; activations as in Korthikanti et
 al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; `torch.distributed.pipelining`'s buffers.
 """
 
@@ -18,8 +18,8 @@ class Memory(NamedTuple):
     """Bytes of one rank at the peak of its step.
 
     Args:
-        weights: the kept (wide) weights, this rank's shard.
-        gathered_weights: copies in the compute type that the step works on.
+        weights: the master weights that are kept, this rank's shard.
+        gathered_weights: copies in the compute dtype that the step works on.
         gradients: what is accumulated over microbatches.
         optimizer: its state.
         activations: what the microbatches in flight keep for their backward passes.
@@ -65,12 +65,12 @@ def block_activations(case: Case) -> float:
     """
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
-    wide = max(4, width)
+    fp32 = max(4, width)
     heads, kv_heads = local_heads(case)
     attention = tokens * (2 * heads + 2 * kv_heads) * model.head_dim * width
     if model.qk_norm:  # q and k as they were before their norms
-        attention += tokens * (heads + kv_heads) * (model.head_dim * width + wide)
-    softmax = 0 if case.attention_recomputed else tokens * heads * wide
+        attention += tokens * (heads + kv_heads) * (model.head_dim * width + fp32)
+    softmax = 0 if case.attention_recomputed else tokens * heads * fp32
     ffn_tensors = 4 if model.activation == "swiglu" else 2
     mlp = tokens * ffn_tensors * (model.ffn_hidden_size // tp) * width
     statistics = 2 * norm_statistics(case)
@@ -133,7 +133,7 @@ def weights(case: Case, stages: list[Stage]) -> float:
 
 
 def gathered_weights(case: Case, stages: list[Stage]) -> float:
-    """Weights in the compute type: all of the rank's, or with ZeRO 3 those outside blocks and the block at work.
+    """Weights in the compute dtype: all of the rank's, or with ZeRO 3 those outside blocks and the block at work.
 
     FSDP2 makes the copy even where there is nothing to gather or to convert.
     """
@@ -163,16 +163,16 @@ def optimizer_state(case: Case, stages: list[Stage]) -> float:
 
 def loss_working(case: Case) -> float:
     """Temporaries of the loss's backward pass at its fullest: while a chunk's part is summed into the output matrix's
-    gradient (its logits and their gradient, wide and narrow), or while the next chunk's logits are computed beside
-    those of the last; and the gradient of the whole sequence's hidden states."""
+    gradient (its logits and their gradient, in fp32 and the compute dtype), or while the next chunk's logits are
+    computed beside those of the last; and the gradient of the whole sequence's hidden states."""
     model, training, width = case.model, case.recipe.training, case.compute_bytes
-    wide = max(4, width)
-    narrow = width if width < wide else 0
+    fp32 = max(4, width)
+    lowered = width if width < fp32 else 0  # a copy in a compute dtype below fp32
     columns = model.padded_vocab_size // case.topology.tp
     matrix = columns * model.hidden_size
     logits = min(training.loss_chunk, case.tokens) * columns
-    summing = logits * (2 * wide + narrow) + matrix * (wide + width)
-    following = logits * (3 * wide + 2 * narrow) + matrix * wide if case.tokens > training.loss_chunk else 0
+    summing = logits * (2 * fp32 + lowered) + matrix * (fp32 + width)
+    following = logits * (3 * fp32 + 2 * lowered) + matrix * fp32 if case.tokens > training.loss_chunk else 0
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
@@ -203,10 +203,10 @@ def reducing(case: Case, unit: float) -> float:
     """FSDP2's buffers while it reduces the gradients of a unit of so many weights: the reduce-scatter's input and
     output, and, where gradients are not accumulated whole, the unit's gradients as computed. With a single microbatch
     the output is the gradient that stays."""
-    wide = case.storage_bytes
-    output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else wide / case.shards
+    storage = case.storage_bytes
+    output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else storage / case.shards
     computed = 0.0 if _accumulates(case) else case.compute_bytes
-    return unit * (wide + output + computed)
+    return unit * (storage + output + computed)
 
 
 def gathering(case: Case) -> float:

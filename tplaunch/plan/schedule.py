@@ -124,7 +124,7 @@ def simulate(
 
 # A step of many more actions than this is not simulated whole: once the pipeline is full, each further round of
 # microbatches takes the same time and holds the same more.
-_MOST_ACTIONS = 12_000
+_MAX_ACTIONS = 12_000
 
 
 def predict(
@@ -154,7 +154,7 @@ def predict(
         rounds = max(1, microbatches // pp)
         size, full = microbatches // rounds, 2
         longer = full + 1
-    longer = max(longer, _MOST_ACTIONS // (2 * pp * virtual_stages * size))
+    longer = max(longer, _MAX_ACTIONS // (2 * pp * virtual_stages * size))
     if rounds <= longer:
         return step(microbatches)
     short = max(full, longer - 8)
@@ -238,16 +238,16 @@ def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, floa
     last = len(costs) - 1
     held, waiting = [cost.held for cost in costs], [cost.waiting for cost in costs]
     coming = [cost.gradients for cost in costs]
-    now = gradients = most = most_gradients = at_loss = gradients_at_loss = 0.0
-    flying = most_flying = 0
+    now = gradients = max_held = max_gradients = at_loss = gradients_at_loss = 0.0
+    flying = max_flying = 0
     for kind, stage, _ in order:
         if stage == last and kind in "BI" and now + gradients > at_loss + gradients_at_loss:
             at_loss, gradients_at_loss = now, gradients
         if kind == "F":
             now += held[stage]
             flying += 1
-            if flying > most_flying:
-                most_flying = flying
+            if flying > max_flying:
+                max_flying = flying
         elif kind == "I":
             now += waiting[stage]
         else:
@@ -255,6 +255,6 @@ def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, floa
             flying -= 1
             gradients += coming[stage]
             coming[stage] = 0.0
-        if now + gradients > most + most_gradients and flying:
-            most, most_gradients = now, gradients
-    return most, most_gradients, at_loss, gradients_at_loss, float(most_flying)
+        if now + gradients > max_held + max_gradients and flying:
+            max_held, max_gradients = now, gradients
+    return max_held, max_gradients, at_loss, gradients_at_loss, float(max_flying)

@@ -19,7 +19,7 @@ _LEFT = 60
 _TOP = 46
 _BOTTOM = 34
 # What a picture can still show, and a viewer open: beyond it the step's first microbatches stand for all.
-_MOST_ACTIONS = 40_000
+_MAX_ACTIONS = 40_000
 
 
 def pipeline_timeline(case: Case) -> tuple[Timeline, int]:
@@ -33,7 +33,7 @@ def pipeline_timeline(case: Case) -> tuple[Timeline, int]:
     pp, microbatches = case.topology.pp, case.microbatches
     rounds = max(1, microbatches // pp)
     size, rest = divmod(microbatches, rounds)
-    shown = max(2, _MOST_ACTIONS // (2 * size * len(case.stages)))
+    shown = max(2, _MAX_ACTIONS // (2 * size * len(case.stages)))
     if shown < rounds:
         microbatches = shown * size + rest
     timeline = simulate(

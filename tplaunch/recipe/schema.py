@@ -149,7 +149,7 @@ class NonFinite(Section):
 
     stop_after: Small = Field(25, description="such steps in a row that end the run with an error")
     rollback_after: Small | None = Field(
-        None, description="such steps in a row that bring back the last checkpoint's state; the data go on"
+        None, description="after so many in a row, reload the last checkpoint and go on with new data"
     )
 
 
@@ -159,7 +159,7 @@ class LossSpike(Section):
 
     factor: Annotated[float, Field(gt=1)] = Field(1.5, description="a spike is more than so many times the median")
     window: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        100, description="steps before it that the median is of; after a spike as many pass before the next can be seen"
+        100, description="steps in the median; after a spike so many pass before another can be detected"
     )
 
 
@@ -180,7 +180,9 @@ class Training(Section):
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
     document_mask: bool = Field(False, description="attention and positions restart at each document")
     nonfinite: NonFinite = Field({}, validate_default=True)
-    loss_spike: LossSpike | None = Field(None, description="what to go back from; {} for the defaults")
+    loss_spike: LossSpike | None = Field(
+        None, description="reload the last checkpoint after a loss spike; {} for the defaults"
+    )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")

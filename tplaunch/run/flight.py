@@ -15,7 +15,7 @@ NCCL_PREFIX = "nccl-flight-"
 
 
 def remember_collectives(attempt_dir: Path) -> None:
-    """Has torch keep a record; before torch is imported. What the user has set already is kept."""
+    """Tell torch to keep a record; call it before torch is imported. What the user has set already is kept."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(attempt_dir / NCCL_PREFIX))  # torch adds the rank

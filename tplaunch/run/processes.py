@@ -18,7 +18,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Asks the kernel to SIGKILL this process when the thread that started it ends.
+    """Ask the kernel to SIGKILL this process when the thread that started it ends.
 
     Args:
         parent: the id of the parent process, where it is known: then one that died before this call is
@@ -50,7 +50,7 @@ def processes_of(launch_id: str) -> set[int]:
 
 
 def kill(pids: set[int]) -> None:
-    """SIGKILLs processes; those that have ended meanwhile are left out."""
+    """SIGKILL processes; those that have ended meanwhile are left out."""
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -59,7 +59,7 @@ def kill(pids: set[int]) -> None:
 
 
 def end_launch(launch_id: str, *, patience_s: float, kill_s: float = 10.0) -> set[int]:
-    """Waits for the processes of a launch to end, and kills those that have not after `patience_s`.
+    """Wait for the processes of a launch to end, and kill those that have not after `patience_s`.
 
     Returns:
         Ids that did not end even `kill_s` after their SIGKILL (stuck in the kernel, e.g. on a dead GPU).

@@ -236,8 +236,8 @@ class _FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=wide))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=dtype))
         return torch.empty_like(x)
 
     @staticmethod

@@ -16,7 +16,7 @@ class Run(Protocol):
 
 @contextmanager
 def processes() -> Iterator[Run]:
-    """Calls a function with each tuple of arguments, as many at once as there are cores; results in order.
+    """Call a function with each tuple of arguments, as many at once as there are cores; results in order.
 
     The processes are forked from one that has imported the trainer.
     """

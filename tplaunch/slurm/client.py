@@ -87,7 +87,7 @@ def version() -> str:
 
 
 def submit(script: Path, *, after: str | None = None) -> str:
-    """Submits a batch script and returns the job's number.
+    """Submit a batch script and return the job's number.
 
     Args:
         after: a job whose end, good or bad, this one waits for.
@@ -153,23 +153,23 @@ def queue_position(job_id: str) -> tuple[int, int] | None:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Ends jobs at once; those that are gone already are no error."""
+    """End jobs at once; those that are gone already are no error."""
     if job_ids:
         call("scancel", "--quiet", *job_ids)
 
 
 def ask_to_stop(job_id: str) -> None:
-    """Asks a running job to save and stop in its own time: SIGTERM to its batch script alone."""
+    """Ask a running job to save and stop in its own time: SIGTERM to its batch script alone."""
     call("scancel", "--quiet", "--batch", "--signal=TERM", job_id)
 
 
 def requeue(job_id: str) -> None:
-    """Sends a running job back to the queue under the same number."""
+    """Send a running job back to the queue under the same number."""
     call("scontrol", "requeue", job_id)
 
 
 def exclude_nodes(job_id: str, nodes: Sequence[str]) -> None:
-    """Keeps a waiting job from nodes, besides those that it is kept from already."""
+    """Keep a waiting job from nodes, besides those that it is kept from already."""
     job = find_job(job_id)
     old = [job.excluded] if job and job.excluded else []
     call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*old, *nodes])}")

@@ -78,7 +78,7 @@ def plan_submission(
     chain: bool = False,
     need_data: bool = True,
 ) -> Submission:
-    """Checks everything that can be checked before data are prepared; changes nothing.
+    """Check everything that can be checked before data are prepared; change nothing.
 
     Args:
         recipe: the file.
@@ -139,7 +139,7 @@ def _settings(sweep: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 
 
 def split_values(text: str) -> list[str]:
-    """Splits at commas, but not within brackets: "[0.9,0.95],[0.9,0.99]" has two values."""
+    """Split at commas, but not within brackets: "[0.9,0.95],[0.9,0.99]" has two values."""
     values, depth, start = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "[{") - (character in "]}")
@@ -150,7 +150,7 @@ def split_values(text: str) -> list[str]:
 
 
 def send(submission: Submission, *, chain: int = 1) -> list[str]:
-    """Prepares the data and the run directories, writes the script, and submits it.
+    """Prepare the data and the run directories, write the script, and submit it.
 
     Args:
         chain: how many jobs, each waiting for the end of the one before.

@@ -1,5 +1,4 @@
-"""Which samples a step takes, a pure function of the step, so that any rank and any resume agree; and what a rank
-reads of them."""
+"""Maps a step to its samples (a pure function, so every rank and resume agrees) and reads this rank's share."""
 
 from __future__ import annotations
 

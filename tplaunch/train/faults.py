@@ -44,7 +44,7 @@ class PlannedFault:
 
     @classmethod
     def parse(cls, text: str, world_size: int) -> PlannedFault:
-        """Reads `rank=R,step=S,kind=K`, each exactly once, in any order.
+        """Read `rank=R,step=S,kind=K`, each exactly once, in any order.
 
         Raises:
             TplaunchError: it is anything else.
@@ -130,7 +130,7 @@ class FaultInjector:
 
 
 def _flip_a_byte(checkpoint: Path) -> None:
-    """Flips the bits of the middle byte of a checkpoint's largest file, as a failing disk might."""
+    """Flip the bits of the middle byte of a checkpoint's largest file, as a failing disk might."""
     path = max(checkpoint.iterdir(), key=lambda file: file.stat().st_size)
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)

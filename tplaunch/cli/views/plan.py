@@ -160,7 +160,7 @@ def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
 
 
 def _inference(plan: Plan) -> str:
-    """What the weights alone take, in the compute type: enough for inference?"""
+    """What the weights alone take, in the compute dtype: enough for inference?"""
     case = plan.case
     sizes = [sum(case.weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp)]
     share = max(sizes) * case.compute_bytes
@@ -260,21 +260,21 @@ def rank_map(case: Case, max_nodes: int = 8) -> str:
     if count > max_nodes:
         nodes = [*range(max_nodes - 1), None, count - 1]
     widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
-    wide = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
+    per_line = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
     rows: list[list[str]] = []
     for node in nodes:
         if node is None:
-            rows.append(["...", *[""] * wide])
+            rows.append(["...", *[""] * per_line])
             continue
         ranks = range(node * per_node, min((node + 1) * per_node, topology.world_size))
-        for start in range(0, min(len(ranks), 4 * wide), wide):
+        for start in range(0, min(len(ranks), 4 * per_line), per_line):
             cells = [f"node {node}" if start == 0 else ""]
-            for rank in ranks[start : start + wide]:
+            for rank in ranks[start : start + per_line]:
                 at = topology.coordinates(rank)
                 colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
                 cells.append(style(f"{rank} ", dim=True) + style(f"{at.tp}/{at.dp}/{at.pp}", fg=colour))
-            rows.append(cells + [""] * (wide + 1 - len(cells)))
-    return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (wide + 1), rows, frozenset({0}))
+            rows.append(cells + [""] * (per_line + 1 - len(cells)))
+    return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (per_line + 1), rows, frozenset({0}))
 
 
 def _rank_lines(case: Case, rank: int) -> str:
