@@ -136,3 +136,32 @@ def test_no_checkpoint_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFi
     for command in ("list", "inspect", "verify"):
         assert run(["checkpoint", command, str(tmp_path)]) == 2
         assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err
+
+
+def save_over_one_that_cannot_be_deleted(raw: dict[str, Any], root: str) -> int | None:
+    made = trainer(raw, root)
+    made.progress.step = 1
+    made.save(wait=True)
+    delete = shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if Path(path).name == "step-00000001":
+            raise OSError(39, "Directory not empty", ".nfs0001")
+        delete(path, ignore_errors=ignore_errors)
+
+    shutil.rmtree = refuse  # type: ignore[assignment]
+    try:
+        made.progress.step = 2
+        made.save(wait=True)
+    finally:
+        shutil.rmtree = delete
+    return made.checkpoints.saved_step
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(world: World, tmp_path: Path) -> None:
+    raw = {**TINY, "topology": {"tp": 1, "dp": 2}, "checkpoint": {"keep": 1}}
+    assert world.run(2, save_over_one_that_cannot_be_deleted, raw, str(tmp_path)) == [2, 2]
+    assert [event["step"] for event in events(tmp_path, "checkpoint")] == [1, 2]
+    (kept,) = events(tmp_path, "checkpoint_kept")
+    assert kept["path"].endswith("step-00000001") and "Directory not empty" in kept["why"]
+    assert events(tmp_path, "checkpoint_failed") == []

@@ -101,3 +101,12 @@ run.finish()
     )
     assert done.returncode == 0, done.stderr
     assert "Would sync 1 run(s)" in done.stdout + done.stderr
+
+
+def test_members_of_a_sweep_are_found(place: Path) -> None:
+    offline(place, "sweep/0-lr", "20260101_000000-aaa")
+    offline(place, "alone", "20260101_000001-bbb")
+    from tplaunch.cli.wandb import waiting_runs
+
+    found = waiting_runs(Path("runs"))
+    assert [path.parts[1] for path in found] == ["sweep", "alone"]

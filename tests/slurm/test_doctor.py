@@ -185,3 +185,10 @@ def test_inside_an_allocation_each_node_is_asked(fake, monkeypatch: pytest.Monke
     assert levels(findings) == {"clocks": "warn", "node n1": "ok", "node n2": "fail"}
     assert "3.5 s" in findings[0].text and "launch.slurm.exclude: n2" in findings[2].fix
     assert os.environ["PATH"].startswith(str(tmp_path))
+
+
+def test_a_site_that_prints_lines_of_its_own_is_no_error(fake, tmp_path: Path) -> None:
+    fake("srun", "echo; echo 'Welcome to the cluster'; echo clock; echo 'clock n1 1000.0'; echo '{\"node\": 1'")
+    assert levels(list(doctor.check_allocation(tmp_path))) == {"clocks": "ok"}
+    fake("srun", "echo")
+    assert levels(list(doctor.check_allocation(tmp_path))) == {"nodes of this job": "fail"}
