@@ -1,4 +1,4 @@
-"""What `tplaunch command` prints, pasted: on several nodes, beside another launch, with a recipe that cannot be read."""
+"""What `tplaunch command` prints, pasted: on several nodes, beside another launch, with a broken recipe."""
 
 from __future__ import annotations
 
