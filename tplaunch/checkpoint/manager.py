@@ -57,6 +57,7 @@ class CheckpointManager:
         tensors: gives everything to store or fill, with its global name (`named_tensors`).
         slots: names of the state tensors that the optimizer keeps for each parameter.
         about: more facts for the manifest.
+        files: more files that each checkpoint holds a copy of, by name; only rank 0's count.
         before_commit: called with the step when this rank's files are written; what it raises fails the save, like
             an error in writing.
     """
@@ -69,6 +70,7 @@ class CheckpointManager:
         *,
         slots: Sequence[str],
         about: Mapping[str, Any] | None = None,
+        files: Mapping[str, Path] | None = None,
         before_commit: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.run_dir = run_dir
@@ -76,6 +78,7 @@ class CheckpointManager:
         self.tensors = tensors
         self.slots = slots
         self.about = about or {}
+        self.files = files or {}
         self.before_commit = before_commit
         self.rank = dist.get_rank()
         self.group = dist.new_group(backend="gloo")  # the thread's own
@@ -192,7 +195,10 @@ class CheckpointManager:
         return parameter_count(self.recipe.model, padded=True) * (1 + len(self.slots)) * size
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
-        files[".metadata"] = store.hash_file(temporary / ".metadata")
+        for name, source in self.files.items():
+            shutil.copyfile(source, temporary / name)
+        for name in (".metadata", *self.files):
+            files[name] = store.hash_file(temporary / name)
         about = {
             "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest(),
             "topology": self.recipe.topology.model_dump(mode="json"),
@@ -226,14 +232,14 @@ class CheckpointManager:
             fix = "train in a new --run-dir, or change the recipe back"
             raise TplaunchError(*problems[:-1], replace(problems[-1], why=why, fix=fix))
 
-    def load(self, source: str) -> tuple[int, State] | None:
+    def load(self, source: str) -> store.Manifest | None:
         """Read a checkpoint into the live model and optimizer.
 
         Args:
             source: "auto" for the newest whole one of this run, "none", or the path of one.
 
         Returns:
-            (step, state), or None when there is nothing to load.
+            Its manifest, or None when there is nothing to load.
 
         Raises:
             TplaunchError: the named checkpoint is damaged, or every one of this run is; or it is of another model.
@@ -251,7 +257,7 @@ class CheckpointManager:
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
-                return manifest.step, manifest.state
+                return manifest
             found += problems
             if self.rank == 0:
                 self.run_dir.append(CheckpointDamaged(str(path), problems[0]))

@@ -44,7 +44,7 @@ def origin_of(path: Path) -> Origin:
     except ValueError as error:
         raise TplaunchError(Problem(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
     folder = checkpoint.absolute().parent
-    tokenizers = [folder / "tokenizer.json"]  # where `tplaunch import` puts it
+    tokenizers = [checkpoint / "tokenizer.json", folder / "tokenizer.json"]  # where `tplaunch import` puts it
     run = RunDir(folder.parent)
     if run.recipe.exists():
         recipe = load_recipe(run.recipe).recipe

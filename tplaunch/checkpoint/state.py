@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ class TrainingProgress:
         step: steps done.
         updates: steps whose update was made; the others had a non-finite loss or gradient.
         nonfinite: such others in a row, up to now.
+        samples: consumed, also by steps whose update was not made: the place in the data.
         tokens: trained on.
         flops: model FLOPs spent.
         losses: of the last steps, where `training.loss_spike` asks for them.
@@ -26,9 +28,24 @@ class TrainingProgress:
     step: int = 0
     updates: int = 0
     nonfinite: int = 0
+    samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], *, seq_len: int, now_seq_len: int) -> TrainingProgress:
+        """The progress that a checkpoint remembers.
+
+        Args:
+            state: as it was written; those of the first version lack `samples`.
+            seq_len: that it was trained with.
+            now_seq_len: that the run goes on with; where it differs, tokens consumed give the place.
+        """
+        values = dict(state)
+        if "samples" not in values or seq_len != now_seq_len:
+            values["samples"] = -(-values["tokens"] // now_seq_len)
+        return cls(**values)
 
 
 def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from tplaunch.cli.common import checked_here
-from tplaunch.cli.options import RecipeArgument, ResumeOption, RunDirOption, SetOption
+from tplaunch.cli.common import checked_here, tell_changes
+from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 
 
 def command(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, resume: ResumeOption = "auto"
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    resume: ResumeOption = "auto",
+    allow: AllowOption = None,
 ) -> None:
     """Make the data and the run directory ready, and print the torchrun line to paste.
 
@@ -17,16 +21,16 @@ def command(
 
     Example: tplaunch command recipes/quickstart.yaml
     """
-    from tplaunch.launch.prepare import absolute_resume, check_resume, prepare_data, run_dir_of, write_recipe
+    from tplaunch.launch.prepare import absolute_resume, make_ready, run_dir_of, write_ready
     from tplaunch.launch.torchrun import pasteable
 
     checked = checked_here(recipe, set_, need_data=True)
     run = run_dir_of(checked.recipe, run_dir)
     resume = absolute_resume(resume)
-    check_resume(checked, run, resume)
-    checked = prepare_data(checked)
+    ready = make_ready(checked, run, resume=resume, allow=allow or ())
+    tell_changes(ready.changes)
     run.create()
     with run.lock():
-        write_recipe(checked, run)
+        write_ready(ready, run)
         attempt = run.next_attempt()
-    typer.echo(pasteable(checked, run, resume, attempt))
+    typer.echo(pasteable(ready.checked, run, resume, attempt))

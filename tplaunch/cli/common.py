@@ -33,6 +33,14 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
     return checked
 
 
+def tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
+    """Say what differs from the launch before."""
+    from tplaunch.launch.resume import told
+
+    for line in told(changes):
+        typer.echo(f"changed: {line}", err=True)
+
+
 def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[LoadedRecipe, Checked, Case]:
     """A recipe on the GPU that it, or --gpu, names; else on this machine's; else on a usual one, which is said."""
     from tplaunch.check.recipe import check_recipe

@@ -19,6 +19,10 @@ RunDirOption = Annotated[
 ResumeOption = Annotated[
     str, typer.Option("--resume", metavar="auto|none|PATH", help="Go on from the newest checkpoint, none, or this one.")
 ]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Go on although this key, such as data, changed. Repeatable."),
+]
 GpuOption = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU: a name of the table, or a .json file.")
 ]

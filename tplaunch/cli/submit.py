@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tplaunch.cli.options import RecipeArgument, RunDirOption, SetOption
+from tplaunch.cli.common import tell_changes
+from tplaunch.cli.options import AllowOption, RecipeArgument, RunDirOption, SetOption
 from tplaunch.errors import Problem, TplaunchError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY=V,V", help="Values to try, each in a run of its own; several make their product."),
     ] = None,
+    allow: AllowOption = None,
     chain: Annotated[
         int, typer.Option(min=1, max=1000, metavar="N", help="N jobs that go on from each other, instead of requeues.")
     ] = 1,
@@ -46,7 +48,7 @@ def submit(
         return
     for warning in (warning for member in submission.members[:1] for warning in member.checked.warnings):
         typer.echo(f"warning: {warning}", err=True)
-    jobs = send(submission, chain=chain)
+    jobs = send(submission, chain=chain, allow=allow or (), tell=tell_changes)
     _report(submission, jobs)
     runs = [member.run_dir for member in submission.members]
     if follow:

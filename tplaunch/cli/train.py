@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tplaunch.cli.common import checked_here
-from tplaunch.cli.options import RecipeArgument, ResumeOption, RunDirOption, SetOption
+from tplaunch.cli.common import checked_here, tell_changes
+from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 from tplaunch.errors import Problem, RecipeError
 
 
@@ -17,6 +17,7 @@ def train(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     resume: ResumeOption = "auto",
+    allow: AllowOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the torchrun line; start and write nothing.")
     ] = False,
@@ -27,7 +28,7 @@ def train(
 
     Example: tplaunch train recipes/quickstart.yaml --set training.steps=20
     """
-    from tplaunch.launch.prepare import absolute_resume, check_resume, prepare_data, run_dir_of, write_recipe
+    from tplaunch.launch.prepare import absolute_resume, check_resume, make_ready, run_dir_of, write_ready
 
     checked = checked_here(recipe, set_, need_data=not dry_run)
     run = run_dir_of(checked.recipe, run_dir)
@@ -53,9 +54,10 @@ def train(
         return
     from tplaunch.launch.local import LocalLaunch
 
-    checked = prepare_data(checked)
+    ready = make_ready(checked, run, resume=resume, allow=allow or ())
+    tell_changes(ready.changes)
     run.create()
     with run.lock():
-        write_recipe(checked, run)
-        code = LocalLaunch(checked, run, resume=resume).run()
+        write_ready(ready, run)
+        code = LocalLaunch(ready.checked, run, resume=resume).run()
     raise typer.Exit(code)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.files import write_atomic
+from tplaunch.launch.resume import Before, Changes, before_this, data_changes, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import Changed
 
 
 def run_dir_of(recipe: Recipe, given: Path | None) -> RunDir:
@@ -54,17 +60,79 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             )
 
 
-def prepare_data(checked: Checked) -> Checked:
-    """The recipe with its data made ready: raw text is prepared on first use, and everything is checked.
+@dataclass(frozen=True)
+class Ready:
+    """A launch whose data are ready.
+
+    Args:
+        checked: the recipe, its data token files.
+        facts: of its data (`data_facts`).
+        tokenizer: the file that the run keeps a copy of.
+        changes: what differs from the launch before, told by dotted key.
+        allowed: the changes that the user has allowed.
+    """
+
+    checked: Checked
+    facts: dict[str, Any]
+    tokenizer: Path | None
+    changes: Changes
+    allowed: Sequence[str]
+
+
+def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow: Sequence[str] = ()) -> Ready:
+    """Check that the launch goes on with the run that is there, and make its data ready: raw text is prepared on
+    first use. A run that goes on keeps the tokenizer that its weights were trained with. Writes nothing into the run
+    directory.
+
+    Args:
+        resume: auto, none, or a checkpoint's path.
+        allow: keys whose change is allowed (--allow-change).
 
     Raises:
-        RecipeError: holds every problem of the data.
+        RecipeError: see `check_resume`; or holds every problem of the data, or every change that is not allowed.
     """
+    from tplaunch.data.fingerprint import data_facts
     from tplaunch.data.prepare import prepare_recipe_data
 
-    return checked._replace(recipe=prepare_recipe_data(checked.recipe))
+    check_resume(checked, run_dir, resume)
+    before = before_this(run_dir, resume)
+    changes: Changes = {}
+    recipe = checked.recipe
+    if before is not None:
+        changes = recipe_changes(before, recipe)
+        refuse(changes, before, allow)
+        recipe = _keep_tokenizer(recipe, before, allow)
+    recipe = prepare_recipe_data(recipe)
+    facts = data_facts(recipe)
+    if before is not None and (known := before.facts()) is not None:
+        changes |= data_changes(known, facts)
+        refuse(changes, before, allow)
+    named = recipe.data.tokenizer
+    tokenizer = Path(named) if isinstance(named, str) else None
+    if tokenizer is not None:
+        data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
+        recipe = recipe.model_copy(update={"data": data})
+    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow)
+
+
+def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Recipe:
+    """The recipe with the run's own tokenizer instead of one that would be trained again."""
+    kept, wanted = before.tokenizer, recipe.data.tokenizer
+    if kept is None or isinstance(wanted, str) or (wanted is not None and "data.tokenizer" in allow):
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(kept)})})
+
+
+def write_ready(ready: Ready, run_dir: RunDir) -> None:
+    """Write what the workers read into the run directory, and note what changed. The caller holds the directory."""
+    if ready.tokenizer is not None and ready.tokenizer != run_dir.tokenizer.absolute():
+        write_atomic(run_dir.tokenizer, ready.tokenizer.read_bytes())
+    write_atomic(run_dir.data_facts, json.dumps(ready.facts))
+    write_recipe(ready.checked, run_dir)
+    if ready.changes:
+        run_dir.append(Changed({key: list(pair) for key, pair in ready.changes.items()}, list(ready.allowed)))
 
 
 def write_recipe(checked: Checked, run_dir: RunDir) -> None:
-    """Write the resolved recipe into the run directory, for the workers. The caller holds the directory."""
+    """Write the resolved recipe into a directory, for the ranks."""
     write_atomic(run_dir.recipe, dump_recipe(checked.recipe))

@@ -56,6 +56,16 @@ class RunDir:
         return self.root / "slurm"
 
     @property
+    def data_facts(self) -> Path:
+        """What the samples are made of (`data.fingerprint.data_facts`); each checkpoint keeps a copy."""
+        return self.root / "data.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the run; each checkpoint keeps a copy."""
+        return self.root / "tokenizer.json"
+
+    @property
     def job_script(self) -> Path:
         """The batch script of the latest submission to Slurm."""
         return self.slurm / "job.sbatch"

@@ -118,6 +118,20 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class Changed(Event):
+    """A launch goes on with other values than the one before it.
+
+    Args:
+        changes: dotted key -> [was, now].
+        allowed: the keys that --allow-change named.
+    """
+
+    name = "changed"
+    changes: dict[str, list[Any]]
+    allowed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Saved(Event):
     """A checkpoint is complete.
 

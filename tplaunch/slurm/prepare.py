@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.launch.prepare import check_resume
+from tplaunch.launch.resume import told
 from tplaunch.run.events import Submitted
 from tplaunch.slurm import client
-from tplaunch.slurm.own_job import own_job_id
+from tplaunch.slurm.own_job import own_job_id, say
 from tplaunch.slurm.submit import plan_submission, prepare_run
 
 
@@ -20,7 +20,7 @@ def prepare(argv: Sequence[str]) -> Exit:
     """Make a run ready and print what the script needs to know of it, for `eval`. Runs again at every requeue.
 
     Args:
-        argv: RECIPE [--set KEY=VALUE]... [--run-dir DIR]
+        argv: RECIPE [--set KEY=VALUE]... [--run-dir DIR] [--allow-change KEY]...
 
     Raises:
         TplaunchError: the recipe cannot run, does not fit the job's nodes, or is not that of the run's checkpoints.
@@ -29,6 +29,7 @@ def prepare(argv: Sequence[str]) -> Exit:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY")
     options = parser.parse_args(argv)
     submission = plan_submission(options.recipe, options.set, run_dir=options.run_dir)
     (member,) = submission.members
@@ -36,8 +37,8 @@ def prepare(argv: Sequence[str]) -> Exit:
     if topology.nodes != allocated:
         what = f"the recipe asks for {topology.nodes} nodes, the job has {allocated}"
         raise TplaunchError(Problem(what, fix=f"sbatch --nodes={topology.nodes}, or --set topology.nodes={allocated}"))
-    check_resume(member.checked, member.run_dir, "auto")
-    prepare_run(member)
+    for line in told(prepare_run(member, options.allow_change).changes):
+        say(f"changed: {line}")
     run_dir, job_id = member.run_dir, own_job_id()
     if job_id not in run_dir.history().submitted_jobs:  # not a later attempt of the same job
         job = client.find_job(job_id)

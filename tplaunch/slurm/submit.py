@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.errors import Problem, RecipeError, TplaunchError
-from tplaunch.launch.prepare import check_resume, prepare_data, write_recipe
+from tplaunch.launch.prepare import Ready, check_resume, make_ready, write_ready
+from tplaunch.launch.resume import Changes
 from tplaunch.recipe.load import LoadedRecipe, load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Submitted
@@ -149,11 +150,19 @@ def split_values(text: str) -> list[str]:
     return [*values, text[start:]]
 
 
-def send(submission: Submission, *, chain: int = 1) -> list[str]:
+def send(
+    submission: Submission,
+    *,
+    chain: int = 1,
+    allow: Sequence[str] = (),
+    tell: Callable[[Changes], None] = lambda changes: None,
+) -> list[str]:
     """Prepare the data and the run directories, write the script, and submit it.
 
     Args:
         chain: how many jobs, each waiting for the end of the one before.
+        allow: keys whose change is allowed (--allow-change).
+        tell: told what differs from the launch before, for each run.
 
     Returns:
         The jobs' numbers, in order.
@@ -170,7 +179,7 @@ def send(submission: Submission, *, chain: int = 1) -> list[str]:
             what = f"job {job.id} of {member.run_dir.root} is {job.state.lower()} already"
             raise TplaunchError(Problem(what, fix=f"wait for it, or: tplaunch cancel {shlex.quote(job.id)}"))
     for member in submission.members:
-        prepare_run(member)
+        tell(prepare_run(member, allow).changes)
     submission.log_dir.mkdir(parents=True, exist_ok=True)
     path = submission.log_dir / "job.sbatch"
     path.write_text(script)
@@ -191,13 +200,19 @@ def _record(submission: Submission, jobs: list[str]) -> None:
         member.run_dir.append(Submitted(own, [str(submission.log_dir / f"{job}.log") for job in own]))
 
 
-def prepare_run(member: Member) -> None:
-    """Make the data and the run directory ready and write the recipe there, resolved: what the ranks read."""
-    checked, run_dir = prepare_data(member.checked), member.run_dir
+def prepare_run(member: Member, allow: Sequence[str] = ()) -> Ready:
+    """Make the data and the run directory ready and write the recipe there, resolved: what the ranks read.
+
+    Raises:
+        RecipeError: see `make_ready`.
+    """
+    run_dir = member.run_dir
+    ready = make_ready(member.checked, run_dir, allow=allow)
     run_dir.create()
     run_dir.slurm.mkdir(exist_ok=True)
     with run_dir.lock():
-        write_recipe(checked, run_dir)
+        write_ready(ready, run_dir)
+    return ready
 
 
 def open_job(run_dir: RunDir) -> client.Job | None:

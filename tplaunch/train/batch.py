@@ -23,7 +23,7 @@ def batch_size(recipe: Recipe, step: int) -> int:
 
 
 def first_sample(recipe: Recipe, step: int) -> int:
-    """Samples consumed by the steps before `step` (from 1)."""
+    """Samples that the steps before `step` (from 1) consume, when all are trained by this recipe."""
     training, ramp = recipe.training, recipe.training.batch_ramp_up
     if ramp is None:
         return (step - 1) * training.global_batch_size
@@ -37,10 +37,15 @@ def first_sample(recipe: Recipe, step: int) -> int:
     return total
 
 
-def share(recipe: Recipe, step: int, dp_rank: int, dp: int) -> range:
-    """Sample numbers of one data-parallel rank at a step: a contiguous 1/dp of the global batch."""
+def share(recipe: Recipe, step: int, dp_rank: int, dp: int, *, ahead: int = 0) -> range:
+    """Sample numbers of one data-parallel rank at a step: a contiguous 1/dp of the global batch.
+
+    Args:
+        ahead: samples that the run has consumed beyond what this recipe's steps so far would have: its batch size
+            was another one before.
+    """
     size = batch_size(recipe, step) // dp
-    start = first_sample(recipe, step) + dp_rank * size
+    start = first_sample(recipe, step) + ahead + dp_rank * size
     return range(start, start + size)
 
 

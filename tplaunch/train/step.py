@@ -122,6 +122,7 @@ class TrainStep:
             self.loss_scale.update(result.finite)
         self.optimizer.zero_grad()
         progress.step = step
+        progress.samples += batch_size(recipe, step)
         progress.tokens += tokens
         progress.flops += tokens * self.flops_per_token
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Done, Fault, Initialized, LossSpiked, Resumed, RolledBack, Skipped, Stopped, Validated
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.torch_private import set_group_timeouts
-from tplaunch.train.batch import Batch, batch_size, make_batch, share
+from tplaunch.train.batch import Batch, batch_size, first_sample, make_batch, share
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.log import TrainingLog, Window
 from tplaunch.train.spike import find_spike
@@ -57,7 +58,12 @@ class Trainer:
             recipe,
             lambda: named_tensors(self.step.stages, self.step.optimizer.state()),
             slots=self.step.optimizer.slots,
-            about={"wandb_id": run_id(run_dir) if logs_wandb else None},
+            about={
+                "wandb_id": run_id(run_dir) if logs_wandb else None,
+                "seed": recipe.training.seed,
+                **({"data": json.loads(run_dir.data_facts.read_bytes())} if run_dir.data_facts.exists() else {}),
+            },
+            files={run_dir.tokenizer.name: run_dir.tokenizer} if run_dir.tokenizer.exists() else {},
             before_commit=self.faults.in_save,
         )
         self.log = TrainingLog(self.step, run_dir)
@@ -76,13 +82,14 @@ class Trainer:
             if self.main:
                 self.run_dir.append(Initialized(initial))
         if loaded is not None:
-            step, state = loaded
-            self.step.progress = TrainingProgress(**state["progress"])
+            state, seq_len = loaded.state, self.recipe.training.seq_len
+            was = loaded.about.get("seq_len", seq_len)
+            self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
             self.step.optimizer.set_updates(self.progress.updates)
             if self.step.loss_scale is not None and state["loss_scale"] is not None:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
             if self.main:
-                self.run_dir.append(Resumed(step))
+                self.run_dir.append(Resumed(loaded.step))
 
     def run(self) -> bool:
         """Train to the recipe's last step.
@@ -154,11 +161,10 @@ class Trainer:
         loaded = self.checkpoints.load("auto")
         if loaded is None:
             return
-        saved, state = loaded
-        self.progress.updates = state["progress"]["updates"]
+        self.progress.updates = loaded.state["progress"]["updates"]
         self.step.optimizer.set_updates(self.progress.updates)
         if self.main:
-            self.run_dir.append(RolledBack(self.progress.step, saved))
+            self.run_dir.append(RolledBack(self.progress.step, loaded.step))
 
     def validate(self) -> float | None:
         """The validation loss after the last step; None without validation data."""
@@ -202,7 +208,12 @@ class Trainer:
                 yield Batch(*(torch.empty(batch_size(recipe, step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
         dataset = TokenDataset(recipe.data.sources("train"), training.seq_len, training.seed)
-        yield from prefetch(lambda step: make_batch(recipe, dataset, share(recipe, step, place, dp)), begin, end)
+        ahead = self.progress.samples - first_sample(recipe, begin)
+
+        def read(step: int) -> Batch:
+            return make_batch(recipe, dataset, share(recipe, step, place, dp, ahead=ahead))
+
+        yield from prefetch(read, begin, end)
 
     def _due(self, every: int, last: bool) -> bool:
         return every > 0 and (self.progress.step % every == 0 or last)

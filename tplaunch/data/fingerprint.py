@@ -1,0 +1,70 @@
+"""What the samples of a run are made of, as facts that a checkpoint keeps: a run that goes on must read the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.recipe.schema import Recipe
+
+WHOLE_BYTES = 64 * 2**20  # a file up to this size is hashed whole
+_BLOCKS, _BLOCK_BYTES = 512, 64 * 2**10  # of a larger one, so many blocks, spread evenly
+
+
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and content; of a large file's size and blocks spread over it, in hex.
+
+    A corpus of terabytes is told from another one within a second. A change of a few bytes in the midst of a large
+    file can go unseen: that is damage, which checksums of whole files are for, not another corpus.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            while block := file.read(2**20):
+                digest.update(block)
+        else:
+            for number in range(_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """SHA-256 of a tokenizer.json's meaning: key order and spaces aside, as in `Tokenizer.fingerprint`."""
+    return hashlib.sha256(json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()).hexdigest()
+
+
+def corpus_facts(prefix: Path, weight: float) -> dict[str, Any]:
+    """The facts of one prepared corpus: its share, its counts, and a fingerprint of both files."""
+    corpus = IndexedTokens.open(prefix)
+    both = sampled_sha256(idx_path(prefix)) + sampled_sha256(bin_path(prefix))
+    return {
+        "weight": weight,
+        "documents": len(corpus),
+        "tokens": len(corpus.tokens),
+        "sha256": hashlib.sha256(both.encode()).hexdigest(),
+    }
+
+
+def data_facts(recipe: Recipe) -> dict[str, Any]:
+    """The facts of a recipe's data, as JSON values.
+
+    Args:
+        recipe: with prepared data (`prepare_recipe_data`).
+
+    Returns:
+        {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None}.
+
+    Raises:
+        TplaunchError, OSError: a file is missing or no corpus.
+    """
+    facts: dict[str, Any] = {
+        split: [corpus_facts(Path(source.path), source.weight) for source in recipe.data.sources(split)]
+        for split in ("train", "validation")
+    }
+    tokenizer = recipe.data.tokenizer
+    return {**facts, "tokenizer": tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None}

@@ -1,0 +1,174 @@
+"""What changed between a run's checkpoint and the launch that goes on from it: refused where it would spoil the run,
+said everywhere else.
+
+The place in the data is what was consumed, in samples. What those samples are made of must not change: sequence
+length, seed, corpora, their weights, and the tokenizer (`--allow-change KEY` goes on all the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tplaunch.checkpoint.store import list_checkpoints, read_manifest
+from tplaunch.errors import Problem, RecipeError
+from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+
+Changes = dict[str, tuple[Any, Any]]  # dotted key -> (was, now)
+
+TOKENIZER = "tokenizer.json"  # in each checkpoint, and in the run directory
+_FIXED = ("training.seq_len", "training.seed")
+# What a launch may change without a word: where and how it runs, and what is derived from other keys.
+_QUIET = ("launch", "logging", "hardware", "data", "topology.gpus_per_node", "topology.stage_layers")
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a launch goes on from.
+
+    Args:
+        path: the checkpoint.
+        step: its step.
+        about: what its manifest says of the run that wrote it.
+        recipe: that of the launch before this one, resolved; None where the run directory has none.
+    """
+
+    path: Path
+    step: int
+    about: Mapping[str, Any]
+    recipe: Recipe | None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that the weights were trained with, where it was kept."""
+        kept = [self.path / TOKENIZER]
+        if self.recipe is not None and isinstance(self.recipe.data.tokenizer, str):
+            kept.append(Path(self.recipe.data.tokenizer))
+        return next((path for path in kept if path.is_file()), None)
+
+    def facts(self) -> dict[str, Any] | None:
+        """The facts of its data (`data_facts`): from the checkpoint, else, of an older version's, from the data of
+        the launch before where they are still there; None: not known."""
+        if "data" in self.about:
+            return dict(self.about["data"])
+        if self.recipe is None:
+            return None
+        from tplaunch.data.fingerprint import data_facts
+
+        try:
+            return data_facts(self.recipe)
+        except Exception:  # moved, deleted or damaged: then there is nothing to compare with
+            return None
+
+
+def before_this(run_dir: RunDir, resume: str) -> Before | None:
+    """What a launch will go on from: the newest checkpoint with a readable manifest, or the one that is named.
+
+    Args:
+        resume: auto, none, or a checkpoint's path.
+    """
+    if resume == "none":
+        return None
+    newest_first = [path for _, path in reversed(list_checkpoints(run_dir.checkpoints))]
+    candidates = newest_first if resume == "auto" else [Path(resume)]
+    recipe = load_recipe(run_dir.recipe).recipe if run_dir.recipe.exists() else None
+    for path in candidates:
+        try:
+            manifest = read_manifest(path)
+        except ValueError:
+            continue
+        return Before(path, manifest.step, manifest.about, recipe)
+    return None
+
+
+def recipe_changes(before: Before, recipe: Recipe) -> Changes:
+    """The keys outside `data` that differ from the launch before, and those of the checkpoint that must not."""
+    was = _flat(before.recipe.model_dump(mode="json", by_alias=True)) if before.recipe is not None else {}
+    now = _flat(recipe.model_dump(mode="json", by_alias=True))
+    for key in _FIXED:  # a launch that saved nothing may have changed them already
+        name = key.partition(".")[2]
+        if name in before.about:
+            was[key] = before.about[name]
+    keys = [key for key in now if not any(_within(key, quiet) for quiet in _QUIET)]
+    return {key: (was[key], now[key]) for key in keys if key in was and was[key] != now[key]}
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """The keys of `data` whose facts differ (`data_facts`), in words."""
+    changes: Changes = {}
+    for split in ("train", "validation"):
+        old, new = before.get(split, []), now[split]
+        if old != new:
+            changes[f"data.{split}"] = _in_words(old, new)
+    if before.get("tokenizer") and now["tokenizer"] and before["tokenizer"] != now["tokenizer"]:
+        changes["data.tokenizer"] = (f"sha256 {before['tokenizer'][:12]}", f"sha256 {now['tokenizer'][:12]}")
+    return changes
+
+
+def _in_words(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, str]:
+    """Two lists of corpora, as far as they differ."""
+    if len(old) != len(new):
+        return _count(old), _count(new)
+    pairs = [(number, a, b) for number, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    return tuple(", ".join(_corpus(number, pair[side], len(old)) for number, *pair in pairs) for side in (0, 1))  # type: ignore[return-value]
+
+
+def _count(corpora: list[dict[str, Any]]) -> str:
+    return f"{len(corpora)} corpora" if len(corpora) != 1 else "1 corpus"
+
+
+def _corpus(number: int, facts: Mapping[str, Any], of: int) -> str:
+    name = f"corpus {number}: " if of > 1 else ""
+    weight = f", weight {facts['weight']:g}" if of > 1 else ""
+    counts = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens"
+    return f"{name}{counts}{weight}, sha256 {facts['sha256'][:12]}"
+
+
+def refuse(changes: Changes, before: Before, allow: Collection[str]) -> None:
+    """Refuse the changes that would spoil the run, but for those that are allowed.
+
+    Args:
+        changes: of the recipe and of its data.
+        allow: keys, or sections that hold them.
+
+    Raises:
+        RecipeError: names each of them.
+    """
+    spoils = [*_FIXED, "data.train", "data.tokenizer"]
+    problems = [
+        Problem(
+            f"is {now}, was {was} in the checkpoint of step {before.step}",
+            why="samples would be read twice, skipped, or mean something else to these weights",
+            fix=f"change it back, train in a new directory (--run-dir DIR), or go on: --allow-change {key}",
+            key=key,
+        )
+        for key, (was, now) in changes.items()
+        if key in spoils and not any(_within(key, allowed) for allowed in allow)
+    ]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def told(changes: Changes) -> Iterator[str]:
+    """Each change as `key: was -> now`."""
+    for key, (was, now) in changes.items():
+        yield f"{key}: {was} -> {now}"
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
