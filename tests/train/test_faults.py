@@ -93,7 +93,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     cache = tmp_path_factory.mktemp("cache")
 
     def run(root: Path, topology: str, *settings: str, fault: str = "") -> Run:
-        words = command(root, *TOPOLOGIES[topology], *TINY, *settings)
+        words = command(root, *{**TOPOLOGIES, "pp2": shape(1, 2, 1)}[topology], *TINY, *settings)
         variables = environment(cache) | ({"TPLAUNCH_FAULT": fault} if fault else {})
         done = subprocess.run(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return Run(RunDir(root), done.returncode, done.stdout)
@@ -165,15 +165,17 @@ def test_one_rank_is_told_to_stop(
 
 
 @pytest.mark.faults
-def test_a_hung_rank_is_named(tmp_path: Path, launch: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(("topology", "place"), [("tp2", "tp=1 dp=0 pp=0"), ("pp2", "tp=0 dp=0 pp=1")])
+def test_a_hung_rank_is_named(tmp_path: Path, launch: Callable[..., Run], topology: str, place: str) -> None:
+    """Also where others wait for it in a send or receive between pipeline stages, which have timeouts of their own."""
     settings = [f"launch.timeout={HANG_S}", "launch.max_restarts=0"]
-    run = launch(tmp_path / "run", "tp2", *settings, fault="rank=1,step=7,kind=hang")
+    run = launch(tmp_path / "run", topology, *settings, fault="rank=1,step=7,kind=hang")
     assert run.code == Exit.FAILED
-    assert "Rank 1 failed (tp=1 dp=0 pp=0)" in run.output
+    assert f"Rank 1 failed ({place})" in run.output
     assert "did not arrive: last seen at" in run.output and "in step 7, data; rank 0 waited" in run.output
     assert "step 7, forward and backward, last collective gloo:" in run.output and "Timed out" in run.output
     stacks = run.folder.rank_log(1, 0).read_text()
-    assert "Timeout (" in stacks and "in train_step" in stacks  # faulthandler's, while it waited
+    assert "Timeout (" in stacks and "train/step.py" in stacks  # faulthandler's, while it waited
     flight = run.folder.rank_flight(1, 0)
     assert f"the last collectives of rank 0: {flight}" in run.output
     assert json.loads(flight.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")

@@ -95,6 +95,18 @@ class Mesh:
     def pp_group(self) -> dist.ProcessGroup:
         return self.world["pp"].get_group()
 
+    def new_pp_group(self, timeout_s: float) -> dist.ProcessGroup:
+        """Another group of this rank's pipeline, whose sends and receives wait so long; every rank must call it.
+
+        gloo's keep the timeout that their group was made with, whatever is set later: by default 30 minutes.
+        """
+        mine = self.pp_group
+        for ranks in self.topology.groups("pp"):
+            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+            if dist.get_rank() in ranks:
+                mine = group
+        return mine
+
     @property
     def data_parallel(self) -> DeviceMesh:
         """The mesh that FSDP2 shards over: 1-D, or (replicate, shard) for HSDP."""

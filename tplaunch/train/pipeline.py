@@ -28,6 +28,7 @@ class Pipeline:
         self.stages = stages
         self.mesh = mesh
         self.recipe = recipe
+        self.group = mesh.pp_group
         self.num_stages = recipe.topology.pp * recipe.topology.virtual_stages
         ends = any(s.index in (0, self.num_stages - 1) for s in stages)
         self.reads_data = ends or recipe.training.document_mask
@@ -74,6 +75,11 @@ class Pipeline:
         self.reshard()
         return self.sum_losses(losses)
 
+    def limit(self, timeout_s: float) -> None:
+        """Let sends and receives between stages wait so long from now on; every rank must call it."""
+        if self.num_stages > 1 and self.mesh.device.type == "cpu":  # NCCL's follow `set_group_timeouts`
+            self.group = self.mesh.new_pp_group(timeout_s)
+
     def set_training(self, training: bool) -> None:
         """Put the stages into training or evaluation mode."""
         for stage in self.stages:
@@ -100,12 +106,12 @@ class Pipeline:
         if stage == 0 or self._rank_of(stage - 1) == self.mesh.coordinates.pp:
             return carried
         carried = torch.empty_like(hidden_states(self.recipe, self.mesh), device=self.mesh.device)
-        dist.recv(carried, group=self.mesh.pp_group, group_src=self._rank_of(stage - 1))
+        dist.recv(carried, group=self.group, group_src=self._rank_of(stage - 1))
         return carried
 
     def _send(self, stage: int, carried: Tensor) -> None:
         if stage + 1 < self.num_stages and self._rank_of(stage + 1) != self.mesh.coordinates.pp:
-            dist.send(carried, group=self.mesh.pp_group, group_dst=self._rank_of(stage + 1))
+            dist.send(carried, group=self.group, group_dst=self._rank_of(stage + 1))
 
 
 def hidden_states(recipe: Recipe, mesh: Mesh) -> Tensor:

@@ -55,6 +55,11 @@ class ScheduledPipeline(Pipeline):
             self.reshard()
         return self.sum_losses(losses)
 
+    def limit(self, timeout_s: float) -> None:
+        """See `Pipeline.limit`; schedules are made anew over the new group."""
+        super().limit(timeout_s)
+        self._schedules.clear()
+
     def _keywords(self, batch: Batch, loss_scale: float, losses: list[Tensor]) -> dict[str, object]:
         found: dict[str, object] = {} if batch.positions is None else {"positions": batch.positions}
         if self.has_loss:
@@ -88,5 +93,5 @@ class ScheduledPipeline(Pipeline):
             self.mesh.device,
             input_args=tokens if first else hidden,
             output_args=loss if last else hidden,
-            group=self.mesh.pp_group,
+            group=self.group,
         )

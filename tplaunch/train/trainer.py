@@ -195,6 +195,7 @@ class Trainer:
         begins now runs out. The saving thread's group keeps its time: a slow disk is no hung rank."""
         if timeout_s != self._timeout_s:
             self._timeout_s = timeout_s
+            self.step.pipeline.limit(timeout_s)
             set_group_timeouts(timeout_s, without=[self.checkpoints.group])
         faulthandler.dump_traceback_later(0.9 * timeout_s)
 
