@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -24,6 +25,7 @@ from tplaunch.run.directory import LOCKED, RunDir
 from tplaunch.run.flight import collectives, last_collective, remember_collectives
 from tplaunch.run.heartbeat import Beat, Heartbeat
 from tplaunch.run.processes import die_with_parent
+from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
 
@@ -44,6 +46,7 @@ class Worker:
         self.run_dir, self.attempt, self.rank = run_dir, attempt, rank
         self.heartbeat = Heartbeat(run_dir.beat(attempt, rank), rank)
         self.held = ExitStack()  # until this process ends
+        self.stopwatch = Stopwatch()
         self.recipe: Recipe | None = None
         self.trainer: Trainer | None = None
 
@@ -53,10 +56,10 @@ class Worker:
             self.held.enter_context(self.run_dir.lock())
         # A run directory of an older version may hold a recipe that is not resolved.
         self.recipe = resolve(load_recipe(self.run_dir.recipe).recipe)
-        self._set_up(self.recipe)
-        self._train()
+        source = self.run_dir.history().resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
+        self._train(self._set_up(self.recipe, source), source)
 
-    def _set_up(self, recipe: Recipe) -> None:
+    def _set_up(self, recipe: Recipe, source: str) -> Trainer:
         # Here, not above: a rank whose torch is broken reports that like any other error.
         import torch.distributed as dist
 
@@ -65,6 +68,7 @@ class Worker:
         from tplaunch.train.stop import StopRequest
         from tplaunch.train.trainer import Trainer
 
+        self.stopwatch.lap("imports")
         stop = StopRequest()
         device = local_device(int(os.environ["LOCAL_RANK"]))
         init_process_group(device, recipe.launch.first_step_timeout)
@@ -74,20 +78,27 @@ class Worker:
         problems = check_placement(topology, views)
         if problems:
             raise RuntimeError("\n".join(str(problem) for problem in problems))
-        self.trainer = Trainer(recipe, Mesh.of(recipe, device), self.run_dir, stop, self.heartbeat)
+        mesh = Mesh.of(recipe, device)
+        self.stopwatch.lap("process groups")
+        # Weights that a checkpoint will overwrite are not drawn.
+        saved = source != "none" and (source != "auto" or list_checkpoints(self.run_dir.checkpoints))
+        draw = not saved and recipe.checkpoint.initial is None
+        trainer = Trainer(recipe, mesh, self.run_dir, stop, self.heartbeat, draw=draw, stopwatch=self.stopwatch)
+        self.trainer = trainer
+        self.stopwatch.lap("model")
+        return trainer
 
-    def _train(self) -> None:
+    def _train(self, trainer: Trainer, source: str) -> None:
         import torch.distributed as dist
 
         from tplaunch.run.events import Started
 
-        assert self.trainer is not None
-        history = self.run_dir.history()
         dist.barrier()  # all have read the events that rank 0 now adds to
-        if self.trainer.main:
+        if trainer.main:
             self.run_dir.append(Started(self.attempt, world_size=dist.get_world_size()))
-        self.trainer.resume(history.resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto")))
-        self.trainer.run()
+        trainer.resume(source)
+        self.stopwatch.lap("checkpoint")
+        trainer.run()
         dist.barrier()
         dist.destroy_process_group()
 

@@ -1,5 +1,5 @@
-"""From a recipe to this rank's pipeline stages: built on the meta device, filled and sharded block by block, so that
-no rank ever holds more than one whole block beyond its own shards."""
+"""From a recipe to this rank's pipeline stages: built on the meta device, placed and sharded block by block, so that no
+rank ever holds more than one whole block beyond its own shards; then filled, each rank only what it keeps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
 
-from tplaunch.model.init import initialize
+from tplaunch.model.init import Slice, initialize
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.data_parallel import STORAGE_DTYPE, shard
 from tplaunch.parallel.mesh import Mesh
@@ -36,12 +36,33 @@ class Stage:
     parameters: dict[str, Parameter]
 
 
-def build_stages(recipe: Recipe, mesh: Mesh) -> list[Stage]:
-    """Build this rank's stages, initialised and sharded."""
+def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage]:
+    """Build this rank's stages, sharded.
+
+    Args:
+        draw: fill them with initial weights; without, their memory holds anything, for a checkpoint to be read into.
+    """
     parallelism = recipe.topology
     ranges = stage_ranges(recipe)
     mine = stages_of(mesh.coordinates.pp, parallelism.pp, parallelism.virtual_stages, parallelism.schedule)
-    return [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
+    stages = [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
+    if draw:
+        initialize([part for stage in stages for part in _slices(stage, mesh)], recipe.model, recipe.training.seed)
+    return stages
+
+
+def _slices(stage: Stage, mesh: Mesh) -> Iterator[Slice]:
+    """What this rank keeps of each parameter: its tensor-parallel slice, of that its data-parallel shard of rows."""
+    shards, shard = mesh.world["dp_shard"].size(), mesh.world.get_local_rank("dp_shard")
+    for name, tensor in stage.module.named_parameters():
+        assert isinstance(tensor, DTensor)
+        parameter, data = stage.parameters[name], tensor.to_local().detach()
+        whole = parameter.local_shape(mesh.topology.tp)
+        start = [0] * len(whole)
+        if parameter.tp_dim is not None:
+            start[parameter.tp_dim] = mesh.tp.rank // parameter.copies(mesh.tp.size) * whole[parameter.tp_dim]
+        start[0] += min(shard * -(-whole[0] // shards), whole[0])  # FSDP2 cuts dim 0 into equal parts, rounded up
+        yield Slice(data, parameter, tuple(start))
 
 
 def outline(
@@ -63,20 +84,15 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
     model, training, zero = recipe.model, recipe.training, recipe.topology.zero
     module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
 
-    def fill(part: nn.Module, prefix: str) -> None:
-        part.to_empty(device=mesh.device)
-        for name, tensor in part.named_parameters(prefix):
-            initialize(tensor, parameters[name], model, training.seed)
-
-    for number, block in module.layers.items():
-        fill(block, f"layers.{number}")
+    for block in module.layers.values():
+        block.to_empty(device=mesh.device)
         if training.compile:
             block.compile()
         shard(block, mesh.data_parallel, zero=zero, precision=training.precision)
     tied_here = model.tie_embeddings and first and last
     for name, part in module.named_children():
         if name != "layers" and not (tied_here and name == "output"):
-            fill(part, name)
+            part.to_empty(device=mesh.device)
     if tied_here:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight

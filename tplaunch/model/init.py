@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from tplaunch.recipe.schema import Model
 from tplaunch.spec.parameters import Parameter
@@ -23,48 +25,61 @@ def initial_std(model: Model, parameter: Parameter) -> float:
     return model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
 
 
-def initialize(tensor: Tensor, parameter: Parameter, model: Model, seed: int) -> None:
-    """Fill this rank's slice of a parameter in place: matrices normal, norms one, biases and padding rows zero.
+@dataclass(frozen=True)
+class Slice:
+    """A part of a parameter to be filled.
 
     Args:
-        tensor: the parameter, a DTensor on its tp mesh (before data-parallel sharding).
-        parameter: what it is.
+        data: this rank's slice, plain [rows, columns] or [rows].
+        parameter: the whole.
+        start: where the slice begins in the whole, by dim.
     """
-    data = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    data = data.detach()
-    if parameter.role == "bias" or parameter.name.endswith(".bias"):
-        data.zero_()
-    elif parameter.role == "norm":
-        data.fill_(1.0)
-    else:
-        vocabulary = parameter.role in ("embedding", "output")
-        real_rows = model.vocab_size if vocabulary else parameter.shape[0]
-        _draw(data, parameter, _slice_start(tensor), initial_std(model, parameter), seed, real_rows)
+
+    data: Tensor
+    parameter: Parameter
+    start: tuple[int, ...]
 
 
-def _slice_start(tensor: Tensor) -> list[int]:
-    """Where this rank's slice begins in the whole tensor."""
-    start = [0] * tensor.ndim
-    if isinstance(tensor, DTensor):
-        for dim, placement in enumerate(tensor.placements):
-            if isinstance(placement, Shard):
-                start[placement.dim] += tensor.device_mesh.get_local_rank(dim) * tensor.to_local().shape[placement.dim]
-    return start
+def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
+    """Fill slices of parameters in place: matrices normal, norms one, biases and padding rows zero.
+
+    Only the runs of rows that hold a part of a slice are drawn, on as many cores as torch uses.
+    """
+    drawn: list[tuple[Slice, int]] = []
+    for part in slices:
+        parameter, data = part.parameter, part.data
+        if parameter.role == "bias" or parameter.name.endswith(".bias"):
+            data.zero_()
+        elif parameter.role == "norm":
+            data.fill_(1.0)
+        else:
+            run = _run_of_rows(parameter)
+            first, last = part.start[0], part.start[0] + data.shape[0]
+            drawn += [(part, block) for block in range(first // run, -(-last // run) if data.numel() else 0)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        done = [pool.submit(_draw, part, block, model, seed) for part, block in drawn]
+        for future in done:
+            future.result()  # raises what a thread has raised
 
 
-def _draw(data: Tensor, parameter: Parameter, start: list[int], std: float, seed: int, real_rows: int) -> None:
+def _run_of_rows(parameter: Parameter) -> int:
+    """Rows that one generator draws."""
+    return max(1, _BLOCK_ROWS_BYTES // (4 * parameter.shape[1]))
+
+
+def _draw(part: Slice, block: int, model: Model, seed: int) -> None:
+    """Fill what a slice holds of one run of rows."""
+    parameter, data = part.parameter, part.data
     rows, width = parameter.shape
-    run = max(1, _BLOCK_ROWS_BYTES // (4 * width))
-    for block, first in enumerate(range(0, rows, run)):
-        last = min(first + run, rows)
-        low, high = max(first, start[0]), min(last, start[0] + data.shape[0])
-        if low >= high:
-            continue  # none of these rows is ours
-        whole = torch.randn(last - first, width, dtype=torch.float32, generator=_generator(seed, parameter.name, block))
-        whole *= std
-        whole[max(0, real_rows - first) :] = 0.0
-        piece = whole[low - first : high - first, start[1] : start[1] + data.shape[1]]
-        data[low - start[0] : high - start[0]].copy_(piece)
+    run = _run_of_rows(parameter)
+    first, last = block * run, min((block + 1) * run, rows)
+    low, high = max(first, part.start[0]), min(last, part.start[0] + data.shape[0])
+    whole = torch.randn(last - first, width, dtype=torch.float32, generator=_generator(seed, parameter.name, block))
+    whole *= initial_std(model, parameter)
+    real_rows = model.vocab_size if parameter.role in ("embedding", "output") else rows
+    whole[max(0, real_rows - first) :] = 0.0
+    piece = whole[low - first : high - first, part.start[1] : part.start[1] + data.shape[1]]
+    data[low - part.start[0] : high - part.start[0]].copy_(piece)
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

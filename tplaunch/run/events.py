@@ -102,6 +102,18 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class StartedUp(Event):
+    """The first step of an attempt has ended.
+
+    Args:
+        seconds: of each part of rank 0's start, in order.
+    """
+
+    name = "startup"
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Initialized(Event):
     """A new run took its weights from a checkpoint (`checkpoint.initial`)."""
 

@@ -51,7 +51,7 @@ def simulate_rank(recipe: Recipe, rank: int) -> RankRecord:
     """
     recorder = Recorder()
     with _in_a_world(recipe, rank, recorder) as (mesh, phantom):
-        step = TrainStep(recipe, mesh)
+        step = TrainStep(recipe, mesh, draw=False)
         for _ in step.optimizer.state():
             pass
         recorder.active = True

@@ -62,6 +62,7 @@ class TrainStep:
         mesh: the device mesh.
         mark: told (step, part of the step) as the rank enters it (`Heartbeat.mark`).
         stop_requested: whether this process was asked to stop; asked once a step.
+        draw: fill the model with initial weights (`build_stages`).
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class TrainStep:
         mesh: Mesh,
         mark: Callable[[int, str], None] = lambda step, part: None,
         stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        draw: bool = True,
     ) -> None:
         self.recipe = recipe
         self.mesh = mesh
         self.mark = mark
         self.stop_requested = stop_requested
-        self.stages = build_stages(recipe, mesh)
+        self.stages = build_stages(recipe, mesh, draw=draw)
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
         self.optimizer = ShardedOptimizer(self.stages, recipe.optimizer)
         self.gradients = GradientFinalizer(

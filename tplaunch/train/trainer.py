@@ -20,8 +20,20 @@ from tplaunch.optim.loss_scale import LossScale
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import Done, Fault, Initialized, LossSpiked, Resumed, RolledBack, Skipped, Stopped, Validated
+from tplaunch.run.events import (
+    Done,
+    Fault,
+    Initialized,
+    LossSpiked,
+    Resumed,
+    RolledBack,
+    Skipped,
+    StartedUp,
+    Stopped,
+    Validated,
+)
 from tplaunch.run.heartbeat import Heartbeat
+from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.torch_private import set_group_timeouts
 from tplaunch.train.batch import Batch, batch_size, first_sample, make_batch, share
 from tplaunch.train.faults import FaultInjector
@@ -41,16 +53,28 @@ class Trainer:
         run_dir: the run's directory.
         stop: set when the process is asked to stop.
         heartbeat: told which part of which step this rank is in.
+        draw: fill the model with initial weights; not needed when `resume` will find a checkpoint.
+        stopwatch: times the start.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, run_dir: RunDir, stop: StopRequest, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        run_dir: RunDir,
+        stop: StopRequest,
+        heartbeat: Heartbeat,
+        *,
+        draw: bool = True,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = run_dir
         self.stop = stop
         self.heartbeat = heartbeat
         self.main = dist.get_rank() == 0
-        self.step = TrainStep(recipe, mesh, heartbeat.mark, lambda: stop.requested)
+        self.step = TrainStep(recipe, mesh, heartbeat.mark, lambda: stop.requested, draw=draw)
         self.faults = FaultInjector.from_environment(dist.get_rank(), mesh.topology.world_size, run_dir, mesh.device)
         logs_wandb = self.main and recipe.logging.wandb.mode != "disabled"
         self.checkpoints = CheckpointManager(
@@ -67,6 +91,7 @@ class Trainer:
             before_commit=self.faults.in_save,
         )
         self.log = TrainingLog(self.step, run_dir)
+        self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
 
     @property
@@ -110,10 +135,13 @@ class Trainer:
                 window.start()
                 self.heartbeat.mark(progress.step + 1, "data")
                 batch = next(batches)
+                if "data" not in self.stopwatch.laps:
+                    self.stopwatch.lap("data")
                 poison = self.faults.at_step(progress.step + 1)
                 window.got_data()
                 result = self.step.run(batch, poison)
                 window.end(self.step.tokens_of(progress.step))
+                self._note_start()
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
@@ -189,6 +217,14 @@ class Trainer:
         self.heartbeat.mark(self.progress.step, "metrics")
         measured = {} if validation is None else {"validation/loss": validation}
         self.log.write(result, window, {**self.checkpoints.take_timings(), **measured})
+
+    def _note_start(self) -> None:
+        """Write how long the start took, part by part, once the first step has ended."""
+        if self.stopwatch.laps.get("first step") is None:
+            self.stopwatch.lap("first step")
+            if self.main:
+                seconds = {part: round(seconds, 3) for part, seconds in self.stopwatch.laps.items()}
+                self.run_dir.append(StartedUp(seconds))
 
     def _limit(self, timeout_s: float) -> None:
         """Let each collective take so long, and print every thread's stack shortly before a wait in the step that

@@ -1,0 +1,75 @@
+"""Initial weights: the same numbers on every topology, and no number drawn that nobody keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.recipes import case, resolved
+from tests.world import World
+from tplaunch.model import init
+from tplaunch.model.init import Slice, initialize
+from tplaunch.recipe.schema import Model
+from tplaunch.spec.parameters import first_parameters
+
+MODEL = Model(hidden_size=64, num_layers=2, num_heads=4, ffn_hidden_size=96, vocab_size=300)
+(EMBEDDING,) = first_parameters(MODEL)
+
+
+def filled(start: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
+    data = torch.full(shape, float("nan"))
+    initialize([Slice(data, EMBEDDING, start)], MODEL, 7)
+    return data
+
+
+def test_a_slice_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "_BLOCK_ROWS_BYTES", 4 * 64 * 50)  # 50 rows a run: slices begin and end inside
+    whole = filled((0, 0), (384, 64))
+    assert whole[:300].std() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(whole[300:], torch.zeros(84, 64)), "rows that pad the vocabulary"
+    for start, shape in [((0, 0), (128, 64)), ((130, 0), (131, 64)), ((270, 32), (60, 32)), ((384, 0), (0, 64))]:
+        rows, columns = (slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        assert torch.equal(filled(start, shape), whole[rows, columns]), start
+
+
+def test_only_runs_of_rows_that_are_kept_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "_BLOCK_ROWS_BYTES", 4 * 64 * 48)
+    drawn: list[int] = []
+    real = torch.randn
+
+    def counting(*shape: int, **options: Any) -> torch.Tensor:
+        drawn.append(shape[0])
+        return real(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", counting)
+    filled((96, 0), (96, 64))
+    assert sum(drawn) == 96
+
+
+def weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every weight of this rank's stages, whole."""
+    from tplaunch.model.build import build_stages
+    from tplaunch.parallel.mesh import Mesh
+
+    recipe = resolved(raw)
+    stages = build_stages(recipe, Mesh.of(recipe, torch.device("cpu")))
+    return {
+        stage.parameters[name].name: tensor.full_tensor().detach()  # type: ignore[operator]
+        for stage in stages
+        for name, tensor in stage.module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("raw", [case(2, 1, 2, zero=3), case(1, 2, 2), case(1, 1, 4, dp_replicate=2)], ids=str)
+def test_every_topology_begins_with_the_same_weights(world: World, raw: dict[str, Any]) -> None:
+    model = {**raw["model"], "vocab_size": 301, "ffn_hidden_size": 90, "make_vocab_size_divisible_by": 2}  # uneven
+    (alone,) = world.run(1, weights, {**case(), "model": model})
+    ranks = raw["topology"]["tp"] * raw["topology"]["pp"] * raw["topology"]["dp"]
+    seen: set[str] = set()
+    for rank in world.run(ranks, weights, {**raw, "model": model}):
+        for name, tensor in rank.items():
+            assert torch.equal(tensor, alone[name]), name
+            seen.add(name)
+    assert seen == alone.keys()
