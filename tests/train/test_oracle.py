@@ -62,7 +62,10 @@ class Case:
 
 
 def _wsd(kind: str, decay: int, warmup: int, floor: float) -> Any:
-    """transformers' schedule that is stable and then decays. (It warms up from `floor`: one step shows no difference.)"""
+    """transformers' schedule that is stable and then decays.
+
+    Its warmup begins at `floor` and ours at 0, so that they are alike without a floor, or in a warmup of one step.
+    """
     return lambda inner: transformers.get_wsd_schedule(
         inner, warmup, decay, num_training_steps=STEPS, decay_type=kind, min_lr_ratio=floor
     )
