@@ -27,6 +27,9 @@ GPT2 = {
 QWEN3 = {"qk_norm": True, "head_dim": 32}
 QWEN2 = {"qkv_bias": True}
 TIED = {"tie_embeddings": True}
+# As wide as real models, where sums are long: fp32 sums of a gradient's squares would be 1e-3 off.
+WIDE = {"model": {"hidden_size": 768, "num_heads": 12, "num_layers": 1, "ffn_hidden_size": 768, "vocab_size": 32_000}}
+FEW = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 1}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -72,6 +75,8 @@ CASES: dict[str, dict[str, Any]] = {
     "batch-ramp-up": case(1, 2, 2, training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
+    "wide-tp2": case(2, training=FEW, **WIDE),
+    "wide-dp2": case(1, 1, 2, training=FEW, **WIDE),
     "fp64-tp4-dp2-sp": case(4, 1, 2, sequence_parallel=True, training={"precision": "fp64"}),
     "fp64-tp2-pp2-dp2-zero3": case(2, 2, 2, zero=3, training={"precision": "fp64"}),
     "fp64-pp4-zbv-tied": case(
@@ -94,13 +99,15 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     recipe = resolved(raw)
     mesh = Mesh.of(recipe, torch.device("cpu"))
     random = np.random.default_rng(0)
-    data = random.integers(0, VOCAB // 10, (STEPS * BATCH, SEQ + 1)) * 10  # few, on every tp rank: quickly learnt
+    data = random.integers(0, VOCAB // 10, (STEPS * BATCH, SEQ + 1)) * (
+        recipe.model.vocab_size // 30
+    )  # few, on every tp rank: quickly learnt
     positions = np.broadcast_to(np.arange(SEQ), (STEPS * BATCH, SEQ)).copy()
     for row, start in enumerate(random.integers(1, SEQ, STEPS * BATCH)):
         positions[row, start:] -= start  # a second document begins here
     train_step = TrainStep(recipe, mesh)
     curve = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, recipe.training.steps + 1):
         samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
         tokens, labels, places = (torch.from_numpy(a[samples]) for a in (data[:, :-1], data[:, 1:], positions))
         if recipe.training.eod_mask_loss:

@@ -120,11 +120,11 @@ class GradientFinalizer:
 
 
 def square_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum of the squares of all elements; each tensor's in its own dtype, their sum in fp64."""
+    """Sum of the squares of all elements, fp64 [], summed in fp64."""
     filled = [t for t in tensors if t.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(norms(filled)).double().square().sum()
+    return torch.stack(norms(filled)).square().sum()
 
 
 def _is_head_norm(parameter: Parameter) -> bool:

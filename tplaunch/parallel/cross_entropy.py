@@ -49,7 +49,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
         losses = torch.where(counted, log_z - target + z * log_z.square(), 0.0)
         ctx.save_for_backward(hidden, weight, labels, log_z)
         ctx.setting = (first, real, chunk, z, accumulate_dtype)
-        return losses.sum()
+        return losses.sum(dtype=torch.float64).to(accumulate_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,306 @@
+"""Whole runs against transformers and torch: each step's loss, gradient norm and rate, for each training option.
+
+The trainer reads its corpus, starts from imported weights and writes its records; the reference is transformers' model
+with torch's optimizer, torch's clipping and transformers' schedules. What it does with masks, documents and batches is
+written here anew, from what the recipe's options promise, so that no fault of ours can be on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tests.training import trainer
+from tests.world import World
+from tplaunch.data.indexed import IndexedWriter
+from tplaunch.data.order import SampleOrder
+from tplaunch.huggingface.import_ import import_model
+
+STEPS, BATCH, SEQ, VOCAB, SEED = 8, 8, 24, 150, 5
+LR, BETAS, EPS, DECAY = 4e-3, (0.8, 0.9), 1e-4, 0.5  # none of them a default
+MODEL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_hidden_size": 48,
+    "vocab_size": VOCAB,
+    "norm_eps": 1e-5,
+}
+TOPOLOGIES = {"one": {"dp": 1}, "tp2-pp2": {"tp": 2, "pp": 2, "dp": 1, "sequence_parallel": True}}
+ADAMW = {"name": "adamw", "lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY}
+SGD = {"name": "sgd", "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An option of training.
+
+    Args:
+        training, optimizer, lr_schedule: what it adds to the recipe's sections.
+        tolerance: relative, of loss and gradient norm.
+        rate: the reference's schedule: (optimizer, warmup) -> torch's scheduler, counted from 0.
+        resumed: the run is stopped half-way, and goes on from its checkpoint.
+    """
+
+    training: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    lr_schedule: dict[str, Any] | None = None
+    tolerance: float = 1e-5
+    rate: Any = None
+    resumed: bool = False
+
+
+def _wsd(kind: str, decay: int, warmup: int, floor: float) -> Any:
+    """transformers' schedule that is stable and then decays.
+
+    Its warmup begins at `floor` and ours at 0, so that they are alike without a floor, or in a warmup of one step.
+    """
+    return lambda inner: transformers.get_wsd_schedule(
+        inner, warmup, decay, num_training_steps=STEPS, decay_type=kind, min_lr_ratio=floor
+    )
+
+
+def _cosine(inner: Any) -> Any:
+    return transformers.get_cosine_with_min_lr_schedule_with_warmup(inner, 3, STEPS, min_lr_rate=0.1)
+
+
+CASES = {
+    "constant": Case(),
+    "warmup": Case(
+        lr_schedule={"warmup_steps": 5}, rate=lambda inner: transformers.get_constant_schedule_with_warmup(inner, 5)
+    ),
+    "cosine": Case(lr_schedule={"decay": "cosine", "warmup_steps": 3, "min_lr": LR / 10}, rate=_cosine),
+    "cosine-last-3": Case(
+        lr_schedule={"decay": "cosine", "decay_steps": 3, "warmup_steps": 1, "min_lr": LR / 4},
+        rate=_wsd("cosine", 3, 1, 0.25),
+    ),
+    "linear": Case(
+        lr_schedule={"decay": "linear", "warmup_steps": 2},
+        rate=lambda inner: transformers.get_linear_schedule_with_warmup(inner, 2, STEPS),
+    ),
+    "linear-last-4": Case(
+        lr_schedule={"decay": "linear", "decay_steps": 4, "warmup_steps": 1}, rate=_wsd("linear", 4, 1, 0.0)
+    ),
+    "wsd": Case(lr_schedule={"decay": "wsd", "min_lr": LR / 2}, rate=_wsd("linear", 1, 0, 0.5)),  # a tenth: one step
+    "wsd-last-5": Case(
+        lr_schedule={"decay": "wsd", "decay_steps": 5, "warmup_steps": 1, "min_lr": LR / 5},
+        rate=_wsd("linear", 5, 1, 0.2),
+    ),
+    "no-decay": Case(optimizer={"weight_decay": 0.0}),
+    "clipping": Case(training={"grad_clip": 1.9}),
+    # AdamW sees a gradient's direction more than its length; SGD sees both.
+    "clipping-sgd": Case(training={"grad_clip": 1.9}, optimizer=SGD),
+    "sgd": Case(optimizer={**SGD, "weight_decay": 0.02}),
+    "z-loss": Case(training={"z_loss": 0.03}),
+    "eod-mask-loss": Case(training={"eod_mask_loss": True}),
+    "documents": Case(training={"document_mask": True}),
+    "documents-all": Case(training={"document_mask": True, "eod_mask_loss": True, "z_loss": 0.03, "grad_clip": 1.9}),
+    "ramp-up": Case(training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 2}}),
+    "resumed": Case(
+        training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}, "grad_clip": 1.9},
+        lr_schedule={"decay": "cosine", "warmup_steps": 3, "min_lr": LR / 10},
+        rate=_cosine,
+        resumed=True,
+    ),
+    "bf16": Case(training={"precision": "bf16"}, tolerance=0.01),
+    "fp16": Case(training={"precision": "fp16", "grad_clip": 1.9}, optimizer=SGD, tolerance=0.003),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every run starts from.
+
+    Args:
+        folder: the model, as transformers keeps it.
+        checkpoint: the same, imported.
+        corpus: the prefix of the token files.
+        stream: their tokens, [n].
+        starts: where in it a document begins.
+    """
+
+    folder: Path
+    checkpoint: Path
+    corpus: Path
+    stream: NDArray[np.int64]
+    starts: frozenset[int]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    root = tmp_path_factory.mktemp("oracle")
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=MODEL["hidden_size"],
+        intermediate_size=MODEL["ffn_hidden_size"],
+        num_hidden_layers=MODEL["num_layers"],
+        num_attention_heads=MODEL["num_heads"],
+        num_key_value_heads=MODEL["num_kv_heads"],
+        rms_norm_eps=MODEL["norm_eps"],
+        initializer_range=0.15,
+        max_position_embeddings=SEQ,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.add_(0.3 * torch.randn_like(tensor))
+    model.save_pretrained(root / "model")
+    checkpoint, _ = import_model(root / "model", root / "imported")
+    random = np.random.default_rng(11)
+    lengths = [1, 2, SEQ - 3, 1, *random.integers(1, 2 * SEQ, 90).tolist()]
+    # Few different tokens, on both tp ranks: something can be learnt in eight steps.
+    documents = [random.integers(0, VOCAB // 10, length) * 10 for length in lengths]
+    writer = IndexedWriter(root / "corpus", np.dtype("<i4"))
+    for document in documents:
+        writer.add(document)
+        writer.end_document()
+    writer.compose()
+    writer.commit()
+    begins = frozenset(np.cumsum([0, *lengths[:-1]]).tolist())
+    return Start(root / "model", checkpoint, root / "corpus", np.concatenate(documents), begins)
+
+
+def run(raw: dict[str, Any], root: str, stop_after: int | None) -> None:
+    """The trainer's whole run, on each rank; with `stop_after`, that many steps of it, and a checkpoint."""
+    made = trainer(raw, root)
+    made.resume("auto")
+    if stop_after is not None:
+        mark = made.step.mark
+
+        def stopping(step: int, part: str) -> None:
+            made.stop.requested = made.stop.requested or step == stop_after
+            mark(step, part)
+
+        made.step.mark = stopping
+    assert made.run() == (stop_after is None)
+
+
+def recipe(start: Start, case: Case, topology: dict[str, Any]) -> dict[str, Any]:
+    training = {"seq_len": SEQ, "global_batch_size": BATCH, "micro_batch_size": 2, "steps": STEPS, "seed": SEED}
+    return {
+        "name": "oracle",
+        "model": MODEL,
+        "topology": topology,
+        "training": {**training, "precision": "fp32", "grad_clip": None, "loss_chunk": 20, **(case.training or {})},
+        "optimizer": {**ADAMW, **(case.optimizer or {})},
+        "lr_schedule": {"decay": "constant", **(case.lr_schedule or {})},
+        "data": {"train": str(start.corpus)},
+        "checkpoint": {"initial": str(start.checkpoint)},
+        "logging": {"every": 1, "wandb": {"mode": "disabled"}},
+    }
+
+
+class Reference:
+    """The same run, by transformers and torch."""
+
+    def __init__(self, start: Start, case: Case) -> None:
+        self.start = start
+        self.training = case.training or {}
+        self.settings = {**ADAMW, **(case.optimizer or {})}
+        self.model = transformers.LlamaForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
+        decayed, spared = [], []
+        for name, tensor in self.model.named_parameters():
+            (spared if "norm" in name or name.endswith("bias") else decayed).append(tensor)
+        groups = [
+            {"params": decayed, "weight_decay": self.settings["weight_decay"]},
+            {"params": spared, "weight_decay": 0.0},
+        ]
+        rate = self.settings["lr"]
+        if self.settings["name"] == "sgd":
+            self.optimizer: Any = torch.optim.SGD(groups, rate, self.settings["momentum"])
+        else:
+            self.optimizer = torch.optim.AdamW(groups, rate, BETAS, EPS)
+        self.scheduler = case.rate(self.optimizer) if case.rate else None
+
+    def curve(self) -> list[tuple[float, float, float]]:
+        """(loss, gradient norm, rate) of every step."""
+        found, done = [], 0
+        for step in range(1, STEPS + 1):
+            if self.scheduler is not None:
+                self.scheduler.step()  # the rate of an update is that of its number, from 1
+            size = self._batch_size(step)
+            loss = self._loss(range(done, done + size))
+            done += size
+            self.optimizer.zero_grad()
+            loss.backward()
+            clip = self.training.get("grad_clip") or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            found.append((loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"]))
+            self.optimizer.step()
+        return found
+
+    def _batch_size(self, step: int) -> int:
+        ramp = self.training.get("batch_ramp_up")
+        if ramp is None:
+            return BATCH
+        sizes = [size for size in range(ramp["start"], BATCH, ramp["increment"]) for _ in range(ramp["steps"])]
+        return [*sizes, *[BATCH] * STEPS][step - 1]
+
+    def _loss(self, numbers: range) -> Tensor:
+        """Mean over the targets that count of samples with these numbers in the run."""
+        stream, starts = self.start.stream, self.start.starts
+        samples = (len(stream) - 1) // SEQ
+        _, places = SampleOrder((samples,), (1.0,), SEED).locate(np.asarray(numbers))
+        losses = []
+        for place in places.tolist():
+            first = place * SEQ
+            logits = self._logits(first)
+            targets = torch.from_numpy(stream[first + 1 : first + 1 + SEQ])
+            each = F.cross_entropy(logits, targets, reduction="none")
+            each = each + self.training.get("z_loss", 0.0) * logits.logsumexp(-1) ** 2
+            if self.training.get("eod_mask_loss"):
+                each = each[[first + 1 + i not in starts for i in range(SEQ)]]
+            losses.append(each)
+        return torch.cat(losses).mean()
+
+    def _logits(self, first: int) -> Tensor:
+        """[SEQ, VOCAB], of the tokens from `first`; each document alone where documents are kept apart."""
+        cuts = [first]
+        if self.training.get("document_mask"):
+            cuts += [i for i in range(first + 1, first + SEQ) if i in self.start.starts]
+        pieces = [self.start.stream[a:b] for a, b in zip(cuts, [*cuts[1:], first + SEQ], strict=True)]
+        return torch.cat([self.model(torch.from_numpy(piece)[None]).logits[0] for piece in pieces])
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, list[tuple[float, float, float]]]:
+    return {}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_each_step_is_that_of_transformers_and_torch(
+    world: World, start: Start, references: dict[str, Any], tmp_path: Path, name: str, topology: str
+) -> None:
+    case = CASES[name]
+    if name not in references:
+        references[name] = Reference(start, case).curve()
+    raw = recipe(start, case, TOPOLOGIES[topology])
+    ranks = 4 if topology == "tp2-pp2" else 1
+    if case.resumed:
+        world.run(ranks, run, raw, str(tmp_path), STEPS // 2)
+    world.run(ranks, run, raw, str(tmp_path), None)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record, (loss, norm, rate) in zip(records, references[name], strict=True):
+        assert record["lr"] == pytest.approx(rate, rel=1e-12), record["step"]
+        ours = (record["loss"], record["grad_norm"])
+        assert ours == pytest.approx((loss, norm), rel=case.tolerance), record["step"]
+    losses, norms, _ = zip(*references[name], strict=True)
+    assert losses[-1] < losses[0], "nothing was learnt"
+    if clip := (case.training or {}).get("grad_clip"):
+        assert min(norms) < clip < max(norms), "the limit divides the steps"
