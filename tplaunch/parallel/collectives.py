@@ -1,12 +1,14 @@
 """Collectives of the tensor-parallel region, as autograd functions.
 
 The region's edges come in pairs, each the other's derivative (Shoeybi et al. 2019, arXiv 1909.08053, figure 3;
-Korthikanti et al. 2022, arXiv 2205.05198, figure 5):
+Korthikanti et al. 2022, arXiv 2205.05198, figure 5). In Megatron's names:
 
-    copy_to_region     forward: nothing         backward: all-reduce
-    reduce_from_region forward: all-reduce      backward: nothing
-    gather_sequence    forward: all-gather      backward: reduce-scatter
-    scatter_sequence   forward: reduce-scatter  backward: all-gather
+    enter_region  copy_to_tensor_model_parallel_region              forward: nothing         backward: all-reduce
+                  with sequence parallelism,
+                  gather_from_sequence_parallel_region              forward: all-gather      backward: reduce-scatter
+    leave_region  reduce_from_tensor_model_parallel_region          forward: all-reduce      backward: nothing
+                  with sequence parallelism,
+                  reduce_scatter_to_sequence_parallel_region        forward: reduce-scatter  backward: all-gather
 
 The sequence is dimension 0 (activations are [sequence, batch, hidden]), so that gathering and scattering move
 contiguous memory. `start_*` return at once; `wait` gives the result, which lets a matmul run meanwhile.
