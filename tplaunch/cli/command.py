@@ -11,9 +11,10 @@ from tplaunch.cli.options import RecipeArgument, ResumeOption, RunDirOption, Set
 def command(
     recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, resume: ResumeOption = "auto"
 ) -> None:
-    """Make the data and the run directory ready, and print the torchrun line to paste.
+    """Print the torchrun line of a recipe, to paste.
 
-    For several nodes, run it on one of them, where the run directory is shared; every node takes the same line.
+    Makes the data and the run directory ready. For several nodes, run it on one of them, where the run
+    directory is shared; every node takes the same line.
 
     Example: tplaunch command recipes/quickstart.yaml
     """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tplaunch.cli.common import checked_here
 from tplaunch.cli.options import RecipeArgument, ResumeOption, RunDirOption, SetOption
-from tplaunch.errors import Problem, RecipeError
+from tplaunch.errors import Exit, Problem, RecipeError
+from tplaunch.streams import LostText, steady_streams
 
 
 def train(
@@ -21,12 +23,20 @@ def train(
         bool, typer.Option("--dry-run", help="Print the torchrun line; start and write nothing.")
     ] = False,
 ) -> None:
-    """Train a recipe on this machine, or go on with it where it stopped.
+    """Train a recipe on this machine, or go on with it.
 
     Ctrl-C stops after the step, with a checkpoint; the same command goes on.
 
     Example: tplaunch train recipes/quickstart.yaml --set training.steps=20
     """
+    with steady_streams() as lost:  # who watches may leave; the run goes on
+        code = _train(recipe, set_, run_dir, resume, lost, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+def _train(
+    recipe: str, set_: list[str] | None, run_dir: Path | None, resume: str, lost: LostText, *, dry_run: bool
+) -> Exit:
     from tplaunch.launch.prepare import absolute_resume, check_resume, prepare_data, run_dir_of, write_recipe
 
     checked = checked_here(recipe, set_, need_data=not dry_run)
@@ -37,7 +47,7 @@ def train(
         from tplaunch.launch.torchrun import pasteable
 
         typer.echo(pasteable(checked, run, resume, run.last_attempt() + 1))
-        return
+        return Exit.DONE
     if checked.topology.nodes > 1:
         file = shlex.quote(recipe)
         raise RecipeError(
@@ -50,12 +60,14 @@ def train(
     done, steps = run.history().steps_done, checked.recipe.training.steps
     if done >= steps and resume in ("auto", "none"):
         typer.echo(f"{run.root} is finished: step {done} of {steps} is done; --set training.steps=N trains on")
-        return
+        return Exit.DONE
     from tplaunch.launch.local import LocalLaunch
+    from tplaunch.launch.torchrun import check_loopback
 
+    check_loopback()
     checked = prepare_data(checked)
     run.create()
     with run.lock():
+        lost.keep_in(run.launch_log)
         write_recipe(checked, run)
-        code = LocalLaunch(checked, run, resume=resume).run()
-    raise typer.Exit(code)
+        return LocalLaunch(checked, run, resume=resume).run()

@@ -107,6 +107,7 @@ class Trainer:
                 window.got_data()
                 result = self.step.run(batch, poison)
                 window.end(self.step.tokens_of(progress.step))
+                self.log.add(result)
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
