@@ -179,7 +179,7 @@ def _first_comment(path: Path) -> str:
     """What a recipe says of itself: the first sentence, whole, of the comment that it begins with."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     text = " ".join(line.lstrip("# ").rstrip() for line in lines)
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", text, maxsplit=1)[0]  # "et al. 2020" goes on
+    return re.split(r"(?<=[.!?])(?<!et al\.)(?<!e\.g\.)\s", text, maxsplit=1)[0]
 
 
 def _columns(rows: Iterable[tuple[str, str]], *, width: int | None = None) -> str:

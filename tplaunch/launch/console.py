@@ -185,7 +185,7 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
         lines += [("upload", f"wandb sync {wandb}/offline-run-*")]
     if list_checkpoints(run_dir.checkpoints):
         lines += [("generate", f'tplaunch generate {root} -p "..."')]
-        lines += [("export", f"tplaunch export {root} FOLDER, for transformers, vLLM and others")]
+        lines += [("export", f"tplaunch export {root} FOLDER  # for transformers, vLLM and others")]
     lines += [
         ("next", "the same command with --set training.steps=N trains on"),
         ("", "and with --set topology.tp=N goes on from the same checkpoint on another topology"),
