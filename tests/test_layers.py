@@ -16,7 +16,8 @@ WITHOUT_TORCH = {
     *("checkpoint.store", "checkpoint.fit", "checkpoint.origin", "optim.lr", "bench.run", "generate.run"),
     *("train.straggler", "train.spike"),
 }
-FRONT = ("errors", "units", "files", "machine", "recipe", "spec", "run", "check", "plan", "launch", "slurm", "cli")
+FRONT = ("errors", "units", "files", "machine", "streams", "recipe", "spec", "run", "check", "plan", "launch")
+FRONT += ("slurm", "cli")
 
 
 def layers() -> dict[str, int]:

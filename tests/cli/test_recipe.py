@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -190,19 +191,33 @@ class TestEnds:
 
         monkeypatch.setattr("tplaunch.recipe.explain.editor_json_schema", fail)
 
-    def test_ctrl_c(self, tmp_path: Path) -> None:
+    def test_ctrl_c(self) -> None:
         """A real interrupt, while the program waits for a recipe from a pipe that stays silent."""
-        os.mkfifo(tmp_path / "pipe")
-        process = subprocess.Popen([*TPLAUNCH, "recipe", "check", "pipe"], stderr=subprocess.PIPE, text=True)
-        writer = os.open(tmp_path / "pipe", os.O_WRONLY)  # returns once the program has opened the other end
+        command = [*TPLAUNCH, "recipe", "check", "/dev/stdin"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        opened = Path(f"/proc/{process.pid}/fd")
+        while [os.readlink(end) for end in opened.iterdir()].count(os.readlink(opened / "0")) < 2:
+            time.sleep(0.01)  # until the program has opened it
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        try:
-            _, err = process.communicate(timeout=60)
-        finally:
-            os.close(writer)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in err
+
+    @pytest.mark.parametrize("recipe", ["pipe", "/dev/zero", "/dev/null"])
+    def test_what_is_no_regular_file_is_refused_at_once(self, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+        os.mkfifo("pipe")
+        assert run(["recipe", "check", recipe]) == Exit.USAGE
+        assert f"{recipe}: is not a regular file" in capsys.readouterr().err
+
+    def test_a_recipe_from_standard_input(self, tmp_path: Path) -> None:
+        """Or from a shell's `<(...)`; what it names lies in the working directory."""
+        (tmp_path / "base.yaml").write_text(shipped_recipes()["quickstart"].read_text())
+        for words in ('echo "$0" | "$@" /dev/stdin', '"$@" <(echo "$0")'):
+            line = ["bash", "-c", words, "extends: base.yaml", *TPLAUNCH, "recipe", "show"]
+            done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert str(tmp_path / "data/shakespeare.txt") in done.stdout
 
     def test_a_reader_that_goes_away(self) -> None:
         process = subprocess.run(
@@ -212,6 +227,21 @@ class TestEnds:
 
 
 class TestTerminal:
+    def test_descriptions_are_whole_and_wrapped(self) -> None:
+        """On a terminal, text goes on below itself; elsewhere a recipe is a line."""
+        whole = subprocess.run([*TPLAUNCH, "recipe", "list"], capture_output=True, text=True, check=True).stdout
+        line = shlex.join([*TPLAUNCH, "recipe", "list"])
+        wrapped = subprocess.run(
+            ["script", "-qc", f"stty cols 80; {line}", "/dev/null"], capture_output=True, text=True
+        )
+        assert max(map(len, wrapped.stdout.splitlines())) <= 80
+        assert " ".join(wrapped.stdout.split()) == " ".join(whole.split())
+        recipes, _, _ = whole.partition("\n\n")
+        for line, path in zip(recipes.splitlines()[1:], shipped_recipes().values(), strict=True):
+            said = line.split(maxsplit=1)[1]
+            comment = " ".join(line.lstrip("# ") for line in path.read_text().split("\nname:")[0].splitlines())
+            assert said.endswith(".") and comment.startswith(said)
+
     def test_completion(self) -> None:
         """The shell's own question, as typer's bash script asks it."""
         asked: dict[str, Any] = {

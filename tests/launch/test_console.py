@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import time
 from pathlib import Path
 
@@ -126,9 +127,37 @@ def test_summary(run: RunDir) -> None:
         f"watch       wandb leet {run.wandb}",
         f"upload      wandb sync {run.wandb}/offline-run-*",
         f'generate    tplaunch generate {run.root} -p "..."',
-        f"export      tplaunch export {run.root} FOLDER, for transformers, vLLM and others",
+        f"export      tplaunch export {run.root} FOLDER  # for transformers, vLLM and others",
     ):
         assert line + "\n" in text
+
+
+def test_commands_can_be_pasted_and_bad_lines_are_counted(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "my run's")
+    run.create()
+    append_line(run.metrics, record(10))
+    append_line(run.metrics, {**record(20), "loss": "low"})
+    append_line(run.metrics, {"step": 30})
+    (run.wandb / "offline-run-20260101_000000-abc").mkdir()
+    (run.checkpoints / "step-00000030").mkdir()
+    to, out = console(terminal=False)
+    print_summary(to, run, 75.0)
+    lines = dict(line.split(maxsplit=1) for line in out.getvalue().splitlines() if not line.startswith(" "))
+    assert (lines["step"], lines["loss"]) == ("30", "1.0000")
+    assert lines["metrics"] == f"1 line of {run.metrics} left out: not records"
+    for label in ("watch", "upload", "generate", "export"):
+        assert str(run.root) in " ".join(shlex.split(lines[label], comments=True)), label
+
+
+def test_a_view_takes_no_offence_at_a_line_that_is_no_record(run: RunDir) -> None:
+    to, out = console(terminal=False)
+    view = RunView(CHECKED, run, to)
+    for bad in ({"loss": "low"}, {"time": "now"}, {"lr": "x"}, {"step": None}):
+        append_line(run.metrics, {**record(5), **bad})
+    append_line(run.metrics, {"step": 6, "time": time.time(), "lr": None, "loss": None})
+    view.update()
+    view.close()
+    assert [line for line in out.getvalue().splitlines() if "step " in line] == ["step 6/100  loss not finite"]
 
 
 def test_summary_of_nothing(run: RunDir) -> None:

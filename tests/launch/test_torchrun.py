@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tplaunch.launch.torchrun import Rendezvous, shell_line, torchrun_argv, torchrun_environment
+from tplaunch.launch.torchrun import Rendezvous, check_loopback, shell_line, torchrun_argv, torchrun_environment
 from tplaunch.machine import count_cores, count_gpus
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -91,3 +91,25 @@ def test_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True).stdout == "False\n"
     )
+
+
+def unshared() -> bool:
+    """Whether this machine lets a user make a network namespace; in a new one, `lo` is down."""
+    try:
+        return subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not unshared(), reason="needs user and network namespaces")
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_no_loopback_is_said_before_anything_starts(tmp_path: Path, command: str) -> None:
+    line = ["unshare", "-rn", sys.executable, "-m", "tplaunch", command, "quickstart"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "127.0.0.1, and it does not answer: Network is unreachable" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loopback_answers_here() -> None:
+    check_loopback()

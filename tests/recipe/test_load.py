@@ -278,3 +278,10 @@ class TestShipped:
     def test_a_file_of_that_name_wins(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(write("quickstart", BASE).parent)
         assert load(Path("quickstart")).name == "base"
+
+
+def test_a_sequence_may_be_of_16_million_tokens() -> None:
+    loaded = load_recipe("quickstart", ["training.seq_len=16777216"])
+    assert loaded.recipe.training.seq_len == 2**24
+    with pytest.raises(RecipeError, match="from 1 to 16,777,216"):
+        load_recipe("quickstart", ["training.seq_len=16777217"])

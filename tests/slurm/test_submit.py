@@ -270,6 +270,18 @@ def test_status_shows_figures_and_the_time_that_is_left(site: Site, capsys: pyte
     assert (row["state"], row["step"], row["seconds_left"]) == ("running", 6, 60.0)
 
 
+def test_status_counts_lines_that_are_no_records(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(site, ATTEMPT)
+    site.set_state(41, "RUNNING Reason=None")
+    good = {"step": 5, "loss": 1.5, "tokens_per_s": 2000.0}
+    for record in (good, {**good, "step": 6, "loss": "low"}, {**good, "step": "7"}):
+        append_line(run.metrics, record)
+    capsys.readouterr()
+    assert tplaunch(["status"]) == Exit.DONE
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "5/8" in line and "1.5000" in line and "2 bad lines of metrics.jsonl left out" in line
+
+
 def test_status_of_a_chain_speaks_of_the_job_that_counts(site: Site) -> None:
     tplaunch(["submit", "tiny.yaml", "--chain", "3"])
     history = RunDir(site.folder / "runs/tiny").history()

@@ -141,3 +141,16 @@ def test_sigterm_saves_and_asks_to_be_run_again(tmp_path: Path, cache: Path) -> 
     done = subprocess.run(command(run_dir, *settings), env=environment(cache), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [step for step, _, _ in curve(run_dir)] == list(range(1, last + 3))
+
+
+def test_a_run_whose_reader_leaves_trains_to_its_end(tmp_path: Path, cache: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = ["bash", "-c", '"$@" 2>&1 | head -1; exit ${PIPESTATUS[0]}', "bash"]
+    line += command(run_dir, *shape(1, 1, 1), "checkpoint.every=0", "training.steps=5")
+    done = subprocess.run(line, env=environment(cache), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert [step for step, _, _ in curve(run_dir)] == [1, 2, 3, 4, 5]
+    log = (run_dir / "logs/launch.log").read_text()
+    assert "is lost (Broken pipe); the run goes on" in log and "step 5/5  loss" in log
+    assert (run_dir / "checkpoints/step-00000005").is_dir()

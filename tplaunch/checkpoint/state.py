@@ -23,6 +23,8 @@ class TrainingProgress:
         tokens: trained on.
         flops: model FLOPs spent.
         losses: of the last steps, where `training.loss_spike` asks for them.
+        record_steps: finite steps since the last metrics record.
+        record_loss, record_grad_norm: sums over them.
     """
 
     step: int = 0
@@ -32,6 +34,9 @@ class TrainingProgress:
     tokens: int = 0
     flops: float = 0.0
     losses: list[float] = field(default_factory=list)
+    record_steps: int = 0
+    record_loss: float = 0.0
+    record_grad_norm: float = 0.0
 
     @classmethod
     def read(cls, state: Mapping[str, Any], *, seq_len: int, now_seq_len: int) -> TrainingProgress:

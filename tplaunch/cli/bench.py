@@ -30,7 +30,9 @@ def bench(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time a recipe's steps on this machine, on random tokens: tokens/s, MFU, and where the time goes.
+    """Time a recipe's steps on this machine.
+
+    On random tokens: tokens/s, MFU, and where the time goes.
 
     Example: tplaunch bench quickstart --calibrate machine.json
     """

@@ -13,7 +13,9 @@ def cancel(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, names under runs/, or jobs.")],
     now: Annotated[bool, typer.Option("--now", help="Do not wait for a checkpoint.")] = False,
 ) -> None:
-    """Stop runs: they finish their step, save, and end with exit code 75.
+    """Stop runs, with a checkpoint.
+
+    They finish their step, save, and end with exit code 75.
 
     Example: tplaunch cancel quickstart
     """

@@ -25,7 +25,9 @@ PathArgument = Annotated[
 
 @app.command("list")
 def list_(path: PathArgument, as_json: JsonOption = False) -> None:
-    """List checkpoints, and whether each has all its files. `verify` reads them, too.
+    """List checkpoints, and whether each has all its files.
+
+    `verify` reads them, too.
 
     Example: tplaunch checkpoint list runs/quickstart
     """
@@ -40,7 +42,9 @@ def list_(path: PathArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
-    """Print what a checkpoint says of itself: progress, topology, versions, files. Of a run: its newest.
+    """Print what a checkpoint says of itself.
+
+    Progress, topology, versions, files. Of a run: its newest.
 
     Example: tplaunch checkpoint inspect runs/quickstart
     """
@@ -72,7 +76,9 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def verify(path: PathArgument, as_json: JsonOption = False) -> None:
-    """Read every file and compare it with its checksum; exit 1 when something is damaged.
+    """Read every file and compare it with its checksum.
+
+    Ends with 1 when something is damaged.
 
     Example: tplaunch checkpoint verify runs/quickstart
     """

@@ -15,9 +15,10 @@ def command(
     resume: ResumeOption = "auto",
     allow: AllowOption = None,
 ) -> None:
-    """Make the data and the run directory ready, and print the torchrun line to paste.
+    """Print the torchrun line of a recipe, to paste.
 
-    For several nodes, run it on one of them, where the run directory is shared; every node takes the same line.
+    Makes the data and the run directory ready. For several nodes, run it on one of them, where the run
+    directory is shared; every node takes the same line.
 
     Example: tplaunch command recipes/quickstart.yaml
     """

@@ -53,7 +53,9 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check token files whole, and print what is in them: counts, and the beginnings of some documents.
+    """Check token files whole, and print what is in them.
+
+    Counts, and the beginnings of some documents.
 
     Example: tplaunch data inspect data/books
     """

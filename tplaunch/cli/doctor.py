@@ -17,7 +17,9 @@ def doctor(
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories go.")] = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine and, where there is a Slurm, the cluster; inside an allocation, each of its nodes too.
+    """Check this machine and its Slurm cluster, if any.
+
+    Inside an allocation, each of its nodes too.
 
     Example: tplaunch doctor
     """

@@ -21,7 +21,9 @@ def export(
         Path | None, typer.Option("--tokenizer", metavar="FILE", help="Its tokenizer.json; default: that of the run.")
     ] = None,
 ) -> None:
-    """Write a checkpoint's model as safetensors and config.json, for transformers, vLLM, TensorRT-LLM, NeMo.
+    """Make a Hugging Face folder of a checkpoint's model.
+
+    Safetensors and config.json, for transformers, vLLM, TensorRT-LLM, NeMo.
 
     Example: tplaunch export runs/quickstart hf/quickstart
     """

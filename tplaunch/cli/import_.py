@@ -12,7 +12,9 @@ def import_(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="With config.json and safetensors files.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the checkpoint goes.")],
 ) -> None:
-    """Make a checkpoint of a Hugging Face folder's model, to train on from, and a recipe to extend.
+    """Make a checkpoint of a Hugging Face folder's model.
+
+    To train on from, with a recipe to extend.
 
     Example: tplaunch import Llama-3.1-8B imported/llama
     """

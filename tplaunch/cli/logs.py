@@ -19,7 +19,7 @@ def logs(
         int | None, typer.Option(min=0, metavar="N", help="What this rank prints; default: the job.")
     ] = None,
 ) -> None:
-    """Print the log of a run's latest job, or of one of its ranks.
+    """Print the log of a run's latest job, or of a rank.
 
     Example: tplaunch logs -f quickstart --rank 3
     """

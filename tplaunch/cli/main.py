@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tplaunch.errors import Exit, TplaunchError
+from tplaunch.streams import adapt_encoding
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.set_threshold(50_000)
     # Looking into every installed package for pydantic plugins costs a tenth of the start-up, and none is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    adapt_encoding()
     code = run(argv)
     gc.freeze()
     sys.exit(code)

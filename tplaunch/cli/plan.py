@@ -30,7 +30,7 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what every rank will hold, move and cost, and whether it fits.
+    """Say what each rank holds, moves and costs; if it fits.
 
     Needs no GPU, no data and no torch. Ends with 2 when the recipe does not fit, and says what would make it fit.
 

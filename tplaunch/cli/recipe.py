@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
@@ -41,7 +44,7 @@ def list_(as_json: JsonOption = False) -> None:
         echo_json({"recipes": recipes, "presets": presets})
         return
     typer.echo("Recipes (tplaunch train NAME):")
-    typer.echo(_columns(recipes.items()))
+    typer.echo(_columns(recipes.items(), width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     typer.echo("\nModel presets (model: {preset: NAME}):")
     typer.echo(_columns((name, f"{format_count(count)} parameters") for name, count in presets.items()))
 
@@ -96,7 +99,9 @@ def check(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, with which editors complete and check them.
+    """Print the JSON Schema of recipes, for editors.
+
+    With it they complete and check them.
 
     Example: tplaunch recipe schema > recipe.schema.json
     """
@@ -171,13 +176,19 @@ def _text(value: Any) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    """What a recipe says of itself: the first sentence of the comment that it begins with."""
+    """What a recipe says of itself: the first sentence, whole, of the comment that it begins with."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     text = " ".join(line.lstrip("# ").rstrip() for line in lines)
-    return re.split(r"(?<=[.;])(?<!et al\.)\s", text, maxsplit=1)[0]
+    return re.split(r"(?<=[.!?])(?<!et al\.)(?<!e\.g\.)\s", text, maxsplit=1)[0]
 
 
-def _columns(rows: Iterable[tuple[str, str]]) -> str:
+def _columns(rows: Iterable[tuple[str, str]], *, width: int | None = None) -> str:
+    """Names and texts; a text that is wider than `width` goes on below itself. None: no line is broken."""
     rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows)
+    names = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        room = max(20, width - names - 4) if width else 0
+        first, *more = (textwrap.wrap(text, room, break_on_hyphens=False) if room else []) or [text]
+        lines += [f"  {name:<{names}}  {first}".rstrip(), *(f"{'':<{names + 4}}{part}" for part in more)]
+    return "\n".join(lines)

@@ -20,10 +20,11 @@ def simulate(
         int | None, typer.Option("--rank", help="This rank. Default: one of the first, middle and last pipeline rank.")
     ] = None,
 ) -> None:
-    """Run the real trainer for a few ranks of any world on this machine: no weights, no data, no other ranks.
+    """Run the real trainer for a few ranks of any world.
 
-    Shows what each holds and sends beside what `tplaunch plan` says, and ends with 1 when what the ranks of a pipeline
-    or group say to each other does not fit together.
+    On this machine: no weights, no data, no other ranks. Shows what each holds and sends beside what
+    `tplaunch plan` says, and ends with 1 when what the ranks of a pipeline or group say to each other does not fit
+    together.
 
     Example: tplaunch simulate llama3-405b
     """

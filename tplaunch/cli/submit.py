@@ -30,7 +30,9 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="The same, and show the job's log.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, change nothing.")] = False,
 ) -> None:
-    """Train on a Slurm cluster: prepare the data, write the batch script, submit it.
+    """Train a recipe on a Slurm cluster.
+
+    Prepares the data, writes the batch script and submits it.
 
     Example: tplaunch submit recipes/quickstart.yaml --set topology.nodes=2 --set launch.slurm.time=4h
     """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tplaunch.cli.common import checked_here, tell_changes
 from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
-from tplaunch.errors import Problem, RecipeError
+from tplaunch.errors import Exit, Problem, RecipeError
+from tplaunch.streams import LostText, steady_streams
 
 
 def train(
@@ -22,12 +24,27 @@ def train(
         bool, typer.Option("--dry-run", help="Print the torchrun line; start and write nothing.")
     ] = False,
 ) -> None:
-    """Train a recipe on this machine, or go on with it where it stopped.
+    """Train a recipe on this machine, or go on with it.
 
     Ctrl-C stops after the step, with a checkpoint; the same command goes on.
 
     Example: tplaunch train recipes/quickstart.yaml --set training.steps=20
     """
+    with steady_streams() as lost:  # who watches may leave; the run goes on
+        code = _train(recipe, set_, run_dir, resume, allow or [], lost, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+def _train(
+    recipe: str,
+    set_: list[str] | None,
+    run_dir: Path | None,
+    resume: str,
+    allow: list[str],
+    lost: LostText,
+    *,
+    dry_run: bool,
+) -> Exit:
     from tplaunch.launch.prepare import absolute_resume, check_resume, make_ready, run_dir_of, write_ready
 
     checked = checked_here(recipe, set_, need_data=not dry_run)
@@ -38,7 +55,7 @@ def train(
         from tplaunch.launch.torchrun import pasteable
 
         typer.echo(pasteable(checked, run, resume, run.last_attempt() + 1))
-        return
+        return Exit.DONE
     if checked.topology.nodes > 1:
         file = shlex.quote(recipe)
         raise RecipeError(
@@ -51,13 +68,15 @@ def train(
     done, steps = run.history().steps_done, checked.recipe.training.steps
     if done >= steps and resume in ("auto", "none"):
         typer.echo(f"{run.root} is finished: step {done} of {steps} is done; --set training.steps=N trains on")
-        return
+        return Exit.DONE
     from tplaunch.launch.local import LocalLaunch
+    from tplaunch.launch.torchrun import check_loopback
 
-    ready = make_ready(checked, run, resume=resume, allow=allow or ())
+    check_loopback()
+    ready = make_ready(checked, run, resume=resume, allow=allow)
     tell_changes(ready.changes)
     run.create()
     with run.lock():
+        lost.keep_in(run.launch_log)
         write_ready(ready, run)
-        code = LocalLaunch(ready.checked, run, resume=resume).run()
-    raise typer.Exit(code)
+        return LocalLaunch(ready.checked, run, resume=resume).run()

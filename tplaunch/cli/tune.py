@@ -26,9 +26,10 @@ def tune(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the fastest topologies for a recipe's model, batch and GPUs, by prediction.
+    """Find the fastest topologies for so many GPUs.
 
-    Looks at every tp, pp, dp, schedule, virtual stages, micro batch, recomputation and ZeRO stage that can run.
+    By prediction, for the recipe's model and batch. Looks at every tp, pp, dp, schedule, virtual stages, micro
+    batch, recomputation and ZeRO stage that can run.
 
     Example: tplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml
     """

@@ -26,7 +26,9 @@ def sync(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> None:
-    """Send the offline W&B runs that have not been sent yet, oldest first. Stops at the first that fails.
+    """Send the offline W&B runs that have not been sent yet.
+
+    Oldest first. Stops at the first that fails.
 
     Example: tplaunch wandb sync runs/quickstart
     """

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Block:
                 Problem(
                     "not UTF-8",
                     where=f"{self.path}: byte {self.first + error.start}",
-                    fix=f"convert it, for example: iconv -f latin1 -t utf-8 {self.path.name}",
+                    fix=f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(self.path.name)}",
                 )
             ) from None
 

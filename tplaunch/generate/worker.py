@@ -19,6 +19,7 @@ from tplaunch.generate.stream import TextStream
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.rank import helper_rank
+from tplaunch.streams import adapt_encoding
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Request:
 
 def main(folder: str) -> None:
     """One rank, from start to end."""
+    adapt_encoding()
     with helper_rank(folder) as rank:
         request = Request(**rank.request)
         mesh = Mesh.of(rank.recipe, rank.device)

@@ -30,6 +30,7 @@ from tplaunch.run.events import (
     WandbOpened,
     parse_event,
 )
+from tplaunch.run.records import parse_records
 from tplaunch.units import format_count, format_duration
 
 REDRAW_S = 0.25
@@ -73,9 +74,9 @@ class RunView:
         for line in parse_lines(self.events.read(whole_lines=True)):
             if event := parse_event(line):
                 self._event(event)
-        for record in parse_lines(self.metrics.read(whole_lines=True)):
+        for record in parse_records(self.metrics.read(whole_lines=True))[0]:
             # By time, not by step: a resumed run writes its old records anew, and trains some steps again.
-            if record["time"] > self.shown_until:
+            if (record.get("time") or 0) > self.shown_until:
                 self._record(record)
         if self.live and time.monotonic() - self.drawn >= REDRAW_S:
             self.live.update(self._picture(), refresh=True)
@@ -112,9 +113,10 @@ class RunView:
     def _time_left(self) -> list[str]:
         done = self.last["step"] - self.first["step"]
         elapsed = self.last["time"] - self.first["time"]
-        seconds_per_step = elapsed / done if done > 0 else self.last["step_time_s"]
+        seconds_per_step = elapsed / done if done > 0 else self.last.get("step_time_s")
         steps = self._steps - self.last["step"]
-        return [f"{format_duration(steps * seconds_per_step)} left"] if steps > 0 else []
+        known = steps > 0 and seconds_per_step is not None
+        return [f"{format_duration(steps * seconds_per_step)} left"] if known else []
 
     def _picture(self) -> RenderableType:
 
@@ -169,17 +171,21 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
     root, wandb = (shlex.quote(str(path)) for path in (run_dir.root, run_dir.wandb))
     lines = [("run", str(run_dir.root))]
     if last:
-        lines += [("step", str(last["step"])), ("loss", _number(last["loss"]))]
+        lines += [("step", str(last["step"]))]
+    if "loss" in last:
+        lines += [("loss", _number(last["loss"]))]
     if "validation/loss" in last:
         lines += [("validation", _number(last["validation/loss"]))]
     lines += [("time", format_duration(seconds))]
+    if bad := run_dir.count_bad_metrics():
+        lines += [("metrics", f"{bad} line{'s' * (bad > 1)} of {run_dir.metrics} left out: not records")]
     if any(run_dir.wandb.glob("*run-*-*")):
         lines += [("watch", f"wandb leet {wandb}")]
     if any(run_dir.wandb.glob("offline-run-*")):
         lines += [("upload", f"wandb sync {wandb}/offline-run-*")]
     if list_checkpoints(run_dir.checkpoints):
         lines += [("generate", f'tplaunch generate {root} -p "..."')]
-        lines += [("export", f"tplaunch export {root} FOLDER, for transformers, vLLM and others")]
+        lines += [("export", f"tplaunch export {root} FOLDER  # for transformers, vLLM and others")]
     lines += [
         ("next", "the same command with --set training.steps=N trains on"),
         ("", "and with --set topology.tp=N goes on from the same checkpoint on another topology"),
@@ -198,7 +204,8 @@ def _figures(record: Record) -> list[str]:
         ("tokens_per_s", "{} tokens/s", format_count),
         ("mfu", "MFU {}", "{:.1%}".format),
     ]
-    return [text.format(form(record[key])) for key, text, form in shown if key in record]
+    there = [item for item in shown if item[0] in record and (record[item[0]] is not None or item[2] is _number)]
+    return [text.format(form(record[key])) for key, text, form in there]
 
 
 def _number(value: float | None) -> str:

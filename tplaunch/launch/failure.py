@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from dataclasses import dataclass
 from datetime import datetime
@@ -138,7 +139,7 @@ def _where_collectives_stand(run_dir: RunDir, attempt: int, peer: int) -> str:
     """How to see what the ranks sent one another last; "" where torch has written nothing."""
     folder, flight = run_dir.attempt_dir(attempt), run_dir.rank_flight(attempt, peer)
     if any(folder.glob(f"{NCCL_PREFIX}*")):
-        return f"the last collectives of every rank: torchfrtrace -p {NCCL_PREFIX} {folder}"
+        return f"the last collectives of every rank: torchfrtrace -p {NCCL_PREFIX} {shlex.quote(str(folder))}"
     return f"the last collectives of rank {peer}: {flight}" if flight.exists() else ""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tplaunch.check.recipe import Checked
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.launch.prepare import write_recipe
-from tplaunch.launch.torchrun import torchrun_argv, torchrun_environment
+from tplaunch.launch.torchrun import check_loopback, torchrun_argv, torchrun_environment
 from tplaunch.run.directory import RunDir
 
 
@@ -36,6 +36,7 @@ def run_module(module: str, checked: Checked, request: dict[str, Any], *, task: 
     Raises:
         TplaunchError: a rank failed; what it said is on stderr. Ends with `Exit.FAILED`.
     """
+    check_loopback()
     ranks = checked.topology.world_size
     with tempfile.TemporaryDirectory(prefix=f"{module.rpartition('.')[0]}-") as folder:
         run_dir = RunDir(Path(folder))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.check.recipe import Checked
+from tplaunch.errors import Problem, TplaunchError
 from tplaunch.machine import count_cores
 from tplaunch.run.directory import RunDir
 
@@ -85,6 +87,28 @@ def torchrun_environment(
     }
     ours = {"TPLAUNCH_ATTEMPT": str(attempt), "TPLAUNCH_RESUME": resume}
     return {**{key: os.environ.get(key, value) for key, value in defaults.items()}, **ours}
+
+
+def check_loopback() -> None:
+    """Refuse a machine on which ranks cannot meet at 127.0.0.1: torchrun would wait there for minutes.
+
+    Raises:
+        TplaunchError: connections to it do not come about.
+    """
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            client.settimeout(5)
+            client.connect(server.getsockname())
+    except OSError as error:
+        raise TplaunchError(
+            Problem(
+                f"the ranks of one machine meet at 127.0.0.1, and it does not answer: {error.strerror or error}",
+                fix="bring the loopback interface up, which some containers and network namespaces lack: "
+                "ip link set lo up",
+            )
+        ) from None
 
 
 def shell_line(argv: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -235,7 +235,9 @@ def _nearest(path: Path, schema: dict[str, Any]) -> str:
         return f"it belongs elsewhere: {' or '.join(same[:3])}"
     if near := difflib.get_close_matches(name.lower(), here, n=1):
         return f"did you mean {near[0]}?"
-    by_last = {key.rpartition(".")[2]: key for key in reversed(everywhere)}
-    if near := difflib.get_close_matches(name.lower(), by_last, n=1, cutoff=0.75):
-        return f"did you mean {by_last[near[0]]}?"
+    # Then its subsections' keys, if very like it; a near name in another section is a word of another matter.
+    inside = {key.rpartition(".")[2]: key for key in everywhere if key.count(".") == len(path)}
+    inside = {last: key for last, key in inside.items() if key.startswith(f"{section}." if section else "")}
+    if near := difflib.get_close_matches(name.lower(), inside, n=1, cutoff=0.8):
+        return f"did you mean {inside[near[0]]}?"
     return f"the keys of {section or 'a recipe'} are {', '.join(here)}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +105,8 @@ def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> T
     if not isinstance(base.value, str) or not base.value:
         problems.append(Problem("must be the path of one recipe", where=base.origin, key="extends"))
         return tree
-    target, chain = path.parent / base.value, (*extending, path)
+    beside = Path(base.folder) if _handed_over(path) else path.parent
+    target, chain = beside / base.value, (*extending, path)
     if any(target.resolve() == other.resolve() for other in chain):
         way = " -> ".join(map(str, (*chain, target)))
         problems.append(Problem(f"extends itself: {way}", fix="remove one link", where=base.origin, key="extends"))
@@ -118,7 +121,8 @@ def _read_mapping(path: Path, problems: list[Problem]) -> Tree | None:
     text = _read_text(path, problems)
     if text is None:
         return None
-    tree, found = parse(text, str(path), str(path.absolute().parent))
+    folder = Path.cwd() if _handed_over(path) else path.absolute().parent
+    tree, found = parse(text, str(path), str(folder))
     problems += found
     if tree is None and not found:
         problems.append(Problem("the file is empty", fix=start, where=str(path)))
@@ -130,7 +134,11 @@ def _read_mapping(path: Path, problems: list[Problem]) -> Tree | None:
 
 def _read_text(path: Path, problems: list[Problem]) -> str | None:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not (stat.S_ISREG(os.fstat(file.fileno()).st_mode) or _handed_over(path)):
+                problems.append(Problem("is not a regular file: a recipe is one, or standard input", where=str(path)))
+                return None
+            os.set_blocking(file.fileno(), True)
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         problems.append(_cannot_read(path, error))
@@ -145,6 +153,16 @@ def _read_text(path: Path, problems: list[Problem]) -> str | None:
         what = f"byte {raw[error.start]:#04x} is not UTF-8"
         problems.append(Problem(what, fix="save the file as UTF-8", where=f"{path}:{line}:{column}"))
         return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for a writer, which a FIFO may never get."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _handed_over(path: Path) -> bool:
+    """Whether it is a pipe or file that this process was started with: `/dev/stdin`, or a shell's `<(...)`."""
+    return re.fullmatch(r"/dev/stdin|/(dev|proc/self)/fd/\d+", str(path)) is not None
 
 
 def _cannot_read(path: Path, error: OSError | ValueError) -> Problem:

@@ -166,7 +166,7 @@ class LossSpike(Section):
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
-    seq_len: Small
+    seq_len: Annotated[int, Field(ge=1, le=2**24)]
     micro_batch_size: Small = 1
     global_batch_size: Small
     batch_ramp_up: BatchRampUp | None = None

@@ -20,6 +20,7 @@ from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Record, append_line, parse_lines, read_lines, to_line
 from tplaunch.run.events import Event, parse_event
 from tplaunch.run.history import History
+from tplaunch.run.records import read_records
 
 # Set in the environment of ranks whose launcher holds the run directory's lock for them.
 LOCKED = "TPLAUNCH_LOCKED"
@@ -90,6 +91,11 @@ class RunDir:
         return self.root / "logs"
 
     @property
+    def launch_log(self) -> Path:
+        """What a launch had to say after the reader of its output was gone."""
+        return self.logs / "launch.log"
+
+    @property
     def lock_file(self) -> Path:
         return self.root / "lock"
 
@@ -158,8 +164,12 @@ class RunDir:
         return History([event for line in read_lines(self.events) if (event := parse_event(line)) is not None])
 
     def read_metrics(self) -> list[Record]:
-        """Read the metrics records, one of each logged step."""
-        return read_lines(self.metrics)
+        """Read the metrics records, one of each logged step; lines that are none are left out."""
+        return read_records(self.metrics)[0]
+
+    def count_bad_metrics(self) -> int:
+        """Count the lines of `metrics.jsonl` that are no records."""
+        return read_records(self.metrics)[1]
 
     @contextmanager
     def lock(self) -> Iterator[None]:

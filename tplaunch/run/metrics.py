@@ -7,6 +7,7 @@ from typing import Any
 
 from tplaunch.files import append_line, parse_lines, to_line, write_atomic
 from tplaunch.run.directory import RunDir
+from tplaunch.run.records import is_step
 
 
 class MetricsLog:
@@ -30,12 +31,14 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, which a run that resumes at `step` writes again.
 
-        Torn lines go too. The file is replaced in one rename, so that a crash leaves the old or the new one.
+        Torn lines, and those without a step, go too. The file is replaced in one rename, so that a crash leaves the old
+        or the new one.
         """
         if not self.path.exists():
             return
         data = self.path.read_bytes()
-        kept = b"".join(to_line(record) for record in parse_lines(data) if record.get("step", step + 1) <= step)
+        records = (record for record in parse_lines(data) if is_step(record.get("step")))
+        kept = b"".join(to_line(record) for record in records if record["step"] <= step)
         if kept == data:
             return
         write_atomic(self.path, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def find_runs(targets: Sequence[str], folder: Path = Path("runs")) -> list[RunDi
         if not runs and target.replace("_", "").isdecimal():
             runs = [run for run in runs_under(folder) if _holds(run.history().submitted_jobs, target)]
         if not runs:
-            fix = f"see tplaunch status, or ls {folder}"
+            fix = f"see tplaunch status, or ls {shlex.quote(str(folder))}"
             problems.append(Problem(f"{target!r} is no run directory, name or job number", fix=fix))
         found += runs
     if problems:
@@ -83,7 +84,7 @@ def status_of(run_dir: RunDir) -> RunStatus:
     steps = load_recipe(run_dir.recipe).recipe.training.steps
     last = metrics[-1] if metrics else {}
     running = job is not None and job.state == "RUNNING"
-    step = last.get("step")
+    step, step_time = last.get("step"), last.get("step_time_s")
     return RunStatus(
         run=run_dir.root,
         job=job_id,
@@ -94,7 +95,7 @@ def status_of(run_dir: RunDir) -> RunStatus:
         steps=steps,
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
-        seconds_left=(steps - step) * last["step_time_s"] if running and step is not None else None,
+        seconds_left=(steps - step) * step_time if running and step is not None and step_time is not None else None,
         why=_why(job, history),
     )
 

@@ -92,19 +92,33 @@ class TrainingLog:
             self.metrics.truncate_after(self.step.progress.step)
             self.wandb = WandbLog(self.step.recipe, self.run_dir, self._facts())
 
+    def add(self, result: StepResult) -> None:
+        """Let a step count in the next record. A step that was skipped does not: its numbers are not finite.
+
+        The sums are part of the run's progress: a run that goes on from a checkpoint writes the records that it would
+        have written.
+        """
+        if result.finite:
+            progress = self.step.progress
+            progress.record_steps += 1
+            progress.record_loss += result.loss
+            progress.record_grad_norm += result.grad_norm
+
     def write(self, result: StepResult, window: Window, more: dict[str, float]) -> None:
-        """Write the record of a step, and name ranks that hold the others up.
+        """Write a record of the steps since the last, and name ranks that hold the others up.
 
         Args:
-            result: of the step.
+            result: of the last of them.
             window: times of the steps since the last record.
             more: further metrics: what a checkpoint cost, a validation loss.
         """
+        loss, grad_norm = self._take_means(result)
         memory, data_times = self._of_all_ranks(window)
         if not self.main:
             return
         self._name_stragglers(data_times, window)
-        record = self._record(result, window, max(memory)) | more
+        means = {"loss": loss, "loss_last": result.loss, "grad_norm": grad_norm}
+        record = self._record(means, window, max(memory)) | more
         self.metrics.append(record)
         if self.wandb is not None:
             self.wandb.log(record)
@@ -118,6 +132,13 @@ class TrainingLog:
         """Mark the W&B run as failed."""
         if self.wandb is not None:
             self.wandb.finish(exit_code=1, timeout_s=FAILED_WANDB_S)
+
+    def _take_means(self, result: StepResult) -> tuple[float, float]:
+        """Mean loss and gradient norm since the last record, which begin anew; where no step counted, the last's."""
+        progress = self.step.progress
+        steps, loss, grad_norm = progress.record_steps, progress.record_loss, progress.record_grad_norm
+        progress.record_steps, progress.record_loss, progress.record_grad_norm = 0, 0.0, 0.0
+        return (loss / steps, grad_norm / steps) if steps else (result.loss, result.grad_norm)
 
     def _of_all_ranks(self, window: Window) -> tuple[list[float], list[float]]:
         """Peak memory in bytes, and mean seconds of waiting for data, by rank."""
@@ -134,16 +155,15 @@ class TrainingLog:
             place = topology.coordinates(rank)._asdict()
             self.run_dir.append(Straggled(step, rank, topology.node(rank), **place, ratio=round(ratio, 2)))
 
-    def _record(self, result: StepResult, window: Window, memory: float) -> dict[str, Any]:
-        """The figures of a step; memory is that of the fullest rank."""
+    def _record(self, means: dict[str, float], window: Window, memory: float) -> dict[str, Any]:
+        """The figures of a record; memory is that of the fullest rank."""
         recipe, progress, world = self.step.recipe, self.step.progress, self.step.mesh.topology.world_size
         rate = window.tokens_per_s
         flops = rate * self.step.flops_per_token / world
         record: dict[str, Any] = {
             "step": progress.step,
             "time": time.time(),
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            **means,
             "lr": learning_rate(recipe, progress.step),
             "tokens": progress.tokens,
             "tokens_per_s": rate,

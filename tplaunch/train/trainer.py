@@ -142,6 +142,7 @@ class Trainer:
                 result = self.step.run(batch, poison)
                 window.end(self.step.tokens_of(progress.step))
                 self._note_start()
+                self.log.add(result)
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps

@@ -1,0 +1,57 @@
+"""Records of `metrics.jsonl`, read as what they are: lines of a file that people can touch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tplaunch.files import Record
+
+# The figures that readers calculate with or format. Other names are nobody's but their writer's.
+_FIGURES = frozenset(
+    ("time", "loss", "loss_last", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "mfu", "validation/loss")
+)
+
+
+def parse_records(data: bytes) -> tuple[list[Record], int]:
+    """Parse metrics records.
+
+    Returns:
+        The records, in order, and how many lines are none: no JSON object, one without a step, or with a figure that
+        is neither a number nor null. Empty lines, and a last line that is still being written, do not count.
+    """
+    lines = data.split(b"\n")
+    parsed = [_parse(line) for line in lines]
+    bad = sum(record is None for line, record in zip(lines[:-1], parsed[:-1], strict=True) if line.strip())
+    return [record for record in parsed if record is not None], bad
+
+
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """Parse a file of metrics records; a missing file has none."""
+    return parse_records(path.read_bytes()) if path.exists() else ([], 0)
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not is_step(record.get("step")):
+        return None
+    return record if all(_is_figure(record[name]) for name in _FIGURES & record.keys()) else None
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value is the number of a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_figure(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
