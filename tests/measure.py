@@ -73,17 +73,17 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
         )
         share = training.global_batch_size // layout.dp
         tokens = torch.randint(recipe.model.vocab_size, (share, training.seq_len))
-        parameters = [p for stage in stages for p in stage.module.parameters()]
+        held = [(stage.sharding, shard) for stage in stages for shard in stage.sharding.shards]
         for _ in range(2):
             counter.peak = 0
             pipeline.train(Batch(tokens, tokens), 1.0 / training.global_batch_size)
             finalizer.complete()
-            gradients = sum(p.grad.to_local().nbytes for p in parameters if p.grad is not None)
+            gradients = sum(sharding.gradient(shard).nbytes for sharding, shard in held)
             optimizer.step(1e-3)
             optimizer.zero_grad()
         states = [t for state in optimizer.inner.state.values() for t in state.values() if t.numel() > 1]
         return {
-            "weights": sum(p.to_local().nbytes for p in parameters),
+            "weights": sum(shard.weight.nbytes for _, shard in held),
             "optimizer": sum(t.nbytes for t in states),
             "gradients": gradients,
             "peak": counter.peak,

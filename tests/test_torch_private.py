@@ -96,12 +96,3 @@ def test_a_mesh_seen_as_one_of_two_axes(world: World) -> None:
 def test_collectives_keep_to_their_timeout(world: World) -> None:
     first, other = world.run(2, limited)
     assert "Timed out" in first and other == ""
-
-
-def test_weights_are_gathered_once_a_step() -> None:
-    from torch.distributed.pipelining.schedules import FORWARD, RESHARD, UNSHARD, _Action
-
-    kinds = [(0, UNSHARD), (0, FORWARD), (0, RESHARD), (1, UNSHARD), (0, UNSHARD), (0, FORWARD), (0, RESHARD)]
-    actions = [_Action(stage, kind, None) for stage, kind in kinds]
-    kept = [(a.stage_index, a.computation_type) for a in torch_private.first_gathers(actions)]
-    assert kept == [(0, UNSHARD), (0, FORWARD), (1, UNSHARD), (0, FORWARD), (0, RESHARD)]

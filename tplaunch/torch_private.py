@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory  # defines torch.ops.symm_mem
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 # The operators below torch's functional collectives: those wrap each result in a tensor subclass that waits at its
 # first use, and its dispatch costs more than a small collective. Here every result is waited for by hand.
@@ -96,6 +97,30 @@ def unflatten(mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) 
     return _get(mesh, "_unflatten", "DeviceMesh._unflatten")(0, shape, names)
 
 
+def rows_of(layout: DTensor, rows: Tensor, world: DeviceMesh, parts: int) -> DTensor:
+    """Some rows of a parameter as a DTensor that knows their place in the whole, sharing their memory.
+
+    Args:
+        layout: the parameter, laid on its tensor-parallel mesh.
+        rows: this rank's part of the rows of its slice of it; parts are equal, rounded up.
+        world: the whole mesh, with an axis `dp_shard` over which the rows are cut.
+        parts: its size; with one part, data-parallel ranks hold the same.
+    """
+    mesh, placements = layout.device_mesh, tuple(layout.placements)
+    if parts > 1:
+        from torch.distributed.tensor import placement_types
+
+        slices = 1  # tensor-parallel slices of the rows, which lie between the parts of the whole
+        for axis, placement in enumerate(placements):
+            if isinstance(placement, Shard) and placement.dim == 0:
+                slices *= mesh.size(axis)
+        strided = _get(placement_types, "_StridedShard", "placement_types._StridedShard")
+        cut = strided(0, split_factor=slices) if slices > 1 else Shard(0)
+        mesh = _get(DeviceMesh, "_concatenate", "DeviceMesh._concatenate")([world["dp_shard"], mesh])
+        placements = (cut, *placements)
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
+
+
 def will_execute(node: Any) -> bool:
     """Whether the backward pass that runs now will run a node of the autograd graph. Leaves have no answer."""
     return _get(torch._C, "_will_engine_execute_node", "torch._C._will_engine_execute_node")(node)
@@ -113,33 +138,3 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
     for 134M numbers rather than 0.02 s: one core's step over so many takes seconds.
     """
     return _get(torch, "_foreach_norm", "torch._foreach_norm")(tensors, 2, torch.float64)
-
-
-def gather_once(schedule: Any) -> None:
-    """Change a pipeline schedule so that this rank gathers each stage's weights once a step, and lets go of them once.
-
-    torch keeps three stages gathered at a time: ranks with more would gather some again and again, where ZeRO 1 is to
-    keep what it has gathered. Schedules of one stage a rank gather nothing themselves.
-    """
-    from torch.distributed.pipelining import schedules
-
-    runtime = _get(schedules, "_PipelineScheduleRuntime", "pipelining.schedules._PipelineScheduleRuntime")
-    if not isinstance(schedule, runtime):
-        return
-    actions = schedule.pipeline_order_with_comms
-    actions[schedule.rank] = first_gathers(actions[schedule.rank])
-
-
-def first_gathers(actions: list[Any]) -> list[Any]:
-    """Keep only the first UNSHARD and the last RESHARD of each stage in a rank's list of pipeline actions."""
-    from torch.distributed.pipelining.schedules import RESHARD, UNSHARD
-
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for i, action in enumerate(actions):
-        if action.computation_type is UNSHARD:
-            first.setdefault(action.stage_index, i)
-        elif action.computation_type is RESHARD:
-            last[action.stage_index] = i
-    kept = {*first.values(), *last.values()}
-    return [a for i, a in enumerate(actions) if a.computation_type not in (UNSHARD, RESHARD) or i in kept]

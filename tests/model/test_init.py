@@ -56,9 +56,7 @@ def weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
     recipe = resolved(raw)
     stages = build_stages(recipe, Mesh.of(recipe, torch.device("cpu")))
     return {
-        stage.parameters[name].name: tensor.full_tensor().detach()  # type: ignore[operator]
-        for stage in stages
-        for name, tensor in stage.module.named_parameters()
+        shard.parameter.name: shard.layout.full_tensor().detach() for stage in stages for shard in stage.sharding.shards
     }
 
 

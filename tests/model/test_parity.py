@@ -17,7 +17,7 @@ BATCH = 2
 def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, float]:
     """Largest absolute difference of logits, and largest relative one of a parameter's gradient; on each rank."""
     from tplaunch.model.build import build_stages
-    from tplaunch.optim.gradients import GradientFinalizer, local_grad
+    from tplaunch.optim.gradients import GradientFinalizer
     from tplaunch.parallel.mesh import Mesh
 
     recipe = resolved(
@@ -51,10 +51,11 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
 
     model = reference(family)
     weights = tensors(model, family)
-    named = dict(stage.module.named_parameters())
+    named = {shard.name: shard for shard in stage.sharding.shards}
     assert set(named) == set(weights)
-    for name, tensor in named.items():
-        tensor.to_local().detach().copy_(mine(weights[name], name, tensor.to_local()))
+    for name, shard in named.items():
+        shard.weight.copy_(mine(weights[name], name, shard.weight))
+    stage.sharding.publish()
 
     data = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(1))
     tokens, labels = data[:, :-1], data[:, 1:].contiguous()
@@ -68,8 +69,8 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
     # A floor, for gradients that are zero but for rounding: GPT-2's key bias shifts all scores of a row alike.
     floor = 1e-3 * torch.stack([gradients[name].norm() for name in named]).norm()
     worst = 0.0
-    for name, tensor in named.items():
-        ours = local_grad(tensor)
+    for name, shard in named.items():
+        ours = stage.sharding.gradient(shard)
         theirs = mine(gradients[name], name, ours)
         worst = max(worst, ((ours - theirs).norm() / gradients[name].norm().clamp_min(floor)).item())
     return logit_difference, worst

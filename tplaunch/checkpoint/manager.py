@@ -37,7 +37,7 @@ import tplaunch
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.parallel.data_parallel import STORAGE_DTYPE
+from tplaunch.parallel.precision import STORAGE_DTYPE
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir

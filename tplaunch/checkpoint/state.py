@@ -64,6 +64,6 @@ def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tens
     """
     found: list[tuple[str, Tensor]] = []
     for stage in stages:
-        for name, tensor in stage.module.named_parameters():
-            found.append((f"model.{stage.parameters[name].name}", tensor.detach()))
+        for shard in stage.sharding.shards:
+            found.append((f"model.{shard.parameter.name}", shard.layout.detach()))
     return found + [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]

@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from tplaunch.model.build import outline
 from tplaunch.model.transformer import TransformerStage
-from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.stages import stage_ranges
 

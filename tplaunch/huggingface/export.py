@@ -23,7 +23,7 @@ from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.huggingface.config import family_of, write_config
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
-from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
+from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Model, Precision
 
 SHARD_BYTES = 5 * 10**9  # what transformers makes its own files of

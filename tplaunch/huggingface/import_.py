@@ -27,7 +27,7 @@ from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.huggingface.config import Read, read_config
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
-from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
+from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter, parameter_count
 

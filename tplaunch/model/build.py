@@ -1,5 +1,5 @@
-"""From a recipe to this rank's pipeline stages: built on the meta device, placed and sharded block by block, so that no
-rank ever holds more than one whole block beyond its own shards; then filled, each rank only what it keeps."""
+"""From a recipe to this rank's pipeline stages: outlined on the meta device, placed and sharded, then filled, each rank
+only with what it keeps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from tplaunch.model.init import Slice, initialize
 from tplaunch.model.transformer import TransformerStage
-from tplaunch.parallel.data_parallel import STORAGE_DTYPE, shard
+from tplaunch.parallel.flat import FlatSharding
+from tplaunch.parallel.fsdp import FsdpSharding, shard
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import STORAGE_DTYPE
+from tplaunch.parallel.shard import Sharding
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.parameters import Parameter, first_parameters, stage_parameters
-from tplaunch.spec.schedules import stages_of
+from tplaunch.spec.schedules import SCHEDULES, stages_of
 from tplaunch.spec.stages import stage_ranges
 
 
@@ -26,13 +28,15 @@ class Stage:
 
     Args:
         index: its number among all stages.
-        module: the stage, under FSDP2.
+        module: the stage.
+        sharding: how data parallelism holds it.
         parameters: what it holds, by the name that `module` gives each; a tied copy's `Parameter` is the
             embedding's, whose name it has in checkpoints.
     """
 
     index: int
     module: TransformerStage
+    sharding: Sharding
     parameters: dict[str, Parameter]
 
 
@@ -40,7 +44,7 @@ def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage
     """Build this rank's stages, sharded.
 
     Args:
-        draw: fill them with initial weights; without, their memory holds anything, for a checkpoint to be read into.
+        draw: fill them with initial weights; without, they hold none, for a checkpoint to be read into.
     """
     parallelism = recipe.topology
     ranges = stage_ranges(recipe)
@@ -48,21 +52,22 @@ def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage
     stages = [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
     if draw:
         initialize([part for stage in stages for part in _slices(stage, mesh)], recipe.model, recipe.training.seed)
+        for stage in stages:
+            stage.sharding.publish()
     return stages
 
 
 def _slices(stage: Stage, mesh: Mesh) -> Iterator[Slice]:
-    """What this rank keeps of each parameter: its tensor-parallel slice, of that its data-parallel shard of rows."""
-    shards, shard = mesh.world["dp_shard"].size(), mesh.world.get_local_rank("dp_shard")
-    for name, tensor in stage.module.named_parameters():
-        assert isinstance(tensor, DTensor)
-        parameter, data = stage.parameters[name], tensor.to_local().detach()
+    """What this rank keeps of each parameter: its tensor-parallel slice, of that its data-parallel part of rows."""
+    parts, part = mesh.world["dp_shard"].size(), mesh.world.get_local_rank("dp_shard")
+    for kept in stage.sharding.shards:
+        parameter = kept.parameter
         whole = parameter.local_shape(mesh.topology.tp)
         start = [0] * len(whole)
         if parameter.tp_dim is not None:
             start[parameter.tp_dim] = mesh.tp.rank // parameter.copies(mesh.tp.size) * whole[parameter.tp_dim]
-        start[0] += min(shard * -(-whole[0] // shards), whole[0])  # FSDP2 cuts dim 0 into equal parts, rounded up
-        yield Slice(data, parameter, tuple(start))
+        start[0] += min(part * -(-whole[0] // parts), whole[0])  # rows are cut into equal parts, rounded up
+        yield Slice(kept.weight, parameter, tuple(start))
 
 
 def outline(
@@ -81,24 +86,41 @@ def outline(
 
 
 def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
-    model, training, zero = recipe.model, recipe.training, recipe.topology.zero
+    training, zero = recipe.training, recipe.topology.zero
     module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
+    sharding: Sharding
+    if zero >= 2 and mesh.topology.dp > 1:
+        sharding = _under_fsdp(recipe, mesh, module, parameters)
+    else:
+        split = mesh.topology.pp > 1 and SCHEDULES[recipe.topology.schedule].splits_backward
+        whole, precision = not (split or training.compile), training.precision
+        sharding = flat = FlatSharding(module, parameters, mesh, precision=precision, whole_backward=whole)
+        if flat.overlaps:
+            module.block_done = flat.block_done
+        if training.compile:
+            for block in module.layers.values():
+                block.compile()
+    module.place_rope(training.seq_len, mesh.device)
+    return Stage(index, module, sharding, parameters)
 
+
+def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters: dict[str, Parameter]) -> FsdpSharding:
+    """Place a stage block by block and put it under FSDP2: no rank holds more than one whole block at a time."""
+    training, zero, precision = recipe.training, recipe.topology.zero, recipe.training.precision
     for block in module.layers.values():
         block.to_empty(device=mesh.device)
         if training.compile:
             block.compile()
-        shard(block, mesh.data_parallel, zero=zero, precision=training.precision)
-    tied_here = model.tie_embeddings and first and last
+        shard(block, mesh.data_parallel, zero=zero, precision=precision)
+    tied_here = recipe.model.tie_embeddings and module.embedding is not None and module.output is not None
     for name, part in module.named_children():
         if name != "layers" and not (tied_here and name == "output"):
             part.to_empty(device=mesh.device)
     if tied_here:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight
-    module.place_rope(training.seq_len, mesh.device)
-    shard(module, mesh.data_parallel, zero=zero, precision=training.precision, root=True)
-    return Stage(index, module, parameters)
+    shard(module, mesh.data_parallel, zero=zero, precision=precision, root=True)
+    return FsdpSharding(module, parameters, zero=zero)
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -94,6 +98,14 @@ class TransformerStage(nn.Module):
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
         self.rope = None
+        # Told a block's name as a backward pass leaves it, if anybody wants to know.
+        self.block_done: Callable[[str], None] | None = None
+
+    def _leaving(self, x: Tensor, number: str) -> Tensor:
+        """The input of a block, watched for the backward pass that leaves it."""
+        if self.block_done is None or not x.requires_grad:
+            return x
+        return _Leaving.apply(x, partial(self.block_done, f"layers.{number}"))
 
     def place_rope(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
@@ -124,12 +136,26 @@ class TransformerStage(nn.Module):
         if positions is not None:
             mask = document_mask(positions)
             rope = None if rope is None else rope[:, positions.t(), 0]
-        for block in self.layers.values():
-            x = block(x, rope, mask)
+        for number, block in self.layers.items():
+            x = block(self._leaving(x, number), rope, mask)
         if self.norm is None or self.output is None:
             return x
         result = self.output(self.norm(x), labels)
         return result if labels is None else result.reshape(1) * loss_scale
+
+
+class _Leaving(torch.autograd.Function):
+    """Nothing, but for a call as the backward pass comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return grad, None
 
 
 def document_mask(positions: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What gradients still need after the backward passes: sums over copies, the true global norm, clipping.
 
-FSDP2 has summed them over data parallel. Left are sums that belong to the model's own parallelism, each one
+First they are summed over data parallel. Left are sums that belong to the model's own parallelism, each one
 collective a step on the sharded gradients, as in Megatron's `finalize_model_grads`:
 
 - over tp, for replicated parameters that each rank applied to only its shard of the sequence (with sequence
@@ -12,29 +12,18 @@ collective a step on the sharded gradients, as in Megatron's `finalize_model_gra
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tplaunch.model.build import Stage
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.spec.parameters import Parameter
 from tplaunch.spec.schedules import stage_rank
 from tplaunch.torch_private import norms, scale_in_place
-
-
-def local_grad(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter's gradient, sharing its memory.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    if parameter.grad is None:
-        raise RuntimeError("a parameter got no gradient: it takes no part in the loss")
-    grad = parameter.grad
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -45,6 +34,17 @@ def sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
+
+
+class _Held(NamedTuple):
+    """A parameter that this rank holds rows of."""
+
+    sharding: Sharding
+    shard: ParameterShard
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.sharding.gradient(self.shard)
 
 
 class GradientFinalizer:
@@ -59,27 +59,28 @@ class GradientFinalizer:
 
     def __init__(self, stages: list[Stage], mesh: Mesh, *, schedule: str, num_stages: int, tied: bool) -> None:
         self.mesh = mesh
+        self.shardings = [stage.sharding for stage in stages]
         tp = mesh.tp.size
-        self.replicated: list[Tensor] = []  # summed over tp
-        self.key_value: dict[int, list[Tensor]] = {}  # number of heads -> summed over the copies of each
-        self.owned: list[Tensor] = []  # each number of the model on exactly one rank
-        self.tied: list[Tensor] = []
-        self.all: list[Tensor] = []
+        self.replicated: list[_Held] = []  # summed over tp
+        self.key_value: dict[int, list[_Held]] = {}  # number of heads -> summed over the copies of each
+        self.owned: list[_Held] = []  # each number of the model on exactly one rank
+        self.tied: list[_Held] = []
+        self.all: list[_Held] = []
         first_replica = mesh.world.get_local_rank("dp_replicate") == 0
         for stage in stages:
-            for name, tensor in stage.module.named_parameters():
-                parameter = stage.parameters[name]
+            for shard in stage.sharding.shards:
+                held, parameter = _Held(stage.sharding, shard), shard.parameter
                 copies = parameter.copies(tp)
-                copy = stage.module.tied_copy and name == "output.weight"
-                self.all.append(tensor)
+                copy = stage.module.tied_copy and shard.name == "output.weight"
+                self.all.append(held)
                 if parameter.tp_dim is None and tp > 1 and (mesh.tp.sequence_parallel or _is_head_norm(parameter)):
-                    self.replicated.append(tensor)
+                    self.replicated.append(held)
                 elif parameter.tp_dim is not None and copies > 1:
-                    self.key_value.setdefault(parameter.pieces, []).append(tensor)
+                    self.key_value.setdefault(parameter.pieces, []).append(held)
                 if parameter.name == "embedding.weight":
-                    self.tied.append(tensor)
+                    self.tied.append(held)
                 if first_replica and mesh.tp.rank % copies == 0 and not copy:
-                    self.owned.append(tensor)
+                    self.owned.append(held)
         self.tied_group = None
         last = stage_rank(num_stages - 1, mesh.topology.pp, schedule)
         self.tied_apart = tied and last != 0
@@ -98,25 +99,27 @@ class GradientFinalizer:
         return mine
 
     def complete(self) -> None:
-        """Sum the gradients over the copies that saw different parts of the batch or model."""
+        """Sum the gradients over data parallel, and over the copies that saw different parts of the model."""
+        for sharding in self.shardings:
+            sharding.reduce_gradients()
         if self.replicated:
-            sum_in_place([local_grad(t) for t in self.replicated], self.mesh.tp.group)
-        for heads, tensors in self.key_value.items():
-            sum_in_place([local_grad(t) for t in tensors], self.mesh.key_value(heads).get_group("kv_copy"))
+            sum_in_place([held.gradient for held in self.replicated], self.mesh.tp.group)
+        for heads, helds in self.key_value.items():
+            sum_in_place([held.gradient for held in helds], self.mesh.key_value(heads).get_group("kv_copy"))
         if self.tied_group is not None:
-            sum_in_place([local_grad(t) for t in self.tied], self.tied_group)
+            sum_in_place([held.gradient for held in self.tied], self.tied_group)
         elif self.tied_together and self.tied:
-            first, last = (local_grad(t) for t in self.tied)
+            first, last = (held.gradient for held in self.tied)
             first.add_(last)
             last.copy_(first)
 
     def square_sum(self) -> Tensor:
         """Sum of squares of the gradients that this rank counts, fp64 [], so that the world's sum is the norm^2."""
-        return square_sum(local_grad(t) for t in self.owned).to(self.mesh.device)
+        return square_sum(held.gradient for held in self.owned).to(self.mesh.device)
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient of this rank."""
-        scale_in_place([local_grad(t) for t in self.all], factor)
+        scale_in_place([held.gradient for held in self.all], factor)
 
 
 def square_sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tplaunch.model.build import Stage
-from tplaunch.optim.gradients import local_grad
+from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.recipe.schema import Optimizer
 
 _DECAYED = frozenset({"matrix", "embedding", "position", "output"})
@@ -29,18 +29,15 @@ class ShardedOptimizer:
 
     def __init__(self, stages: list[Stage], settings: Optimizer) -> None:
         self.settings = settings
-        self.sources: list[tuple[str, DTensor]] = []  # (global name, parameter)
-        self.shards: list[nn.Parameter] = []
+        self.shards: list[tuple[Sharding, ParameterShard, nn.Parameter]] = []
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for stage in stages:
-            for name, tensor in stage.module.named_parameters():
-                assert isinstance(tensor, DTensor)
-                parameter = stage.parameters[name]
-                shard = nn.Parameter(tensor.to_local().detach())
-                self.sources.append((parameter.name, tensor))
-                self.shards.append(shard)
-                if shard.numel():
-                    groups[parameter.role in _DECAYED].append(shard)
+            for shard in stage.sharding.shards:
+                weight = nn.Parameter(shard.weight)
+                self.shards.append((stage.sharding, shard, weight))
+                if weight.numel():
+                    groups[shard.parameter.role in _DECAYED].append(weight)
+        self.shardings = [stage.sharding for stage in stages]
         decays = {True: settings.weight_decay, False: 0.0}
         params = [{"params": shards, "weight_decay": decays[key]} for key, shards in groups.items() if shards]
         if settings.name == "adamw":
@@ -52,17 +49,25 @@ class ShardedOptimizer:
             self.inner = torch.optim.SGD(params, lr=settings.lr, momentum=settings.momentum)
 
     def step(self, lr: float) -> None:
-        """One update of every shard, from the gradients that the parameters have."""
-        for (_, source), shard in zip(self.sources, self.shards, strict=True):
-            shard.grad = local_grad(source) if shard.numel() else None
+        """Update every shard from its gradient, and let the model compute with the new weights."""
+        for sharding, shard, weight in self.shards:
+            weight.grad = sharding.gradient(shard) if weight.numel() else None
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()
+        self.publish()
+
+    def publish(self) -> None:
+        """Let the model compute with the weights that the shards hold."""
+        for sharding in self.shardings:
+            sharding.publish()
 
     def zero_grad(self) -> None:
-        """Free the gradients."""
-        for (_, source), shard in zip(self.sources, self.shards, strict=True):
-            source.grad = shard.grad = None
+        """Forget the gradients."""
+        for _, _, weight in self.shards:
+            weight.grad = None
+        for sharding in self.shardings:
+            sharding.zero_grad()
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -77,14 +82,14 @@ class ShardedOptimizer:
 
         State that the first update has yet to make is made here, zero, so that a checkpoint can be read into it.
         """
-        for (name, source), shard in zip(self.sources, self.shards, strict=True):
-            state = self.inner.state[shard]
+        for _, shard, weight in self.shards:
+            state = self.inner.state[weight]
             for slot in self.slots:
                 if state.get(slot) is None:
-                    state[slot] = torch.zeros_like(shard)
+                    state[slot] = torch.zeros_like(weight)
                     if self.settings.name == "adamw":
-                        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=shard.device))
-                yield f"{name}.{slot}", _like(source, state[slot])
+                        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=weight.device))
+                yield f"{shard.parameter.name}.{slot}", _like(shard.layout, state[slot])
 
     def set_updates(self, updates: int) -> None:
         """Set AdamW's step counter (bias correction) after loading a checkpoint."""

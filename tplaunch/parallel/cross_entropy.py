@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
+from tplaunch.parallel.layers import accumulator, add_product
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
 
@@ -47,6 +48,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
         log_z = top + local_sum.log()
         counted = labels != IGNORE
         losses = torch.where(counted, log_z - target + z * log_z.square(), 0.0)
+        ctx.accumulator = accumulator(weight)
         ctx.save_for_backward(hidden, weight, labels, log_z)
         ctx.setting = (first, real, chunk, z, accumulate_dtype)
         return losses.sum(dtype=torch.float64).to(accumulate_dtype)
@@ -58,8 +60,10 @@ class _OutputCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = wanted(ctx, 0, 1)
         counted = labels != IGNORE
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Several chunks are summed in the accumulate_dtype type: bf16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype) if need_weight else None
+        # Several chunks are summed in the accumulate dtype: bf16 would lose the small ones.
+        grad_weight = ctx.accumulator if need_weight else None
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype)
         scale = torch.where(counted, grad * (1 + 2 * z * log_z), 0.0)
         hit_scale = torch.where(counted, grad, 0.0)
         for part in _chunks(len(labels), chunk):
@@ -73,10 +77,11 @@ class _OutputCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad_compute @ weight
             if grad_weight is not None:
-                grad_weight += grad_compute.t() @ hidden[part]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+                add_product(grad_weight, grad_compute.t(), hidden[part])
+        handed = None
+        if grad_weight is not None and ctx.accumulator is None:
+            handed = grad_weight.to(weight.dtype)
+        return grad_hidden, handed, None, None, None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:

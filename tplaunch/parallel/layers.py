@@ -49,8 +49,37 @@ def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placem
 
 
 def local(param: Tensor) -> Tensor:
-    """This rank's slice of a parameter, differentiable."""
-    return param.to_local() if isinstance(param, DTensor) else param
+    """This rank's slice of a parameter, differentiable.
+
+    A parameter whose gradient autograd accumulates is seen through a view: the engine tells of a view's node, but not
+    of a leaf, whether a pass needs its gradient (`split_backward.wanted`).
+    """
+    if isinstance(param, DTensor):
+        return param.to_local()
+    return param if getattr(param, "accumulates", False) else param.view_as(param)
+
+
+def accumulator(weight: Tensor) -> Tensor | None:
+    """Where the gradient of a weight is added up in place (Megatron's gradient accumulation fusion); None where it is
+    handed to autograd. Asked in the forward pass: what a backward pass reads of a weight is not always the parameter.
+    """
+    return weight.grad if getattr(weight, "accumulates", False) else None
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
+    """a @ b, added to `total` in place where there is one, else returned.
+
+    Args:
+        total: [m, n] of any float dtype, or None.
+        a, b: [m, k] and [k, n].
+    """
+    if total is None:
+        return a @ b
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += a @ b
+    return None
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -63,6 +92,7 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.tp = tp
+        ctx.accumulators = [accumulator(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
         if tp.fused:
             return tuple(gather_matmul(x, [weight.t() for weight in weights], tp)[1])
@@ -91,7 +121,10 @@ class _ColumnParallel(torch.autograd.Function):
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if need_weights:
             rows = gathering.flatten(0, -2)
-            grad_weights = [grad.flatten(0, -2).t() @ rows for grad in grads]
+            grad_weights = [
+                add_product(total, grad.flatten(0, -2).t(), rows)
+                for total, grad in zip(ctx.accumulators, grads, strict=True)
+            ]
         if grad_x is not None and reducing:
             grad_x = wait(grad_x)
         return grad_x, None, *grad_weights
@@ -103,6 +136,7 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
         ctx.tp = tp
+        ctx.accumulator = accumulator(weight)
         ctx.save_for_backward(x, weight)
         if tp.fused:
             return matmul_scatter(x, weight.t(), tp)
@@ -122,7 +156,9 @@ class _RowParallel(torch.autograd.Function):
             if ctx.tp.sequence_parallel:
                 grad = wait(start_all_gather(grad, ctx.tp))
             grad_x = grad @ weight if need_x else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
+        grad_weight = None
+        if need_weight:
+            grad_weight = add_product(ctx.accumulator, grad.flatten(0, -2).t(), x.flatten(0, -2))
         return grad_x, None, grad_weight
 
 

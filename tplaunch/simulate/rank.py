@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tplaunch.model.build import Stage
+from tplaunch.parallel.flat import FlatSharding
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
 from tplaunch.simulate.phantom import Phantom, fused_rms_norm
@@ -69,10 +70,17 @@ def pipeline_messages(recipe: Recipe, rank: int) -> list[Message]:
     recorder = Recorder(active=True)
     with _in_a_world(unsharded, rank, recorder) as (mesh, _):
         mine = stages_of(mesh.coordinates.pp, parallelism.pp, parallelism.virtual_stages, parallelism.schedule)
-        stages = [Stage(i, _Hollow(unsharded, mesh, i), {}) for i in mine]  # type: ignore[arg-type]
+        stages = [_hollow_stage(unsharded, mesh, i) for i in mine]
         pipeline = make_pipeline(stages, mesh, unsharded)
         pipeline.train(random_batch(unsharded, mesh.topology.dp, pipeline.reads_data), 1.0)
     return recorder.messages
+
+
+def _hollow_stage(recipe: Recipe, mesh: Mesh, index: int) -> Stage:
+    module = _Hollow(recipe, mesh, index)
+    precision = recipe.training.precision
+    sharding = FlatSharding(module, {}, mesh, precision=precision, whole_backward=False)
+    return Stage(index, module, sharding, {})  # type: ignore[arg-type]
 
 
 class _Hollow(nn.Module):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from tplaunch.model.build import Stage
-from tplaunch.parallel.data_parallel import COMPUTE_DTYPE, begin_microbatch, units
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.schedules import stage_rank
 from tplaunch.train.batch import Batch
@@ -49,8 +48,9 @@ class Pipeline:
         (stage,) = self.stages
         losses = []
         parts = batch.split(self.recipe.training.micro_batch_size)
+        stage.sharding.begin_step(len(parts))
         for part in parts:
-            begin_microbatch(fsdp_module(stage), zero=self.recipe.topology.zero, last=part is parts[-1])
+            stage.sharding.begin_microbatch(last=part is parts[-1])
             loss = stage.module(part.tokens, part.labels, part.positions, loss_scale)
             loss.backward()
             losses.append(loss.detach())
@@ -95,8 +95,7 @@ class Pipeline:
     def reshard(self) -> None:
         """Let go of the weights that the stages have gathered."""
         for stage in self.stages:
-            for unit in units(stage.module):
-                unit.reshard()
+            stage.sharding.release()
 
     def _rank_of(self, stage: int) -> int:
         return stage_rank(stage, self.recipe.topology.pp, self.recipe.topology.schedule)
@@ -120,9 +119,3 @@ def hidden_states(recipe: Recipe, mesh: Mesh) -> Tensor:
     rows = training.seq_len // tp.size if tp.sequence_parallel else training.seq_len
     shape = (rows, training.micro_batch_size, recipe.model.hidden_size)
     return torch.empty(shape, dtype=COMPUTE_DTYPE[training.precision], device="meta")
-
-
-def fsdp_module(stage: Stage) -> FSDPModule:
-    """A stage's module as the FSDP2 unit that it is."""
-    assert isinstance(stage.module, FSDPModule)
-    return stage.module

@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from tplaunch.model.build import Stage
-from tplaunch.parallel.data_parallel import begin_microbatch
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
-from tplaunch.torch_private import gather_once
 from tplaunch.train.batch import Batch
-from tplaunch.train.pipeline import Pipeline, fsdp_module, hidden_states
+from tplaunch.train.pipeline import Pipeline, hidden_states
 
 
 class _Unmanaged(nn.Module):
@@ -43,16 +42,14 @@ class ScheduledPipeline(Pipeline):
     def train(self, batch: Batch, loss_scale: float) -> Tensor:
         """See `Pipeline.train`."""
         self.set_training(True)
-        zero = self.recipe.topology.zero
-        schedule = self._schedule(len(batch.tokens) // self.recipe.training.micro_batch_size)
-        if zero >= 2:
-            for stage in self.stages:
-                begin_microbatch(fsdp_module(stage), zero=zero, last=True)
+        microbatches = len(batch.tokens) // self.recipe.training.micro_batch_size
+        schedule = self._schedule(microbatches)
+        for stage in self.stages:
+            stage.sharding.begin_step(microbatches)
         losses: list[Tensor] = []
         inputs = (batch.tokens,) if any(s.index == 0 for s in self.stages) else ()
         schedule.step(*inputs, **self._keywords(batch, loss_scale, losses), return_outputs=False)
-        if zero == 2:
-            self.reshard()
+        self.reshard()
         return self.sum_losses(losses)
 
     def limit(self, timeout_s: float) -> None:
@@ -75,7 +72,6 @@ class ScheduledPipeline(Pipeline):
             first = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages  # type: ignore[arg-type]
             # The last stage returns its loss, so the schedule has nothing to compute of its own.
             schedule = kind(first, n_microbatches=microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
-            gather_once(schedule)
             self._schedules[microbatches] = schedule
         return self._schedules[microbatches]
 
@@ -85,9 +81,8 @@ class ScheduledPipeline(Pipeline):
         hidden = hidden_states(self.recipe, self.mesh).requires_grad_()
         loss = torch.empty(1, device="meta", requires_grad=True)
         first, last = stage.index == 0, stage.index == self.num_stages - 1
-        managed = self.recipe.topology.zero < 2
         return PipelineStage(
-            stage.module if managed else _Unmanaged(stage.module),
+            _Unmanaged(stage.module) if isinstance(stage.module, FSDPModule) else stage.module,
             stage.index,
             self.num_stages,
             self.mesh.device,

@@ -104,6 +104,7 @@ class Trainer:
         loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
         if loaded is None and initial is not None:
             self.checkpoints.start_from(Path(initial))
+            self.step.optimizer.publish()
             if self.main:
                 self.run_dir.append(Initialized(initial))
         if loaded is not None:
@@ -111,6 +112,7 @@ class Trainer:
             was = loaded.about.get("seq_len", seq_len)
             self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
             self.step.optimizer.set_updates(self.progress.updates)
+            self.step.optimizer.publish()
             if self.step.loss_scale is not None and state["loss_scale"] is not None:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
             if self.main:
@@ -192,6 +194,7 @@ class Trainer:
             return
         self.progress.updates = loaded.state["progress"]["updates"]
         self.step.optimizer.set_updates(self.progress.updates)
+        self.step.optimizer.publish()
         if self.main:
             self.run_dir.append(RolledBack(self.progress.step, loaded.step))
 

@@ -1,0 +1,200 @@
+"""Data parallelism over flat buffers, for ZeRO 0 and 1 and where there is nobody to share with (Megatron's
+DistributedDataParallel and distributed optimizer; Rajbhandari et al. 2020, arXiv 1910.02054).
+
+    zero  between steps a rank holds                              a step ends with
+    0     weights and optimizer state whole                       all-reduce of gradients
+    1     weights whole, master weights and state of its rows     reduce-scatter of gradients, all-gather of weights
+
+A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 runs), to which backward passes add in
+place; its weights in another, of the compute dtype. Where the two dtypes are one, master weights are a view of the
+weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal parts, rounded up; each
+parameter's place in the buffers is padded to whole parts, so that collectives work on the buffers themselves and
+nothing is copied.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE
+from tplaunch.parallel.shard import ParameterShard
+from tplaunch.recipe.schema import Precision
+from tplaunch.spec.parameters import Parameter
+from tplaunch.torch_private import rows_of
+
+_ALIGN = 64  # elements: every parameter begins on a boundary that vector instructions like
+
+
+class FlatSharding:
+    """Puts a stage's parameters into flat buffers; see `Sharding`.
+
+    Args:
+        module: a stage on the meta device; its parameters are replaced by plain ones, in the buffers.
+        parameters: what each is.
+        mesh: the mesh.
+        precision: names the dtypes.
+        whole_backward: backward passes are not split in two, nor compiled: the matmul that computes a weight gradient
+            may add it to the buffer, and a block's gradients are complete when the pass leaves it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, Parameter],
+        mesh: Mesh,
+        *,
+        precision: Precision,
+        whole_backward: bool,
+    ) -> None:
+        self.mesh = mesh
+        self.parts = mesh.world["dp_shard"].size()  # 1 with ZeRO 0, which replicates all the way
+        self.part = mesh.world.get_local_rank("dp_shard")
+        self.storage, self.compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
+        layouts = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
+        sizes = [self._padded(layout) for layout in layouts.values()]
+        self.weights = torch.zeros(sum(sizes), dtype=self.compute, device=mesh.device)
+        self.gradients = torch.zeros(sum(sizes), dtype=self.storage, device=mesh.device)
+        self.slots: dict[str, tuple[Tensor, Tensor]] = {}  # name -> its padded rows of weights and of gradients
+        self.shards: list[ParameterShard] = []
+        self.overlaps = whole_backward and (self.parts > 1 or mesh.dp_replicate > 1)
+        self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
+        self._reduced: set[str] = set()
+        self._under_way: list[dist.Work] = []
+        for (name, layout), weights, gradients in zip(
+            layouts.items(), self.weights.split(sizes), self.gradients.split(sizes), strict=True
+        ):
+            local = layout.to_local().shape
+            rows = self._rows(layout)
+            padded = torch.Size((rows * self.parts, *local[1:]))
+            weights, gradients = weights[: padded.numel()].view(padded), gradients[: padded.numel()].view(padded)
+            self.slots[name] = weights, gradients
+            parameter = nn.Parameter(weights[: local[0]])
+            parameter.grad_dtype = self.storage
+            parameter.grad = gradients[: local[0]]
+            parameter.accumulates = whole_backward  # type: ignore[attr-defined]  # read by `layers.accumulator`
+            _replace(module, name, parameter)
+            master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
+            if self.storage != self.compute:
+                master = torch.zeros_like(master, dtype=self.storage)
+            place = rows_of(layout, master, mesh.world, self.parts)
+            self.shards.append(ParameterShard(name, parameters[name], master, place))
+        self.blocks = self._blocks(list(layouts), sizes)
+
+    def _blocks(self, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
+        """The gradients of each block, and of what stands before and after the blocks: consecutive in the buffer."""
+        ends: dict[str, tuple[int, int]] = {}
+        begin = 0
+        for name, size in zip(names, sizes, strict=True):
+            first, _ = ends.get(_block_of(name), (begin, begin))
+            ends[_block_of(name)] = first, begin + size
+            begin += size
+        return {block: self.gradients[first:last] for block, (first, last) in ends.items()}
+
+    def _rows(self, layout: DTensor) -> int:
+        """Rows of one part of a parameter's tensor-parallel slice."""
+        return -(-layout.to_local().shape[0] // self.parts)
+
+    def _padded(self, layout: DTensor) -> int:
+        """Elements of a parameter's place in the buffers."""
+        elements = self._rows(layout) * self.parts * layout.to_local().shape[1:].numel()
+        return -(-elements // _ALIGN) * _ALIGN
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        """This rank's padded rows of a parameter's place."""
+        return whole.chunk(self.parts)[self.part]
+
+    def begin_step(self, microbatches: int) -> None:
+        """See `Sharding`."""
+        self._passes_left = dict.fromkeys(self.blocks, microbatches) if self.overlaps else {}
+
+    def begin_microbatch(self, *, last: bool) -> None:
+        """See `Sharding`: nothing changes between microbatches."""
+
+    def block_done(self, block: str) -> None:
+        """Called as a backward pass leaves a block: after the last one of a step its gradients are reduced, while the
+        blocks before it are still at work."""
+        if block in self._passes_left:
+            self._passes_left[block] -= 1
+            if self._passes_left[block] == 0:
+                del self._passes_left[block]
+                self._reduce(block)
+                self._reduced.add(block)
+
+    def reduce_gradients(self) -> None:
+        """See `Sharding`."""
+        if self.parts > 1 or self.mesh.dp_replicate > 1:
+            for block in self.blocks:
+                if block not in self._reduced:
+                    self._reduce(block)
+            self._reduced.clear()
+            _wait(self._under_way)
+            if self.parts > 1 and self.mesh.dp_replicate > 1:
+                group = self.mesh.world.get_group("dp_replicate")
+                _wait([dist.all_reduce(self._mine(g), group=group, async_op=True) for _, g in self.slots.values()])
+
+    def _reduce(self, block: str) -> None:
+        """Begin to sum the gradients of a block: whole, or this rank's rows of each parameter."""
+        if self.parts == 1:
+            group = self.mesh.world.get_group("dp_replicate")
+            self._under_way.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
+            return
+        group = self.mesh.world.get_group("dp_shard")
+        for name, (_, gradients) in self.slots.items():
+            if _block_of(name) == block:
+                self._under_way.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
+
+    def gradient(self, shard: ParameterShard) -> Tensor:
+        """See `Sharding`."""
+        return self._mine(self.slots[shard.name][1])[: shard.weight.shape[0]]
+
+    def publish(self) -> None:
+        """See `Sharding`: each rank's rows, in the compute dtype, to all."""
+        gathers = []
+        for shard in self.shards:
+            weights, _ = self.slots[shard.name]
+            mine = self._mine(weights)
+            if self.storage != self.compute:
+                mine[: shard.weight.shape[0]].copy_(shard.weight)
+            if self.parts > 1:
+                group = self.mesh.world.get_group("dp_shard")
+                gathers.append(_all_gather(weights, mine, group=group, async_op=True))
+        _wait(gathers)
+
+    def zero_grad(self) -> None:
+        """See `Sharding`."""
+        self.gradients.zero_()
+
+    def release(self) -> None:
+        """See `Sharding`: weights are never let go of."""
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a module another parameter, wherever the old one stood."""
+    owner, _, attribute = name.rpartition(".")
+    old = module.get_parameter(name)
+    module.get_submodule(owner).register_parameter(attribute, parameter)
+    for part in module.modules():
+        for key, value in part._parameters.items():
+            if value is old:  # tied
+                part.register_parameter(key, parameter)
+
+
+def _block_of(name: str) -> str:
+    """The block of a parameter, such as "layers.17"; for others the part that stands by itself."""
+    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+
+
+def _wait(works: list[dist.Work]) -> None:
+    """Wait for collectives, and forget them."""
+    for work in works:
+        work.wait()
+    works.clear()
+
+
+# Their names up to torch 2.12, and from 2.13 on.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
