@@ -96,3 +96,24 @@ def test_a_mesh_seen_as_one_of_two_axes(world: World) -> None:
 def test_collectives_keep_to_their_timeout(world: World) -> None:
     first, other = world.run(2, limited)
     assert "Timed out" in first and other == ""
+
+
+def placed_rows(tp_dim: int) -> bool:
+    """Whether rows of a [12, 4] parameter, cut over tp 2 and dp 2, know their places."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    world = dist.device_mesh.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp_shard", "pp", "tp"))
+    whole = torch.arange(48.0).view(12, 4)
+    layout = distribute_tensor(whole, world["tp"], [Shard(tp_dim)])
+    part = world.get_local_rank("dp_shard")
+    rows = layout.to_local().chunk(2)[part].clone()
+    placed = torch_private.rows_of(layout, rows, world, 2)
+    same = torch_private.with_local(placed, rows + 1)
+    assert isinstance(placed, DTensor)
+    assert placed.to_local().data_ptr() == rows.data_ptr()
+    return torch.equal(placed.full_tensor(), whole) and torch.equal(same.full_tensor(), whole + 1)
+
+
+@pytest.mark.parametrize("tp_dim", [0, 1])
+def test_rows_know_their_place_in_the_whole(world: World, tp_dim: int) -> None:
+    assert world.run(4, placed_rows, tp_dim) == [True] * 4

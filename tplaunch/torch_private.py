@@ -121,6 +121,12 @@ def rows_of(layout: DTensor, rows: Tensor, world: DeviceMesh, parts: int) -> DTe
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
 
 
+def with_local(layout: DTensor, local: Tensor) -> DTensor:
+    """A DTensor that is laid out like another, over other memory; on any device, where `DTensor.from_local` would move
+    it to the mesh's."""
+    return DTensor(local, _get(layout, "_spec", "DTensor._spec"), requires_grad=False)
+
+
 def will_execute(node: Any) -> bool:
     """Whether the backward pass that runs now will run a node of the autograd graph. Leaves have no answer."""
     return _get(torch._C, "_will_engine_execute_node", "torch._C._will_engine_execute_node")(node)

@@ -24,8 +24,8 @@ class Flops(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ("aten::mm", "aten::bmm"):
-            left, right = args
+        if func.name() in ("aten::mm", "aten::bmm", "aten::addmm.out"):
+            left, right = args[-2:]
             self.count += 2 * left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))
 

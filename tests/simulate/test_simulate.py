@@ -104,18 +104,21 @@ def test_collectives_of_a_group(tp_pair: list[RankRecord]) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_gathers_each_unit_once_however_many_stages_it_has() -> None:
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -> None:
     of = case(
         "quickstart",
-        "topology={tp: 1, pp: 2, dp: 2, zero: 1, schedule: interleaved1f1b, virtual_stages: 4}",
+        f"topology={{tp: 1, pp: 2, dp: 2, zero: {zero}, schedule: interleaved1f1b, virtual_stages: 4}}",
         "model.num_layers=8",
         "training.micro_batch_size=1",
         "training.global_batch_size=16",
     )
     with processes() as go:
         (record,) = go(simulate_rank, [(of.recipe, 0)])
-    dp = Counter(c.kind for c in record.collectives if c.group == (0, 1))
-    assert dp["all-gather"] == dp["reduce-scatter"] == 4 + 1  # blocks, and the embedding of the first stage
+    seen = Counter(c.kind for c in record.collectives if c.group == (0, 1) and c.bytes > 64)
+    planned = {t.kind: t.calls for t in estimate(of).traffic[0] if t.axis == "dp"}
+    assert seen == ({"all-reduce": 4 + 1} if zero == 0 else {"all-gather": 4 * 9 + 1, "reduce-scatter": 4 * 9 + 1})
+    assert planned == ({"all-reduce": 4} if zero == 0 else seen)  # blocks; the embedding goes with the first
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -36,6 +35,7 @@ from torch.futures import Future
 import tplaunch
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.parallel.precision import STORAGE_DTYPE
 from tplaunch.recipe.load import dump_recipe
@@ -84,7 +84,7 @@ class CheckpointManager:
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.root = run_dir.checkpoints
         self._thread: threading.Thread | None = None
-        self._stager = DefaultStager(_staging())
+        self._copies = HostCopies()
         self.saved_step: int | None = None  # of the newest complete save, or of what was loaded; rank 0 knows
         self._timings: dict[str, float] = {}
         if self.rank == 0:
@@ -103,7 +103,7 @@ class CheckpointManager:
         background = self.recipe.checkpoint.async_ and not wait
         tensors: State = dict(self.tensors())
         if background:
-            tensors = self._stager.stage(tensors)  # type: ignore[assignment]
+            tensors = self._copies.copy(tensors)
         self._thread = threading.Thread(target=self._write, args=(step, state, tensors), name="checkpoint", daemon=True)
         self._thread.start()
         if not background:
@@ -321,10 +321,3 @@ class _Writer(FileSystemWriter):
         results = super().write_data(plan, planner)
         self._written()
         return results
-
-
-def _staging() -> StagingOptions:
-    cuda = torch.cuda.is_available()
-    return StagingOptions(
-        use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-    )

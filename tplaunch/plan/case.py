@@ -110,6 +110,17 @@ class Case:
         return self.recipe.topology.zero
 
     @property
+    def flat(self) -> bool:
+        """Whether weights and gradients lie in flat buffers, not under FSDP2."""
+        return self.zero <= 1 or self.topology.dp == 1
+
+    @property
+    def accumulates_in_place(self) -> bool:
+        """Whether the matmul that computes a weight's gradient adds it to the sum itself."""
+        split = self.topology.pp > 1 and SCHEDULES[self.schedule].splits_backward
+        return self.flat and not split and not self.recipe.training.compile
+
+    @property
     def fast_domain(self) -> int:
         """Ranks joined by the fast link: those of a node, or of a whole rack (NVL72)."""
         rack = self.gpu.node_size > 8
@@ -178,8 +189,8 @@ class Case:
         return len(stage.layers) * self.block_weights + self.end_weights(stage)
 
     def sharded_weights(self, stage: Stage) -> int:
-        """Weights of a stage that one rank keeps between steps. FSDP2 splits each tensor's first dimension into
-        equal parts, rounded up: the first rank's share, the largest."""
+        """Weights of a stage that one rank updates. Data parallelism splits each tensor's first dimension into equal
+        parts, rounded up: the first rank's share, the largest."""
         sizes = self._sizes.shard
         return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
 

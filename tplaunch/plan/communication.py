@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
+from tplaunch.spec.parameters import stage_parameters
 
 Link = Literal["none", "node", "network"]
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
@@ -165,21 +166,24 @@ def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
 def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, backward: float) -> list[Traffic]:
     """Gathering of weights and reduction of gradients of a rank, in one step.
 
-    Once a step (ZeRO 0, 1): the gathering hides behind the first microbatch's forward pass, the reduction behind the
-    last one's backward pass; under a pipeline schedule, torch reduces after it, and nothing hides it. ZeRO 2 reduces
-    behind each microbatch's backward pass, ZeRO 3 also gathers twice for each.
+    In flat buffers, once a step: gradients are reduced behind the last microbatch's backward pass, a call for each
+    parameter (ZeRO 1) or each block (ZeRO 0), and after it where backward passes run in two halves; weights are
+    gathered after the update, and nothing hides it. Under FSDP2, ZeRO 2 reduces each block behind each microbatch's
+    backward pass, and gathers once, behind the first forward pass; ZeRO 3 gathers twice for each microbatch.
 
     Args:
         forward, backward: seconds of one microbatch through all of the rank's stages.
     """
     group, replicas = axis_group(case, "dp"), axis_group(case, "replica")
-    m, pipeline = case.microbatches, case.topology.pp > 1
+    m = 1 if case.flat else case.microbatches
     gathered = sum(case.weights(stage) for stage in stages) * case.compute_bytes
     reduced = sum(case.weights(stage) for stage in stages) * case.storage_bytes
-    units = max(1, sum(len(stage.layers) for stage in stages))
+    blocks = max(1, sum(len(stage.layers) for stage in stages))
+    units = _parameters(case, stages) if case.flat else blocks
+    behind = backward if case.accumulates_in_place or not case.flat else 0.0
     traffic = []
 
-    def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float) -> None:
+    def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int) -> None:
         once = collective_seconds(case, over, kind, size) + (units - 1) * _latency(case, over, kind)
         exposed = calls * max(0.0, once - hiding, once / units)
         traffic.append(
@@ -187,17 +191,20 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         )
 
     if group.size > 1:
-        gathers = 2 * m if case.zero == 3 else 1
-        hiding = (forward + backward) / 2 if case.zero == 3 else forward
-        add("weights", "all-gather", gathers, gathered, group, hiding)
-        reductions = m if case.zero >= 2 else 1
-        hidden_behind = 0.0 if pipeline and case.zero <= 1 else backward
-        add("gradients", "reduce-scatter", reductions, reduced, group, hidden_behind)
+        hiding = 0.0 if case.flat else (forward + backward) / 2 if case.zero == 3 else forward
+        add("weights", "all-gather", 2 * m if case.zero == 3 else 1, gathered, group, hiding, units)
+        add("gradients", "reduce-scatter", m, reduced, group, behind, units)
     if replicas.size > 1:
-        reductions = m if case.zero >= 2 else 1
-        hidden_behind = 0.0 if pipeline and case.zero <= 1 else backward
-        add("gradients of replicas", "all-reduce", reductions, reduced / case.shards, replicas, hidden_behind)
+        shared = case.flat and group.size > 1  # then gradients are summed over replicas when all are scattered
+        hiding, units = (0.0, units) if shared else (behind, blocks)
+        add("gradients of replicas", "all-reduce", m, reduced / case.shards, replicas, hiding, units)
     return traffic
+
+
+def _parameters(case: Case, stages: list[Stage]) -> int:
+    """How many parameters a rank's stages have."""
+    model = case.model
+    return sum(len(stage_parameters(model, stage.layers, first=stage.first, last=stage.last)) for stage in stages)
 
 
 def _latency(case: Case, group: Group, kind: Kind) -> float:

@@ -259,7 +259,7 @@ class StageWorks:
         again = recomputed * (block.forward + traffic.forward)
         work = StageWork(passes, again, tensor_parallel)
         held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
-        gradients = memory.gradients(case, [stage])
+        gradients = 0.0 if case.flat else memory.gradients(case, [stage])  # flat buffers are always there
         return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held, waiting, gradients)
 
 

@@ -1,8 +1,9 @@
 """Bytes that a rank holds at the peak of a step, term by term.
 
-Each function is one term, so that one can be corrected by measurement. What is kept follows the trainer: FSDP2 with
-fp32 master weights and compute-dtype copies, its gradient accumulation and reduction; activations as in Korthikanti et
-al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; `torch.distributed.pipelining`'s buffers.
+Each function is one term, so that one can be corrected by measurement. What is kept follows the trainer: flat buffers
+of weights and gradients, or FSDP2 with its gathering and reduction where ZeRO 2 or 3 shards gradients; activations as
+in Korthikanti et al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; the buffers of
+`torch.distributed.pipelining`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ class Memory(NamedTuple):
 
     Args:
         weights: the master weights that are kept, this rank's shard.
-        gathered_weights: copies in the compute dtype that the step works on.
-        gradients: what is accumulated over microbatches.
+        gathered_weights: weights in the compute dtype that the step works on, apart from the master weights.
+        gradients: what is accumulated over microbatches; in flat buffers they never go away.
         optimizer: its state.
         activations: what the microbatches in flight keep for their backward passes.
         loss: logits of a chunk, and the gradients of the head.
         working: temporaries of the block at work: recomputed insides, gradients, gathered sequences.
-        data_parallel_buffers: all-gather and reduce-scatter buffers of FSDP2.
+        data_parallel_buffers: all-gather and reduce-scatter buffers of FSDP2; flat buffers need none.
         pipeline_buffers: receive buffers, one for every microbatch.
         overhead: CUDA context, communicators, workspaces, fragmentation: outside what torch counts as allocated.
     """
@@ -135,23 +136,20 @@ def weights(case: Case, stages: list[Stage]) -> float:
 def gathered_weights(case: Case, stages: list[Stage]) -> float:
     """Weights in the compute dtype: all of the rank's, or with ZeRO 3 those outside blocks and the block at work.
 
-    FSDP2 makes the copy even where there is nothing to gather or to convert.
+    In flat buffers of one dtype the master weights are part of them. FSDP2 makes a copy even where there is nothing to
+    gather or to convert.
     """
-    if case.zero < 3:
-        return sum(case.weights(stage) for stage in stages) * case.compute_bytes
+    if case.zero < 3 or case.flat:
+        whole = sum(case.weights(stage) for stage in stages) * case.compute_bytes
+        return whole - weights(case, stages) if case.flat and case.storage_bytes == case.compute_bytes else whole
     at_work = case.block_weights if any(stage.layers for stage in stages) else 0
     return (sum(case.end_weights(stage) for stage in stages) + at_work) * case.compute_bytes
 
 
 def gradients(case: Case, stages: list[Stage]) -> float:
-    """Gradients at their largest: whole where they are reduced once a step after several microbatches, else shards."""
-    count = sum(case.weights(s) if _accumulates(case) else case.sharded_weights(s) for s in stages)
+    """Gradients at their largest: whole in flat buffers, else shards."""
+    count = sum(case.weights(s) if case.flat else case.sharded_weights(s) for s in stages)
     return count * case.storage_bytes
-
-
-def _accumulates(case: Case) -> bool:
-    """Whether whole gradients are summed over microbatches; under a pipeline schedule torch always does so."""
-    return case.zero <= 1 and (case.microbatches > 1 or case.topology.pp > 1)
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
@@ -171,19 +169,23 @@ def loss_working(case: Case) -> float:
     columns = model.padded_vocab_size // case.topology.tp
     matrix = columns * model.hidden_size
     logits = min(training.loss_chunk, case.tokens) * columns
-    summing = logits * (2 * fp32 + lowered) + matrix * (fp32 + width)
-    following = logits * (3 * fp32 + 2 * lowered) + matrix * fp32 if case.tokens > training.loss_chunk else 0
+    own = 0 if case.accumulates_in_place else fp32  # of each number of the gradient, until it is handed over
+    product = 0 if case.accumulates_in_place and case.storage_bytes == width else width
+    summing = logits * (2 * fp32 + lowered) + matrix * (own + product)
+    following = logits * (3 * fp32 + 2 * lowered) + matrix * own if case.tokens > training.loss_chunk else 0
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
 def block_working(case: Case) -> float:
     """Temporaries of a block's backward pass at its fullest, in the MLP: gradients of the MLP's inside, less what was
-    kept and is used up by then; the down projection's gradient; the hidden states' gradient, whole and as a slice."""
+    kept and is used up by then; the down projection's gradient, where no matmul adds it to the sum by itself; the
+    hidden states' gradient, whole and as a slice."""
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
     inside = case.tokens * ffn * (2 if model.activation == "swiglu" else 1)
     whole = case.tokens * model.hidden_size
-    return (inside + ffn * model.hidden_size + whole) * width + hidden_bytes(case)
+    product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
+    return (inside + product + whole) * width + hidden_bytes(case)
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
@@ -200,18 +202,16 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
 
 
 def reducing(case: Case, unit: float) -> float:
-    """FSDP2's buffers while it reduces the gradients of a unit of so many weights: the reduce-scatter's input and
-    output, and, where gradients are not accumulated whole, the unit's gradients as computed. With a single microbatch
-    the output is the gradient that stays."""
+    """FSDP2's buffers while it reduces the gradients of a unit of so many weights: the unit's gradients as computed,
+    the reduce-scatter's input and its output. With a single microbatch the output is the gradient that stays."""
     storage = case.storage_bytes
     output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else storage / case.shards
-    computed = 0.0 if _accumulates(case) else case.compute_bytes
-    return unit * (storage + output + computed)
+    return unit * (storage + output + case.compute_bytes)
 
 
 def gathering(case: Case) -> float:
     """With ZeRO 3, the next block's weights on their way."""
-    return case.block_weights * case.compute_bytes if case.zero == 3 and case.shards > 1 else 0.0
+    return case.block_weights * case.compute_bytes if case.zero == 3 and not case.flat else 0.0
 
 
 def pipeline_buffers(case: Case, stages: list[Stage], in_flight: float) -> float:
@@ -263,7 +263,7 @@ class _Moment(NamedTuple):
 
 def _lingering(case: Case, stages: list[Stage]) -> float:
     """What FSDP2 reduced last stays until the next reduction, or the end of the step's last backward pass."""
-    lingers = case.zero >= 2 and case.topology.pp == 1 and case.microbatches > 1
+    lingers = not case.flat and case.topology.pp == 1 and case.microbatches > 1
     return max(case.end_weights(stage) for stage in stages) * case.storage_bytes if lingers else 0.0
 
 
@@ -278,29 +278,16 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
     for stage in stages:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
-            if not _reduces_at_end(case):
+            if not case.flat:
                 one = (
                     hidden_bytes(case) if case.recipe.training.recomputes(stage.layers[-1]) else block_activations(case)
                 )
                 left = max(0.0, after_head - one)
                 moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
-    if ends and not _reduces_at_end(case):
+    if ends and not case.flat:
         left = max(0.0, held - max(stage_activations(case, stage) for stage in stages))
         moments.append(_Moment(left, buffers=reducing(case, ends)))
     return moments
-
-
-def _reduces_at_end(case: Case) -> bool:
-    """Whether gradients are reduced after the last backward pass, when no activations are left: a pipeline schedule
-    that reduces once a step."""
-    return case.topology.pp > 1 and case.zero <= 1
-
-
-def _end_moments(case: Case, stages: list[Stage]) -> list[_Moment]:
-    """The reduction of a block's and of the ends' gradients at the end of the step. FSDP2 first gives the unit's
-    gathered weights back, and frees its whole gradients before it makes what the reduction returns."""
-    units = [case.block_weights, max(case.end_weights(stage) for stage in stages)]
-    return [_Moment(0.0, buffers=unit * (case.storage_bytes - case.compute_bytes)) for unit in units]
 
 
 def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
@@ -325,8 +312,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     if any(stage.last for stage in stages):
         head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=_lingering(case, stages))
         moments.append((step.gradients_at_loss[pp_rank], head))
-    if _reduces_at_end(case):
-        moments += [(gradients(case, stages), moment) for moment in _end_moments(case, stages)]
+    if case.flat:
+        moments = [(gradients(case, stages), moment) for _, moment in moments]
     gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),
