@@ -320,7 +320,7 @@ def test_a_header_of_absurd_length(theirs: Path, capfd: pytest.CaptureFixture[st
     file = theirs / "model.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
     said = refused(theirs, capfd)
-    assert f"a header of {length:,} bytes" in said and "Traceback" not in said
+    assert f"a header of {length:,} bytes" in said and len(said.splitlines()) == 1
 
 
 def test_weights_that_are_not_finite(theirs: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -186,7 +186,9 @@ def _open(path: Path) -> Any:
     try:
         _check_header(path)
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError, Unsafe) as error:
+    except Unsafe as error:
+        raise TplaunchError(Problem(f"{path}: {error}")) from None
+    except (OSError, SafetensorError) as error:
         fix = "download it again; files of pickled weights (.bin, .pth) are not read"
         raise TplaunchError(Problem(f"{path} cannot be read", why=str(error), fix=fix)) from None
 
