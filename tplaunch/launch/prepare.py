@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.fit import model_differences
-from tplaunch.checkpoint.store import list_checkpoints
-from tplaunch.errors import Problem, RecipeError
+from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
+from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.launch.resume import Before, Changes, before_this, data_changes, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
@@ -40,7 +40,8 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
 
     Raises:
         RecipeError: the model differs from that of the checkpoints; `none` would mix two runs in one directory;
-            no such checkpoint.
+            no such checkpoint; a checkpoint that is named, to go on from or for the initial weights, is damaged or
+            would run code.
     """
     elsewhere = "train in a new directory: --run-dir DIR"
     saved = list_checkpoints(run_dir.checkpoints)
@@ -50,6 +51,8 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         )
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise RecipeError(Problem(f"there is no checkpoint {resume}", fix="--resume auto takes the newest of the run"))
+    initial = checked.recipe.checkpoint.initial
+    _check_named({"--resume": None if resume in ("auto", "none") else resume, "checkpoint.initial": initial})
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe.model
         changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
@@ -58,6 +61,15 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             raise RecipeError(
                 *(Problem(f"is {new}, was {old}", why, f"{old}, or {elsewhere}", key=key) for key, old, new in changed)
             )
+
+
+def _check_named(named: Mapping[str, str | None]) -> None:
+    for key, path in named.items():
+        try:
+            if path is not None:
+                open_checkpoint(Path(path), key=key)
+        except TplaunchError as error:
+            raise RecipeError(*error.problems) from None
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,11 @@ class RunDir:
         return self.root / "result.json"
 
     @property
+    def refusal(self) -> Path:
+        """Why a helper module does not answer, where the user can mend it."""
+        return self.root / "refusal.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
