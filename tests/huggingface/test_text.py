@@ -15,10 +15,14 @@ from tokenizers import models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.families import HIDDEN, SEQ, VOCAB, reference
+from tplaunch.checkpoint.origin import origin_of
 from tplaunch.checkpoint.store import find_checkpoints, read_manifest
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import END_OF_DOCUMENT, train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.run import encode
+from tplaunch.generate.settings import Settings, read_settings
+from tplaunch.huggingface.folder import cached_import
 
 PROMPTS = ("To be or", f"or not{END_OF_DOCUMENT}to be", " that is", "")
 
@@ -48,16 +52,6 @@ def llama3(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def both_ends(path: Path) -> None:
-    tokenizer = byte_level(path)
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    s, e = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair=None, special_tokens=[("<s>", s), ("</s>", e)]
-    )
-    tokenizer.save(str(path))
-
-
 def sentencepiece(path: Path) -> None:
     """As Llama 2's and Mistral's: pieces, no pre-tokenizer, begin-of-sequence."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -70,24 +64,18 @@ def sentencepiece(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def theirs(folder: Path, make: Callable[[Path], None], family: str = "llama", **generation: Any) -> Any:
-    """A folder as it is published, with everything about text in it; the model."""
-    model = reference(family)
-    model.save_pretrained(folder)
+def theirs(folder: Path, make: Callable[[Path], None], **generation: Any) -> None:
+    """A folder as it is published, with everything about text in it."""
+    reference("llama").save_pretrained(folder)
     make(folder / "tokenizer.json")
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_DOCUMENT,
-        "odd": 1,
-        "model_max_length": 9,
-    }
+    end = "</s>" if make is sentencepiece else END_OF_DOCUMENT
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "odd": 1, "model_max_length": 99}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=3))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": end}))
     (folder / "chat_template.jinja").write_text("{{ messages }}\r\n")
     (folder / "additional_chat_templates").mkdir(exist_ok=True)
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=4))
-    return model
 
 
 def about_text(folder: Path) -> dict[str, bytes]:
@@ -107,41 +95,40 @@ def continued(path: Path, capfd: pytest.CaptureFixture[str], *more: str, prompts
     return [result["tokens"] for result in json.loads(out)], err
 
 
-def expected(folder: Path, model: Any, prompt: str) -> list[int]:
+def expected(folder: Path, prompt: str) -> list[int]:
     """What transformers makes after a prompt, with its own tokenizer and the folder's generation_config.json."""
-    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids.long()
     if not ids.numel():  # transformers has no tokens for an empty text here; a model begins a document
         ids = torch.zeros(1, 1, dtype=torch.int64)
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    made = loaded.generate(ids.long(), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    everything = torch.ones_like(ids)  # else transformers takes what equals the pad token for padding
+    made = loaded.generate(ids, attention_mask=everything, max_new_tokens=12, do_sample=False, pad_token_id=0)
     return made[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("make", [plain, llama3, both_ends, sentencepiece])
+@pytest.mark.parametrize("make", [plain, llama3, sentencepiece])
 def test_greedy_tokens_are_those_of_transformers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "theirs"
-    model = theirs(folder, make, eos_token_id=[VOCAB - 1, VOCAB - 2])
+    theirs(folder, make, eos_token_id=[VOCAB - 1, VOCAB - 2])
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
     found, _ = continued(tmp_path / "ours", capfd, "--temperature", "0")
-    assert found == [expected(folder, model, prompt) for prompt in PROMPTS]
+    assert found == [expected(folder, prompt) for prompt in PROMPTS]
     # And by the folder that we write: the model with the tokenizer still does the same there.
     assert run(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == Exit.DONE
-    assert found == [expected(tmp_path / "back", None, prompt) for prompt in PROMPTS]
+    assert found == [expected(tmp_path / "back", prompt) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("as_list", [True, False])
-def test_every_eos_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str], as_list: bool) -> None:
+def test_every_eos_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
-    model = theirs(folder, plain)
-    free = expected(folder, model, PROMPTS[0])
+    theirs(folder, plain)
+    free = expected(folder, PROMPTS[0])
     assert len(free) == 12
     eos = free[4]
-    content = {"eos_token_id": [VOCAB - 1, eos] if as_list else eos}
-    (folder / "generation_config.json").write_text(json.dumps(content))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCAB - 1, eos]}))
     stopped = free[: free.index(eos) + 1]
-    assert expected(folder, model, PROMPTS[0]) == stopped
+    assert expected(folder, PROMPTS[0]) == stopped
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
     found, _ = continued(tmp_path / "ours", capfd, "--temperature", "0", prompts=PROMPTS[:1])
     assert found == [stopped]
@@ -149,14 +136,14 @@ def test_every_eos_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str], as_l
 
 def test_an_eos_that_only_config_json_names_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
-    model = theirs(folder, plain)
-    eos = expected(folder, model, PROMPTS[0])[4]
+    theirs(folder, plain)
+    eos = expected(folder, PROMPTS[0])[4]
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [eos, 1]}))
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
     found, _ = continued(tmp_path / "ours", capfd, "--temperature", "0", prompts=PROMPTS[:1])
-    assert found == [expected(folder, model, PROMPTS[0])]
+    assert found == [expected(folder, PROMPTS[0])]
     assert found[0][-1] == eos
     assert run(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == Exit.DONE
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [eos, 1]
@@ -196,10 +183,20 @@ def test_how_tokens_are_chosen_is_the_folders_where_it_is_not_said(
     folder = tmp_path / "theirs"
     theirs(folder, plain, do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.1)
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
-    greedy, said = continued(tmp_path / "ours", capfd, "--temperature", "0", prompts=PROMPTS[:1])
+    found, said = continued(tmp_path / "ours", capfd, "--seed", "7", prompts=PROMPTS[:1])
     assert "repetition_penalty is not followed" in said
-    assert continued(tmp_path / "ours", capfd, "--seed", "7", prompts=PROMPTS[:1])[0] == greedy
-    assert continued(tmp_path / "ours", capfd, "--seed", "7", "--top-k", "0", prompts=PROMPTS[:1])[0] != greedy
+    (folder / "generation_config.json").unlink()  # top_k: 1 alone takes the likeliest
+    assert found == [expected(folder, PROMPTS[0])]
+
+
+def test_settings_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    assert read_settings(path) == Settings()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 5, "repetition_penalty": 1.0}')
+    assert read_settings(path) == Settings(ends=(7,))  # greedy there: top_k would not be followed
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 5, "temperature": 0.5, "top_p": 1}')
+    assert read_settings(path) == Settings(temperature=0.5, top_k=5, top_p=1)
+    assert read_settings(tmp_path / "other.tokenizer.json") == Settings()  # no folder's own
 
 
 @pytest.mark.parametrize(
@@ -239,36 +236,34 @@ def test_a_folder_of_theirs_is_imported_on_first_use(
     tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "theirs"
-    model = theirs(folder, llama3, eos_token_id=VOCAB - 1)
-    greedy = ("--temperature", "0")
-    found, said = continued(folder, capfd, *greedy, prompts=PROMPTS[:1])
-    assert found == [expected(folder, model, PROMPTS[0])]
+    theirs(folder, llama3, eos_token_id=VOCAB - 1)
+    found, said = continued(folder, capfd, "--temperature", "0", prompts=PROMPTS[:1])
+    assert found == [expected(folder, PROMPTS[0])]
     assert "importing" in said
-    again, said = continued(folder, capfd, *greedy, prompts=PROMPTS[:1])
-    assert again == found and "importing" not in said
     (made,) = (cache / "imported").iterdir()
-    # What it says about text is always that of the folder.
+    # What it says about text is always that of the folder; the weights are those in the cache.
+    before = (made / "step-00000000" / "manifest.json").stat()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": found[0][0]}))
-    assert continued(folder, capfd, *greedy, prompts=PROMPTS[:1])[0] == [found[0][:1]]
+    assert cached_import(folder, cache) == made
+    assert read_settings(made / "tokenizer.json").ends == (found[0][0],)
+    assert (made / "step-00000000" / "manifest.json").stat() == before
     # And other weights are another import.
     changed = {name: tensor + 0.1 for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    _, said = continued(folder, capfd, *greedy, prompts=PROMPTS[:1])
-    assert "importing" in said
-    assert len(list((cache / "imported").iterdir())) == 2 and made.exists()
+    assert cached_import(folder, cache) != made
 
 
-def test_more_tokens_than_it_was_trained_for_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_tokens_than_it_was_trained_for_is_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     theirs(folder, plain, eos_token_id=VOCAB - 1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 15}))
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
-    given = ("-p", "To be or not to be", "--max-tokens")
-    for count, warned in (("2", False), ("12", True)):
-        capfd.readouterr()
-        assert run(["generate", str(tmp_path / "ours"), *given, count]) == Exit.DONE
-        assert ("more than the 15 that the model was trained for" in capfd.readouterr().err) == warned
+    origin = origin_of(tmp_path / "ours")
+    count = len(encode(origin, ["To be or not to be"], 1).ids[0])
+    assert encode(origin, ["", "To be or not to be"], 15 - count).warnings == []
+    (warning,) = encode(origin, ["", "To be or not to be"], 16 - count).warnings
+    assert warning == "16 tokens, prompt and all, are more than the 15 that the model was trained for"
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
