@@ -162,17 +162,18 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, oldest first: itself, or those of a run directory.
+    """The checkpoints that a path means, oldest first: itself, or those of a run directory, or of a folder of some.
 
     Raises:
         TplaunchError: there is none.
     """
     if is_checkpoint(path):
         return [path]
-    found = [checkpoint for _, checkpoint in list_checkpoints(RunDir(path).checkpoints)]
+    found = list_checkpoints(RunDir(path).checkpoints) or list_checkpoints(path)
     if not found:
-        raise TplaunchError(Problem(f"no checkpoint in {path}", fix="name a run directory, or one checkpoint in it"))
-    return found
+        fix = "name a run directory, a folder of step-*, or one of these"
+        raise TplaunchError(Problem(f"no checkpoint in {path}", fix=fix))
+    return [checkpoint for _, checkpoint in found]
 
 
 def commit(temporary: Path, manifest: Manifest) -> Path:

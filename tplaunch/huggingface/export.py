@@ -1,5 +1,5 @@
 """A checkpoint -> a folder that transformers, vLLM, TensorRT-LLM, NeMo and Megatron-Bridge read: safetensors,
-`config.json` and, where it is known, the tokenizer."""
+`config.json` and, where it is known, the tokenizer and what was said beside it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.load import dtype_of, load_tensors
 from tplaunch.checkpoint.metadata import read_metadata
+from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG, copy_text, read_beside
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
@@ -70,6 +71,8 @@ def export(
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
     config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
+    if tokenizer is not None and tokens is not None:
+        config |= _special_tokens(tokenizer, tokens)
     tensors = hf_tensors(model, family_of(model))
     shards = list(_shards(tensors, dtype.itemsize, shard_bytes))
     temporary = out.with_name(out.name + ".tmp")
@@ -92,8 +95,8 @@ def export(
         total = {"total_size": elements * dtype.itemsize, "total_parameters": elements}
         _write_json(temporary / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     _write_json(temporary / "config.json", config)
-    if tokens is not None:
-        _write_tokenizer(temporary, tokens, seq_len)
+    if tokenizer is not None and tokens is not None:
+        _write_text(temporary, tokenizer, tokens, seq_len)
     temporary.rename(out)
     return Exported(names, elements, tokens is not None)
 
@@ -146,16 +149,35 @@ def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return (whole.t() if tensor.transposed else whole).contiguous()
 
 
-def _write_tokenizer(folder: Path, tokens: Tokenizer, seq_len: int) -> None:
-    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokens.decode([tokens.eod], skip_special_tokens=False),
-        "model_max_length": seq_len,
-        "clean_up_tokenization_spaces": False,
+def _special_tokens(tokenizer: Path, tokens: Tokenizer) -> dict[str, Any]:
+    """What `config.json` says of them, as the folder said it that the tokenizer came from."""
+    begin = {"bos_token_id": tokens.begin[0]} if tokens.begin else {}
+    said = read_beside(tokenizer, GENERATION)
+    return begin | {
+        key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key) is not None
     }
-    _write_json(folder / "tokenizer_config.json", about)
-    _write_json(folder / "generation_config.json", {"eos_token_id": tokens.eod})
+
+
+def _write_text(folder: Path, tokenizer: Path, tokens: Tokenizer, seq_len: int) -> None:
+    """The tokenizer and what lies beside it, unchanged; else what is known of it."""
+    if tokenizer.name == TOKENIZER:
+        copy_text(tokenizer.parent, folder)
+    else:
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    begin = {"bos_token": tokens.decode(tokens.begin[:1], skip_special_tokens=False)} if tokens.begin else {}
+    made = {
+        TOKENIZER_CONFIG: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **begin,
+            "eos_token": tokens.decode([tokens.eod], skip_special_tokens=False),
+            "model_max_length": seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+        GENERATION: {**({"bos_token_id": tokens.begin[0]} if tokens.begin else {}), "eos_token_id": tokens.eod},
+    }
+    for name, content in made.items():
+        if not (folder / name).exists():
+            _write_json(folder / name, content)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import tplaunch
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.state import TrainingProgress
+from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular
-from tplaunch.huggingface.config import Read, read_config
+from tplaunch.huggingface.config import GPT2, Family, Read
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.parallel.data_parallel import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
@@ -36,22 +38,27 @@ _INDEX = "model.safetensors.index.json"
 # What old files have beside the weights: masks, rotary tables, a tied matrix said twice.
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _MAX_HEADER = 10**8  # bytes; the format's own limit
+_HEAD = "lm_head.weight"
+_ROWS = 4096  # of a matrix, compared at a time
 _PREFIX = "transformer."  # GPT-2's published files leave it out
 
 
-def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
+def import_model(folder: Path, out: Path, read: Read, before_commit: Callable[[], object]) -> Path:
     """Write `out/step-00000000`, a checkpoint with the weights of a Hugging Face folder and no optimizer state.
 
     Weights keep their dtype. One tensor is held at a time.
+
+    Args:
+        folder: with the safetensors files.
+        out: where the checkpoint goes.
+        read: the model in them.
+        before_commit: called when the weights are written, before the checkpoint gets its name.
 
     Raises:
         TplaunchError: the folder holds no such model, or not all of it, or numbers that are not finite, or would have
             us read outside of it; or `out` holds a checkpoint already. Nothing is written then.
     """
-    read = read_config(folder / "config.json")
     final = out / store.checkpoint_name(0)
-    if final.exists():
-        raise TplaunchError(Problem(f"{final} exists already", fix="name another folder, or remove it"))
     temporary = out / f"{final.name}.tmp"
     with ExitStack() as opened:
         source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=read.model.tie_embeddings)
@@ -79,7 +86,29 @@ def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
         "python": platform.python_version(),
     }
     state = {"progress": asdict(TrainingProgress()), "loss_scale": None}
-    return store.commit(temporary, store.Manifest(0, state, about, files)), read
+    before_commit()
+    return store.commit(temporary, store.Manifest(0, state, about, files))
+
+
+def head_is_its_own(folder: Path, family: Family) -> bool:
+    """Whether a folder has an output matrix that differs from its embedding: a fine-tuned head, under a
+    `config.json` that ties the two. transformers then does not tie them.
+
+    Raises:
+        TplaunchError: a file cannot be read.
+    """
+    embedding = "transformer.wte.weight" if family == GPT2 else "model.embed_tokens.weight"
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+        ours = embedding if embedding in where else embedding.removeprefix(_PREFIX)
+        if ours not in where or _HEAD not in where:
+            return False
+        one, other = where[ours].get_slice(ours), where[_HEAD].get_slice(_HEAD)
+        if one.get_shape() != other.get_shape():
+            return True
+        rows = range(0, one.get_shape()[0], _ROWS)
+        return any(not torch.equal(one[at : at + _ROWS], other[at : at + _ROWS]) for at in rows)
 
 
 def _write(source: _Source, temporary: Path, final: Path) -> None:
@@ -133,7 +162,7 @@ class _Source:
             dtypes.add(found.get_dtype())
             self._read[tensor.name] = file, key
             self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
-        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == "lm_head.weight")]
+        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == _HEAD)]
         problems += [f"{key} is none of the model's tensors" for key in extra]
         if other := dtypes - _PRECISIONS.keys():
             problems.append(f"holds {', '.join(sorted(other))}: quantized weights cannot be trained")
@@ -167,8 +196,8 @@ _PRECISIONS: dict[str, Precision] = {"F64": "fp64", "F32": "fp32", "BF16": "bf16
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files with the weights. A link may lead to the blobs of Hugging Face's cache, whose folders are made so."""
-    blobs = folder.absolute().parent.parent / "blobs" if folder.absolute().parent.name == "snapshots" else None
+    """The files with the weights."""
+    blobs = blobs_of(folder)
     index, names = folder / _INDEX, ["model.safetensors"]
     try:
         if index.exists():

@@ -11,6 +11,7 @@ from typing import Any
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
+from tplaunch.data.beside import TOKENIZER, copy_text
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.launch.resume import Before, Changes, before_this, data_changes, recipe_changes, refuse
@@ -138,6 +139,8 @@ def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Rec
 def write_ready(ready: Ready, run_dir: RunDir) -> None:
     """Write what the workers read into the run directory, and note what changed. The caller holds the directory."""
     if ready.tokenizer is not None and ready.tokenizer != run_dir.tokenizer.absolute():
+        if ready.tokenizer.name == TOKENIZER:
+            copy_text(ready.tokenizer.parent, run_dir.root)  # what its folder says about text, for export and generate
         write_atomic(run_dir.tokenizer, ready.tokenizer.read_bytes())
     write_atomic(run_dir.data_facts, json.dumps(ready.facts))
     write_recipe(ready.checked, run_dir)
