@@ -67,8 +67,10 @@ def read_cluster() -> Cluster:
     Raises:
         TplaunchError: see `tplaunch.slurm.client.call`.
     """
-    partitions = parse_partitions(client.call("scontrol", "--oneliner", "show", "partition"))
-    return Cluster(partitions, parse_nodes(client.call("sinfo", "--noheader", "--Node", "--format=%R|%c|%m|%G")))
+    partitions = parse_partitions(client.call("scontrol", "--all", "--oneliner", "show", "partition"))
+    return Cluster(
+        partitions, parse_nodes(client.call("sinfo", "--all", "--noheader", "--Node", "--format=%R|%c|%m|%G"))
+    )
 
 
 def parse_partitions(text: str) -> list[Partition]:
@@ -76,7 +78,9 @@ def parse_partitions(text: str) -> list[Partition]:
     found = []
     for line in text.splitlines():
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        known = {key: value for key, value in fields.items() if value not in ("ALL", "UNLIMITED", "(null)", "N/A")}
+        known = {
+            key: value for key, value in fields.items() if value not in ("ALL", "UNLIMITED", "NONE", "(null)", "N/A")
+        }
         if "PartitionName" not in fields:
             continue
         numbers = {key: int(value) for key, value in known.items() if value.isdecimal()}
@@ -100,7 +104,7 @@ def parse_nodes(text: str) -> list[Node]:
     """The nodes, once for each of their partitions, in the output of `sinfo --Node --format='%R|%c|%m|%G'`."""
     found = []
     for line in text.splitlines():
-        partition, cpus, memory, gres = line.split("|")
+        partition, cpus, memory, gres = line.split("|", 3)
         gpus: dict[str, int] = {}
         # Such as gpu:h100:8(S:0-1),gpu:2,nvme:1; MIG's types have dots.
         for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,()]*[^\d:,()][^:,()]*))?:(\d+)", gres):
@@ -142,6 +146,8 @@ def _rule_problems(recipe: Recipe, topology: Topology, partition: Partition) -> 
         value, key = getattr(slurm, field), f"launch.slurm.{field}"
         if allowed is not None and value is not None and value not in allowed:
             yield Problem(f"{where} does not take {value}", fix=f"{key}: one of {', '.join(allowed)}", key=key)
+    if slurm.qos is not None:  # may lift the partition's limits
+        return
     if slurm.time is not None and partition.max_time is not None and slurm.time > partition.max_time:
         most, key = format_slurm_time(partition.max_time), "launch.slurm.time"
         what = f"{format_slurm_time(slurm.time)} is longer than {where} allows"
@@ -190,9 +196,9 @@ def _node_problems(recipe: Recipe, topology: Topology, partition: Partition, nod
     nodes = fit
     fit = [node for node in nodes if node.memory * MiB >= (slurm.mem or 0)]
     if slurm.mem is not None and len(fit) < count:
-        most, key = format_slurm_memory(_best(nodes, count, lambda node: node.memory) * MiB), "launch.slurm.mem"
+        key, size = "launch.slurm.mem", format_slurm_memory(_best(nodes, count, lambda node: node.memory) * MiB)
         what = _few(fit, count, partition, f"{format_slurm_memory(slurm.mem)} of memory")
-        yield Problem(what, fix=f"{key}: {most}", key=key)
+        yield Problem(what, fix=f"{key}: {size}", key=key)
 
 
 def _best(nodes: Sequence[Node], count: int, amount: Callable[[Node], int]) -> int:
