@@ -83,6 +83,14 @@ def test_too_many_nodes_are_told_once() -> None:
     assert (problem.key, problem.fix) == ("topology.nodes", "topology.nodes: 3")
 
 
+def test_gpus_in_too_few_nodes() -> None:
+    mixed = Partition("mixed", True, 2, None, None, None, None, None)
+    nodes = [Node("mixed", 32, 4000, {"": 4}), Node("mixed", 32, 4000, {})]
+    (problem,) = cluster_problems(recipe_of(), TWO_NODES, Cluster([mixed], nodes))
+    assert problem.what == "one node of partition mixed has 4 GPUs, 2 are asked for"
+    assert problem.fix == "topology.nodes: 1"
+
+
 def test_a_cluster_without_a_default_partition() -> None:
     cluster = Cluster([LARGE], [])
     (problem,) = cluster_problems(recipe_of(), TWO_NODES, cluster)

@@ -361,7 +361,7 @@ def test_a_refusal_of_sbatch_names_the_key(site: Site, capsys: pytest.CaptureFix
     (site.fake / "sbatch").write_text(SBATCH.replace("number=", f"echo '{said}' >&2; exit 1; number="))
     assert tplaunch(["submit", "tiny.yaml"]) == Exit.FAILED
     error = capsys.readouterr().err
-    assert said in error and "fix: launch.slurm.account; see yours: sacctmgr" in error
+    assert said in error and "fix: change launch.slurm.account; see yours: sacctmgr" in error
 
 
 def test_status_shows_figures_and_the_time_that_is_left(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

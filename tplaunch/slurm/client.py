@@ -135,10 +135,12 @@ _REFUSALS = [
 
 
 def _explain_refusal(problem: Problem) -> Problem:
+    if not problem.why.startswith("sbatch:"):  # not installed, or no answer
+        return problem
     for pattern, keys, fix in _REFUSALS:
         if re.search(pattern, problem.why):
-            return replace(problem, fix=f"launch.slurm.{keys}; {fix}")
-    return problem
+            return replace(problem, what="Slurm refuses the job", fix=f"change launch.slurm.{keys}; {fix}")
+    return replace(problem, what="Slurm refuses the job")
 
 
 def find_job(job_id: str) -> Job | None:

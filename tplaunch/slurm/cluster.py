@@ -176,8 +176,11 @@ def _node_problems(recipe: Recipe, topology: Topology, partition: Partition, nod
             elif kind is not None and not any(node.gpus_of(kind) for node in nodes):
                 text = f"one of {', '.join(filter(None, types))}" if any(types) else "null: they have no types there"
                 yield Problem(what, fix=f"launch.slurm.gpu_type: {text}", key="launch.slurm.gpu_type")
-            else:
+            elif most:
                 yield Problem(what, fix=f"topology.gpus_per_node: {most}", key="topology.gpus_per_node")
+            else:
+                some = sum(node.gpus_of(kind) > 0 for node in nodes)
+                yield Problem(what, fix=f"topology.nodes: {some}", key="topology.nodes")
             fit = sorted(nodes, key=lambda node: -node.gpus_of(kind))[:count]
         nodes = fit
     cpus = cpus_per_node(recipe, topology)
