@@ -206,6 +206,17 @@ class RunDir:
             file.flush()
             yield
 
+    def is_held(self) -> bool:
+        """Whether a launch holds the run directory (`lock`)."""
+        try:
+            with self.lock_file.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # never held, or without locks
+            return False
+        return False
+
 
 def runs_under(path: Path) -> list[RunDir]:
     """The run directory at a path, or those in it: runs/, or a sweep, or runs/ with sweeps in it."""
