@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "documents": case(2, 2, 2, sequence_parallel=True, training={"document_mask": True, "eod_mask_loss": True}),
     "documents-gpt2-kv": case(4, 1, 2, sequence_parallel=True, model=GPT2, training={"document_mask": True}),
     "documents-pp4-full": case(1, 4, 2, training={"document_mask": True, "recompute": "full"}),
+    "documents-hsdp": case(1, 1, 4, zero=3, dp_replicate=2, training={"eod_mask_loss": True}),
     "batch-ramp-up": case(1, 2, 2, training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
