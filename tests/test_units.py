@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tplaunch.units import format_bytes, format_count, format_duration, parse_bytes, parse_count, parse_duration
+from tplaunch.units import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_slurm_memory,
+    format_slurm_time,
+    parse_bytes,
+    parse_count,
+    parse_duration,
+    parse_slurm_memory,
+    parse_slurm_time,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +99,80 @@ def test_decimals_are_exact(thousandths: int) -> None:
 )
 def test_formatted_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+# What was asked, and what `scontrol show job` of Slurm 22.05 said; tests/slurm/test_cluster.py asks it again.
+SLURM_TIMES = {
+    "4:00": "00:04:00",
+    "0:30": "00:01:00",
+    "90:00": "01:30:00",
+    "24:00:00": "1-00:00:00",
+    "1:75:00": "02:15:00",
+    "1-12": "1-12:00:00",
+    "1-12:30": "1-12:30:00",
+    "1-12:30:15": "1-12:31:00",
+}
+SLURM_SIZES = {"64G": "64G", "64g": "64G", "3000M": "3000M", "1024M": "1G", "1500K": "2M", "1T": "1T", "0": "0"}
+
+
+@pytest.mark.parametrize("text", SLURM_TIMES)
+def test_a_time_limit_is_what_it_is_to_slurm(text: str) -> None:
+    assert format_slurm_time(parse_slurm_time(text)) == SLURM_TIMES[text]
+
+
+@pytest.mark.parametrize("text", SLURM_SIZES)
+def test_memory_is_what_it_is_to_slurm(text: str) -> None:
+    assert format_slurm_memory(parse_slurm_memory(text)) == SLURM_SIZES[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("2h", "02:00:00"), ("1d", "1-00:00:00"), ("90s", "00:02:00"), ("1.5h", "01:30:00")]
+)
+def test_durations_are_time_limits_too(text: str, shown: str) -> None:
+    assert format_slurm_time(parse_slurm_time(text)) == shown
+
+
+@pytest.mark.parametrize(("text", "shown"), [("64GiB", "64G"), ("1.5TiB", "1536G"), ("1.5G", "1536M")])
+def test_sizes_of_a_recipe_are_memory_too(text: str, shown: str) -> None:
+    assert format_slurm_memory(parse_slurm_memory(text)) == shown
+
+
+@pytest.mark.parametrize("value", [30, "30", 86400, " 30 ", 0])
+def test_a_bare_time_limit_is_refused_with_both_meanings(value: int | str) -> None:
+    number = int(value)
+    minutes, seconds = format_slurm_time(60 * number), format_slurm_time(-(-number // 60) * 60)
+    with pytest.raises(
+        ValueError, match=rf"minutes to sbatch \({minutes}\), but seconds .* \({seconds}\): write {number}m"
+    ):
+        parse_slurm_time(value)
+
+
+@pytest.mark.parametrize(("value", "fix"), [(65536, "65536M"), ("65536", "65536M"), ("64GB", "64G"), ("1.5tb", "1.5T")])
+def test_memory_of_two_meanings_is_refused(value: int | str, fix: str) -> None:
+    with pytest.raises(ValueError, match=f"to sbatch, but .*: write {fix}"):
+        parse_slurm_memory(value)
+
+
+@pytest.mark.parametrize("value", ["", "x", "1-", "-1", "1:2:3:4", "1-2:3:4:5", "24:00h", "\u0661:00", True, None, []])
+def test_what_is_no_time_limit(value: object) -> None:
+    with pytest.raises(ValueError):
+        parse_slurm_time(value)
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1G", "1G2", "1P", "\u0661G", True, None, []])
+def test_what_is_no_memory(value: object) -> None:
+    with pytest.raises(ValueError):
+        parse_slurm_memory(value)
+
+
+@given(st.text(max_size=12) | st.integers() | st.floats())
+def test_any_value_is_slurms_or_a_value_error(value: object) -> None:
+    for parse, show in ((parse_slurm_time, format_slurm_time), (parse_slurm_memory, format_slurm_memory)):
+        with contextlib.suppress(ValueError):
+            assert parse(show(parse(value))) == parse(value)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_what_slurm_shows_is_read_back(minutes: int, mebibytes: int) -> None:
+    assert parse_slurm_time(format_slurm_time(60 * minutes)) == 60 * minutes
+    assert parse_slurm_memory(format_slurm_memory(mebibytes * 2**20)) == mebibytes * 2**20

@@ -1,18 +1,25 @@
-"""Files that must survive a crash: durable atomic writes, JSON lines, locks, tails and checksums."""
+"""Files that must survive a crash: durable atomic writes, JSON lines, locks, tails and checksums; and files from
+elsewhere, which may be meant to harm."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Record = dict[str, Any]
+
+
+class Unsafe(ValueError):
+    """A file from elsewhere asks for what no such file needs: to run code, or to read outside its folder."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -142,9 +149,44 @@ def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a regular file's bytes, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def inside(folder: Path, name: Any, *, also: Path | None = None) -> Path:
+    """The file that a name means in a folder; name and folder come from elsewhere.
+
+    Args:
+        also: links may lead here, too.
+
+    Raises:
+        Unsafe: the name is absolute, or leaves the folder by `..` or through a link.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise Unsafe(f"names {str(name)[:100]!r}, which is no file")
+    path = folder / name
+    try:
+        roots = [root.resolve() for root in (folder, also) if root is not None]
+        leaves = ".." in Path(name).parts or not any(path.resolve().is_relative_to(root) for root in roots)
+    except (OSError, RuntimeError):  # a ring of links
+        leaves = True
+    if leaves or Path(name).is_absolute():
+        raise Unsafe(f"names {name[:100]!r}, which is outside of {folder}")
+    return path
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file from elsewhere for reading; never wait for one that is a pipe.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return os.fdopen(descriptor, "rb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -15,6 +16,12 @@ _BYTES: dict[str, int | Decimal] = {
 }
 _SECONDS: dict[str, int | Decimal] = {"ms": Decimal("0.001"), "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _COUNTS: dict[str, int | Decimal] = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
+_SLURM_BYTES: dict[str, int | Decimal] = {
+    **{p: 1024**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGTP", 1)},
+}
+# minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]; no part is bounded, as with sbatch.
+_SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})", re.ASCII)
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -55,6 +62,81 @@ def parse_duration(text: str | int | float) -> float:
         ValueError: not a duration.
     """
     return float(_parse(text, _SECONDS, '"2h"'))
+
+
+def parse_slurm_time(value: object) -> int:
+    """Seconds of a Slurm time limit: "24:00:00", "90:00" (minutes), "1-12" (days and hours), or a duration ("2h").
+
+    Rounded up to whole minutes, which is as fine as Slurm's limits are.
+
+    Raises:
+        ValueError: not a time limit, or a bare number: sbatch would take it for minutes, a duration for seconds.
+    """
+    # A number with a point is none of Slurm's formats; resolved recipes have held seconds so.
+    if isinstance(value, float):
+        return _whole_minutes(parse_duration(value))
+    text = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    if text.isascii() and text.isdigit():
+        number = int(text[:12])
+        raise ValueError(
+            f"{text} is minutes to sbatch ({format_slurm_time(number * 60)}), but seconds where a recipe has other "
+            f"durations ({format_slurm_time(_whole_minutes(number))}): write {number}m or {number}s"
+        )
+    match = _SLURM_TIME.fullmatch(text)
+    if match is None:
+        if not text[-1:].isalpha():
+            raise ValueError(f"{value!r} is no time limit, such as 24:00:00, 1-12:00:00, 90:00 (minutes) or 2h")
+        return _whole_minutes(parse_duration(text))
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is None:  # minutes:seconds come before hours:minutes:seconds
+        hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts)
+    else:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return _whole_minutes(int(match["days"] or 0) * 86400 + hours * 3600 + minutes * 60 + seconds)
+
+
+def _whole_minutes(seconds: float) -> int:
+    return math.ceil(seconds / 60) * 60
+
+
+def format_slurm_time(seconds: int) -> str:
+    """Seconds as `scontrol` shows a time limit: 129600 -> "1-12:00:00", 5400 -> "01:30:00"."""
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def parse_slurm_memory(value: object) -> int:
+    """Bytes of a Slurm memory size such as "64G" or "64GiB", both of 2^30; 0 is all memory of a node.
+
+    Rounded up to whole MiB, as Slurm counts.
+
+    Raises:
+        ValueError: not a size, or one that sbatch takes for another: a bare number (MiB), or "64GB" (2^30 each).
+    """
+    text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{value!r} is no size of memory, such as 64G, 1500M or 64GiB")
+    unit = match[2].upper()
+    if unit == "" and Decimal(match[1]):
+        raise ValueError(f"{text} is MiB to sbatch, but bytes where a recipe has other sizes: write {text}M or say GiB")
+    if len(unit) == 2 and unit in map(str.upper, _BYTES):
+        larger, smaller = f"{match[1]}{unit[0]}", f"1024^{'KMGTP'.index(unit[0]) + 1}"
+        raise ValueError(
+            f"{text} counts in {smaller} bytes to sbatch, but in {smaller.replace('1024', '1000')} where a recipe has "
+            f"other sizes: write {larger}, which is {larger}iB"
+        )
+    return math.ceil(_parse(text, _SLURM_BYTES, "64G") / MiB) * MiB
+
+
+def format_slurm_memory(count: int) -> str:
+    """Bytes of whole MiB as `scontrol` shows memory: 64 * 2^30 -> "64G", 1500 * 2^20 -> "1500M", 0 -> "0"."""
+    for unit in "TGM":
+        size = int(_SLURM_BYTES[unit])
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return "0"
 
 
 def parse_count(text: str | int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tplaunch.checkpoint.store import (
     MANIFEST,
@@ -24,7 +26,8 @@ from tplaunch.checkpoint.store import (
     sweep,
 )
 
-CONTENT = {"__0_0.distcp": bytes(range(256)) * 3, "__1_0.distcp": b"\x00" * 40, ".metadata": b"pickle"}
+EMPTY = pickle.dumps(Metadata({}, storage_data={}))
+CONTENT = {"__0_0.distcp": bytes(range(256)) * 3, "__1_0.distcp": b"\x00" * 40, ".metadata": EMPTY}
 
 
 def write(root: Path, step: int, content: dict[str, bytes] | None = None) -> Path:

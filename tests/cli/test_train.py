@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
+from tplaunch.checkpoint.store import Manifest, commit
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
 from tplaunch.files import append_line
@@ -128,9 +131,15 @@ def test_resume_none_keeps_runs_apart(here: Path, capsys: pytest.CaptureFixture[
 def test_resume_from_a_path(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tplaunch(["train", "tiny.yaml", "--resume", "elsewhere/step-00000003", "--dry-run"]) == Exit.USAGE
     assert "there is no checkpoint" in capsys.readouterr().err
-    (here / "elsewhere/step-00000003").mkdir(parents=True)
+    temporary = here / "elsewhere/step-00000003.tmp"
+    temporary.mkdir(parents=True)
+    (temporary / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    made = commit(temporary, Manifest(3, {}, {}, {}))
     assert tplaunch(["train", "tiny.yaml", "--resume", "elsewhere/step-00000003", "--dry-run"]) == Exit.DONE
     assert f"TPLAUNCH_RESUME={here}/elsewhere/step-00000003 " in capsys.readouterr().out
+    (made / "manifest.json").write_text("{}")
+    assert tplaunch(["train", "tiny.yaml", "--resume", "elsewhere/step-00000003", "--dry-run"]) == Exit.USAGE
+    assert "manifest.json is damaged" in capsys.readouterr().err
 
 
 def test_a_busy_run_directory_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def _generate(family: str, tp: int, pp: int, checkpoint: str) -> tuple[list[int]
     recipe = _recipe(family, tp, pp)
     mesh = Mesh.of(recipe, torch.device("cpu"))
     stage = load_stage(recipe, mesh, Path(checkpoint), len(PROMPT) + MOST)
-    tokens = list(generate(stage, mesh, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, end=None))
+    tokens = list(generate(stage, mesh, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
     cached, whole = (Decoder(stage, mesh, len(PROMPT) + MOST) for _ in range(2))
     step = cached.logits(torch.tensor([PROMPT]))
     for token in tokens:

@@ -139,7 +139,7 @@ TAILS: dict[str, tuple[str, list[str]]] = {
         ["r:7:26: optimizer.betas[1]: expected a number from 0 to 1"],
     ),
     "a beta of 1": ("optimizer: {betas: [1.0, 0.9]}\n", ["r:7:20: optimizer.betas: each beta must be below 1"]),
-    "unknown unit": ("launch: {slurm: {mem: 3XB}}\n", ["r:7:23: launch.slurm.mem:", '"80GiB"', "unknown unit 'XB'"]),
+    "unknown unit": ("launch: {slurm: {mem: 3XB}}\n", ["r:7:23: launch.slurm.mem:", '"64GiB"', "unknown unit 'XB'"]),
     "negative duration": ('launch: {timeout: "-5m"}\n', ["r:7:19: launch.timeout:", '"2h"', 'got "-5m"']),
     "duration of zero": ("launch: {timeout: 0s}\n", ["launch.timeout: expected a number above 0", 'got "0s"']),
     "part of a count": (

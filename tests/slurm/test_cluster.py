@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tplaunch.errors import Exit
+from tests.test_units import SLURM_SIZES, SLURM_TIMES
+from tplaunch.errors import Exit, TplaunchError
 from tplaunch.files import append_line, read_lines
 from tplaunch.run.directory import RunDir
 from tplaunch.slurm import client as slurm
@@ -90,7 +91,7 @@ class Site:
             timeout=PATIENCE,
         )
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}\n{self.log()}"
-        return done.stdout
+        return done.stdout + (done.stderr if code else "")
 
     def submit(self, *argv: str) -> str:
         """Submits the recipe and returns the job's number."""
@@ -413,6 +414,127 @@ def test_examples_are_accepted_by_slurm(name: str) -> None:
         ["sbatch", "--test-only", ROOT / "slurm" / name, "x"], env=environ, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+ASKED = [
+    ("gpu_type=h100", "topology.gpus_per_node=8"),
+    ("nodelist=b[7-8]",),
+    ("exclude=b[1-60]",),
+    ("licenses=matlab:2",),
+    ("mail_type=END,FAIL,TIME_LIMIT_90", "mail_user=me+x@example.org"),
+    ("comment='a \"b\" # c: $(d)'",),
+    ("switches=1",),
+    ("switches=1@2:00:00",),
+    ("exclusive=true",),
+    ("exclusive=user",),
+    ("dependency=afterok:1:2,singleton",),
+    ("dependency=afterok:1?afternotok:1",),
+    ('sbatch=["--wckey=x y", "--contiguous", "--nice=10", "--begin=now+1hour", "--no-kill"]',),
+    ("time=1-12",),
+    ("mem=64G",),
+    ("mem=0",),
+]
+
+
+@pytest.mark.parametrize("settings", ASKED, ids=lambda settings: settings[0])
+def test_every_key_is_an_option_that_slurm_takes(site: Site, settings: tuple[str, ...]) -> None:
+    """On the 64 nodes of 8 H100 that are only imagined."""
+    settings = ("partition=big", "gpus=true", *settings)
+    overrides = [text if text.startswith("topology.") else f"launch.slurm.{text}" for text in settings]
+    words = [word for text in overrides for word in ("--set", text)]
+    if any(text.startswith("topology.") for text in overrides):
+        words += ["--set", "topology.tp=4", "--set", "topology.dp=2"]
+    (site.folder / "job").write_text(site.tplaunch("submit", "tiny.yaml", "--dry-run", *words))
+    slurm.call("sbatch", "--test-only", str(site.folder / "job"))
+
+
+@pytest.mark.parametrize(
+    "setting", ["gpu_type=b200", "nodelist=x[1-2]", "licenses=matlab:3", "mail_type=LUNCH", "sbatch=[--lunch=1]"]
+)
+def test_what_slurm_does_not_have_it_refuses_by_that_key(site: Site, setting: str) -> None:
+    """So that the test above proves that each option reaches Slurm."""
+    settings = ("partition=big", "gpus=true", setting)
+    words = [word for text in settings for word in ("--set", f"launch.slurm.{text}")]
+    (site.folder / "job").write_text(site.tplaunch("submit", "tiny.yaml", "--dry-run", *words))
+    with pytest.raises(TplaunchError):
+        slurm.call("sbatch", "--test-only", str(site.folder / "job"))
+
+
+def test_what_is_asked_for_is_what_slurm_understands(site: Site) -> None:
+    held = slurm.call("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+    settings = {
+        "comment": "'a \"b\" # c: $(d)'", "sbatch": '["--hold", "--nice=7"]', "gpu_type": "h100", "gpus": "true",
+        "dependency": f"afterany:{held}", "licenses": "matlab:2", "nodelist": "b7", "switches": "1@4:00",
+        "partition": "big", "mem": "64GiB", "time": "36h",
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in ("--set", f"launch.slurm.{key}={value}")]
+    said = slurm.call("scontrol", "show", "job", site.submit(*ONE_RANK, *words))
+    for text in (
+        'Comment=a "b" # c: $(d)', "Nice=7", "gpu:h100:1", "Licenses=matlab:2", "ReqNodeList=b7",
+        "MinMemoryNode=64G", "TimeLimit=1-12:00:00", "Switches=1@00:04:00", f"Dependency=afterany:{held}",
+    ):  # fmt: skip
+        assert text in said, f"{text}\n{said}"
+
+
+@pytest.mark.parametrize("option", ["time", "mem"])
+def test_times_and_sizes_are_to_slurm_what_they_are_here(option: str) -> None:
+    known, field = (SLURM_TIMES, "TimeLimit") if option == "time" else (SLURM_SIZES, "MinMemoryNode")
+    script = ["--hold", "--partition=big", "--output=/dev/null", "--wrap=true"]
+    for text, shown in known.items():
+        job = slurm.call("sbatch", "--parsable", f"--{option}={text}", *script).strip()
+        assert f" {field}={shown} " in slurm.call("scontrol", "show", "job", job).replace("\n", " "), text
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        (["launch.slurm.gpus=true", "topology.tp=4"], "launch.slurm.cpus_per_task: 8"),  # the default: 16, of 8
+        (["launch.slurm.partition=lunch"], "launch.slurm.partition: one of main, urgent, big"),
+        (["launch.slurm.mem=5G"], "launch.slurm.mem: 4000M"),
+        (["launch.slurm.partition=big", "launch.slurm.time=8-0"], "launch.slurm.time: 7-00:00:00"),
+        (["launch.slurm.gpus=true", "launch.slurm.gpu_type=h100"], "launch.slurm.gpu_type: null"),
+        (["topology.nodes=8", "topology.dp=4"], "topology.nodes: 4"),
+    ],
+)
+def test_what_cannot_be_given_is_said_before_submitting_and_what_is_said_does(
+    site: Site, settings: list[str], fix: str
+) -> None:
+    words = [word for text in settings for word in ("--set", text)]
+    error = site.tplaunch("submit", "tiny.yaml", *words, code=Exit.USAGE)
+    assert f"fix: {fix}" in error
+    assert not site.run_dir.root.exists()
+    key, _, value = fix.partition(": ")
+    if not value.startswith("one of") and key != "topology.nodes":
+        more = ["--set", f"{key}={value}"]
+        (site.folder / "job").write_text(site.tplaunch("submit", "tiny.yaml", "--dry-run", *words, *more))
+        slurm.call("sbatch", "--test-only", str(site.folder / "job"))
+
+
+def test_after_a_refusal_status_says_what_the_run_directory_knows(site: Site) -> None:
+    site.tplaunch("submit", "tiny.yaml", "--set", "launch.slurm.licenses=lunch:1", code=Exit.FAILED)
+    (row,) = site.status("tiny")
+    assert (row["state"], row["job"]) == ("new", "") and "never submitted" in row["why"]
+    site.tplaunch("train", "tiny.yaml", *ONE_RANK, "--set", "training.steps=2")
+    (row,) = site.status("tiny")
+    assert (row["state"], row["step"], row["steps"], row["why"]) == ("done", 2, 2, "the last step is done")
+
+
+def test_jobs_are_found_together_as_one_by_one(site: Site) -> None:
+    options = ["--parsable", "--hold", "--output=/dev/null", "--wrap=true"]
+    one = slurm.call("sbatch", *options).strip()
+    array = slurm.call("sbatch", "--array=0-1", *options).strip()
+    done = slurm.call("sbatch", "--parsable", "--output=/dev/null", "--wrap=exit 3").strip()
+    site.wait_for_state(done, "FAILED")
+    asked = [f"{array}_1", one, "999999", done]
+    found = slurm.find_jobs(asked)
+    assert list(found) == [f"{array}_1", one, done]
+    for job_id in (one, done):
+        single = slurm.find_job(job_id)
+        assert found[job_id] == slurm.Standing(
+            id=single.id, state=single.state, reason=single.reason, nodes=single.nodes, restarts=single.restarts
+        )
+    assert found[f"{array}_1"].state == "PENDING"
+    assert slurm.find_jobs(["999999"]) == slurm.find_jobs(["999998", "999999"]) == slurm.find_jobs([]) == {}
 
 
 def test_scripts_are_clean(site: Site) -> None:

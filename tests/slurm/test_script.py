@@ -46,7 +46,7 @@ def script_of(recipe: Recipe, topology: Topology = TWO_NODES, runs: list[Path] |
 def options_of(script: str) -> list[str]:
     """The options in the #SBATCH lines, comments taken off."""
     lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    return [re.sub(r"  # .*", "", line).removeprefix("#SBATCH ").rstrip() for line in lines]
+    return [re.sub(r"  # [^\"]*$", "", line).removeprefix("#SBATCH ").rstrip() for line in lines]
 
 
 def test_the_header_says_what_the_recipe_asks_for() -> None:
@@ -57,8 +57,18 @@ def test_the_header_says_what_the_recipe_asks_for() -> None:
         reservation="week1",
         constraint="[rack1|rack2]*2",
         exclude="n[3,7-9]",
-        time=90061.0,
-        mem=2**34 + 1,
+        time="1-1:01:01",
+        mem="16385M",
+        gpu_type="h100",
+        nodelist="n[1-2]",
+        licenses="matlab:2,ansys",
+        switches="1@2:00:00",
+        dependency="afterok:12:13,singleton",
+        mail_type="END,FAIL",
+        mail_user="me+x@example.org",
+        exclusive=True,
+        comment='a "b" # c',
+        sbatch=["--wckey=x y", "--contiguous"],
         cpus_per_task=24,
         grace=90.5,
     )
@@ -66,16 +76,26 @@ def test_the_header_says_what_the_recipe_asks_for() -> None:
         "--job-name=tiny",
         "--nodes=2",
         "--ntasks-per-node=1",
-        "--gres=gpu:4",
+        "--gres=gpu:h100:4",
         "--cpus-per-task=24",
         "--mem=16385M",
-        "--time=1-01:01:01",
+        "--time=1-01:02:00",
         "--partition=gpu",
         "--account=proj-1",
         "--qos=high",
         "--reservation=week1",
         "--constraint=[rack1|rack2]*2",
+        "--nodelist=n[1-2]",
         "--exclude=n[3,7-9]",
+        "--licenses=matlab:2,ansys",
+        "--switches=1@2:00:00",
+        "--dependency=afterok:12:13,singleton",
+        "--mail-type=END,FAIL",
+        "--mail-user=me+x@example.org",
+        "--exclusive",
+        r'--comment="a \"b\" # c"',
+        '--wckey="x y"',
+        "--contiguous",
         "--requeue",
         "--signal=B:USR1@91",
         "--open-mode=append",
@@ -141,7 +161,22 @@ def test_setup_and_modules_come_before_the_recipes_environment() -> None:
         ({"setup": ["echo 'open"]}, "launch.slurm.setup"),
         ({"setup": ["if true; then"]}, "launch.slurm.setup"),
         ({"grace": 70000.0}, "launch.slurm.grace"),
-        ({"time": 60.0, "grace": 60.0}, "launch.slurm.time"),
+        ({"time": "1:00", "grace": 60.0}, "launch.slurm.time"),
+        ({"gpu_type": "h100:8"}, "launch.slurm.gpu_type"),
+        ({"gpu_type": "h100", "gpus": False}, "launch.slurm.gpu_type"),
+        ({"nodelist": "n1 n2"}, "launch.slurm.nodelist"),
+        ({"licenses": "a b"}, "launch.slurm.licenses"),
+        ({"switches": "one"}, "launch.slurm.switches"),
+        ({"dependency": "afterok: 12"}, "launch.slurm.dependency"),
+        ({"mail_type": "END, FAIL"}, "launch.slurm.mail_type"),
+        ({"mail_user": "me\n#SBATCH --wrap=x"}, "launch.slurm.mail_user"),
+        ({"comment": "a\nb"}, "launch.slurm.comment"),
+        ({"comment": "a\\"}, "launch.slurm.comment"),
+        ({"comment": "\ud800"}, "launch.slurm.comment"),
+        ({"sbatch": ["--contiguous", "wckey=x"]}, "launch.slurm.sbatch[1]"),
+        ({"sbatch": ["-p gpu"]}, "launch.slurm.sbatch[0]"),
+        ({"sbatch": ["--wckey=x\n#SBATCH --wrap=x"]}, "launch.slurm.sbatch[0]"),
+        ({"sbatch": ["--wckey x"]}, "launch.slurm.sbatch[0]"),
         ({"container": {"image": "--privileged"}}, "launch.slurm.container.image"),
         ({"container": {"image": "a\nb"}}, "launch.slurm.container.image"),
         ({"container": {"image": "a", "mounts": ["/a:/b,/etc:/etc"]}}, "launch.slurm.container.mounts"),
@@ -153,6 +188,24 @@ def test_what_slurm_or_the_shell_cannot_take_is_refused(slurm: dict, key: str) -
         script_of(recipe_of(**slurm))
     (problem,) = caught.value.problems
     assert problem.key == key
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("--nodes=4", "say it by topology.nodes"),
+        ("--time=1:00", "say it by launch.slurm.time"),
+        ("--exclusive", "say it by launch.slurm.exclusive"),
+        ("--mail-type=END", "say it by launch.slurm.mail_type"),
+        ("--gres=gpu:2", "say it by topology.gpus_per_node and launch.slurm.gpu_type"),
+        ("--outp=x", "say it by --run-dir of tplaunch submit"),  # sbatch takes the beginning of a name
+        ("--test-only", "say it by --dry-run of tplaunch submit"),
+        ("--wrap=x", "leave it out"),
+    ],
+)
+def test_options_that_tplaunch_sets_itself_are_refused_with_where_to_say_it(line: str, fix: str) -> None:
+    (problem,) = find_problems(recipe_of(sbatch=[line]), TWO_NODES, [RUN])
+    assert problem.fix == fix and "is set by tplaunch itself" in problem.what
 
 
 def test_what_only_sounds_like_a_secret_is_taken() -> None:

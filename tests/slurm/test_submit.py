@@ -16,7 +16,7 @@ from tplaunch.errors import Exit, RecipeError, TplaunchError
 from tplaunch.files import append_line, read_lines
 from tplaunch.recipe.load import load_recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.slurm.runs import Follower, current_job, find_runs, status_of, wait_for
+from tplaunch.slurm.runs import Follower, current_job, find_runs, status_of, statuses_of, wait_for
 from tplaunch.slurm.submit import plan_submission, split_values
 
 RECIPE = """
@@ -37,6 +37,7 @@ echo "sbatch $*" >>"$SLURM_FAKE/calls"
 echo $number
 """
 SCONTROL = """#!/bin/bash
+[[ $* == *partition* ]] && { echo "PartitionName=main Default=YES TotalNodes=2 MaxTime=1-00:00:00"; exit; }
 state=$(cat "$SLURM_FAKE/jobs/${3%%_*}" 2>/dev/null) || { echo "Invalid job id specified" >&2; exit 1; }
 [[ $3 == *_* ]] && array="ArrayJobId=${3%%_*} ArrayTaskId=${3#*_} "
 [[ $state == PENDING* ]] || nodes=n1
@@ -44,6 +45,23 @@ echo "JobId=${3%%_*} ${array}JobName=tiny"
 echo "   JobState=$state Dependency=(null)"
 echo "   ExitCode=0:0 StartTime=2026-01-01T00:00:00"
 echo "   NodeList=${nodes:-(null)}"
+"""
+# As the real one, it knows nothing of a single job that is gone, and leaves out those that are gone among several.
+SQUEUE = """#!/bin/bash
+echo "squeue $*" >>"$SLURM_FAKE/calls"
+ids=${*##*--jobs=}
+[[ $* == *--jobs=* ]] || exit 0
+for id in ${ids//,/ }; do
+    state=$(cat "$SLURM_FAKE/jobs/${id%%_*}" 2>/dev/null) || continue
+    read -r state reason restarts <<<"$state"
+    [[ $state == PENDING ]] || nodes=n1
+    echo "$id|$state|${reason#Reason=}|$nodes|${restarts#Restarts=}|"
+    found=1
+done
+[[ $found || $ids == *,* ]] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+"""
+SINFO = """#!/bin/bash
+cat "$SLURM_FAKE/nodes" 2>/dev/null || printf 'main|8|4000|gpu:4\\n%.0s' 1 2
 """
 RECORD = '#!/bin/bash\necho "${0##*/} $*" >>"$SLURM_FAKE/calls"\n'
 
@@ -55,7 +73,13 @@ class Site:
         self.folder = folder
         self.fake = folder / "slurm-fake"
         (self.fake / "jobs").mkdir(parents=True)
-        for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "scancel": RECORD, "squeue": RECORD}.items():
+        for name, text in {
+            "sbatch": SBATCH,
+            "scontrol": SCONTROL,
+            "scancel": RECORD,
+            "squeue": SQUEUE,
+            "sinfo": SINFO,
+        }.items():
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
         (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 200)
@@ -239,7 +263,10 @@ def end(code: int, why: str) -> dict:
         ("FAILED Reason=NonZeroExitCode", [ATTEMPT, end(1, "giving up")], "failed", "giving up"),
         ("NODE_FAIL Reason=NodeDown", [ATTEMPT], "node_fail", "a node of it is down"),
         ("TIMEOUT Reason=TimeLimit", [ATTEMPT], "timeout", "TimeLimit"),
-        (None, [ATTEMPT], "gone", "does not know"),
+        (None, [ATTEMPT], "gone", "Slurm does not know the job any more; its attempt 1 ended without a word"),
+        (None, [], "gone", "Slurm does not know the job any more; it has not started the ranks"),
+        (None, [ATTEMPT, {"event": "done", "step": 8}], "done", "the last step is done"),
+        (None, [ATTEMPT, {"event": "checkpoint", "step": 4}], "gone", "the newest checkpoint is of step 4"),
         (None, [ATTEMPT, end(0, "the last step is done")], "done", "the last step is done"),
         (None, [{"event": "bad_nodes", "nodes": ["n2"]}], "failed", "bad nodes: n2"),
     ],
@@ -253,6 +280,88 @@ def test_status_of_every_kind_of_job(site: Site, slurm_state, events, state, why
     status = status_of(run)
     assert (status.job, status.state) == ("41", state)
     assert why in status.why
+
+
+def prepared_run(site: Site, *events: dict) -> RunDir:
+    """A run that never came to the queue: sbatch has refused it."""
+    (site.fake / "sbatch").write_text(SBATCH.replace("number=", "echo 'sbatch: error: no' >&2; exit 1; number="))
+    assert tplaunch(["submit", "tiny.yaml"]) == Exit.FAILED
+    run = RunDir(site.folder / "runs/tiny")
+    for event in events:
+        append_line(run.events, event)
+    return run
+
+
+HERE = {"event": "attempt", "attempt": 1, "job": "", "nodes": []}
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "why"),
+    [
+        ([], "new", "never submitted, and never started on this machine"),
+        ([HERE, end(0, "the last step is done")], "done", "the last step is done"),
+        ([HERE, {"event": "done", "step": 8}], "done", "the last step is done"),
+        ([HERE, {"event": "checkpoint", "step": 4}, {"event": "stopped", "step": 4}], "stopped", "is of step 4"),
+        ([HERE], "failed", "its attempt 1 ended without a word, without a checkpoint"),
+    ],
+)
+def test_status_of_a_run_that_slurm_never_had_is_what_its_directory_knows(site: Site, events, state, why) -> None:
+    status = status_of(prepared_run(site, *events))
+    assert (status.job, status.state) == ("", state)
+    assert status.why.endswith(why) and "Slurm" not in status.why
+    assert len(site.calls("squeue")) == 0
+
+
+def test_status_of_a_run_on_this_machine_that_goes_on(site: Site) -> None:
+    run = prepared_run(site, HERE)
+    with run.lock():
+        assert status_of(run).state == "running"
+    assert status_of(run).state == "failed"
+    with run.lock():  # which asking did not take
+        pass
+
+
+def test_a_run_that_went_on_on_this_machine_is_not_its_old_job(site: Site) -> None:
+    run = make_run(site, ATTEMPT, end(1, "failed"), HERE, {"event": "done", "step": 8})
+    site.set_state(41, "FAILED Reason=NonZeroExitCode")
+    assert status_of(run).state == "done"
+
+
+def test_status_asks_the_controller_once(site: Site) -> None:
+    tplaunch(["submit", "tiny.yaml", "--chain", "3"])
+    for k in (1, 2):
+        tplaunch(["submit", "tiny.yaml", "--run-dir", f"runs/more-{k}"])
+    (site.fake / "calls").unlink()
+    (site.fake / "jobs" / "44").unlink()
+    assert [row.state for row in statuses_of(find_runs(()))] == ["gone", "pending", "pending"]
+    assert len(site.calls("squeue")) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "fix"),
+    [
+        ("launch.slurm.gpus=true", "cpus_per_task", "launch.slurm.cpus_per_task: 8"),
+        ("launch.slurm.partition=gpu", "partition", "launch.slurm.partition: one of main"),
+        ("launch.slurm.time=2-0", "time", "launch.slurm.time: 1-00:00:00"),
+        ("launch.slurm.mem=5G", "mem", "launch.slurm.mem: 4000M"),
+        ("topology.nodes=4", "topology.nodes", "topology.nodes: 2"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_said_before_data_are_prepared(
+    site: Site, capsys: pytest.CaptureFixture[str], setting: str, key: str, fix: str
+) -> None:
+    assert tplaunch(["submit", "tiny.yaml", "--set", setting]) == Exit.USAGE
+    error = capsys.readouterr().err
+    assert key in error and f"fix: {fix}" in error
+    assert not (site.folder / "runs").exists() and not site.calls("sbatch")
+
+
+def test_a_refusal_of_sbatch_names_the_key(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
+    (site.fake / "sbatch").write_text(SBATCH.replace("number=", f"echo '{said}' >&2; exit 1; number="))
+    assert tplaunch(["submit", "tiny.yaml"]) == Exit.FAILED
+    error = capsys.readouterr().err
+    assert said in error and "fix: change launch.slurm.account; see yours: sacctmgr" in error
 
 
 def test_status_shows_figures_and_the_time_that_is_left(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ written here anew, from what the recipe's options promise, so that no fault of o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ CASES = {
         rate=_cosine,
         resumed=True,
     ),
+    "validation": Case(training={"eval_every": 3, "eval_steps": 2}),
+    "validation-eod-mask-loss": Case(training={"eval_every": 8, "eval_steps": 2, "eod_mask_loss": True}),
     "bf16": Case(training={"precision": "bf16"}, tolerance=0.01),
     "fp16": Case(training={"precision": "fp16", "grad_clip": 1.9}, optimizer=SGD, tolerance=0.003),
 }
@@ -198,7 +201,7 @@ def recipe(start: Start, case: Case, topology: dict[str, Any]) -> dict[str, Any]
         "training": {**training, "precision": "fp32", "grad_clip": None, "loss_chunk": 20, **(case.training or {})},
         "optimizer": {**ADAMW, **(case.optimizer or {})},
         "lr_schedule": {"decay": "constant", **(case.lr_schedule or {})},
-        "data": {"train": str(start.corpus)},
+        "data": {"train": str(start.corpus), "validation": str(start.corpus)},
         "checkpoint": {"initial": str(start.checkpoint)},
         "logging": {"every": 1, "wandb": {"mode": "disabled"}},
     }
@@ -225,6 +228,7 @@ class Reference:
         else:
             self.optimizer = torch.optim.AdamW(groups, rate, BETAS, EPS)
         self.scheduler = case.rate(self.optimizer) if case.rate else None
+        self.validation: dict[int, float] = {}  # step -> mean loss over the validation data
 
     def curve(self) -> list[tuple[float, float, float]]:
         """(loss, gradient norm, rate) of every step."""
@@ -233,7 +237,7 @@ class Reference:
             if self.scheduler is not None:
                 self.scheduler.step()  # the rate of an update is that of its number, from 1
             size = self._batch_size(step)
-            loss = self._loss(range(done, done + size))
+            loss = self._loss(self._places(range(done, done + size)))
             done += size
             self.optimizer.zero_grad()
             loss.backward()
@@ -241,7 +245,16 @@ class Reference:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
             found.append((loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"]))
             self.optimizer.step()
+            every = self.training.get("eval_every")
+            if every and (step % every == 0 or step == STEPS):
+                self.validation[step] = self._validate()
         return found
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """The mean over global batches, from the corpus' start and in its order, of each one's mean loss."""
+        firsts = range(0, self.training["eval_steps"] * BATCH, BATCH)
+        return float(np.mean([self._loss(range(first, first + BATCH)).item() for first in firsts]))
 
     def _batch_size(self, step: int) -> int:
         ramp = self.training.get("batch_ramp_up")
@@ -250,13 +263,17 @@ class Reference:
         sizes = [size for size in range(ramp["start"], BATCH, ramp["increment"]) for _ in range(ramp["steps"])]
         return [*sizes, *[BATCH] * STEPS][step - 1]
 
-    def _loss(self, numbers: range) -> Tensor:
-        """Mean over the targets that count of samples with these numbers in the run."""
+    def _places(self, numbers: range) -> list[int]:
+        """Which samples of the corpus have these numbers in the run."""
+        samples = (len(self.start.stream) - 1) // SEQ
+        places: list[int] = SampleOrder((samples,), (1.0,), SEED).locate(np.asarray(numbers))[1].tolist()
+        return places
+
+    def _loss(self, places: Iterable[int]) -> Tensor:
+        """Mean over the targets that count of these samples of the corpus."""
         stream, starts = self.start.stream, self.start.starts
-        samples = (len(stream) - 1) // SEQ
-        _, places = SampleOrder((samples,), (1.0,), SEED).locate(np.asarray(numbers))
         losses = []
-        for place in places.tolist():
+        for place in places:
             first = place * SEQ
             logits = self._logits(first)
             targets = torch.from_numpy(stream[first + 1 : first + 1 + SEQ])
@@ -277,7 +294,7 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, list[tuple[float, float, float]]]:
+def references() -> dict[str, tuple[list[tuple[float, float, float]], dict[int, float]]]:
     return {}
 
 
@@ -288,7 +305,9 @@ def test_each_step_is_that_of_transformers_and_torch(
 ) -> None:
     case = CASES[name]
     if name not in references:
-        references[name] = Reference(start, case).curve()
+        reference = Reference(start, case)
+        references[name] = reference.curve(), reference.validation
+    curve, validation = references[name]
     raw = recipe(start, case, TOPOLOGIES[topology])
     ranks = 4 if topology == "tp2-pp2" else 1
     if case.resumed:
@@ -296,11 +315,13 @@ def test_each_step_is_that_of_transformers_and_torch(
     world.run(ranks, run, raw, str(tmp_path), None)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    for record, (loss, norm, rate) in zip(records, references[name], strict=True):
+    for record, (loss, norm, rate) in zip(records, curve, strict=True):
         assert record["lr"] == pytest.approx(rate, rel=1e-12), record["step"]
         ours = (record["loss"], record["grad_norm"])
         assert ours == pytest.approx((loss, norm), rel=case.tolerance), record["step"]
-    losses, norms, _ = zip(*references[name], strict=True)
+    validated = {record["step"]: record["validation/loss"] for record in records if "validation/loss" in record}
+    assert validated == pytest.approx(validation, rel=case.tolerance)
+    losses, norms, _ = zip(*curve, strict=True)
     assert losses[-1] < losses[0], "nothing was learnt"
     if clip := (case.training or {}).get("grad_clip"):
         assert min(norms) < clip < max(norms), "the limit divides the steps"

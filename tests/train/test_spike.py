@@ -31,14 +31,19 @@ def test_what_a_spike_is() -> None:
         assert median is None
 
 
-def run(raw: dict[str, Any], root: str) -> list[tuple[int, float, float]]:
-    """Train from the newest checkpoint to step `END`, with ten times the loss at `SPIKE`, and save at `SAVED`."""
+def run(raw: dict[str, Any], root: str) -> list[tuple[int, float, float, int]]:
+    """Train from the newest checkpoint to step `END`, with ten times the loss at `SPIKE`, and save at `SAVED`.
+
+    Returns:
+        (step, loss, gradient norm, updates that the optimizer's bias correction counts) of each step.
+    """
     made, curve = trainer(raw, root), []
     made.resume("auto")
     while made.progress.step < END:
         result = made.step.run(batch(made), 10.0 if made.progress.step + 1 == SPIKE else 1.0)
+        (updates,) = {int(state["step"]) for state in made.step.optimizer.inner.state.values()}
+        curve.append((made.progress.step, result.loss, result.grad_norm, updates))
         made.handle_bad_step(result)
-        curve.append((made.progress.step, result.loss, result.grad_norm))
         if made.progress.step == SAVED:
             made.save(wait=True)
     return curve
@@ -50,6 +55,7 @@ def test_rolled_back_and_again_after_a_kill(world: World, tmp_path: Path, topolo
     raw = {**case(model={"num_layers": 2}, training=rule), "topology": topology}
     first, other = world.run(2, run, raw, str(tmp_path))
     assert first == other
+    assert [updates for *_, updates in first] == [1, 2, 3, 4, 5, 6, SAVED + 1, SAVED + 2, SAVED + 3]
     resumed, _ = world.run(2, run, raw, str(tmp_path))
     assert resumed == first[SAVED:]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]

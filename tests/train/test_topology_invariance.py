@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
         training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}},
         optimizer={"lr": 1e-3},  # at 3e-3 rounding grows a thousandfold from step 8 to 10, on one process too
     ),
+    "documents-hsdp": case(1, 1, 4, zero=3, dp_replicate=2, training={"eod_mask_loss": True}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
     "wide-tp2": case(2, training=FEW, **WIDE),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import find_gpu
+from tplaunch.units import format_slurm_time
 
 
 def run_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -36,7 +37,8 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if slurm.time is not None and slurm.grace >= slurm.time:
         yield Problem(
-            f"grace {slurm.grace:g}s is not shorter than the job's time {slurm.time:g}s", key="launch.slurm.grace"
+            f"grace {slurm.grace:g}s is not shorter than the job's time {format_slurm_time(slurm.time)}",
+            key="launch.slurm.grace",
         )
     if recipe.hardware.gpu is not None:
         try:

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -35,6 +34,7 @@ from torch.futures import Future
 import tplaunch
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.parallel.precision import STORAGE_DTYPE
@@ -294,9 +294,7 @@ class CheckpointManager:
     def _read(self, path: Path, *, weights_only: bool = False) -> None:
         pairs = [pair for pair in self.tensors() if not weights_only or pair[0].startswith("model.")]
         filled: State = dict(pairs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load(filled, checkpoint_id=str(path), process_group=self.group)
+        load_tensors(filled, path, group=self.group)
         for name, tensor in pairs:
             if tensor is not filled[name]:
                 tensor.copy_(filled[name])

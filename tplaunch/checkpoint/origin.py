@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tplaunch.checkpoint.store import find_checkpoints, read_manifest
+from tplaunch.checkpoint.store import find_checkpoints, open_checkpoint
 from tplaunch.data.corpus import tokenizer_path
-from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Data, Model, Precision
 from tplaunch.run.directory import RunDir
@@ -36,13 +35,10 @@ def origin_of(path: Path) -> Origin:
     """Of a checkpoint, or of a run's newest.
 
     Raises:
-        TplaunchError: there is no checkpoint, or its manifest is damaged.
+        TplaunchError: there is no checkpoint, its manifest is damaged, or it would have us run code.
     """
     checkpoint = find_checkpoints(path)[-1]
-    try:
-        about = read_manifest(checkpoint).about
-    except ValueError as error:
-        raise TplaunchError(Problem(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
+    about = open_checkpoint(checkpoint).about
     folder = checkpoint.absolute().parent
     tokenizers = [checkpoint / "tokenizer.json", folder / "tokenizer.json"]  # where `tplaunch import` puts it
     run = RunDir(folder.parent)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tplaunch.errors import Problem, TplaunchError
-from tplaunch.files import sha256_file, sync_directory, write_atomic
+from tplaunch.checkpoint.metadata import METADATA, read_metadata
+from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.files import Unsafe, inside, open_regular, sha256_file, sync_directory, write_atomic
 from tplaunch.run.directory import RunDir
 
 MANIFEST = "manifest.json"
@@ -75,21 +76,46 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint directory.
 
     Raises:
+        Unsafe: it names a file outside the directory.
         ValueError: there is none, or it is damaged; the text says how.
     """
     try:
-        body = json.loads((path / MANIFEST).read_bytes())
+        with open_regular(path / MANIFEST) as file:
+            body = json.loads(file.read())
         digest = body.pop("sha256")
         if digest != hashlib.sha256(_canonical(body)).hexdigest():
             raise ValueError(f"{MANIFEST} does not match its own checksum")
         if body["format"] != FORMAT:
             raise ValueError(f"{MANIFEST} has format {body['format']}, this version reads {FORMAT}")
         files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+        for name in files:
+            inside(path, name)
         return Manifest(body["step"], body["state"], body["about"], files)
+    except Unsafe as error:
+        raise Unsafe(f"{MANIFEST} {error}") from None
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+
+
+def open_checkpoint(path: Path, *, key: str = "") -> Manifest:
+    """The manifest of a checkpoint that is to be loaded, after a look at all that loading it would follow.
+
+    Args:
+        key: the recipe's, that names it.
+
+    Raises:
+        TplaunchError: its manifest is damaged (`Exit.FAILED`); or manifest or metadata would have us run code or read
+            outside its directory (`Exit.USAGE`). One line.
+    """
+    try:
+        manifest = read_manifest(path)
+        read_metadata(path)
+    except ValueError as error:
+        code = Exit.USAGE if isinstance(error, Unsafe) else Exit.FAILED
+        raise TplaunchError(Problem(f"{path}: {error}", key=key), code=code) from None
+    return manifest
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -113,8 +139,12 @@ def damage(path: Path, manifest: Manifest, names: Sequence[str] | None = None, *
                 found.append(f"{file} has {size} bytes instead of {expected.size}")
             elif read_files and hash_file(file) != expected:
                 found.append(f"{file} does not match its checksum")
+            elif read_files and name == METADATA:
+                read_metadata(path)
         except OSError as error:
             found.append(f"{file} cannot be read: {error.strerror}")
+        except ValueError as error:
+            found.append(f"{path}: {error}")
     return found
 
 
@@ -132,17 +162,18 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, oldest first: itself, or those of a run directory.
+    """The checkpoints that a path means, oldest first: itself, or those of a run directory, or of a folder of some.
 
     Raises:
         TplaunchError: there is none.
     """
     if is_checkpoint(path):
         return [path]
-    found = [checkpoint for _, checkpoint in list_checkpoints(RunDir(path).checkpoints)]
+    found = list_checkpoints(RunDir(path).checkpoints) or list_checkpoints(path)
     if not found:
-        raise TplaunchError(Problem(f"no checkpoint in {path}", fix="name a run directory, or one checkpoint in it"))
-    return found
+        fix = "name a run directory, a folder of step-*, or one of these"
+        raise TplaunchError(Problem(f"no checkpoint in {path}", fix=fix))
+    return [checkpoint for _, checkpoint in found]
 
 
 def commit(temporary: Path, manifest: Manifest) -> Path:

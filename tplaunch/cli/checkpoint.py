@@ -12,6 +12,7 @@ from tplaunch.checkpoint import store
 from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.files import Unsafe
 from tplaunch.units import format_bytes, format_count
 
 app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
@@ -52,6 +53,8 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
     try:
         manifest = store.read_manifest(checkpoint)
     except ValueError as error:
+        if isinstance(error, Unsafe):
+            raise TplaunchError(Problem(f"{checkpoint}: {error}")) from None
         raise TplaunchError(_damaged(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
     size = sum(file.size for file in manifest.files.values())
     if as_json:

@@ -26,6 +26,12 @@ def prepare(
         int | None, typer.Option(min=257, max=10**6, metavar="N", help="Train a byte-level BPE of this size instead.")
     ] = None,
     text_key: Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")] = "text",
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin documents with begin-of-sequence; default: when the tokenizer does."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tokenize text into Megatron .bin/.idx files. Run it again to go on after an interruption.
@@ -37,7 +43,7 @@ def prepare(
         raise TplaunchError(Problem("give either --tokenizer FILE or --vocab-size N"))
     from tplaunch.data.build import build
 
-    meta = build(inputs, output, choice[0], text_key)
+    meta = build(inputs, output, choice[0], text_key, bos=bos)
     if as_json:
         echo_json(meta.model_dump(mode="json"))
     else:

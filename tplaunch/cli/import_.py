@@ -18,14 +18,10 @@ def import_(
 
     Example: tplaunch import Llama-3.1-8B imported/llama
     """
-    from tplaunch.huggingface.import_ import import_model
-    from tplaunch.huggingface.recipe import model_recipe
+    from tplaunch.huggingface.folder import UNTIED, import_folder
 
-    checkpoint, read = import_model(folder, out)
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.exists():
-        (out / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    recipe = out / "model.yaml"
-    recipe.write_text(model_recipe(folder, read.model, checkpoint.name, tokenizer=tokenizer.exists()), encoding="utf-8")
-    typer.echo(f"{checkpoint}: {read.family.model_type}, takes sequences of up to {read.seq_len} tokens")
-    typer.echo(f"train on from it: a recipe with `extends: {recipe}`")
+    done = import_folder(folder, out)
+    if done.untied:
+        typer.echo(f"warning: {UNTIED}", err=True)
+    typer.echo(f"{done.checkpoint}: {done.read.family.model_type}, takes sequences of up to {done.read.seq_len} tokens")
+    typer.echo(f"train on from it: a recipe with `extends: {done.recipe}`")

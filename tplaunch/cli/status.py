@@ -16,9 +16,9 @@ def status(runs: RunsArgument = None, as_json: JsonOption = False) -> None:
     Example: tplaunch status
     """
     from tplaunch.cli.views.runs import print_runs
-    from tplaunch.slurm.runs import find_runs, status_of
+    from tplaunch.slurm.runs import find_runs, statuses_of
 
-    found = [status_of(run) for run in find_runs(runs or ())]
+    found = statuses_of(find_runs(runs or ()))
     if as_json:
         rows = [dataclasses.asdict(row) for row in found]
         echo_json([{**row, "run": str(row["run"])} for row in rows])

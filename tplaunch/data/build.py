@@ -11,6 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tplaunch.data.begin import with_begin
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
 from tplaunch.data.endings import is_raw
@@ -27,13 +31,18 @@ _TRAINING_BYTES = 1 << 30  # a tokenizer is trained on this much text at most
 
 
 def build(
-    inputs: Sequence[Path], output: Path, tokenizer: Path | int, text_key: str = "text", progress: bool = True
+    inputs: Sequence[Path],
+    output: Path,
+    tokenizer: Path | int,
+    text_key: str = "text",
+    progress: bool = True,
+    bos: bool | None = None,
 ) -> Meta:
     """Tokenize raw text into `OUTPUT.bin`, `.idx`, `.meta.json` and `.tokenizer.json`.
 
     A .txt file is one document; so is a line of a .jsonl file and a row of a .parquet file. Empty ones are left
-    out. Each ends with the tokenizer's end-of-document token. The .idx comes last: where it is, the corpus is
-    complete. After an interruption the same call goes on where the last one had synced.
+    out. Each begins as the tokenizer begins texts, and ends with its end-of-document token. The .idx comes last:
+    where it is, the corpus is complete. After an interruption the same call goes on where the last one had synced.
 
     Args:
         inputs: files, read in this order.
@@ -41,6 +50,8 @@ def build(
         tokenizer: a tokenizer.json, or the vocabulary size of a byte-level BPE to train on the inputs.
         text_key: field or column that holds the text.
         progress: show bars, on a terminal.
+        bos: whether documents begin with begin-of-sequence, whatever the tokenizer does; the one that is kept beside
+            the corpus does the same.
 
     Raises:
         TplaunchError: an input or the tokenizer cannot be read, or the output exists already.
@@ -52,8 +63,12 @@ def build(
             raise TplaunchError(Problem(f"{idx_path(output)} exists already", fix="remove it, or name another output"))
         if isinstance(tokenizer, int):
             train_tokenizer(inputs, tokenizer, text_key, tokenizer_path(output), show)
+            if bos:
+                write_atomic(tokenizer_path(output), with_begin(tokenizer_path(output), bos))
         else:
-            write_atomic(tokenizer_path(output), Tokenizer(tokenizer).json)
+            write_atomic(
+                tokenizer_path(output), Tokenizer(tokenizer).json if bos is None else with_begin(tokenizer, bos)
+            )
         return tokenize(inputs, output, text_key, show)
 
 
@@ -115,9 +130,20 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
     tokenizer = Tokenizer(tokenizer_path(output))
     sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path)) for path in inputs]
     size = sum(source.bytes for source in sources)
-    journal = _Journal(output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key])
+    journal = _Journal(
+        output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key, *tokenizer.begin]
+    )
     done, written = journal.read()
     writer = IndexedWriter(output, tokenizer.dtype, written)
+    begin, opened = np.array(tokenizer.begin, tokenizer.dtype), written.open_tokens > 0
+
+    def add(tokens: NDArray[np.integer]) -> None:
+        """Append to a document, which opens with its first tokens."""
+        nonlocal opened
+        if len(tokens) and not opened:
+            tokens, opened = np.concatenate([begin, tokens]) if len(begin) else tokens, True
+        writer.add(tokens)
+
     try:
         with show.task(f"tokenizing {output.name}", size) as advance:
             rest = _after(done, inputs, text_key, advance)
@@ -125,10 +151,10 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             for number, encoded in enumerate(encoded_blocks, done + 1):
                 start = 0
                 for end in encoded.ends:
-                    writer.add(encoded.tokens[start:end])
+                    add(encoded.tokens[start:end])
                     writer.end_document()
-                    start = end
-                writer.add(encoded.tokens[start:])
+                    start, opened = end, False
+                add(encoded.tokens[start:])
                 if number % _SYNC_EVERY == 0:
                     journal.write(number, writer.sync())
                 advance(encoded.read)
@@ -140,6 +166,7 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             tokenizer=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
+            bos=tokenizer.begin,
             documents=total.documents,
             tokens=total.tokens,
             sources=sources,

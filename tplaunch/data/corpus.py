@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +12,9 @@ from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import sha256_file
+
+if TYPE_CHECKING:
+    from tplaunch.data.tokenizer import Tokenizer
 
 
 def meta_path(prefix: Path) -> Path:
@@ -39,6 +42,7 @@ class Meta(BaseModel):
         tokenizer: fingerprint of the tokenizer.
         vocab_size: of the tokenizer.
         eod: the token that ends each document.
+        bos: the tokens that begin each document.
         documents, tokens: counts.
         sources: the inputs, in order.
         bin_sha256, idx_sha256: checksums of the two files.
@@ -50,6 +54,7 @@ class Meta(BaseModel):
     tokenizer: str
     vocab_size: int
     eod: int
+    bos: tuple[int, ...] = ()
     documents: int
     tokens: int
     sources: list[Origin]
@@ -110,18 +115,35 @@ def verify_corpus(prefix: Path, cache: Path, progress: Progress) -> tuple[Indexe
     return corpus, remembered(cache, "largest token", files, check)
 
 
-def refuse_other_tokenizer(prefix: Path, fingerprint: str) -> None:
-    """Check that a corpus was made with a tokenizer, where its maker is known.
+def refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Check that a corpus was made with a tokenizer, and its documents begin as this one begins texts, where its
+    maker is known.
 
     Raises:
-        TplaunchError: it was made with another one.
+        TplaunchError: it was made with another one, or its documents begin otherwise.
     """
     meta = Meta.read(prefix)
-    if meta and meta.tokenizer != fingerprint:
+    if meta is None:
+        return
+    ours = f"use the one it was made with, {tokenizer_path(prefix)}"
+    if meta.bos != tokenizer.begin:
+        again = f"prepare it again with --{'' if tokenizer.begin else 'no-'}bos"
+        raise TplaunchError(
+            Problem(
+                f"{prefix}: its documents do not begin as this tokenizer begins texts",
+                why=f"they begin with {_tokens(meta.bos)}, its texts with {_tokens(tokenizer.begin)}",
+                fix=again if meta.tokenizer == tokenizer.fingerprint else f"{ours}, or {again}",
+            )
+        )
+    if meta.tokenizer != tokenizer.fingerprint:
         raise TplaunchError(
             Problem(
                 f"{prefix} was made with another tokenizer",
-                why=f"its sha256 is {meta.tokenizer[:16]}..., not {fingerprint[:16]}...",
-                fix=f"use the one it was made with, {tokenizer_path(prefix)}",
+                why=f"its sha256 is {meta.tokenizer[:16]}..., not {tokenizer.fingerprint[:16]}...",
+                fix=ours,
             )
         )
+
+
+def _tokens(ids: tuple[int, ...]) -> str:
+    return f"token {', '.join(map(str, ids))}" if ids else "no token of their own"

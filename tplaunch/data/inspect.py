@@ -27,7 +27,7 @@ def describe(prefix: Path, tokenizer: Path | None = None) -> dict[str, Any]:
         tokenizer = tokenizer_path(prefix)
     decoder = Tokenizer(tokenizer) if tokenizer else None
     if decoder:
-        refuse_other_tokenizer(prefix, decoder.fingerprint)
+        refuse_other_tokenizer(prefix, decoder)
     corpus, largest = verify_corpus(prefix, default_cache(), Progress())
     if decoder:
         corpus.check_vocabulary(decoder.vocab_size, largest)

@@ -147,7 +147,7 @@ class _Preparation:
             assert tokenizer is not None, "raw text without a tokenizer was refused before"
             prefix = self._prepared(path, tokenizer)
         if tokenizer:
-            refuse_other_tokenizer(prefix, tokenizer.fingerprint)
+            refuse_other_tokenizer(prefix, tokenizer)
         corpus, largest = verify_corpus(prefix, self.cache, self.show)
         corpus.check_vocabulary(self.recipe.model.vocab_size, largest)
         samples_in(corpus, self.recipe.training.seq_len)
@@ -155,7 +155,7 @@ class _Preparation:
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
         """The prefix, in the cache, of a raw source."""
-        name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key])
+        name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
         prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:

@@ -31,6 +31,7 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         dtype: in which its tokens are stored.
         eod: id of the token that ends a document.
+        begin: ids that its post-processor puts before each text (begin-of-sequence); none for many tokenizers.
         fingerprint: sha256 of the file's meaning (its JSON, key order and spaces aside), in hex.
 
     Raises:
@@ -39,10 +40,22 @@ class Tokenizer:
 
     def __init__(self, path: Path | str) -> None:
         try:
-            self.json = Path(path).read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
+            content = Path(path).read_bytes()
         except OSError as error:
             raise TplaunchError(Problem(f"{path}: cannot read the tokenizer: {error.strerror}")) from None
+        self._load(content, path)
+
+    @classmethod
+    def parse(cls, content: str, path: Path | str) -> Tokenizer:
+        """From the text of a `tokenizer.json`; `path` is for messages."""
+        made = cls.__new__(cls)
+        made._load(content.encode(), path)
+        return made
+
+    def _load(self, content: bytes, path: Path | str) -> None:
+        try:
+            self.json = content.decode("utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises bare Exception on a file that it cannot parse
             raise TplaunchError(
                 Problem(f"{path}: not a tokenizer.json", why=str(error), fix="give a Hugging Face tokenizer.json")
@@ -63,9 +76,21 @@ class Tokenizer:
                 )
             )
         self.eod = end
+        self.begin = self._begin(vocabulary)
         self.dtype = token_dtype(self.vocab_size)
         canonical = json.dumps(json.loads(self.json), sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _begin(self, vocabulary: Iterable[str]) -> tuple[int, ...]:
+        for text in ("a", *vocabulary):
+            encoding = self._tokenizer.encode(text)
+            if 0 in encoding.special_tokens_mask:
+                return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
+        return ()
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a token; None when there is no such token."""
+        return self._tokenizer.token_to_id(name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         """Ids of each text, of type `dtype`, without any special token."""
@@ -75,6 +100,15 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.integer]:
         """Ids of one text."""
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is given, as transformers makes them: with what the post-processor adds before
+        and after it, and names of special tokens read as these (a chat's turns)."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,7 @@ def generate(
     max_tokens: int,
     sampling: Sampling,
     seed: int,
-    end: int | None,
+    ends: Collection[int],
 ) -> Iterator[int]:
     """Continue a prompt, on every rank alike.
 
@@ -83,7 +83,7 @@ def generate(
         max_tokens: tokens to make.
         sampling: how each is chosen.
         seed: of the choice.
-        end: the token after which there are no more.
+        ends: tokens after which there are no more.
     """
     decoder = Decoder(stage, mesh, len(prompt) + max_tokens)
     random = torch.Generator().manual_seed(seed)
@@ -97,6 +97,6 @@ def generate(
             dist.broadcast(chosen, group=mesh.pp_group, group_src=mesh.topology.pp - 1)
         token = int(chosen)
         yield token
-        if token == end:
+        if token in ends:
             return
         tokens = torch.tensor([[token]])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict_loader import load
-
+from tplaunch.checkpoint.load import load_tensors
 from tplaunch.model.build import outline
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.mesh import Mesh
@@ -22,6 +20,9 @@ def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> 
     Args:
         recipe: with one stage on each pipeline rank.
         positions: the most tokens that a sequence will have.
+
+    Raises:
+        TplaunchError: the checkpoint is not whole, or would run code.
     """
     ranges, rank = stage_ranges(recipe), mesh.coordinates.pp
     dtype = COMPUTE_DTYPE[recipe.training.precision]
@@ -34,8 +35,6 @@ def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> 
     wanted: dict[str, Any] = {
         f"model.{parameters[name].name}": tensor.detach() for name, tensor in module.named_parameters()
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        load(wanted, checkpoint_id=str(checkpoint))
+    load_tensors(wanted, checkpoint)
     module.place_rope(positions, mesh.device)
     return module.eval().requires_grad_(False)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.checkpoint.origin import Origin
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.launch.helper import run_module
 from tplaunch.machine import count_gpus
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
 
 
-def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts; an empty one begins a document.
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is given.
+
+    Args:
+        ids: token ids of each prompt.
+        settings: what the model's folder says of generating.
+        ends: tokens after which there are no more.
+        warnings: what is likely not meant.
+    """
+
+    ids: list[list[int]]
+    settings: Settings
+    ends: tuple[int, ...]
+    warnings: list[str]
+
+
+def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
+    """Prompts as token ids, as transformers makes them; one that would be empty begins a document.
 
     Raises:
         TplaunchError: there is no tokenizer, it has more tokens than the model, or a prompt leaves the model no room.
@@ -28,12 +47,20 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> list[list
     if tokenizer.vocab_size > origin.model.vocab_size:
         what = f"{origin.tokenizer} has {tokenizer.vocab_size} tokens, the model {origin.model.vocab_size}"
         raise TplaunchError(Problem(what, fix="give the tokenizer that it was trained with"))
-    found = [tokenizer.encode(prompt).tolist() or [tokenizer.eod] for prompt in prompts]
+    found = [tokenizer.encode_prompt(prompt) or [tokenizer.eod] for prompt in prompts]
     limit, longest = origin.model.max_position, max(map(len, found)) + max_tokens
     if limit is not None and longest > limit:
         what = f"{longest} tokens, prompt and all, are more than the {limit} positions of the model"
         raise TplaunchError(Problem(what, fix="fewer --max-tokens, or a shorter prompt", key="--max-tokens"))
-    return found
+    settings = read_settings(origin.tokenizer)
+    warnings = []
+    if longest > origin.seq_len:
+        warnings.append(
+            f"{longest:,} tokens, prompt and all, are more than the {origin.seq_len:,} that the model was trained for"
+        )
+    if settings.other:
+        warnings.append(f"of generation_config.json, {', '.join(settings.other)} is not followed")
+    return Prompts(found, settings, settings.ends or (tokenizer.eod,), warnings)
 
 
 def check(origin: Origin, tp: int, pp: int) -> Checked:

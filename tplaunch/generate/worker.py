@@ -31,6 +31,7 @@ class Request:
         tokenizer: a tokenizer.json.
         prompts: token ids of each.
         max_tokens: tokens to make after each.
+        ends: tokens after which there are no more.
         temperature, top_k, top_p: see `Sampling`.
         seed: of the choice, the same for each prompt.
         show: print the text as it comes.
@@ -40,6 +41,7 @@ class Request:
     tokenizer: str
     prompts: list[list[int]]
     max_tokens: int
+    ends: list[int]
     temperature: float
     top_k: int
     top_p: float
@@ -72,7 +74,7 @@ def _continue(
         max_tokens=request.max_tokens,
         sampling=sampling,
         seed=request.seed,
-        end=tokenizer.eod,
+        ends=request.ends,
     )
     stream = TextStream(tokenizer, prompt) if show and request.show else None
     if stream is not None:

@@ -17,6 +17,7 @@ from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Model
 
 Config = dict[str, Any]
+CONFIG = "config.json"
 
 
 class Family(NamedTuple):
@@ -149,6 +150,11 @@ class Read(NamedTuple):
     family: Family
     model: Model
     seq_len: int
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a path is a Hugging Face folder."""
+    return (path / CONFIG).is_file()
 
 
 def read_config(path: Path) -> Read:

@@ -1,11 +1,10 @@
 """A checkpoint -> a folder that transformers, vLLM, TensorRT-LLM, NeMo and Megatron-Bridge read: safetensors,
-`config.json` and, where it is known, the tokenizer."""
+`config.json` and, where it is known, the tokenizer and what was said beside it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from tplaunch.checkpoint import store
+from tplaunch.checkpoint.load import dtype_of, load_tensors
+from tplaunch.checkpoint.metadata import read_metadata
+from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG, copy_text, read_beside
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
@@ -63,7 +62,8 @@ def export(
         shard_bytes: no file is larger, unless one tensor is.
 
     Raises:
-        TplaunchError: `out` exists, the checkpoint is damaged, or no architecture of transformers is its model.
+        TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
+            its model. Nothing is written then.
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
@@ -71,38 +71,50 @@ def export(
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
     config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
+    if tokenizer is not None and tokens is not None:
+        config |= _special_tokens(tokenizer, tokens)
     tensors = hf_tensors(model, family_of(model))
     shards = list(_shards(tensors, dtype.itemsize, shard_bytes))
     temporary = out.with_name(out.name + ".tmp")
+    dtypes = _stored_dtypes(checkpoint, tensors)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     names = [_file_name(number, len(shards)) for number in range(len(shards))]
     elements = sum(tensor.elements for tensor in tensors)
-    with Progress().task(f"writing {out.name}", elements) as advance:
-        for name, shard in zip(names, shards, strict=True):
-            save_file(_read(checkpoint, shard, dtype), temporary / name, metadata={"format": "pt"})
-            (temporary / name).chmod(0o644)  # the library's files are their owner's alone
-            advance(sum(tensor.elements for tensor in shard))
+    try:
+        with Progress().task(f"writing {out.name}", elements) as advance:
+            for name, shard in zip(names, shards, strict=True):
+                save_file(_read(checkpoint, shard, dtypes, dtype), temporary / name, metadata={"format": "pt"})
+                (temporary / name).chmod(0o644)  # the library's files are their owner's alone
+                advance(sum(tensor.elements for tensor in shard))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if len(shards) > 1:
         where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = {"total_size": elements * dtype.itemsize, "total_parameters": elements}
         _write_json(temporary / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     _write_json(temporary / "config.json", config)
-    if tokens is not None:
-        _write_tokenizer(temporary, tokens, seq_len)
+    if tokenizer is not None and tokens is not None:
+        _write_text(temporary, tokenizer, tokens, seq_len)
     temporary.rename(out)
     return Exported(names, elements, tokens is not None)
 
 
 def _whole_manifest(checkpoint: Path) -> store.Manifest:
-    try:
-        manifest = store.read_manifest(checkpoint)
-    except ValueError as error:
-        raise TplaunchError(Problem(f"{checkpoint}: {error}"), code=Exit.FAILED) from None
+    manifest = store.open_checkpoint(checkpoint)
     if found := store.damage(checkpoint, manifest):
         fix = "export an older one: `tplaunch checkpoint verify` says which are whole"
         raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
     return manifest
+
+
+def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor]) -> dict[str, torch.dtype]:
+    """The dtype that each part is stored in, by its name in the checkpoint."""
+    stored, names = read_metadata(checkpoint).tensors, [f"model.{part.name}" for t in tensors for part in t.parts]
+    if missing := [name for name in names if name not in stored]:
+        raise TplaunchError(Problem(f"{checkpoint} has no {missing[0]} ({len(missing)} of {len(names)} missing)"))
+    return {name: dtype_of(stored[name]) for name in names}
 
 
 def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
@@ -122,18 +134,13 @@ def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _read(checkpoint: Path, shard: list[HfTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _read(
+    checkpoint: Path, shard: list[HfTensor], dtypes: dict[str, torch.dtype], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tensors of one file, as they are written."""
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    ours: dict[str, Any] = {}
-    for tensor in shard:
-        for part in tensor.parts:
-            entry = stored[f"model.{part.name}"]
-            assert isinstance(entry, TensorStorageMetadata)
-            ours[f"model.{part.name}"] = torch.empty(part.shape, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no process group is there
-        load(ours, checkpoint_id=str(checkpoint), no_dist=True)
+    parts = {f"model.{part.name}": part for tensor in shard for part in tensor.parts}
+    ours = {name: torch.empty(part.shape, dtype=dtypes[name]) for name, part in parts.items()}
+    load_tensors(ours, checkpoint, alone=True)
     return {tensor.name: _pack(tensor, [ours.pop(f"model.{p.name}") for p in tensor.parts], dtype) for tensor in shard}
 
 
@@ -142,16 +149,35 @@ def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return (whole.t() if tensor.transposed else whole).contiguous()
 
 
-def _write_tokenizer(folder: Path, tokens: Tokenizer, seq_len: int) -> None:
-    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokens.decode([tokens.eod], skip_special_tokens=False),
-        "model_max_length": seq_len,
-        "clean_up_tokenization_spaces": False,
+def _special_tokens(tokenizer: Path, tokens: Tokenizer) -> dict[str, Any]:
+    """What `config.json` says of them, as the folder said it that the tokenizer came from."""
+    begin = {"bos_token_id": tokens.begin[0]} if tokens.begin else {}
+    said = read_beside(tokenizer, GENERATION)
+    return begin | {
+        key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key) is not None
     }
-    _write_json(folder / "tokenizer_config.json", about)
-    _write_json(folder / "generation_config.json", {"eos_token_id": tokens.eod})
+
+
+def _write_text(folder: Path, tokenizer: Path, tokens: Tokenizer, seq_len: int) -> None:
+    """The tokenizer and what lies beside it, unchanged; else what is known of it."""
+    if tokenizer.name == TOKENIZER:
+        copy_text(tokenizer.parent, folder)
+    else:
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    begin = {"bos_token": tokens.decode(tokens.begin[:1], skip_special_tokens=False)} if tokens.begin else {}
+    made = {
+        TOKENIZER_CONFIG: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **begin,
+            "eos_token": tokens.decode([tokens.eod], skip_special_tokens=False),
+            "model_max_length": seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+        GENERATION: {**({"bos_token_id": tokens.begin[0]} if tokens.begin else {}), "eos_token_id": tokens.eod},
+    }
+    for name, content in made.items():
+        if not (folder / name).exists():
+            _write_json(folder / name, content)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import tplaunch
 from tplaunch.checkpoint import store
 from tplaunch.checkpoint.state import TrainingProgress
+from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.huggingface.config import Read, read_config
+from tplaunch.files import Unsafe, inside, open_regular
+from tplaunch.huggingface.config import GPT2, Family, Read
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
@@ -34,34 +37,39 @@ from tplaunch.spec.parameters import Parameter, parameter_count
 _INDEX = "model.safetensors.index.json"
 # What old files have beside the weights: masks, rotary tables, a tied matrix said twice.
 _NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_MAX_HEADER = 10**8  # bytes; the format's own limit
+_HEAD = "lm_head.weight"
+_ROWS = 4096  # of a matrix, compared at a time
 _PREFIX = "transformer."  # GPT-2's published files leave it out
 
 
-def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
+def import_model(folder: Path, out: Path, read: Read, before_commit: Callable[[], object]) -> Path:
     """Write `out/step-00000000`, a checkpoint with the weights of a Hugging Face folder and no optimizer state.
 
     Weights keep their dtype. One tensor is held at a time.
 
+    Args:
+        folder: with the safetensors files.
+        out: where the checkpoint goes.
+        read: the model in them.
+        before_commit: called when the weights are written, before the checkpoint gets its name.
+
     Raises:
-        TplaunchError: the folder holds no such model, or not all of it; or `out` holds a checkpoint already.
+        TplaunchError: the folder holds no such model, or not all of it, or numbers that are not finite, or would have
+            us read outside of it; or `out` holds a checkpoint already. Nothing is written then.
     """
-    read = read_config(folder / "config.json")
     final = out / store.checkpoint_name(0)
-    if final.exists():
-        raise TplaunchError(Problem(f"{final} exists already", fix="name another folder, or remove it"))
     temporary = out / f"{final.name}.tmp"
     with ExitStack() as opened:
         source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=read.model.tie_embeddings)
         shutil.rmtree(temporary, ignore_errors=True)
+        absent = [folder for folder in (out, *out.parents) if not folder.exists()]
         temporary.mkdir(parents=True)
-        with Progress().task(f"writing {final}", len(source.parts)) as advance, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no process group is there
-            save(
-                {name: source.outline(name) for name in source.parts},
-                storage_writer=FileSystemWriter(str(temporary), single_file_per_rank=True, sync_files=True),
-                planner=_OneByOne(source, advance),
-                no_dist=True,
-            )
+        try:
+            _write(source, temporary, final)
+        except BaseException:
+            shutil.rmtree(absent[-1] if absent else temporary, ignore_errors=True)
+            raise
     files = {path.name: store.hash_file(path) for path in sorted(temporary.iterdir())}
     about: dict[str, Any] = {
         "recipe_sha256": None,
@@ -78,18 +86,65 @@ def import_model(folder: Path, out: Path) -> tuple[Path, Read]:
         "python": platform.python_version(),
     }
     state = {"progress": asdict(TrainingProgress()), "loss_scale": None}
-    return store.commit(temporary, store.Manifest(0, state, about, files)), read
+    before_commit()
+    return store.commit(temporary, store.Manifest(0, state, about, files))
+
+
+def head_is_its_own(folder: Path, family: Family) -> bool:
+    """Whether a folder has an output matrix that differs from its embedding: a fine-tuned head, under a
+    `config.json` that ties the two. transformers then does not tie them.
+
+    Raises:
+        TplaunchError: a file cannot be read.
+    """
+    embedding = "transformer.wte.weight" if family == GPT2 else "model.embed_tokens.weight"
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+        ours = embedding if embedding in where else embedding.removeprefix(_PREFIX)
+        if ours not in where or _HEAD not in where:
+            return False
+        one, other = where[ours].get_slice(ours), where[_HEAD].get_slice(_HEAD)
+        if one.get_shape() != other.get_shape():
+            return True
+        rows = range(0, one.get_shape()[0], _ROWS)
+        return any(not torch.equal(one[at : at + _ROWS], other[at : at + _ROWS]) for at in rows)
+
+
+def _write(source: _Source, temporary: Path, final: Path) -> None:
+    """Write every tensor.
+
+    Raises:
+        TplaunchError: some are not finite; says which.
+    """
+    with Progress().task(f"writing {final}", len(source.parts)) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        save(
+            {name: source.outline(name) for name in source.parts},
+            storage_writer=FileSystemWriter(str(temporary), single_file_per_rank=True, sync_files=True),
+            planner=_OneByOne(source, advance),
+            no_dist=True,
+        )
+    if source.nonfinite:
+        said = [f"{count:,} of {key}" for key, count in sorted(source.nonfinite.items())]
+        more = f", and of {len(said) - 3} tensors more" if len(said) > 3 else ""
+        raise TplaunchError(Problem(f"{source.folder}: numbers are NaN or infinite: {', '.join(said[:3])}{more}"))
 
 
 class _Source:
     """The tensors of a folder, by the names that they have in a checkpoint.
+
+    Attributes:
+        nonfinite: of the tensors read so far, those with numbers that are NaN or infinite: how many.
 
     Raises:
         TplaunchError: some are missing, too many, of another shape, or no floating-point numbers; says all.
     """
 
     def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: bool) -> None:
-        files = [opened.enter_context(_open(folder / name)) for name in _file_names(folder)]
+        self.folder = folder
+        self.nonfinite: dict[str, int] = {}
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
         where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
         problems: list[str] = []
         self.parts: dict[str, tuple[HfTensor, Parameter]] = {}
@@ -107,7 +162,7 @@ class _Source:
             dtypes.add(found.get_dtype())
             self._read[tensor.name] = file, key
             self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
-        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == "lm_head.weight")]
+        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == _HEAD)]
         problems += [f"{key} is none of the model's tensors" for key in extra]
         if other := dtypes - _PRECISIONS.keys():
             problems.append(f"holds {', '.join(sorted(other))}: quantized weights cannot be trained")
@@ -131,6 +186,8 @@ class _Source:
         whole = whole.t() if tensor.transposed else whole
         first = sum(before.shape[0] for before in tensor.parts[: tensor.parts.index(part)])
         mine = whole[first : first + part.shape[0]].to(COMPUTE_DTYPE[self.precision])
+        if bad := mine.numel() - int(mine.isfinite().sum()):
+            self.nonfinite[key] = self.nonfinite.get(key, 0) + bad
         missing = part.shape[0] - mine.shape[0]
         return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine.contiguous()
 
@@ -138,22 +195,39 @@ class _Source:
 _PRECISIONS: dict[str, Precision] = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
-def _file_names(folder: Path) -> Iterable[str]:
-    index = folder / _INDEX
-    if not index.exists():
-        return ["model.safetensors"]
+def _files(folder: Path) -> list[Path]:
+    """The files with the weights."""
+    blobs = blobs_of(folder)
+    index, names = folder / _INDEX, ["model.safetensors"]
     try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if index.exists():
+            inside(folder, _INDEX, also=blobs)
+            with open_regular(index) as file:
+                names = list(json.loads(file.read())["weight_map"].values())
+        return [inside(folder, name, also=blobs) for name in sorted(set(names))]
+    except Unsafe as error:
+        raise TplaunchError(Problem(f"{index if index.exists() else folder} {error}")) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TplaunchError(Problem(f"{index} cannot be read", why=f"{type(error).__name__}: {error}")) from None
 
 
 def _open(path: Path) -> Any:
     try:
+        _check_header(path)
         return safe_open(path, framework="pt")
+    except Unsafe as error:
+        raise TplaunchError(Problem(f"{path}: {error}")) from None
     except (OSError, SafetensorError) as error:
         fix = "download it again; files of pickled weights (.bin, .pth) are not read"
         raise TplaunchError(Problem(f"{path} cannot be read", why=str(error), fix=fix)) from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that cannot be: its length is the file's first eight bytes, and the reader makes room for it."""
+    with open_regular(path) as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise Unsafe(f"its first bytes promise a header of {length:,} bytes, in a file of {size:,}")
 
 
 class _OneByOne(DefaultSavePlanner):

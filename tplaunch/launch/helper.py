@@ -34,7 +34,8 @@ def run_module(module: str, checked: Checked, request: dict[str, Any], *, task: 
         What rank 0 wrote, parsed.
 
     Raises:
-        TplaunchError: a rank failed; what it said is on stderr. Ends with `Exit.FAILED`.
+        TplaunchError: a rank failed: what it said is on stderr, and it ends with `Exit.FAILED`; or a rank found a
+            user's mistake.
     """
     check_loopback()
     ranks = checked.topology.world_size
@@ -46,6 +47,9 @@ def run_module(module: str, checked: Checked, request: dict[str, Any], *, task: 
         argv = torchrun_argv(run_dir.root, ranks, module=module)
         # stderr is kept from the terminal unless it is needed: torchrun warns, and torch's profiler reports, there.
         done = subprocess.run(argv, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0 and run_dir.refusal.exists():
+            refusal = json.loads(run_dir.refusal.read_text(encoding="utf-8"))
+            raise TplaunchError(refusal["text"], code=Exit(refusal["code"]))
         if done.returncode != 0:
             sys.stderr.write(done.stderr)
             why = "a rank ended with an error, which is shown above"

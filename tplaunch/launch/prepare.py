@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.fit import model_differences
-from tplaunch.checkpoint.store import list_checkpoints
-from tplaunch.errors import Problem, RecipeError
+from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
+from tplaunch.data.beside import TOKENIZER, copy_text
+from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.launch.resume import Before, Changes, before_this, data_changes, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
@@ -40,7 +41,8 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
 
     Raises:
         RecipeError: the model differs from that of the checkpoints; `none` would mix two runs in one directory;
-            no such checkpoint.
+            no such checkpoint; a checkpoint that is named, to go on from or for the initial weights, is damaged or
+            would run code.
     """
     elsewhere = "train in a new directory: --run-dir DIR"
     saved = list_checkpoints(run_dir.checkpoints)
@@ -50,6 +52,8 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         )
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise RecipeError(Problem(f"there is no checkpoint {resume}", fix="--resume auto takes the newest of the run"))
+    initial = checked.recipe.checkpoint.initial
+    _check_named({"--resume": None if resume in ("auto", "none") else resume, "checkpoint.initial": initial})
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe.model
         changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
@@ -58,6 +62,15 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             raise RecipeError(
                 *(Problem(f"is {new}, was {old}", why, f"{old}, or {elsewhere}", key=key) for key, old, new in changed)
             )
+
+
+def _check_named(named: Mapping[str, str | None]) -> None:
+    for key, path in named.items():
+        try:
+            if path is not None:
+                open_checkpoint(Path(path), key=key)
+        except TplaunchError as error:
+            raise RecipeError(*error.problems) from None
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,8 @@ def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Rec
 def write_ready(ready: Ready, run_dir: RunDir) -> None:
     """Write what the workers read into the run directory, and note what changed. The caller holds the directory."""
     if ready.tokenizer is not None and ready.tokenizer != run_dir.tokenizer.absolute():
+        if ready.tokenizer.name == TOKENIZER:
+            copy_text(ready.tokenizer.parent, run_dir.root)  # what its folder says about text, for export and generate
         write_atomic(run_dir.tokenizer, ready.tokenizer.read_bytes())
     write_atomic(run_dir.data_facts, json.dumps(ready.facts))
     write_recipe(ready.checked, run_dir)

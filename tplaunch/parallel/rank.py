@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tplaunch.errors import TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.parallel.mesh import init_process_group, local_device
 from tplaunch.recipe.load import load_recipe
@@ -53,13 +54,18 @@ class HelperRank:
 
 @contextmanager
 def helper_rank(folder: str) -> Iterator[HelperRank]:
-    """Join the world that torchrun describes, for the length of a `with` block."""
+    """Join the world that torchrun describes, for the length of a `with` block. A user's mistake that a rank finds is
+    left for the command that asked."""
     die_with_parent()
     place = RunDir(Path(folder))
     request = json.loads(place.request.read_text(encoding="utf-8"))
     recipe = load_recipe(place.recipe).recipe
     device = local_device(int(os.environ["LOCAL_RANK"]))
     init_process_group(device, recipe.launch.first_step_timeout)
-    yield HelperRank(recipe, request, device, place)
+    try:
+        yield HelperRank(recipe, request, device, place)
+    except TplaunchError as error:
+        write_atomic(place.refusal, json.dumps({"text": str(error), "code": int(error.code)}))
+        raise
     dist.barrier()
     dist.destroy_process_group()

@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from tplaunch.units import parse_bytes, parse_count, parse_duration
+from tplaunch.units import (
+    format_slurm_memory,
+    format_slurm_time,
+    parse_count,
+    parse_duration,
+    parse_slurm_memory,
+    parse_slurm_time,
+)
 
 # Bounds that no real run reaches; they turn a slip of the keyboard into a message.
 Small = Annotated[int, Field(ge=1, le=10**6)]
@@ -40,7 +47,27 @@ class Unit:
 
 Count = Annotated[int, Field(ge=1, le=10**15), Unit(parse_count, "1B")]
 Seconds = Annotated[float, Field(gt=0, le=10**9), Unit(parse_duration, "2h")]
-Bytes = Annotated[int, Field(ge=1, le=10**18), Unit(parse_bytes, "80GiB")]
+
+
+@dataclass(frozen=True)
+class SlurmUnit:
+    """Reads a value by sbatch's rules, keeps it as a number, and writes it back as Slurm would show it."""
+
+    parse: Callable[[object], int]
+    show: Callable[[int], str]
+    examples: tuple[str, str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        shown = core_schema.plain_serializer_function_ser_schema(self.show, return_schema=core_schema.str_schema())
+        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=shown)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        words = " or ".join(f'"{example}"' for example in self.examples)
+        return {"type": "string", "description": f"text such as {words}", "examples": list(self.examples)}
+
+
+SlurmTime = Annotated[int, Field(gt=0, le=10**9), SlurmUnit(parse_slurm_time, format_slurm_time, ("1-12:00:00", "2h"))]
+SlurmMemory = Annotated[int, Field(le=10**18), SlurmUnit(parse_slurm_memory, format_slurm_memory, ("64G", "64GiB"))]
 
 Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -297,11 +324,21 @@ class Slurm(Section):
     qos: str | None = None
     reservation: str | None = None
     constraint: str | None = None
+    nodelist: str | None = Field(None, description="nodes that must be among the job's")
     exclude: str | None = None
-    time: Seconds | None = None
-    mem: Bytes | None = None
+    time: SlurmTime | None = None
+    mem: SlurmMemory | None = Field(None, description="of each node; 0: all of it")
     cpus_per_task: Small | None = None
     gpus: bool = Field(True, description="ask for gpus_per_node GPUs on each node")
+    gpu_type: str | None = Field(None, description="their type, as the cluster's gres names it: h100")
+    exclusive: bool | Literal["user", "mcs"] = Field(False, description="share the nodes with no other job")
+    licenses: str | None = None
+    switches: Small | str | None = Field(None, description="most leaf switches, and how long to wait: 1@2:00:00")
+    dependency: str | None = Field(None, description="jobs to wait for: afterok:123")
+    mail_type: str | None = Field(None, description="what to write a mail about: END,FAIL")
+    mail_user: str | None = None
+    comment: str | None = None
+    sbatch: list[str] = Field([], description="any other option of sbatch, whole: --wckey=x")
     requeue: bool = True
     grace: Seconds = Field(120.0, description="seconds before the limit at which the job is told to save")
     container: Container | None = None

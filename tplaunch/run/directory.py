@@ -87,6 +87,11 @@ class RunDir:
         return self.root / "result.json"
 
     @property
+    def refusal(self) -> Path:
+        """Why a helper module does not answer, where the user can mend it."""
+        return self.root / "refusal.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -200,6 +205,17 @@ class RunDir:
             file.write(to_line({"pid": os.getpid(), "host": os.uname().nodename, "since": since}).decode())
             file.flush()
             yield
+
+    def is_held(self) -> bool:
+        """Whether a launch holds the run directory (`lock`)."""
+        try:
+            with self.lock_file.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # never held, or without locks
+            return False
+        return False
 
 
 def runs_under(path: Path) -> list[RunDir]:

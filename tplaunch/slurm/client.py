@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -16,41 +16,52 @@ from tplaunch.errors import Exit, Problem, TplaunchError
 
 TIMEOUT = 60.0  # seconds that a Slurm command may take; a busy controller takes several
 
+_NOTHING = ("(null)", "None", "Unknown", "N/A")  # what Slurm says where there is nothing to say
+
 # States of a job whose fate is open; every other state is final.
 OPEN_STATES = frozenset({"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED"})
 
 
-@dataclass(frozen=True)
-class Job:
-    """What Slurm knows of a job.
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a job stands.
 
     Args:
         id: "12", or "12_3" for a task of an array: the form that commands accept.
         state: RUNNING, PENDING, COMPLETED, FAILED, CANCELLED, ... as `scontrol show job` says it.
         reason: why it waits or ended, "" for none.
         nodes: the list in Slurm's short form, such as n[1-4]; "" before it starts.
-        excluded: nodes it must not run on, in the same form.
         restarts: how often it was requeued.
-        exit_code: of the batch script.
-        start: when it started or, while it waits, when Slurm expects it to; None: not known.
-        preempted: a job of higher priority is taking its place.
-        log: the file that its script writes to.
     """
 
     id: str
     state: str
     reason: str
     nodes: str
-    excluded: str
     restarts: int
-    exit_code: int
-    start: datetime | None
-    preempted: bool
-    log: Path | None
 
     @property
     def open(self) -> bool:
         return self.state in OPEN_STATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Standing):
+    """What Slurm knows of a job.
+
+    Args:
+        excluded: nodes it must not run on, in Slurm's short form.
+        exit_code: of the batch script.
+        start: when it started or, while it waits, when Slurm expects it to; None: not known.
+        preempted: a job of higher priority is taking its place.
+        log: the file that its script writes to.
+    """
+
+    excluded: str
+    exit_code: int
+    start: datetime | None
+    preempted: bool
+    log: Path | None
 
 
 def call(*argv: str) -> str:
@@ -91,10 +102,45 @@ def submit(script: Path, *, after: str | None = None) -> str:
 
     Args:
         after: a job whose end, good or bad, this one waits for.
+
+    Raises:
+        TplaunchError: sbatch refuses it; says which key of the recipe that is about, where that is known.
     """
     dependency = [f"--dependency=afterany:{after}"] if after else []
-    # --parsable prints "number" or "number;cluster".
-    return call("sbatch", "--parsable", *dependency, str(script)).strip().split(";")[0]
+    try:
+        # --parsable prints "number" or "number;cluster".
+        return call("sbatch", "--parsable", *dependency, str(script)).strip().split(";")[0]
+    except TplaunchError as error:
+        raise TplaunchError(*map(_explain_refusal, error.problems), code=error.code) from None
+
+
+_SEE_NODES = "see what the nodes have: sinfo --Node --format='%R %N %c %m %G %b'"
+# What sbatch says when it refuses a job; the keys of launch.slurm that it is about, and how to find what would do.
+_REFUSALS = [
+    (r"partition (name )?(specified|is invalid)|[Ii]nvalid partition", "partition", "see the partitions: sinfo"),
+    (r"Invalid account", "account", "see yours: sacctmgr show associations user=$USER format=account,partition,qos"),
+    (r"Invalid qos|QOS", "qos", "see yours: sacctmgr show associations user=$USER format=account,partition,qos"),
+    (r"[Tt]ime limit", "time", "see the partitions' limits: sinfo --format='%R %l'"),
+    (r"reservation", "reservation", "see them: scontrol show reservation"),
+    (r"feature", "constraint", "see the features: sinfo --format='%R %b'"),
+    (r"license", "licenses", "see them: scontrol show licenses"),
+    (r"node name", "nodelist or launch.slurm.exclude", "see the nodes: sinfo --Node"),
+    (r"dependency", "dependency", "see the jobs: squeue --me"),
+    (r"--mail-type", "mail_type", "such as END,FAIL"),
+    (r"generic resource|gres", "gpus or launch.slurm.gpu_type", _SEE_NODES),
+    (r"[Mm]emory", "mem", _SEE_NODES),
+    (r"CPU count|processors", "cpus_per_task", _SEE_NODES),
+    (r"node configuration|Node count", "cpus_per_task, mem, gpus or constraint", _SEE_NODES),
+]
+
+
+def _explain_refusal(problem: Problem) -> Problem:
+    if not problem.why.startswith("sbatch:"):  # not installed, or no answer
+        return problem
+    for pattern, keys, fix in _REFUSALS:
+        if re.search(pattern, problem.why):
+            return replace(problem, what="Slurm refuses the job", fix=f"change launch.slurm.{keys}; {fix}")
+    return replace(problem, what="Slurm refuses the job")
 
 
 def find_job(job_id: str) -> Job | None:
@@ -109,6 +155,36 @@ def find_job(job_id: str) -> Job | None:
     return next((job for job in jobs if job.id == job_id), jobs[0] if jobs else None)
 
 
+def find_jobs(job_ids: Sequence[str]) -> dict[str, Standing]:
+    """How jobs stand, by number, in the order asked; those that Slurm has forgotten are missing.
+
+    The controller is asked once for all of them.
+    """
+    if not job_ids:
+        return {}
+    # --array: also the tasks that wait, which Slurm keeps as one job, have a line each.
+    fields = ":|,".join(["JobArrayID", "State", "Reason", "NodeList", "RestartCnt", ""])
+    options = ["--noheader", "--array", "--states=all", f"--Format={fields.rstrip(',')}"]
+    try:
+        text = call("squeue", *options, f"--jobs={','.join(job_ids)}")
+    except TplaunchError as error:
+        if "Invalid job id" in str(error):  # said of one alone; of several those that are unknown are left out
+            return {}
+        raise
+    found = {standing.id: standing for standing in parse_queue(text)}
+    return {job_id: found[job_id] for job_id in job_ids if job_id in found}
+
+
+def parse_queue(text: str) -> list[Standing]:
+    """The jobs in the output of `squeue` as `find_jobs` asks for it: a line each, each field ended by "|"."""
+    found = []
+    for line in text.splitlines():
+        job_id, state, reason, nodes, restarts = line.strip().split("|")[:5]
+        known = "" if reason in _NOTHING else reason
+        found.append(Standing(id=job_id, state=state, reason=known, nodes=nodes, restarts=int(restarts or 0)))
+    return found
+
+
 def parse_jobs(text: str) -> list[Job]:
     """The jobs in the output of `scontrol show job`, one for each record."""
     records = re.split(r"(?m)^(?=JobId=)", text)
@@ -120,8 +196,7 @@ def _parse_job(record: str) -> Job:
     fields: dict[str, str] = {}
     for key, value in re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", record):
         fields.setdefault(key, value)
-    none = ("(null)", "None", "Unknown", "N/A")
-    known = {key: value for key, value in fields.items() if value not in none}
+    known = {key: value for key, value in fields.items() if value not in _NOTHING}
     array, task = known.get("ArrayJobId"), known.get("ArrayTaskId")
     start = known.get("StartTime")
     return Job(

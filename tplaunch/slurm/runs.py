@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.files import Tail
 from tplaunch.recipe.load import load_recipe
 from tplaunch.run.directory import RunDir, runs_under
-from tplaunch.run.events import AttemptEnded, BadNodes
+from tplaunch.run.events import AttemptBegan, AttemptEnded, BadNodes, Submitted
 from tplaunch.run.history import History
 from tplaunch.slurm import client
 
@@ -26,8 +26,8 @@ class RunStatus:
     Args:
         run: the run directory.
         job: the job that runs, waits or was last.
-        state: pending, running, requeued (waits again), stopping, done, stopped, failed, gone (Slurm has forgotten
-            the job, and the run did not say how it ended), or Slurm's own word.
+        state: new (never submitted nor started), pending, running, requeued (waits again), stopping, done, stopped,
+            failed, gone (Slurm has forgotten the job, and the run did not say how it ended), or Slurm's own word.
         attempt: how often the ranks were started.
         seconds_left: at the present speed.
         why: why it waits, or how it ended.
@@ -77,34 +77,50 @@ def _holds(jobs: Sequence[str], target: str) -> bool:
     return any(target in (job, job.split("_")[0]) for job in jobs)
 
 
+def statuses_of(runs: Sequence[RunDir]) -> list[RunStatus]:
+    """How runs stand, from Slurm where it still knows their jobs, which is asked once, and from their directories."""
+    histories = [run.history() for run in runs]
+    jobs = client.find_jobs([job for history in histories for job in history.submitted_jobs])
+    return [_status(run, history, jobs) for run, history in zip(runs, histories, strict=True)]
+
+
 def status_of(run_dir: RunDir) -> RunStatus:
-    """How a run stands, from Slurm where it still knows the job and from the run directory."""
-    history, metrics = run_dir.history(), run_dir.read_metrics()
-    job_id, job = current_job(history)
+    """How a run stands."""
+    return statuses_of([run_dir])[0]
+
+
+def _status(run_dir: RunDir, history: History, jobs: Mapping[str, client.Standing]) -> RunStatus:
+    metrics = run_dir.read_metrics()
+    job_id, job = _job_that_counts(history, jobs)
+    state, why = _standing(run_dir, history, job)
     steps = load_recipe(run_dir.recipe).recipe.training.steps
     last = metrics[-1] if metrics else {}
-    running = job is not None and job.state == "RUNNING"
     step, step_time = last.get("step"), last.get("step_time_s")
+    left = None if state != "running" or step is None or step_time is None else (steps - step) * step_time
     return RunStatus(
         run=run_dir.root,
         job=job_id,
-        state=_state(job, history),
+        state=state,
         nodes=job.nodes if job else "",
         attempt=history.attempts,
         step=step,
         steps=steps,
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
-        seconds_left=(steps - step) * step_time if running and step is not None and step_time is not None else None,
-        why=_why(job, history),
+        seconds_left=left,
+        why=why,
     )
 
 
-def current_job(history: History) -> tuple[str, client.Job | None]:
+def current_job(history: History) -> tuple[str, client.Standing | None]:
     """The first job of the run's chain that is not over, else its last; its number, and what Slurm knows of it."""
-    known: list[tuple[str, client.Job | None]] = [("", None)]
+    return _job_that_counts(history, client.find_jobs(history.submitted_jobs))
+
+
+def _job_that_counts(history: History, jobs: Mapping[str, client.Standing]) -> tuple[str, client.Standing | None]:
+    known: list[tuple[str, client.Standing | None]] = [("", None)]
     for job_id in history.submitted_jobs:
-        known.append((job_id, client.find_job(job_id)))
+        known.append((job_id, jobs.get(job_id)))
         if (job := known[-1][1]) is not None and job.open:
             break
     # Jobs of a chain that were cancelled because the run was done before are not what the user asks for.
@@ -112,28 +128,41 @@ def current_job(history: History) -> tuple[str, client.Job | None]:
     return started[-1] if started else known[-1]
 
 
-def _state(job: client.Job | None, history: History) -> str:
+def _standing(run_dir: RunDir, history: History, job: client.Standing | None) -> tuple[str, str]:
+    """The state of a run, and why."""
     if job is not None and job.open:
         if job.state == "PENDING":
-            return "requeued" if job.restarts else "pending"
-        return "stopping" if job.state == "COMPLETING" else job.state.lower()
+            return "requeued" if job.restarts else "pending", client.explain_reason(job.reason)
+        return "stopping" if job.state == "COMPLETING" else job.state.lower(), ""
     match history.end:
-        case AttemptEnded(code=code):
-            return {Exit.DONE: "done", Exit.STOPPED: "stopped"}.get(Exit(code), "failed")
-        case BadNodes():
-            return "failed"
-    return job.state.lower() if job is not None else "gone"
-
-
-def _why(job: client.Job | None, history: History) -> str:
-    if job is not None and job.open:
-        return client.explain_reason(job.reason) if job.state == "PENDING" else ""
-    match history.end:
-        case AttemptEnded(why=why):
-            return why
+        case AttemptEnded(code=code, why=why):
+            return {Exit.DONE: "done", Exit.STOPPED: "stopped"}.get(Exit(code), "failed"), why
         case BadNodes(nodes=nodes):
-            return f"bad nodes: {', '.join(nodes)}"
-    return client.explain_reason(job.reason) if job is not None else "Slurm does not know the job any more"
+            return "failed", f"bad nodes: {', '.join(nodes)}"
+    latest = next((e for e in reversed(history.events) if isinstance(e, (AttemptBegan, Submitted))), None)
+    if isinstance(latest, Submitted) or (latest is not None and latest.job):
+        if job is not None:
+            return job.state.lower(), client.explain_reason(job.reason)
+        known, forgotten = _last_words(history), "Slurm does not know the job any more"
+        return ("gone" if known[0] == "failed" else known[0]), f"{forgotten}; {known[1]}"
+    if latest is None:
+        return "new", "never submitted, and never started on this machine"
+    if run_dir.is_held():
+        return "running", ""
+    return _last_words(history)
+
+
+def _last_words(history: History) -> tuple[str, str]:
+    """How the latest attempt stands by what its ranks noted, where no launcher has judged it, and that in words."""
+    if isinstance(history.events[-1], Submitted) or not history.attempts:
+        return "failed", "it has not started the ranks"
+    if history.ending == "done":
+        return "done", "the last step is done"
+    saved = history.newest_checkpoint
+    rest = "without a checkpoint" if saved is None else f"the newest checkpoint is of step {saved}"
+    if history.ending == "stopped":
+        return "stopped", f"stopped; {rest}"
+    return "failed", f"its attempt {history.attempts} ended without a word, {rest}"
 
 
 def wait_for(
@@ -152,26 +181,26 @@ def wait_for(
     Raises:
         TplaunchError: Slurm cannot be asked at all, at the first question.
     """
-    answered = reached = any(_is_open(run) for run in runs)
+    answered = reached = _any_open(runs)
     while answered:
         while_waiting()
         time.sleep(POLL_S)
         try:
-            answered = any(_is_open(run) for run in runs)
+            answered = _any_open(runs)
             reached = True
         except TplaunchError as error:
             if reached:
                 warn(f"{error}\nstill waiting")
             reached = False
     while_waiting()
-    states = {status_of(run).state for run in runs}
+    states = {status.state for status in statuses_of(runs)}
     return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
 
 
-def _is_open(run_dir: RunDir) -> bool:
-    """Whether a job of the run waits or runs."""
-    _, job = current_job(run_dir.history())
-    return job is not None and job.open
+def _any_open(runs: Sequence[RunDir]) -> bool:
+    """Whether a job of any of the runs waits or runs."""
+    jobs = client.find_jobs([job for run in runs for job in run.history().submitted_jobs])
+    return any(job.open for job in jobs.values())
 
 
 def job_log(run_dir: RunDir) -> Path:
@@ -231,8 +260,7 @@ def cancel_run(run_dir: RunDir, *, now: bool) -> list[str]:
     Returns:
         What was done, a sentence for each job.
     """
-    jobs = [client.find_job(job_id) for job_id in run_dir.history().submitted_jobs]
-    live = [job for job in jobs if job is not None and job.open]
+    live = [job for job in client.find_jobs(run_dir.history().submitted_jobs).values() if job.open]
     # The waiting ones first: one that waits for the running one must not start when that ends.
     waiting = [job.id for job in live if job.state == "PENDING"]
     running = [job.id for job in live if job.state != "PENDING"]

@@ -8,7 +8,6 @@ so an exported WANDB_API_KEY reaches the workers without being written anywhere.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import subprocess
@@ -19,16 +18,9 @@ from pathlib import Path
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.launch.torchrun import WORKER
 from tplaunch.recipe.schema import Recipe
+from tplaunch.slurm.options import option_problems, sbatch_options
 from tplaunch.spec.topology import Topology
-from tplaunch.units import format_duration
 
-MOST_GRACE = 65535  # seconds; sbatch --signal takes no more
-CPUS_PER_GPU = 4  # the default; GPU nodes everywhere have as many
-
-# What Slurm allows in names: no space, quote, # or control character, so that an #SBATCH line needs no quotes.
-_NAMES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@:+-]*")
-_HOSTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
-_FEATURES = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.,:&|*()\[\]+-]*")
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+:@=-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = re.compile(r"SLURM_.*|TPLAUNCH_.*|RUN_DIRS?|PYTHON|WORKERS|MASTER_(ADDR|PORT)|BASH_ENV|IFS")
@@ -75,11 +67,7 @@ def write_script(
 def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> Iterator[Problem]:
     """What keeps a recipe from becoming a script."""
     slurm = recipe.launch.slurm
-    names = {"partition": _NAMES, "account": _NAMES, "qos": _NAMES, "reservation": _NAMES}
-    for field, pattern in {**names, "constraint": _FEATURES, "exclude": _HOSTS}.items():
-        value = getattr(slurm, field)
-        if value is not None and not pattern.fullmatch(value):
-            yield Problem(f"{value!r} is no name that Slurm can have", key=f"launch.slurm.{field}")
+    yield from option_problems(slurm)
     for name in slurm.modules:
         if not _MODULE.fullmatch(name):
             yield Problem(f"{name!r} is no name of a module", key="launch.slurm.modules")
@@ -101,11 +89,6 @@ def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> 
     for name in [match[1] for line in slurm.setup for match in _ASSIGNMENT.finditer(line)]:
         if _SECRET.fullmatch(name):
             yield _secret(name, "launch.slurm.setup")
-    if slurm.grace > MOST_GRACE:
-        yield Problem(f"is more than the {MOST_GRACE} s that sbatch --signal takes", key="launch.slurm.grace")
-    if slurm.time is not None and slurm.time <= slurm.grace:
-        what = f"{format_duration(slurm.time)} leaves nothing after a grace of {format_duration(slurm.grace)}"
-        yield Problem(what, fix="a longer time or a shorter launch.slurm.grace", key="launch.slurm.time")
     if topology.world_size != topology.nodes * topology.ranks_per_node:
         what = f"{topology.world_size} ranks do not fill {topology.nodes} nodes of {topology.ranks_per_node}"
         yield Problem(what, fix="sizes whose product fills every node", key="topology")
@@ -152,49 +135,8 @@ def _is_shell(lines: Sequence[str]) -> bool:
 
 
 def _header(recipe: Recipe, topology: Topology, run_dirs: Sequence[Path], log_dir: Path) -> str:
-    slurm = recipe.launch.slurm
-    ranks = topology.ranks_per_node
-    sizes = f"{topology.world_size} ranks = tp {topology.tp} x pp {topology.pp} x dp {topology.dp}"
-    rows = [
-        (f"--job-name={recipe.name}", "as squeue shows it"),
-        (f"--nodes={topology.nodes}", sizes),
-        ("--ntasks-per-node=1", "one torchrun a node, which starts the node's ranks"),
-    ]
-    if slurm.gpus:
-        rows += [(f"--gres=gpu:{ranks}", "one GPU a rank")]
-    cpus = slurm.cpus_per_task or (CPUS_PER_GPU if slurm.gpus else 1) * ranks
-    rows += [(f"--cpus-per-task={cpus}", "for all ranks of the node together; Slurm's default is one")]
-    if slurm.mem is not None:
-        rows += [(f"--mem={math.ceil(slurm.mem / 2**20)}M", "memory of each node")]
-    if slurm.time is not None:
-        rows += [(f"--time={_slurm_time(slurm.time)}", "limit of one attempt, not of the run")]
-    for field in ("partition", "account", "qos", "reservation", "constraint", "exclude"):
-        value = getattr(slurm, field)
-        if value is not None:
-            rows += [(f"--{field}={value}", "")]
-    if slurm.requeue:
-        rows += [("--requeue", "after preemption, the time limit or the loss of a node: wait in the queue again")]
-    else:
-        rows += [("--no-requeue", "launch.slurm.requeue is off")]
-    rows += [
-        (f"--signal=B:USR1@{math.ceil(slurm.grace)}", "so many seconds before the limit this script is told to stop"),
-        ("--open-mode=append", "later attempts of the job add to the log"),
-    ]
-    if len(run_dirs) > 1:
-        rows += [(f"--array=0-{len(run_dirs) - 1}", "one task for each member of the sweep")]
-    name = "%A_%a.log" if len(run_dirs) > 1 else "%j.log"
-    rows += [(f"--output={_sbatch_quote(str(log_dir).replace('%', '%%') + '/' + name)}", "")]
+    rows = sbatch_options(recipe, topology, tasks=len(run_dirs), log_dir=log_dir)
     return "\n".join(["#!/bin/bash", *_aligned([(f"#SBATCH {option}", why) for option, why in rows])])
-
-
-def _slurm_time(seconds: float) -> str:
-    days, rest = divmod(math.ceil(seconds), 86400)
-    return f"{days}-{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-
-
-def _sbatch_quote(text: str) -> str:
-    """Text as one word of an #SBATCH line, by sbatch's own rules, which are not the shell's."""
-    return text if re.fullmatch(r"[\w/.,:@%+=-]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:

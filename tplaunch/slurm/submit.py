@@ -17,6 +17,7 @@ from tplaunch.recipe.load import LoadedRecipe, load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Submitted
 from tplaunch.slurm import client
+from tplaunch.slurm.cluster import cluster_problems, read_cluster
 from tplaunch.slurm.script import data_folders, write_script
 
 # What a sweep cannot vary: the tasks of an array share one script and one shape of allocation.
@@ -168,10 +169,15 @@ def send(
         The jobs' numbers, in order.
 
     Raises:
-        TplaunchError: data that cannot be prepared, a run that is in the queue already, or what sbatch refuses.
+        TplaunchError: what the cluster cannot give, data that cannot be prepared, a run that is in the queue already,
+            or what sbatch refuses.
     """
     script = submission.script()
-    client.version()  # data take long to prepare: where there is no Slurm, say so first
+    client.version()  # data take long to prepare: where there is no Slurm, or not what is asked of it, say so first
+    first = submission.members[0].checked
+    problems = cluster_problems(first.recipe, first.topology, read_cluster())
+    if problems:
+        raise RecipeError(*(replace(problem, where=submission.loaded.where(problem.key)) for problem in problems))
     for member in submission.members:
         check_resume(member.checked, member.run_dir, "auto")
         job = open_job(member.run_dir)
@@ -215,10 +221,7 @@ def prepare_run(member: Member, allow: Sequence[str] = ()) -> Ready:
     return ready
 
 
-def open_job(run_dir: RunDir) -> client.Job | None:
+def open_job(run_dir: RunDir) -> client.Standing | None:
     """The first job of a run that waits or runs."""
-    for job_id in run_dir.history().submitted_jobs:
-        job = client.find_job(job_id)
-        if job is not None and job.open:
-            return job
-    return None
+    jobs = client.find_jobs(run_dir.history().submitted_jobs).values()
+    return next((job for job in jobs if job.open), None)
