@@ -25,7 +25,7 @@ from tests.training import trainer
 from tests.world import World
 from tplaunch.data.indexed import IndexedWriter
 from tplaunch.data.order import SampleOrder
-from tplaunch.huggingface.import_ import import_model
+from tplaunch.huggingface.folder import import_folder
 
 STEPS, BATCH, SEQ, VOCAB, SEED = 8, 8, 24, 150, 5
 LR, BETAS, EPS, DECAY = 4e-3, (0.8, 0.9), 1e-4, 0.5  # none of them a default
@@ -162,7 +162,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
             if "norm" in name:
                 tensor.add_(0.3 * torch.randn_like(tensor))
     model.save_pretrained(root / "model")
-    checkpoint, _ = import_model(root / "model", root / "imported")
+    checkpoint = import_folder(root / "model", root / "imported").checkpoint
     random = np.random.default_rng(11)
     lengths = [1, 2, SEQ - 3, 1, *random.integers(1, 2 * SEQ, 90).tolist()]
     # Few different tokens, on both tp ranks: something can be learnt in eight steps.
