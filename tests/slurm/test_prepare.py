@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -66,25 +67,25 @@ def test_a_controller_that_is_away_for_a_while_ends_no_wait(site: Site, monkeypa
     assert tplaunch(["submit", "tiny.yaml"]) == Exit.DONE
     run = RunDir(site.folder / "runs/tiny")
     monkeypatch.setattr(slurm_runs, "POLL_S", 0.0)
-    find, asked, warned = slurm_runs.client.find_job, [], []
+    find, asked, warned = slurm_runs.client.find_jobs, [], []
 
-    def hiccup(job_id: str) -> slurm_runs.client.Job | None:
-        asked.append(job_id)
+    def hiccup(job_ids: Sequence[str]) -> dict[str, slurm_runs.client.Standing]:
+        asked.append(job_ids)
         if len(asked) in (2, 3):
             raise TplaunchError("scontrol: Unable to contact slurm controller", code=Exit.FAILED)
         if len(asked) == 5:
             site.set_state(41, "COMPLETED")
-        return find(job_id)
+        return find(job_ids)
 
-    monkeypatch.setattr(slurm_runs.client, "find_job", hiccup)
+    monkeypatch.setattr(slurm_runs.client, "find_jobs", hiccup)
     wait_for([run], warn=warned.append)
     assert len(asked) > 4 and len(warned) == 1 and "Unable to contact" in warned[0]
-    monkeypatch.setattr(slurm_runs.client, "find_job", _refuse)
+    monkeypatch.setattr(slurm_runs.client, "find_jobs", _refuse)
     with pytest.raises(TplaunchError, match="not installed"):  # a Slurm that cannot be asked at all is no hiccup
         wait_for([run])
 
 
-def _refuse(job_id: str) -> None:
+def _refuse(job_ids: Sequence[str]) -> None:
     raise TplaunchError("scontrol is not installed here")
 
 
