@@ -121,6 +121,11 @@ def rows_of(layout: DTensor, rows: Tensor, world: DeviceMesh, parts: int) -> DTe
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
 
 
+def assert_soon(condition: Tensor, message: str) -> None:
+    """Fail where a condition [] does not hold; on a GPU some time later, so that nobody waits for it."""
+    _get(torch, "_assert_async", "torch._assert_async")(condition, message)
+
+
 def with_local(layout: DTensor, local: Tensor) -> DTensor:
     """A DTensor that is laid out like another, over other memory; on any device, where `DTensor.from_local` would move
     it to the mesh's."""

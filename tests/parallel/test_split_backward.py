@@ -52,9 +52,9 @@ def test_no_matmul_is_done_twice(world: World, schedule: str, sequence_parallel:
         sum(world.run(2 * TP, flops, case(TP, 2, schedule=name, sequence_parallel=sequence_parallel)))
         for name in ("interleaved1f1b", schedule)
     )
-    # But for the logits, which each half computes again, as they are never kept.
+    # But for the logits, which each half computes again, where a whole pass makes its gradients in the forward pass.
     logits = 2 * SEQ * BATCH * HIDDEN * PADDED_VOCAB * MICROBATCHES
-    assert whole <= split <= whole + logits
+    assert whole <= split <= whole + 2 * logits
 
 
 def test_a_pass_tells_what_it_is_for() -> None:

@@ -49,8 +49,8 @@ class Output(nn.Module):
         self.z_loss = training.z_loss
         self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """x [s or s/tp, b, h]; labels int64 [b, s] -> summed loss (scalar), or None -> logits [b, s, vocab]."""
+    def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float) -> Tensor:
+        """x [s or s/tp, b, h]; labels int64 [b, s] -> scaled sum of losses [1], or None -> logits [b, s, vocab]."""
         weight = local(self.weight)
         if labels is None:
             logits = enter_region(x, self.tp) @ weight.t()
@@ -60,7 +60,14 @@ class Output(nn.Module):
                 logits = torch.cat(slices, dim=-1)
             return logits[..., : self.vocab_size].transpose(0, 1)
         return output_cross_entropy(
-            x, weight, labels, tp=self.tp, vocab_size=self.vocab_size, chunk=self.chunk, z_loss=self.z_loss
+            x,
+            weight,
+            labels,
+            tp=self.tp,
+            vocab_size=self.vocab_size,
+            chunk=self.chunk,
+            z_loss=self.z_loss,
+            scale=loss_scale,
         )
 
 
@@ -140,8 +147,7 @@ class TransformerStage(nn.Module):
             x = block(self._leaving(x, number), rope, mask)
         if self.norm is None or self.output is None:
             return x
-        result = self.output(self.norm(x), labels)
-        return result if labels is None else result.reshape(1) * loss_scale
+        return self.output(self.norm(x), labels, loss_scale)
 
 
 class _Leaving(torch.autograd.Function):

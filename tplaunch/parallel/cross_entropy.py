@@ -1,13 +1,15 @@
 """The output layer and vocab-parallel cross-entropy in one, chunk by chunk.
 
 Each tp rank has the logits of its vocabulary slice only, and of one chunk of tokens at a time: whole logits never
-exist, on any rank, in any precision. Two all-reduces a call ([tokens] of maxima, [2, tokens] of sums) join the
-slices, however many the chunks (Shoeybi et al. 2019, arXiv 1909.08053, section 3). The backward pass computes the
-logits of a chunk again, which costs one more output matmul and saves their memory.
+exist, on any rank, in any precision. Two all-reduces a chunk ([tokens] of maxima, [2, tokens] of sums) join the
+slices (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Where the gradient of the output matrix is added up in place,
+all gradients are made in the forward pass, while the logits exist (Liger's fused linear cross-entropy, Hsu et al. 2024,
+arXiv 2410.10989). Elsewhere the backward pass computes them again, which costs one more output matmul.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
 from tplaunch.parallel.layers import accumulator, add_product
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
+from tplaunch.torch_private import assert_soon
 
 IGNORE = -100  # label of a token that does not count, as in torch.nn.functional.cross_entropy
 
@@ -24,74 +27,107 @@ IGNORE = -100  # label of a token that does not count, as in torch.nn.functional
 class _OutputCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: TensorParallel, vocab: int, chunk: int, z: float
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, columns: _Columns, scale: float, training: bool
     ) -> Tensor:
-        rows = weight.shape[0]
-        first = tp.rank * rows
-        real = max(0, min(rows, vocab - first))  # columns of this slice that are not padding
-        accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        local_max, local_sum, target = (hidden.new_zeros(labels.shape, dtype=accumulate_dtype) for _ in range(3))
-        for part in _chunks(len(labels), chunk):
-            logits = _logits(hidden[part], weight, real, accumulate_dtype)
+        total = accumulator(weight) if training else None
+        grad_hidden = None if total is None else torch.empty_like(hidden)
+        losses, log_z = (hidden.new_empty(labels.shape, dtype=columns.dtype) for _ in range(2))
+        for part in columns.chunks(len(labels)):
+            logits = columns.logits(hidden[part], weight)
+            target = columns.at_labels(logits, labels[part])
             # A slice of nothing but padding has no maximum; a finite stand-in keeps NaN out.
-            local_max[part] = logits.amax(-1).clamp_min(torch.finfo(accumulate_dtype).min)
-            local_sum[part] = (logits - local_max[part].unsqueeze(-1)).exp_().sum(-1)
-            column = labels[part] - first
-            mine = (column >= 0) & (column < rows)
-            picked = logits.gather(-1, column.clamp(0, rows - 1).unsqueeze(-1)).squeeze(-1)
-            target[part] = torch.where(mine, picked, 0.0)
-        top = local_max
-        if tp.size > 1:
-            top = wait(start_all_reduce(local_max, tp, "max"))
-            sums = torch.stack([local_sum * (local_max - top).exp(), target])
-            local_sum, target = wait(start_all_reduce(sums, tp)).unbind(0)
-        log_z = top + local_sum.log()
-        counted = labels != IGNORE
-        losses = torch.where(counted, log_z - target + z * log_z.square(), 0.0)
-        ctx.accumulator = accumulator(weight)
-        ctx.save_for_backward(hidden, weight, labels, log_z)
-        ctx.setting = (first, real, chunk, z, accumulate_dtype)
-        return losses.sum(dtype=torch.float64).to(accumulate_dtype)
+            top = logits.amax(-1).clamp_min(torch.finfo(columns.dtype).min)
+            exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
+            log_z[part], target = columns.join(top, exponentials.sum(-1), target)
+            counted = labels[part] != IGNORE
+            losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
+            if grad_hidden is not None:
+                probabilities = exponentials.mul_((top - log_z[part]).exp().unsqueeze(-1))
+                grad = columns.gradient(probabilities, log_z[part], labels[part], scale).to(weight.dtype)
+                torch.matmul(grad, weight, out=grad_hidden[part])
+                add_product(total, grad.t(), hidden[part])
+        ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
+        ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else [hidden, weight, labels, log_z]))
+        return losses.sum(0, keepdim=True, dtype=torch.float64).to(columns.dtype) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.fused:
+            # What was added to the matrix's gradient is right for the loss itself only.
+            assert_soon(grad == 1, "the loss must be where the backward pass begins: give its factor as `scale`")
+            return ctx.saved_tensors[0], None, None, None, None, None
         hidden, weight, labels, log_z = ctx.saved_tensors
-        first, real, chunk, z, accumulate_dtype = ctx.setting
+        columns = ctx.columns
         need_hidden, need_weight = wanted(ctx, 0, 1)
-        counted = labels != IGNORE
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Several chunks are summed in the accumulate dtype: bf16 would lose the small ones.
-        grad_weight = ctx.accumulator if need_weight else None
-        if need_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype)
-        scale = torch.where(counted, grad * (1 + 2 * z * log_z), 0.0)
-        hit_scale = torch.where(counted, grad, 0.0)
-        for part in _chunks(len(labels), chunk):
-            logits = _logits(hidden[part], weight, real, accumulate_dtype)
-            grad_logits = (logits - log_z[part].unsqueeze(-1)).exp_().mul_(scale[part].unsqueeze(-1))
-            column = labels[part] - first
-            mine = (column >= 0) & (column < weight.shape[0])
-            hit = torch.where(mine, hit_scale[part], 0.0).unsqueeze(-1)
-            grad_logits.scatter_add_(-1, column.clamp(0, weight.shape[0] - 1).unsqueeze(-1), -hit)
-            grad_compute = grad_logits.to(weight.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=columns.dtype) if need_weight else None
+        for part in columns.chunks(len(labels)):
+            probabilities = columns.logits(hidden[part], weight).sub_(log_z[part].unsqueeze(-1)).exp_()
+            grad_logits = columns.gradient(probabilities, log_z[part], labels[part], grad * ctx.scale).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_compute @ weight
+                torch.matmul(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                add_product(grad_weight, grad_compute.t(), hidden[part])
-        handed = None
-        if grad_weight is not None and ctx.accumulator is None:
-            handed = grad_weight.to(weight.dtype)
-        return grad_hidden, handed, None, None, None, None, None
+                add_product(grad_weight, grad_logits.t(), hidden[part])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+@dataclass(frozen=True)
+class _Columns:
+    """This rank's columns of the logits, and what is computed of them for a chunk of tokens.
 
+    Args:
+        tp: the group.
+        rows: columns of a slice, which are the output matrix's rows.
+        vocab_size: columns of all slices that are not padding.
+        chunk: tokens whose logits exist at a time.
+        z_loss: weight of log(Z)^2.
+        dtype: of logits and losses.
+    """
 
-def _logits(hidden: Tensor, weight: Tensor, real: int, dtype: torch.dtype) -> Tensor:
-    logits = (hidden @ weight.t()).to(dtype)
-    logits[:, real:] = -torch.inf
-    return logits
+    tp: TensorParallel
+    rows: int
+    vocab_size: int
+    chunk: int
+    z_loss: float
+    dtype: torch.dtype
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """The chunks of so many tokens."""
+        return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[tokens, rows]; -inf for padding."""
+        logits = (hidden @ weight.t()).to(self.dtype)
+        logits[:, max(0, self.vocab_size - self.tp.rank * self.rows) :] = -torch.inf
+        return logits
+
+    def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logit of each token's label, [tokens]; 0 where another rank has it."""
+        column, mine = self._place(labels)
+        return torch.where(mine, logits.gather(-1, column).squeeze(-1), 0.0)
+
+    def join(self, top: Tensor, local_sum: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """log Z and the label's logit of each token over all slices, [tokens], from each slice's largest logit, sum of
+        exponentials of logits less that, and label's logit."""
+        if self.tp.size == 1:
+            return top + local_sum.log(), target
+        highest = wait(start_all_reduce(top, self.tp, "max"))
+        sums = torch.stack([local_sum * (top - highest).exp(), target])
+        local_sum, target = wait(start_all_reduce(sums, self.tp)).unbind(0)
+        return highest + local_sum.log(), target
+
+    def gradient(self, probabilities: Tensor, log_z: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
+        """Gradient of the scaled loss with respect to the logits, in the memory of the probabilities."""
+        counted = (labels != IGNORE).to(self.dtype) * scale
+        column, mine = self._place(labels)
+        gradient = probabilities.mul_((counted * (1 + 2 * self.z_loss * log_z)).unsqueeze(-1))
+        return gradient.scatter_add_(-1, column, torch.where(mine, -counted, 0.0).unsqueeze(-1))
+
+    def _place(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each label's column here, [tokens, 1], and whether it is one of these, [tokens]."""
+        column = labels - self.tp.rank * self.rows
+        return column.clamp(0, self.rows - 1).unsqueeze(-1), (column >= 0) & (column < self.rows)
 
 
 def output_cross_entropy(
@@ -103,8 +139,9 @@ def output_cross_entropy(
     vocab_size: int,
     chunk: int = 1024,
     z_loss: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against labels.
+    """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against labels, scaled.
 
     Args:
         hidden: [s or s/tp, b, h], the output of the final norm.
@@ -114,10 +151,13 @@ def output_cross_entropy(
         vocab_size: real size of the vocabulary; padded columns get no probability.
         chunk: tokens whose logits exist at a time.
         z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
+        scale: factor of the sum. Backward passes must begin at the loss: nothing else may scale it.
 
     Returns:
-        fp32 scalar (fp64 for fp64 input), the same on every tp rank.
+        fp32 [1] (fp64 for fp64 input), the same on every tp rank.
     """
-    hidden = enter_region(hidden, tp)
-    flat_labels = labels.t().reshape(-1)
-    return _OutputCrossEntropy.apply(hidden.flatten(0, 1), weight, flat_labels, tp, vocab_size, chunk, z_loss)
+    hidden = enter_region(hidden, tp).flatten(0, 1)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    columns = _Columns(tp, weight.shape[0], vocab_size, chunk, z_loss, dtype)
+    labels = labels.t().reshape(-1)
+    return _OutputCrossEntropy.apply(hidden, weight, labels, columns, scale, torch.is_grad_enabled())

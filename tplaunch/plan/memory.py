@@ -160,9 +160,9 @@ def optimizer_state(case: Case, stages: list[Stage]) -> float:
 
 
 def loss_working(case: Case) -> float:
-    """Temporaries of the loss's backward pass at its fullest: while a chunk's part is summed into the output matrix's
-    gradient (its logits and their gradient, in fp32 and the compute dtype), or while the next chunk's logits are
-    computed beside those of the last; and the gradient of the whole sequence's hidden states."""
+    """Temporaries of the loss as its gradients are made, at their fullest: while a chunk's part is summed into the
+    output matrix's gradient (the gradient of its logits, in fp32 and the compute dtype), or while the next chunk's
+    logits are computed beside those of the last; and the gradient of the whole sequence's hidden states."""
     model, training, width = case.model, case.recipe.training, case.compute_bytes
     fp32 = max(4, width)
     lowered = width if width < fp32 else 0  # a copy in a compute dtype below fp32
@@ -171,8 +171,8 @@ def loss_working(case: Case) -> float:
     logits = min(training.loss_chunk, case.tokens) * columns
     own = 0 if case.accumulates_in_place else fp32  # of each number of the gradient, until it is handed over
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else width
-    summing = logits * (2 * fp32 + lowered) + matrix * (own + product)
-    following = logits * (3 * fp32 + 2 * lowered) + matrix * own if case.tokens > training.loss_chunk else 0
+    summing = logits * (fp32 + lowered) + matrix * (own + product)
+    following = logits * 2 * (fp32 + lowered) + matrix * own if case.tokens > training.loss_chunk else 0
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
