@@ -215,7 +215,7 @@ REFUSED = [
         "decay_steps: at most 10",
     ),
     (["training.eval_every=5"], "training.eval_every", "there is no validation data", "data.validation"),
-    (["launch.slurm={time: 1m}"], "launch.slurm.grace", "grace 120s is not shorter than the job's time 60s", None),
+    (["launch.slurm={time: 1m}"], "launch.slurm.grace", "grace 120s is not shorter than the job's time 00:01:00", None),
     (["hardware.gpu=abacus"], "hardware.gpu", "no GPU is called 'abacus'", "h100-80gb"),
     (["data.tokenizer=null"], "data.tokenizer", "text.txt is text, which needs a tokenizer", "{vocab_size: 4096}"),
     (["data.tokenizer={vocab_size: 600}"], "data.tokenizer", "of 600 tokens does not fit model.vocab_size 512", "512"),

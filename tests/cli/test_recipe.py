@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,15 @@ class TestNew:
         assert "no/such/recipe.yaml: cannot be written" in capsys.readouterr().err
 
 
+def _same_as_stdin(opened: Path) -> int:
+    """How many descriptors of a process lead where its standard input does."""
+    ends = []
+    for end in opened.iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            ends.append(os.readlink(end))
+    return ends.count(os.readlink(opened / "0"))
+
+
 class TestEnds:
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["--version"]) == 0
@@ -196,7 +206,7 @@ class TestEnds:
         command = [*TPLAUNCH, "recipe", "check", "/dev/stdin"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         opened = Path(f"/proc/{process.pid}/fd")
-        while [os.readlink(end) for end in opened.iterdir()].count(os.readlink(opened / "0")) < 2:
+        while _same_as_stdin(opened) < 2:
             time.sleep(0.01)  # until the program has opened it
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)

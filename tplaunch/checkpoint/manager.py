@@ -196,6 +196,7 @@ class CheckpointManager:
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, temporary / name)
         for name in (".metadata", *self.files):
             files[name] = store.hash_file(temporary / name)

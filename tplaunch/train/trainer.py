@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
+from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import TokenDataset, prefetch
 from tplaunch.observe.wandb import run_id
 from tplaunch.optim.loss_scale import LossScale
@@ -87,7 +88,7 @@ class Trainer:
                 "seed": recipe.training.seed,
                 **({"data": json.loads(run_dir.data_facts.read_bytes())} if run_dir.data_facts.exists() else {}),
             },
-            files={run_dir.tokenizer.name: run_dir.tokenizer} if run_dir.tokenizer.exists() else {},
+            files={str(path): run_dir.root / path for path in text_files(run_dir.root)},
             before_commit=self.faults.in_save,
         )
         self.log = TrainingLog(self.step, run_dir)
