@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tplaunch.check.recipe import check_recipe
-from tplaunch.cli.views.plan import plan_text, tuning_text
+from tplaunch.cli.views.plan import plan_text
+from tplaunch.cli.views.tune import tuning_text
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.plan.remedies import remedies
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 def case(recipe: str, *overrides: str) -> Case:
     checked = check_recipe(load_recipe(recipe, overrides), need_data=False)
     assert checked.recipe.hardware.gpu is not None
-    return Case(checked.recipe, checked.topology, find_gpu(checked.recipe.hardware.gpu))
+    return Case(checked.recipe, find_gpu(checked.recipe.hardware.gpu))
 
 
 def save(name: str, svg: str, scale: float = 1.0) -> None:

@@ -82,6 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
     "documents-hsdp": case(1, 1, 4, zero=3, dp_replicate=2, training={"eod_mask_loss": True}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
+    "compile-dp2": case(1, 1, 2, training={"compile": True}),
     "wide-tp2": case(2, training=FEW, **WIDE),
     "wide-dp2": case(1, 1, 2, training=FEW, **WIDE),
     "fp64-tp4-dp2-sp": case(4, 1, 2, sequence_parallel=True, training={"precision": "fp64"}),

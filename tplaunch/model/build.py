@@ -93,8 +93,10 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         sharding = _under_fsdp(recipe, mesh, module, parameters)
     else:
         split = mesh.topology.pp > 1 and SCHEDULES[recipe.topology.schedule].splits_backward
-        whole, precision = not (split or training.compile), training.precision
-        sharding = flat = FlatSharding(module, parameters, mesh, precision=precision, whole_backward=whole)
+        in_place = not (split or training.compile)
+        sharding = flat = FlatSharding(
+            module, parameters, mesh, precision=training.precision, in_place=in_place, overlap=not split
+        )
         if flat.overlaps:
             module.block_done = flat.block_done
         if training.compile:

@@ -37,8 +37,9 @@ class FlatSharding:
         parameters: what each is.
         mesh: the mesh.
         precision: names the dtypes.
-        whole_backward: backward passes are not split in two, nor compiled: the matmul that computes a weight gradient
-            may add it to the buffer, and a block's gradients are complete when the pass leaves it.
+        in_place: the matmul that computes a weight gradient may add it to the buffer itself: backward passes are not
+            split in two, nor compiled.
+        overlap: a block's gradients are complete when a backward pass leaves it: passes are not split in two.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class FlatSharding:
         mesh: Mesh,
         *,
         precision: Precision,
-        whole_backward: bool,
+        in_place: bool,
+        overlap: bool,
     ) -> None:
         self.mesh = mesh
         self.parts = mesh.world["dp_shard"].size()  # 1 with ZeRO 0, which replicates all the way
@@ -60,7 +62,7 @@ class FlatSharding:
         self.gradients = torch.zeros(sum(sizes), dtype=self.storage, device=mesh.device)
         self.slots: dict[str, tuple[Tensor, Tensor]] = {}  # name -> its padded rows of weights and of gradients
         self.shards: list[ParameterShard] = []
-        self.overlaps = whole_backward and (self.parts > 1 or mesh.dp_replicate > 1)
+        self.overlaps = overlap and (self.parts > 1 or mesh.dp_replicate > 1)
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
         self._under_way: list[dist.Work] = []
@@ -75,7 +77,7 @@ class FlatSharding:
             parameter = nn.Parameter(weights[: local[0]])
             parameter.grad_dtype = self.storage
             parameter.grad = gradients[: local[0]]
-            parameter.accumulates = whole_backward  # type: ignore[attr-defined]  # read by `layers.accumulator`
+            parameter.accumulates = in_place  # type: ignore[attr-defined]  # read by `layers.accumulator`
             _replace(module, name, parameter)
             master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
             if self.storage != self.compute:

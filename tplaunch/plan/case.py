@@ -115,10 +115,14 @@ class Case:
         return self.zero <= 1 or self.topology.dp == 1
 
     @property
+    def undivided_backward(self) -> bool:
+        """Whether no backward pass runs in two halves."""
+        return self.topology.pp == 1 or not SCHEDULES[self.schedule].splits_backward
+
+    @property
     def accumulates_in_place(self) -> bool:
         """Whether the matmul that computes a weight's gradient adds it to the sum itself."""
-        split = self.topology.pp > 1 and SCHEDULES[self.schedule].splits_backward
-        return self.flat and not split and not self.recipe.training.compile
+        return self.flat and self.undivided_backward and not self.recipe.training.compile
 
     @property
     def fast_domain(self) -> int:

@@ -180,7 +180,7 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
     reduced = sum(case.weights(stage) for stage in stages) * case.storage_bytes
     blocks = max(1, sum(len(stage.layers) for stage in stages))
     units = _parameters(case, stages) if case.flat else blocks
-    behind = backward if case.accumulates_in_place or not case.flat else 0.0
+    behind = backward if case.undivided_backward else 0.0
     traffic = []
 
     def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int) -> None:
