@@ -49,7 +49,7 @@ class Output(nn.Module):
         self.z_loss = training.z_loss
         self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
 
-    def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """x [s or s/tp, b, h]; labels int64 [b, s] -> scaled sum of losses [1], or None -> logits [b, s, vocab]."""
         weight = local(self.weight)
         if labels is None:
