@@ -488,12 +488,6 @@ Change = Callable[[dict[str, Any], Path], object]
             "data.train",
             "play.txt: byte 0: data.train: not UTF-8",
         ),
-        (
-            lambda d, t: d.update(train=[{"path": d["train"]}, {"path": d["train"], "weight": 1e-6}]),
-            {},
-            "data.train",
-            "no sample in 1000",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from tplaunch.data.indexed import IndexedTokens
-from tplaunch.data.order import Ints, SampleOrder
+from tplaunch.data.mixture import Ints
+from tplaunch.data.order import SampleOrder
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 

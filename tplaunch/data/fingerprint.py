@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.data.mixture import ORDER
 from tplaunch.recipe.schema import Recipe
 
 WHOLE_BYTES = 64 * 2**20  # a file up to this size is hashed whole
@@ -57,7 +58,8 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
         recipe: with prepared data (`prepare_recipe_data`).
 
     Returns:
-        {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None}.
+        {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
+        "order": number of the order that mixtures are read in (`mixture.ORDER`)}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
@@ -67,4 +69,5 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
         for split in ("train", "validation")
     }
     tokenizer = recipe.data.tokenizer
-    return {**facts, "tokenizer": tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None}
+    sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
+    return {**facts, "tokenizer": sha256, "order": ORDER}

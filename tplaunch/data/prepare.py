@@ -16,7 +16,6 @@ from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import is_raw
 from tplaunch.data.indexed import IndexedTokens, idx_path
-from tplaunch.data.order import quotas
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
@@ -41,7 +40,7 @@ def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: boo
 
     Raises:
         RecipeError: with every problem that was found: missing or damaged files, a token or a tokenizer beyond
-            the vocabulary, a tokenizer that the data was not made with, less than one sample, a weight too small.
+            the vocabulary, a tokenizer that the data was not made with, less than one sample.
     """
     return _Preparation(recipe, (cache or default_cache()).absolute(), Progress(progress)).run()
 
@@ -74,8 +73,6 @@ class _Preparation:
         for key, source in entries:
             with self._problems_at(key):
                 prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer)
-        for split in ("train", "validation"):
-            self._check_weights(split)
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
@@ -171,13 +168,6 @@ class _Preparation:
         else:
             with owned(prefix, self.show):
                 yield not complete.exists()
-
-    def _check_weights(self, split: str) -> None:
-        weights = [source.weight for _, source in _keyed(split, self.data)]
-        try:
-            quotas(weights) if len(weights) > 1 else None
-        except ValueError as error:
-            self.problems.append(Problem(str(error), fix="raise it, or leave the corpus out", key=f"data.{split}"))
 
     def _sha256(self, path: Path) -> str:
         return remembered(self.cache, "sha256", [path], lambda: sha256_file(path))
