@@ -31,13 +31,21 @@ class TokenDataset:
         seq_len: tokens of a sample, less the one that only serves as last target.
         seed: of the order.
         shuffle: without it each corpus is read from its start, in order (validation).
+        vocab_size: tokens of the model: a corpus is not read whole before it is used.
 
     Raises:
         TplaunchError: a corpus is missing, damaged, or shorter than one sample.
     """
 
-    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, shuffle: bool = True) -> None:
-        self.seq_len = seq_len
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seq_len: int,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.seq_len, self.vocab_size = seq_len, vocab_size
         self.corpora = [IndexedTokens.open(Path(source.path)) for source in sources]
         sizes = tuple(samples_in(corpus, seq_len) for corpus in self.corpora)
         self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
@@ -51,10 +59,17 @@ class TokenDataset:
 
         Returns:
             int64, shape [len(indices), seq_len + 1].
+
+        Raises:
+            TplaunchError: a token is negative, or beyond the vocabulary; its file and byte are named.
         """
+        limit = self.vocab_size or np.iinfo(np.int64).max
         out = np.empty((len(indices), self.seq_len + 1), np.int64)
         for row, corpus, start in self._places(indices):
             out[row] = corpus.tokens[start : start + self.seq_len + 1]
+            if out[row].min() < 0 or out[row].max() >= limit:
+                width = corpus.tokens.itemsize
+                corpus.refuse_tokens(start * width, (self.seq_len + 1) * width, self.vocab_size)
         return out
 
     def batch_with_positions(self, indices: Ints) -> tuple[Ints, Ints]:

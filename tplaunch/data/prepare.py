@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
-from tplaunch.data.cache import default_cache, remembered, subdirectory
+from tplaunch.data.cache import default_cache, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import is_raw
+from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
-from tplaunch.files import sha256_file, write_atomic
+from tplaunch.files import write_atomic
 from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
 
 
@@ -119,7 +120,7 @@ class _Preparation:
                 )
             )
             return None
-        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [self._sha256(path) for path in inputs]])
+        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [text_sha256(path) for path in inputs]])
         path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
         with self._problems_at("data.train"), self._once(path, path) as missing:
             if missing:
@@ -145,14 +146,13 @@ class _Preparation:
             prefix = self._prepared(path, tokenizer)
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
-        corpus, largest = verify_corpus(prefix, self.cache, self.show)
-        corpus.check_vocabulary(self.recipe.model.vocab_size, largest)
-        samples_in(corpus, self.recipe.training.seq_len)
+        verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size)
+        samples_in(verified.corpus, self.recipe.training.seq_len)
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
         """The prefix, in the cache, of a raw source."""
-        name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
+        name = _digest([FORMAT, text_sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
         prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
@@ -168,9 +168,6 @@ class _Preparation:
         else:
             with owned(prefix, self.show):
                 yield not complete.exists()
-
-    def _sha256(self, path: Path) -> str:
-        return remembered(self.cache, "sha256", [path], lambda: sha256_file(path))
 
     @contextmanager
     def _problems_at(self, key: str) -> Iterator[None]:

@@ -245,7 +245,9 @@ class Trainer:
             for step in range(begin, end):
                 yield Batch(*(torch.empty(batch_size(recipe, step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
-        dataset = TokenDataset(recipe.data.sources("train"), training.seq_len, training.seed)
+        dataset = TokenDataset(
+            recipe.data.sources("train"), training.seq_len, training.seed, vocab_size=recipe.model.vocab_size
+        )
         ahead = self.progress.samples - first_sample(recipe, begin)
 
         def read(step: int) -> Batch:
