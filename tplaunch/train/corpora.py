@@ -26,7 +26,8 @@ class CorpusLog:
         found = amounts(recipe)
         self.run_dir = run_dir
         self.paths = [one.path for one in found]
-        self.sizes = np.array([one.samples for one in found], np.int64)
+        # A corpus that cannot be counted is refused by those that read it.
+        self.sizes = np.maximum(1, [one.samples or 0 for one in found])
         self.mixture = Mixture(tuple(source.weight for source in recipe.data.sources("train")))
         self.read = self.mixture.counts(samples)
         training = recipe.training
