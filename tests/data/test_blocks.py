@@ -131,3 +131,11 @@ def test_large_raw_text_is_not_read_whole_to_know_it(tmp_path: Path) -> None:
         file.seek(5_000_000_123)
         file.write(b"x")
     assert text_sha256(path) != first
+
+
+def test_a_sample_of_blocks_is_spread() -> None:
+    assert sample_of(5) == [0, 1, 2, 3, 4]
+    assert sample_of(1000, 4) == [0, 333, 666, 999]
+    assert sample_of(1000, 1) == [0]
+    assert len(set(sample_of(9))) == 8 and sample_of(9)[-1] == 8
+    assert sample_of(0) == []

@@ -14,18 +14,19 @@ import numpy as np
 from tplaunch.machine import count_cores
 
 BLOCK = 16 * 2**20  # bytes; a multiple of every token's size
-_SAMPLED = 8  # blocks that a start reads of a file
+SAMPLED = 8  # blocks that a start reads of a file, where it has no thousands of them
 
 
 def block_count(path: Path, block: int) -> int:
     return -(-path.stat().st_size // block)
 
 
-def sample_of(count: int) -> list[int]:
-    """Numbers of a few of `count` blocks, spread evenly, the first and the last among them; all where there are few."""
-    if count <= _SAMPLED:
+def sample_of(count: int, most: int = SAMPLED) -> list[int]:
+    """Numbers of up to `most` of `count` blocks, spread evenly, the first and the last among them; all where there are
+    no more."""
+    if count <= most:
         return list(range(count))
-    return [number * (count - 1) // (_SAMPLED - 1) for number in range(_SAMPLED)]
+    return [number * (count - 1) // max(1, most - 1) for number in range(most)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tplaunch.data.blocks import BLOCK, block_count, look, sample_of, whole_places
+from tplaunch.data.blocks import BLOCK, SAMPLED, block_count, look, sample_of, whole_places
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
@@ -106,13 +106,15 @@ class Verified:
     largest: int
 
 
-def verify_corpus(prefix: Path, progress: Progress, *, vocab_size: int | None = None, whole: bool = False) -> Verified:
+def verify_corpus(
+    prefix: Path, progress: Progress, *, vocab_size: int | None = None, whole: bool = False, sample: int = SAMPLED
+) -> Verified:
     """Open a corpus and check it: sizes, header, index, and by block its checksums, where they are known, and tokens.
 
     Args:
         vocab_size: tokens must be below it.
-        whole: read all blocks, on all cores; else a few, so that a start takes no longer with a larger corpus. A small
-            corpus is always read whole.
+        whole: read all blocks, on all cores; else a few, so that a start takes no longer with a larger corpus.
+        sample: so many of each file, all where it has no more.
 
     Raises:
         TplaunchError: with the file and the byte offset of what is wrong.
@@ -123,7 +125,7 @@ def verify_corpus(prefix: Path, progress: Progress, *, vocab_size: int | None = 
     sums = {bin_path(prefix): meta.bin_blocks, idx_path(prefix): meta.idx_blocks} if meta else {}
     known = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
     counts = {path: block_count(path, block) for path in (idx_path(prefix), bin_path(prefix))}
-    chosen = {path: list(range(count)) if whole else sample_of(count) for path, count in counts.items()}
+    chosen = {path: list(range(count)) if whole else sample_of(count, sample) for path, count in counts.items()}
     corpus.verify(sample=len(chosen[idx_path(prefix)]) < counts[idx_path(prefix)])
     largest = -1
     with progress.task(f"checking {prefix.name}", sum(map(len, chosen.values()))) as advance:

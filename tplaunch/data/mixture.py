@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 ORDER = 2  # raise it when the same mixture would be read in another order; 1: whole quotas of every 1,000 samples
 _FEW = 16  # corpora up to which trees are compared one by one
-_KEPT = 8  # of the trees of fewer corpora, so many of the best are tried further
+_KEPT = 40  # of the trees of fewer corpora, so many of the best are tried further
 _ASIDE = (0, 1, 2, 3, 4, 6, 8, 16, 64)  # smallest corpora that get a tree of their own, whichever is best
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tplaunch.data.blocks import SAMPLED
 from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
 from tplaunch.data.cache import default_cache, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
@@ -22,6 +23,8 @@ from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
+
+_START_BLOCKS = 256  # that a start reads of all corpora together, one of each at least
 
 
 def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: bool = True) -> Recipe:
@@ -71,9 +74,10 @@ class _Preparation:
         self._raise_problems()
 
         prefixes = {}
+        sample = max(1, min(SAMPLED, _START_BLOCKS // len(entries)))
         for key, source in entries:
             with self._problems_at(key):
-                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer)
+                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer, sample)
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
@@ -138,7 +142,7 @@ class _Preparation:
                 )
             )
 
-    def _ready(self, path: Path, tokenizer: Tokenizer | None) -> Path:
+    def _ready(self, path: Path, tokenizer: Tokenizer | None, sample: int) -> Path:
         """The checked prefix of a source, prepared first where it is raw."""
         prefix = path
         if is_raw(path):
@@ -146,7 +150,7 @@ class _Preparation:
             prefix = self._prepared(path, tokenizer)
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
-        verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size)
+        verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
         samples_in(verified.corpus, self.recipe.training.seq_len)
         return prefix
 
