@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,8 @@ from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 
 Batch = TypeVar("Batch")
+
+_OPEN = 128  # corpora that are held open, at two files each: a process may often have 1,024 in all
 
 
 class TokenDataset:
@@ -46,8 +49,9 @@ class TokenDataset:
         vocab_size: int | None = None,
     ) -> None:
         self.seq_len, self.vocab_size = seq_len, vocab_size
-        self.corpora = [IndexedTokens.open(Path(source.path)) for source in sources]
-        sizes = tuple(samples_in(corpus, seq_len) for corpus in self.corpora)
+        paths = [Path(source.path) for source in sources]
+        self._corpus = lru_cache(_OPEN)(lambda number: IndexedTokens.open(paths[number]))
+        sizes = tuple(samples_in(self._corpus(number), seq_len) for number in range(len(paths)))
         self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
 
     def __len__(self) -> int:
@@ -91,7 +95,7 @@ class TokenDataset:
         """Row, corpus and first token of each sample."""
         corpus, sample = self.order.locate(indices)
         for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist(), strict=True)):
-            yield row, self.corpora[c], j * self.seq_len
+            yield row, self._corpus(c), j * self.seq_len
 
 
 def samples_in(corpus: IndexedTokens, seq_len: int) -> int:

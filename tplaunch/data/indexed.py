@@ -117,9 +117,10 @@ class IndexedTokens:
         pointers_at = HEADER.size + 4 * sequences
         documents_at = pointers_at + 8 * sequences
 
+        index = np.memmap(idx, np.uint8, "r")  # one for all sections: each keeps a file open
+
         def section(dtype: str, at: int, count: int) -> NDArray:
-            # An empty memmap is an error in numpy; an empty section is not one here.
-            return np.memmap(idx, dtype, "r", at, (count,)) if count else np.empty(0, dtype)
+            return index[at : at + count * np.dtype(dtype).itemsize].view(dtype)
 
         lengths = section("<i4", HEADER.size, sequences)
         pointers = section("<i8", pointers_at, sequences)
@@ -132,6 +133,7 @@ class IndexedTokens:
                 f"{data_size:,} bytes, but {idx.name} describes {expected:,}",
             )
         count = data_size // dtype.itemsize
+        # An empty memmap is an error in numpy; an empty corpus is not one here.
         tokens = np.memmap(data, dtype, "r", 0, (count,)) if count else np.empty(0, dtype)
         return cls(prefix, tokens, lengths, pointers, section("<i8", documents_at, documents))
 
