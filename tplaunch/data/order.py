@@ -41,30 +41,30 @@ def _key(*parts: int | Ints) -> _Words:
     return key
 
 
-def permute(x: Ints, n: int, key: _Words) -> Ints:
+def permute(x: Ints, n: int | Ints, key: _Words) -> Ints:
     """Images of `x` under the bijection on [0, n) that `key` chooses.
 
     Args:
         x: values in [0, n), shape [k].
-        n: size of the domain, 1 <= n < 2**62.
+        n: size of the domain, 1 <= n < 2**62; one, or one for each value.
         key: uint64, shape [k] or [1]; one key is one bijection.
     """
-    if n == 1:
-        return np.zeros_like(x)
-    half = max(_MIN_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64(2**half - 1)
+    sizes, inverse = np.unique(np.broadcast_to(n, x.shape), return_inverse=True)
+    halves = [max(_MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2) for size in sizes.tolist()]
+    shifts, limits = np.array(halves, np.uint64)[inverse], sizes.astype(np.uint64)[inverse]
+    masks = (np.uint64(1) << shifts) - np.uint64(1)
     out = x.astype(np.uint64)
     keys = np.broadcast_to(key, out.shape)
-    walking = np.arange(len(out))
+    walking = np.flatnonzero(limits > 1)
     while len(walking):
-        value, round_key = out[walking], keys[walking]
+        value, round_key, shift, mask = (array[walking] for array in (out, keys, shifts, masks))
         left, right = value >> shift, value & mask
         for _ in range(_ROUNDS):
             round_key = _mix(round_key + _GOLDEN)
             left, right = right, left ^ (_mix(right ^ round_key) & mask)
         value = (left << shift) | right
         out[walking] = value
-        walking = walking[value >= np.uint64(n)]
+        walking = walking[value >= limits[walking]]
     return out.astype(np.int64)
 
 
@@ -91,17 +91,17 @@ class SampleOrder:
         """Corpus number and sample number within it, of each global sample number; all of shape [k]."""
         samples = np.asarray(samples, np.int64)
         corpus, nth = self._mixture.locate(samples)
-        within = np.empty_like(nth)
-        by_corpus = np.argsort(corpus, kind="stable")
-        found, starts = np.unique(corpus[by_corpus], return_index=True)
-        for c, mine in zip(found.tolist(), np.split(by_corpus, starts[1:]), strict=True):
-            epoch, at = np.divmod(nth[mine], self.sizes[c])
-            within[mine] = permute(at, self.sizes[c], _key(self.seed, c + 1, epoch)) if self.shuffle else at
-        return corpus, within
+        sizes = self._sizes[corpus]
+        epoch, at = np.divmod(nth, sizes)
+        return corpus, permute(at, sizes, _key(self.seed, corpus + 1, epoch)) if self.shuffle else at
 
     def counts(self, samples: int) -> Ints:
         """How many of the run's first `samples` samples are of each corpus."""
         return self._mixture.counts(samples)
+
+    @cached_property
+    def _sizes(self) -> Ints:
+        return np.array(self.sizes, np.int64)
 
     @cached_property
     def _mixture(self) -> Mixture:
