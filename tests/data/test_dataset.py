@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from pathlib import Path
 
@@ -106,3 +107,17 @@ def test_an_error_comes_at_its_own_step() -> None:
     with pytest.raises(OSError, match="input/output error"):
         next(batches)
     assert not data_threads()
+
+
+def test_thousands_of_corpora_take_few_open_files(tmp_path: Path) -> None:
+    sources = [write(tmp_path / f"c{number}", [17 + number % 50]) for number in range(600)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+    try:
+        dataset = TokenDataset(sources, seq_len=8, seed=1)
+        first = dataset.batch(np.arange(1200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(dataset.batch(np.arange(1200)), first)
+    corpus, _ = dataset.order.locate(np.arange(1200))
+    assert np.bincount(corpus).tolist() == [2] * 600

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tplaunch.data.corpus import verify_corpus
 from tplaunch.data.indexed import IndexedTokens, IndexedWriter, bin_path, idx_path, token_dtype
+from tplaunch.data.progress import Progress
 from tplaunch.errors import TplaunchError
 
 # Three documents, the first of two sequences (5 and 3 tokens), then 7 and 1; as written by megatron-core 0.16.1.
@@ -77,7 +79,8 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[li
     whole = [list(chain.from_iterable(document)) for document in documents]
     assert [corpus.document(n).tolist() for n in range(len(corpus))] == whole
     assert corpus.lengths.tolist() == [len(sequence) for document in documents for sequence in document]
-    assert corpus.largest_token() == max(chain.from_iterable(whole), default=-1)
+    found = verify_corpus(prefix, Progress(False))
+    assert found.whole and found.largest == max(chain.from_iterable(whole), default=-1)
     starts = np.cumsum([0, *map(len, whole)])[:-1]
     assert corpus.starts_between(3, 17).tolist() == [s for s in starts if 3 <= s < 17]
 
@@ -167,13 +170,12 @@ def test_missing_files_are_named_together(tmp_path: Path) -> None:
 
 
 def test_a_token_beyond_the_vocabulary_is_named(prefix: Path) -> None:
-    corpus = IndexedTokens.open(prefix)
-    corpus.check_vocabulary(17, corpus.largest_token())
+    verify_corpus(prefix, Progress(False), vocab_size=17)
     with pytest.raises(TplaunchError, match=rf"{bin_path(prefix)}: byte 24: token 13 is outside the vocabulary of 13"):
-        corpus.check_vocabulary(13, corpus.largest_token())
+        verify_corpus(prefix, Progress(False), vocab_size=13)
 
 
 def test_a_negative_token_is_named(tmp_path: Path) -> None:
     write(tmp_path / "n", [[[3, 4, -5]]], np.dtype("<i4"))
     with pytest.raises(TplaunchError, match=r"n\.bin: byte 8: token -5 is negative"):
-        IndexedTokens.open(tmp_path / "n").largest_token()
+        verify_corpus(tmp_path / "n", Progress(False))

@@ -11,6 +11,7 @@ import pytest
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
 from tplaunch.files import read_lines
+from tplaunch.launch.resume import data_changes
 from tplaunch.run.directory import RunDir
 
 RECIPE = """
@@ -146,6 +147,16 @@ def test_weights_of_a_mixture_are_part_of_the_data(here: Path, capsys: pytest.Ca
     assert tplaunch([*run, mixture.format(3), *more]) == Exit.USAGE
     assert "weight 3" in (err := capsys.readouterr().err) and "weight 1" in err
     assert tplaunch([*run, mixture.format(1), *more]) == Exit.DONE
+
+
+def test_a_mixture_of_an_older_version_does_not_go_on_with_other_samples() -> None:
+    one, other = ({"weight": 1.0, "documents": n, "tokens": 99, "sha256": f"{n}" * 64} for n in (1, 2))
+    old: dict[str, Any] = {"train": [one, other], "validation": [], "tokenizer": None}
+    new = old | {"order": 2}
+    assert [*data_changes(old, new)] == ["data.train"]
+    assert "order" in data_changes(old, new)["data.train"][1]
+    assert data_changes(new, new) == {}
+    assert data_changes(old | {"train": [one]}, new | {"train": [one]}) == {}  # one corpus is read as ever
 
 
 def test_what_may_change_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tplaunch.check.recipe import Checked
     from tplaunch.plan.case import Case
     from tplaunch.recipe.load import LoadedRecipe
+    from tplaunch.recipe.schema import Recipe
 
 _STAND_IN = "h100-80gb"
 
@@ -39,6 +40,15 @@ def tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
 
     for line in told(changes):
         typer.echo(f"changed: {line}", err=True)
+
+
+def data_lines(recipe: Recipe) -> list[str]:
+    """What the run reads of each corpus of the training data, and warnings of those that it reads too often."""
+    from tplaunch.data.amounts import amounts, in_words, worn_out
+
+    found = amounts(recipe)
+    warnings = [typer.style(f"warning: {problem}", fg="yellow") for problem in worn_out(found)]
+    return [*(f"data: {line}" for line in in_words(found)), *warnings]
 
 
 def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[LoadedRecipe, Checked, Case]:

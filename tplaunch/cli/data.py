@@ -45,7 +45,7 @@ def prepare(
 
     meta = build(inputs, output, choice[0], text_key, bos=bos)
     if as_json:
-        echo_json(meta.model_dump(mode="json"))
+        echo_json(meta.model_dump(mode="json", exclude={"block_bytes", "bin_blocks", "idx_blocks"}, exclude_none=True))
     else:
         typer.echo(f"{output}: {meta.documents:,} documents, {meta.tokens:,} tokens, vocabulary {meta.vocab_size:,}")
         typer.echo(f"in a recipe: data: {{train: {output}, tokenizer: {output}.tokenizer.json}}")
@@ -57,17 +57,20 @@ def inspect(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json; default: the one beside the data.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of a large corpus, on all cores; default: a sample of it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check token files whole, and print what is in them.
+    """Check token files, and print what is in them.
 
     Counts, and the beginnings of some documents.
 
-    Example: tplaunch data inspect data/books
+    Example: tplaunch data inspect data/books --verify
     """
     from tplaunch.data.inspect import describe
 
-    report = describe(prefix, tokenizer)
+    report = describe(prefix, tokenizer, whole=verify)
     if as_json:
         echo_json(report)
     else:

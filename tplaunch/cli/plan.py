@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tplaunch.cli.common import check_rank, echo_json, planned, write_text
+from tplaunch.cli.common import check_rank, data_lines, echo_json, planned, write_text
 from tplaunch.cli.options import GpuOption, JsonOption, RecipeArgument, SetOption
 from tplaunch.errors import Exit, Problem, TplaunchError
 
@@ -59,6 +60,8 @@ def plan(
 
 
 def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, Any]:
+    from tplaunch.data.amounts import amounts, worn_out
+
     changes = [
         {
             "set": str(remedy.change),
@@ -68,7 +71,9 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
         }
         for remedy in found
     ]
-    return {**result.as_dict(), "remedies": changes, "warnings": [str(problem) for problem in checked.warnings]}
+    data = amounts(checked.recipe)
+    warnings = [str(problem) for problem in (*checked.warnings, *worn_out(data))]
+    return {**result.as_dict(), "remedies": changes, "data": [asdict(one) for one in data], "warnings": warnings}
 
 
 def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None) -> None:
@@ -82,6 +87,7 @@ def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None)
 
         timeline, _ = pipeline_timeline(own)
     echo(plan_text(result, found, rank=rank, timeline=timeline))
+    echo("\n".join(data_lines(checked.recipe)))
     for problem in checked.warnings:
         if not problem.key.startswith("data."):
             echo(typer.style(f"warning: {problem}", fg="yellow"))

@@ -76,6 +76,7 @@ def check(
 
     Example: tplaunch recipe check recipes/quickstart.yaml
     """
+    from tplaunch.check.data import missing_files
     from tplaunch.check.recipe import check_recipe
     from tplaunch.recipe.load import load_recipe
 
@@ -86,12 +87,13 @@ def check(
             raise
         echo_json({"ok": False, "problems": [dataclasses.asdict(problem) for problem in error.problems]})
         raise typer.Exit(Exit.USAGE) from None
-    report = _report(checked)
+    report, unseen = _report(checked), [problem.key for problem in missing_files(checked.recipe)]
     if as_json:
         warnings = [dataclasses.asdict(problem) for problem in checked.warnings]
-        echo_json({"ok": True, **report, "warnings": warnings})
+        echo_json({"ok": True, **report, "not_looked_at": unseen, "warnings": warnings})
         return
-    typer.echo(f"{checked.recipe.name}: ok")
+    but = f", but for what could not be looked at: {', '.join(unseen)}" if unseen else ""
+    typer.echo(f"{checked.recipe.name}: ok{but}")
     typer.echo(_columns((key.replace("_", " "), _text(value)) for key, value in report.items()))
     for warning in checked.warnings:
         typer.echo(f"warning: {warning}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tplaunch.cli.common import checked_here, tell_changes
+from tplaunch.cli.common import checked_here, data_lines, tell_changes
 from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 from tplaunch.errors import Exit, Problem, RecipeError
 from tplaunch.streams import LostText, steady_streams
@@ -75,6 +75,8 @@ def _train(
     check_loopback()
     ready = make_ready(checked, run, resume=resume, allow=allow)
     tell_changes(ready.changes)
+    for line in data_lines(ready.checked.recipe):
+        typer.echo(line, err=True)
     run.create()
     with run.lock():
         lost.keep_in(run.launch_log)

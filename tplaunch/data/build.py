@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tplaunch.data.begin import with_begin
+from tplaunch.data.blocks import block_sums
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
 from tplaunch.data.endings import is_raw
+from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.files import locked, sha256_file, write_atomic
+from tplaunch.files import locked, write_atomic
 
 FORMAT = 1  # raise it when the same text would give other files, or other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
@@ -128,7 +130,7 @@ def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path
 def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress) -> Meta:
     """Write the corpus, with the tokenizer that lies beside it already. The caller owns the output."""
     tokenizer = Tokenizer(tokenizer_path(output))
-    sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path)) for path in inputs]
+    sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=text_sha256(path)) for path in inputs]
     size = sum(source.bytes for source in sources)
     journal = _Journal(
         output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key, *tokenizer.begin]
@@ -170,8 +172,8 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             documents=total.documents,
             tokens=total.tokens,
             sources=sources,
-            bin_sha256=sha256_file(bin_file),
-            idx_sha256=sha256_file(idx_file),
+            bin_blocks=block_sums(bin_file),
+            idx_blocks=block_sums(idx_file),
         )
         write_atomic(meta_path(output), meta.model_dump_json(indent=1) + "\n")
         journal.remove()  # from here on there is nothing to go on with: the files are moved away

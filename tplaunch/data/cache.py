@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.files import write_atomic
 
 
 def default_cache() -> Path:
@@ -36,21 +31,3 @@ def subdirectory(cache: Path, name: str) -> Path:
             )
         ) from None
     return path
-
-
-def remembered(cache: Path, name: str, files: Sequence[Path], compute: Callable[[], Any]) -> Any:
-    """The JSON value of `compute()`, a function of the contents of `files`; computed again when they change.
-
-    A file counts as changed when its size, inode, or time of change differs, as in make.
-    """
-    key = hashlib.sha256("\0".join([name, *map(str, files)]).encode()).hexdigest()[:32]
-    record = subdirectory(cache, "remembered") / f"{key}.json"
-    stats = [path.stat() for path in files]
-    identity = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
-    if record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["identity"] == identity:
-            return known["value"]
-    value = compute()
-    write_atomic(record, json.dumps({"identity": identity, "value": value}))
-    return value

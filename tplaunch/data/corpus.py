@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tplaunch.data.cache import remembered
+from tplaunch.data.blocks import BLOCK, SAMPLED, block_count, look, sample_of, whole_places
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
@@ -15,6 +16,8 @@ from tplaunch.files import sha256_file
 
 if TYPE_CHECKING:
     from tplaunch.data.tokenizer import Tokenizer
+
+_NAMED = 10  # damaged places in a message
 
 
 def meta_path(prefix: Path) -> Path:
@@ -27,7 +30,11 @@ def tokenizer_path(prefix: Path) -> Path:
 
 
 class Origin(BaseModel):
-    """An input that a corpus was made from."""
+    """An input that a corpus was made from.
+
+    Attributes:
+        sha256: of its content (`fingerprint.text_sha256`).
+    """
 
     name: str
     bytes: int
@@ -45,7 +52,8 @@ class Meta(BaseModel):
         bos: the tokens that begin each document.
         documents, tokens: counts.
         sources: the inputs, in order.
-        bin_sha256, idx_sha256: checksums of the two files.
+        block_bytes, bin_blocks, idx_blocks: SHA-256 of each block of so many bytes of the two files.
+        bin_sha256, idx_sha256: checksums of the whole files, in place of those, of earlier versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,8 +66,11 @@ class Meta(BaseModel):
     documents: int
     tokens: int
     sources: list[Origin]
-    bin_sha256: str
-    idx_sha256: str
+    block_bytes: Annotated[int, Field(ge=4096, multiple_of=8)] = BLOCK
+    bin_blocks: list[str] = []
+    idx_blocks: list[str] = []
+    bin_sha256: str | None = None
+    idx_sha256: str | None = None
 
     @classmethod
     def read(cls, prefix: Path) -> Meta | None:
@@ -81,38 +92,71 @@ class Meta(BaseModel):
             ) from None
 
 
-def verify_corpus(prefix: Path, cache: Path, progress: Progress) -> tuple[IndexedTokens, int]:
-    """Open a corpus and check all of it: sizes, index, checksums where they are known, and that tokens are >= 0.
+@dataclass(frozen=True)
+class Verified:
+    """A corpus that was found in order.
 
-    The full reading is done once for as long as the files do not change; its result is kept in the cache.
+    Attributes:
+        whole: whether all of it was read, or a sample of its blocks.
+        largest: token that was seen; -1 where there is none.
+    """
 
-    Returns:
-        the corpus and its largest token.
+    corpus: IndexedTokens
+    whole: bool
+    largest: int
+
+
+def verify_corpus(
+    prefix: Path, progress: Progress, *, vocab_size: int | None = None, whole: bool = False, sample: int = SAMPLED
+) -> Verified:
+    """Open a corpus and check it: sizes, header, index, and by block its checksums, where they are known, and tokens.
+
+    Args:
+        vocab_size: tokens must be below it.
+        whole: read all blocks, on all cores; else a few, so that a start takes no longer with a larger corpus.
+        sample: so many of each file, all where it has no more.
 
     Raises:
         TplaunchError: with the file and the byte offset of what is wrong.
     """
     prefix = prefix.absolute()
-    corpus = IndexedTokens.open(prefix)
-    meta = Meta.read(prefix)
-    checksums = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
+    corpus, meta = IndexedTokens.open(prefix), Meta.read(prefix)
+    block = meta.block_bytes if meta else BLOCK
+    sums = {bin_path(prefix): meta.bin_blocks, idx_path(prefix): meta.idx_blocks} if meta else {}
+    known = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
+    counts = {path: block_count(path, block) for path in (idx_path(prefix), bin_path(prefix))}
+    chosen = {path: list(range(count)) if whole else sample_of(count, sample) for path, count in counts.items()}
+    corpus.verify(sample=len(chosen[idx_path(prefix)]) < counts[idx_path(prefix)])
+    largest = -1
+    with progress.task(f"checking {prefix.name}", sum(map(len, chosen.values()))) as advance:
+        for path, numbers in chosen.items():
+            dtype = corpus.tokens.dtype if path == bin_path(prefix) else None
+            damaged = []
+            for found in look(path, numbers, dtype, block=block, advance=advance):
+                expected = sums.get(path)
+                if expected and (found.number >= len(expected) or expected[found.number] != found.sha256):
+                    damaged.append(found.number)
+                elif found.smallest < 0 or (vocab_size is not None and found.largest >= vocab_size):
+                    corpus.refuse_tokens(found.number * block, block, vocab_size)
+                largest = max(largest, found.largest)
+            if damaged:
+                raise _damaged(path, whole_places(damaged, block, path.stat().st_size))
+            all_read = len(numbers) == counts[path]
+            if all_read and known.get(path) not in (None, sha256_file(path)):
+                raise _damaged(path, [(0, path.stat().st_size)])
+    return Verified(corpus, chosen[bin_path(prefix)] == list(range(counts[bin_path(prefix)])), largest)
 
-    def check() -> int:
-        corpus.verify()
-        for path, checksum in checksums.items():
-            if sha256_file(path) != checksum:
-                raise TplaunchError(
-                    Problem(
-                        f"{path}: its sha256 is not the one in {meta_path(prefix).name}",
-                        why="the file changed after it was prepared",
-                        fix="copy the file again, or prepare the data again",
-                    )
-                )
-        with progress.task(f"checking {prefix.name}", len(corpus.tokens)) as advance:
-            return corpus.largest_token(advance)
 
-    files = [bin_path(prefix), idx_path(prefix), *([meta_path(prefix)] if meta else [])]
-    return corpus, remembered(cache, "largest token", files, check)
+def _damaged(path: Path, places: list[tuple[int, int]]) -> TplaunchError:
+    ranges = ", ".join(f"{begin:,} to {end - 1:,}" for begin, end in places[:_NAMED])
+    more = f" and {len(places) - _NAMED:,} places more" if len(places) > _NAMED else ""
+    return TplaunchError(
+        Problem(
+            f"{path}: bytes {ranges}{more} are not what was prepared",
+            why=f"their sha256 is not the one in {path.stem}.meta.json: the file changed since",
+            fix="copy the file again, or prepare the data again",
+        )
+    )
 
 
 def refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -12,11 +13,14 @@ from typing import TypeVar
 import numpy as np
 
 from tplaunch.data.indexed import IndexedTokens
-from tplaunch.data.order import Ints, SampleOrder
+from tplaunch.data.mixture import Ints
+from tplaunch.data.order import SampleOrder
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 
 Batch = TypeVar("Batch")
+
+_OPEN = 128  # corpora that are held open, at two files each: a process may often have 1,024 in all
 
 
 class TokenDataset:
@@ -30,15 +34,24 @@ class TokenDataset:
         seq_len: tokens of a sample, less the one that only serves as last target.
         seed: of the order.
         shuffle: without it each corpus is read from its start, in order (validation).
+        vocab_size: tokens of the model: a corpus is not read whole before it is used.
 
     Raises:
         TplaunchError: a corpus is missing, damaged, or shorter than one sample.
     """
 
-    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, shuffle: bool = True) -> None:
-        self.seq_len = seq_len
-        self.corpora = [IndexedTokens.open(Path(source.path)) for source in sources]
-        sizes = tuple(samples_in(corpus, seq_len) for corpus in self.corpora)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seq_len: int,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.seq_len, self.vocab_size = seq_len, vocab_size
+        paths = [Path(source.path) for source in sources]
+        self._corpus = lru_cache(_OPEN)(lambda number: IndexedTokens.open(paths[number]))
+        sizes = tuple(samples_in(self._corpus(number), seq_len) for number in range(len(paths)))
         self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
 
     def __len__(self) -> int:
@@ -50,10 +63,17 @@ class TokenDataset:
 
         Returns:
             int64, shape [len(indices), seq_len + 1].
+
+        Raises:
+            TplaunchError: a token is negative, or beyond the vocabulary; its file and byte are named.
         """
+        limit = self.vocab_size or np.iinfo(np.int64).max
         out = np.empty((len(indices), self.seq_len + 1), np.int64)
         for row, corpus, start in self._places(indices):
             out[row] = corpus.tokens[start : start + self.seq_len + 1]
+            if out[row].min() < 0 or out[row].max() >= limit:
+                width = corpus.tokens.itemsize
+                corpus.refuse_tokens(start * width, (self.seq_len + 1) * width, self.vocab_size)
         return out
 
     def batch_with_positions(self, indices: Ints) -> tuple[Ints, Ints]:
@@ -75,7 +95,7 @@ class TokenDataset:
         """Row, corpus and first token of each sample."""
         corpus, sample = self.order.locate(indices)
         for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist(), strict=True)):
-            yield row, self.corpora[c], j * self.seq_len
+            yield row, self._corpus(c), j * self.seq_len
 
 
 def samples_in(corpus: IndexedTokens, seq_len: int) -> int:

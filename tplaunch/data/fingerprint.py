@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.data.mixture import ORDER
+from tplaunch.files import sha256_file
 from tplaunch.recipe.schema import Recipe
 
 WHOLE_BYTES = 64 * 2**20  # a file up to this size is hashed whole
@@ -31,6 +33,17 @@ def sampled_sha256(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def text_sha256(path: Path) -> str:
+    """SHA-256 that tells one raw text from another; it is not read whole for that alone where it is large.
+
+    Raw text is edited in place, as token files are not: of a large one the time of its last change counts as well.
+    """
+    status = path.stat()
+    if status.st_size <= WHOLE_BYTES:
+        return sha256_file(path)
+    return hashlib.sha256(f"{sampled_sha256(path)} {status.st_mtime_ns}".encode()).hexdigest()
 
 
 def tokenizer_sha256(path: Path) -> str:
@@ -57,7 +70,8 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
         recipe: with prepared data (`prepare_recipe_data`).
 
     Returns:
-        {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None}.
+        {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
+        "order": number of the order that mixtures are read in (`mixture.ORDER`)}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
@@ -67,4 +81,5 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
         for split in ("train", "validation")
     }
     tokenizer = recipe.data.tokenizer
-    return {**facts, "tokenizer": tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None}
+    sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
+    return {**facts, "tokenizer": sha256, "order": ORDER}

@@ -19,7 +19,7 @@ import os
 import shutil
 import struct
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -117,9 +117,10 @@ class IndexedTokens:
         pointers_at = HEADER.size + 4 * sequences
         documents_at = pointers_at + 8 * sequences
 
+        index = np.memmap(idx, np.uint8, "r")  # one for all sections: each keeps a file open
+
         def section(dtype: str, at: int, count: int) -> NDArray:
-            # An empty memmap is an error in numpy; an empty section is not one here.
-            return np.memmap(idx, dtype, "r", at, (count,)) if count else np.empty(0, dtype)
+            return index[at : at + count * np.dtype(dtype).itemsize].view(dtype)
 
         lengths = section("<i4", HEADER.size, sequences)
         pointers = section("<i8", pointers_at, sequences)
@@ -132,6 +133,7 @@ class IndexedTokens:
                 f"{data_size:,} bytes, but {idx.name} describes {expected:,}",
             )
         count = data_size // dtype.itemsize
+        # An empty memmap is an error in numpy; an empty corpus is not one here.
         tokens = np.memmap(data, dtype, "r", 0, (count,)) if count else np.empty(0, dtype)
         return cls(prefix, tokens, lengths, pointers, section("<i8", documents_at, documents))
 
@@ -156,8 +158,11 @@ class IndexedTokens:
         begin, end = (bisect_left(numbers, position, key=self.document_start) for position in (first, last))
         return np.array([self.document_start(number) for number in range(begin, end)], np.int64)
 
-    def verify(self) -> None:
+    def verify(self, *, sample: bool = False) -> None:
         """Check every entry of the index: lengths and pointers cover .bin without a gap, documents ascend.
+
+        Args:
+            sample: look at the first and the last million entries only.
 
         Raises:
             TplaunchError: naming the file and the byte offset of the first entry that is wrong.
@@ -165,7 +170,8 @@ class IndexedTokens:
         idx = idx_path(self.prefix)
         expected, itemsize = 0, self.tokens.itemsize
         pointers_at = HEADER.size + 4 * len(self.lengths)
-        for start in range(0, len(self.lengths), _CHUNK):
+        for start in _starts(len(self.lengths), sample):
+            expected = int(self.pointers[start]) if sample and start else expected
             lengths = np.asarray(self.lengths[start : start + _CHUNK], np.int64)
             pointers = np.asarray(self.pointers[start : start + _CHUNK], np.int64)
             if (bad := _first(lengths < 0)) is not None:
@@ -186,7 +192,7 @@ class IndexedTokens:
             expected = int(ends[-1])
         documents_at = pointers_at + 8 * len(self.lengths)
         before = 0
-        for start in range(0, len(self.documents), _CHUNK):
+        for start in _starts(len(self.documents), sample):
             block = np.asarray(self.documents[start : start + _CHUNK], np.int64)
             if start == 0 and block[0] != 0:
                 raise _damaged(idx, documents_at, f"the first document index is {block[0]}, not 0")
@@ -204,35 +210,18 @@ class IndexedTokens:
                 f"the last document ends at sequence {before}, but there are {len(self.lengths):,} sequences",
             )
 
-    def largest_token(self, progress: Callable[[int], object] = lambda tokens: None) -> int:
-        """Read every token; the largest, -1 when there are none.
-
-        Args:
-            progress: called with the number of tokens looked at, chunk by chunk.
+    def refuse_tokens(self, begin: int, size: int, vocab_size: int | None) -> None:
+        """Name the first token of a range of bytes that is negative, or beyond the vocabulary.
 
         Raises:
-            TplaunchError: a token is negative; the .bin file and the byte offset are named.
+            TplaunchError: naming the .bin file and the byte offset.
         """
-        largest = -1
-        for start in range(0, len(self.tokens), _CHUNK):
-            chunk = self.tokens[start : start + _CHUNK]
-            if (bad := _first(chunk < 0)) is not None:
-                raise self._outside(start + bad, "negative")
-            largest = max(largest, int(chunk.max()))
-            progress(len(chunk))
-        return largest
-
-    def check_vocabulary(self, vocab_size: int, largest: int) -> None:
-        """Refuse a corpus whose largest token the model does not have.
-
-        Raises:
-            TplaunchError: naming the .bin file and the byte offset of the first such token.
-        """
-        if largest < vocab_size:
-            return
-        for start in range(0, len(self.tokens), _CHUNK):
-            if (bad := _first(self.tokens[start : start + _CHUNK] >= vocab_size)) is not None:
-                raise self._outside(start + bad, f"outside the vocabulary of {vocab_size:,}")
+        first, last = (offset // self.tokens.itemsize for offset in (begin, begin + size))
+        tokens = self.tokens[first:last]
+        if (bad := _first(tokens < 0)) is not None:
+            raise self._outside(first + bad, "negative")
+        if vocab_size is not None and (bad := _first(tokens >= vocab_size)) is not None:
+            raise self._outside(first + bad, f"outside the vocabulary of {vocab_size:,}")
 
     def _outside(self, position: int, why: str) -> TplaunchError:
         return TplaunchError(
@@ -242,6 +231,13 @@ class IndexedTokens:
                 fix="raise model.vocab_size, or prepare the data with this model's tokenizer",
             )
         )
+
+
+def _starts(count: int, sample: bool) -> Sequence[int]:
+    """Where the chunks of a section of the index begin; of a sample, the first and the last."""
+    if sample and count > 2 * _CHUNK:
+        return 0, count - _CHUNK
+    return range(0, count, _CHUNK)
 
 
 def _first(wrong: NDArray[np.bool_]) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tplaunch.data.cache import default_cache
 from tplaunch.data.corpus import Meta, refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
@@ -13,12 +12,13 @@ from tplaunch.data.tokenizer import Tokenizer
 _SHOWN = 64  # tokens of a document
 
 
-def describe(prefix: Path, tokenizer: Path | None = None) -> dict[str, Any]:
+def describe(prefix: Path, tokenizer: Path | None = None, *, whole: bool = False) -> dict[str, Any]:
     """Counts, origin and the beginnings of up to three documents: the first, the middle and the last.
 
     Args:
-        prefix: of a .bin/.idx pair, which is checked whole.
+        prefix: of a .bin/.idx pair, which is checked.
         tokenizer: a tokenizer.json to decode with; default: the one beside the data, else token numbers are shown.
+        whole: check all of it; else a sample of its blocks where it is large.
 
     Raises:
         TplaunchError: the files are damaged, or the tokenizer is another than they were made with.
@@ -28,9 +28,9 @@ def describe(prefix: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     decoder = Tokenizer(tokenizer) if tokenizer else None
     if decoder:
         refuse_other_tokenizer(prefix, decoder)
-    corpus, largest = verify_corpus(prefix, default_cache(), Progress())
-    if decoder:
-        corpus.check_vocabulary(decoder.vocab_size, largest)
+    vocab_size = decoder.vocab_size if decoder else None
+    verified = verify_corpus(prefix, Progress(), vocab_size=vocab_size, whole=whole)
+    corpus = verified.corpus
     meta = Meta.read(prefix)
     samples = []
     for number in sorted({0, len(corpus) // 2, len(corpus) - 1} & set(range(len(corpus)))):
@@ -44,9 +44,10 @@ def describe(prefix: Path, tokenizer: Path | None = None) -> dict[str, Any]:
         "tokens": len(corpus.tokens),
         "sequences": len(corpus.lengths),
         "dtype": corpus.tokens.dtype.name,
-        "largest_token": largest,
+        "largest_token": verified.largest if verified.whole else None,
+        "checked": "whole" if verified.whole else "a sample; --verify checks the whole",
         "tokenizer": str(tokenizer) if tokenizer else None,
-        "vocab_size": decoder.vocab_size if decoder else None,
+        "vocab_size": vocab_size,
         "sources": [source.name for source in meta.sources] if meta else None,
         "samples": samples,
     }

@@ -10,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tplaunch.data.blocks import SAMPLED
 from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
-from tplaunch.data.cache import default_cache, remembered, subdirectory
+from tplaunch.data.cache import default_cache, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import is_raw
+from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
-from tplaunch.data.order import quotas
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
-from tplaunch.files import sha256_file, write_atomic
+from tplaunch.files import write_atomic
 from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
+
+_START_BLOCKS = 256  # that a start reads of all corpora together, one of each at least
 
 
 def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: bool = True) -> Recipe:
@@ -41,7 +44,7 @@ def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: boo
 
     Raises:
         RecipeError: with every problem that was found: missing or damaged files, a token or a tokenizer beyond
-            the vocabulary, a tokenizer that the data was not made with, less than one sample, a weight too small.
+            the vocabulary, a tokenizer that the data was not made with, less than one sample.
     """
     return _Preparation(recipe, (cache or default_cache()).absolute(), Progress(progress)).run()
 
@@ -71,11 +74,10 @@ class _Preparation:
         self._raise_problems()
 
         prefixes = {}
+        sample = max(1, min(SAMPLED, _START_BLOCKS // len(entries)))
         for key, source in entries:
             with self._problems_at(key):
-                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer)
-        for split in ("train", "validation"):
-            self._check_weights(split)
+                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer, sample)
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
@@ -122,7 +124,7 @@ class _Preparation:
                 )
             )
             return None
-        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [self._sha256(path) for path in inputs]])
+        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [text_sha256(path) for path in inputs]])
         path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
         with self._problems_at("data.train"), self._once(path, path) as missing:
             if missing:
@@ -140,7 +142,7 @@ class _Preparation:
                 )
             )
 
-    def _ready(self, path: Path, tokenizer: Tokenizer | None) -> Path:
+    def _ready(self, path: Path, tokenizer: Tokenizer | None, sample: int) -> Path:
         """The checked prefix of a source, prepared first where it is raw."""
         prefix = path
         if is_raw(path):
@@ -148,14 +150,13 @@ class _Preparation:
             prefix = self._prepared(path, tokenizer)
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
-        corpus, largest = verify_corpus(prefix, self.cache, self.show)
-        corpus.check_vocabulary(self.recipe.model.vocab_size, largest)
-        samples_in(corpus, self.recipe.training.seq_len)
+        verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
+        samples_in(verified.corpus, self.recipe.training.seq_len)
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
         """The prefix, in the cache, of a raw source."""
-        name = _digest([FORMAT, self._sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
+        name = _digest([FORMAT, text_sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
         prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
@@ -171,16 +172,6 @@ class _Preparation:
         else:
             with owned(prefix, self.show):
                 yield not complete.exists()
-
-    def _check_weights(self, split: str) -> None:
-        weights = [source.weight for _, source in _keyed(split, self.data)]
-        try:
-            quotas(weights) if len(weights) > 1 else None
-        except ValueError as error:
-            self.problems.append(Problem(str(error), fix="raise it, or leave the corpus out", key=f"data.{split}"))
-
-    def _sha256(self, path: Path) -> str:
-        return remembered(self.cache, "sha256", [path], lambda: sha256_file(path))
 
     @contextmanager
     def _problems_at(self, key: str) -> Iterator[None]:

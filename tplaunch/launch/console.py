@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +19,7 @@ from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     CheckpointDamaged,
     CheckpointKept,
+    EpochBegan,
     Event,
     LossSpiked,
     Resumed,
@@ -34,6 +36,7 @@ from tplaunch.run.records import parse_records
 from tplaunch.units import format_count, format_duration
 
 REDRAW_S = 0.25
+_NAMED = 3  # corpora in a line
 
 
 class RunView:
@@ -158,11 +161,20 @@ def _in_words(event: Event) -> str:
             return f"loss {_number(loss)} at step {step} is a spike: the median before it is {_number(median)}"
         case RolledBack(step=step, checkpoint=checkpoint):
             return f"back to the state of step {checkpoint} after step {step}; its data are skipped"
+        case EpochBegan(step=step, corpora=corpora):
+            return f"a further epoch begins with step {step}: {_epochs(corpora)}"
         case Straggled(rank=rank, node=node, ratio=ratio):
             return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
         case WandbOpened(mode=mode, problem=str(problem)):
             return f"W&B is {mode}: {problem}"
     return ""
+
+
+def _epochs(corpora: list[Any]) -> str:
+    """Corpora and their epochs, of a file that anybody may have edited; of many, the first ones."""
+    names = [f"{one.get('path')} (epoch {one.get('epoch')})" for one in corpora if isinstance(one, dict)]
+    more = [f"{len(names) - _NAMED:,} corpora more"] if len(names) > _NAMED else []
+    return ", ".join([*names[:_NAMED], *more])
 
 
 def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:

@@ -60,7 +60,7 @@ class Before:
         from tplaunch.data.fingerprint import data_facts
 
         try:
-            return data_facts(self.recipe)
+            return data_facts(self.recipe) | {"order": 1}
         except Exception:  # moved, deleted or damaged: then there is nothing to compare with
             return None
 
@@ -102,8 +102,12 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     changes: Changes = {}
     for split in ("train", "validation"):
         old, new = before.get(split, []), now[split]
+        orders = (before.get("order", 1), now["order"])
         if old != new:
             changes[f"data.{split}"] = _in_words(old, new)
+        elif len(new) > 1 and orders[0] != orders[1]:
+            was, is_now = (f"a mixture read in order {order}" for order in orders)
+            changes[f"data.{split}"] = (was, f"{is_now}: this version of tplaunch takes its samples in another order")
     if before.get("tokenizer") and now["tokenizer"] and before["tokenizer"] != now["tokenizer"]:
         changes["data.tokenizer"] = (f"sha256 {before['tokenizer'][:12]}", f"sha256 {now['tokenizer'][:12]}")
     return changes

@@ -240,6 +240,48 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class DataPlanned(Event):
+    """What an attempt will have read of each corpus of the training data at its end, as the recipe says.
+
+    Args:
+        samples: of the run, until its last step.
+        corpora: path, tokens, share of the samples, epochs.
+    """
+
+    name = "data"
+    samples: int
+    corpora: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EpochBegan(Event):
+    """A step read the first sample of a further epoch of a corpus.
+
+    Args:
+        corpora: path, and number of the epoch, from 2.
+    """
+
+    name = "epoch"
+    step: int
+    corpora: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class DataRead(Event):
+    """What a run has read of each corpus, up to a step, beside what its weight asks for.
+
+    Args:
+        samples: of the run so far.
+        corpora: path, samples, share by weight, share that was read, epochs.
+    """
+
+    name = "data_read"
+    step: int
+    samples: int
+    corpora: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Straggled(Event):
     """A rank holds the others up.
 

@@ -22,8 +22,9 @@ from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.batches import batch_size
 from tplaunch.spec.flops import model_flops_per_token
-from tplaunch.train.batch import Batch, batch_size
+from tplaunch.train.batch import Batch
 from tplaunch.train.pipeline import Pipeline
 
 

@@ -35,8 +35,10 @@ from tplaunch.run.events import (
 )
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
+from tplaunch.spec.batches import batch_size, first_sample
 from tplaunch.torch_private import set_group_timeouts
-from tplaunch.train.batch import Batch, batch_size, first_sample, make_batch, share
+from tplaunch.train.batch import Batch, make_batch, share
+from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.log import TrainingLog, Window
 from tplaunch.train.spike import find_spike
@@ -130,6 +132,7 @@ class Trainer:
         """
         recipe, progress = self.recipe, self.progress
         self.log.open()
+        corpora = CorpusLog(recipe, self.run_dir, progress.step, progress.samples) if self.main else None
         stopped = False
         self._limit(recipe.launch.first_step_timeout)
         with closing(self._batches()) as batches:
@@ -146,6 +149,8 @@ class Trainer:
                 window.end(self.step.tokens_of(progress.step))
                 self._note_start()
                 self.log.add(result)
+                if corpora is not None:
+                    corpora.after(progress.step, progress.samples)
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
@@ -156,6 +161,8 @@ class Trainer:
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
                     self.save(wait=stopped or last)
+        if corpora is not None:
+            corpora.close(progress.step, progress.samples)
         return self._end(stopped)
 
     def handle_bad_step(self, result: StepResult) -> None:
@@ -249,7 +256,9 @@ class Trainer:
             for step in range(begin, end):
                 yield Batch(*(torch.empty(batch_size(recipe, step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
-        dataset = TokenDataset(recipe.data.sources("train"), training.seq_len, training.seed)
+        dataset = TokenDataset(
+            recipe.data.sources("train"), training.seq_len, training.seed, vocab_size=recipe.model.vocab_size
+        )
         ahead = self.progress.samples - first_sample(recipe, begin)
 
         def read(step: int) -> Batch:

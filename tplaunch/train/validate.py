@@ -20,7 +20,7 @@ def validate(step: TrainStep) -> float | None:
     if not sources:
         return None
     training = recipe.training
-    dataset = TokenDataset(sources, training.seq_len, training.seed, shuffle=False)
+    dataset = TokenDataset(sources, training.seq_len, training.seed, shuffle=False, vocab_size=recipe.model.vocab_size)
     size = training.global_batch_size
     share = size // mesh.topology.dp
     batches = max(1, min(training.eval_steps, len(dataset) // size))

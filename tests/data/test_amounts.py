@@ -1,0 +1,127 @@
+"""What a run reads of each corpus, said before, while and after it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.recipes import SEQ
+from tests.train.test_samples import recipe
+from tplaunch.cli.main import run
+from tplaunch.data.amounts import amounts, count_tokens, in_words, worn_out
+from tplaunch.data.indexed import IndexedTokens, IndexedWriter
+from tplaunch.recipe.schema import Recipe
+
+RECIPE = """
+name: tiny
+model: {hidden_size: 32, num_layers: 1, num_heads: 4, ffn_hidden_size: 64, vocab_size: 400}
+topology: {dp: 1}
+training: {seq_len: 16, global_batch_size: 8, steps: 12, precision: fp32}
+optimizer: {lr: 1.0e-3}
+data: {train: c}
+logging: {every: 4, wandb: {mode: disabled}}
+"""
+
+
+def write(prefix: Path, samples: int, seq: int = 16) -> str:
+    writer = IndexedWriter(prefix, np.dtype(np.uint16))
+    writer.add(np.arange(samples * seq + 1).astype(np.uint16) % 300)
+    writer.end_document()
+    writer.compose()
+    writer.commit()
+    return str(prefix)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TPLAUNCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def parsed(train: Any) -> Recipe:
+    return Recipe.model_validate(recipe("x", 12, 8) | {"data": {"train": train}})
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<i8"])
+def test_tokens_are_counted_as_numpy_counts_them(tmp_path: Path, dtype: str) -> None:
+    writer = IndexedWriter(tmp_path / "c", np.dtype(dtype))
+    writer.add(np.arange(77))
+    writer.end_document()
+    writer.compose()
+    writer.commit()
+    assert count_tokens(str(tmp_path / "c")) == len(IndexedTokens.open(tmp_path / "c").tokens) == 77
+    assert count_tokens(str(tmp_path / "none")) is None
+
+
+def test_epochs_follow_from_weights_and_sizes(tmp_path: Path) -> None:
+    """12 steps of 8 are 96 samples: 72 of a corpus of 12, 24 of one of 100."""
+    train = [{"path": write(tmp_path / "a", 12, SEQ), "weight": 3}, {"path": write(tmp_path / "b", 100, SEQ)}]
+    first, second = amounts(parsed(train))
+    assert (first.share, first.samples, first.epochs) == (0.75, 12, 6.0)
+    assert (second.share, second.samples, second.epochs) == (0.25, 100, 0.24)
+    (warning,) = worn_out([first, second])
+    assert warning.key == "data.train[0]" and "6.00 epochs" in warning.what and "2305.16264" in warning.why
+    assert not [*worn_out(amounts(parsed([{"path": train[1]["path"]}])))]
+    assert "share 75 %" in next(in_words([first, second]))
+
+
+def test_many_corpora_take_few_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", 12, SEQ)
+    lines = [*in_words(amounts(parsed([{"path": path}] * 500)))]
+    assert len(lines) < 20 and lines[-1] == "and 490 corpora more"
+
+
+def test_plan_says_how_often_data_are_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "c", 12)
+    assert run(["plan", "tiny.yaml", "--gpu", "h100-80gb"]) == 0
+    out = capsys.readouterr().out
+    assert "193 tokens, 8.00 epochs by the end of the run" in out
+    assert "warning: data.train: " in out and "is read 8.00 epochs" in out
+    assert run(["plan", "tiny.yaml", "--gpu", "h100-80gb", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["tokens"], one["share"], one["epochs"]) for one in told["data"]] == [(193, 1.0, 8.0)]
+    assert any("8.00 epochs" in warning for warning in told["warnings"])
+    assert run(["plan", "tiny.yaml", "--gpu", "h100-80gb", "--set", "data.train=gone"]) == 0
+    assert "gone: not at hand" in capsys.readouterr().out
+
+
+def test_train_says_it_and_records_what_was_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "c", 12)
+    write(here / "d", 100)
+    mixture = "data.train=[{path: c, weight: 3}, {path: d}]"
+    assert run(["train", "tiny.yaml", "--set", mixture, "--set", "training.steps=6"]) == 0
+    assert run(["train", "tiny.yaml", "--set", mixture]) == 0
+    out, err = capsys.readouterr()
+    assert "is read 6.00 epochs by the end of the run" in err
+    assert "a further epoch begins with step 3: " in out + err
+    events = [json.loads(line) for line in (here / "runs/tiny/events.jsonl").read_text().splitlines()]
+    planned = [event for event in events if event["event"] == "data"]
+    assert [event["samples"] for event in planned] == [48, 96]
+    assert [one["epochs"] for one in planned[-1]["corpora"]] == [6.0, 0.24]
+    begun = [(event["step"], one["epoch"]) for event in events if event["event"] == "epoch" for one in event["corpora"]]
+    assert begun == [(3, 2), (5, 3), (7, 4), (9, 5), (11, 6)]  # six samples of the corpus of 12 a step
+    read = [event for event in events if event["event"] == "data_read"][-1]
+    assert (read["step"], read["samples"]) == (12, 96)
+    assert [(one["samples"], one["share"], one["share_read"]) for one in read["corpora"]] == [
+        (72, 0.75, 0.75),
+        (24, 0.25, 0.25),
+    ]
+
+
+def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ["--set", "data.validation=[{path: held}]", "--set", "training.eval_every=2"]
+    assert run(["recipe", "check", "tiny.yaml", *missing]) == 0
+    said = capsys.readouterr().out
+    first = "tiny: ok, but for what could not be looked at: data.train, data.validation[0].path"
+    assert said.splitlines()[0] == first
+    write(here / "c", 12)
+    assert run(["recipe", "check", "tiny.yaml"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "tiny: ok"
+    assert run(["recipe", "check", "tiny.yaml", "--json", *missing]) == 0
+    assert json.loads(capsys.readouterr().out)["not_looked_at"] == ["data.validation[0].path"]

@@ -1,0 +1,64 @@
+"""What a run reads of each corpus, as events: what the recipe says, when epochs begin, and what was read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tplaunch.data.amounts import amounts
+from tplaunch.data.mixture import Mixture
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import DataPlanned, DataRead, EpochBegan
+from tplaunch.spec.batches import first_sample
+
+
+class CorpusLog:
+    """Writes the events; on one rank.
+
+    Args:
+        recipe: its data are token files.
+        run_dir: the run's directory.
+        step: after which the run goes on.
+        samples: that it has consumed by then.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: RunDir, step: int, samples: int) -> None:
+        found = amounts(recipe)
+        self.run_dir = run_dir
+        self.paths = [one.path for one in found]
+        # A corpus that cannot be counted is refused by those that read it.
+        self.sizes = np.maximum(1, [one.samples or 0 for one in found])
+        self.mixture = Mixture(tuple(source.weight for source in recipe.data.sources("train")))
+        self.read = self.mixture.counts(samples)
+        training = recipe.training
+        at_end = samples + first_sample(recipe, training.steps + 1) - first_sample(recipe, step + 1)
+        epochs = self.mixture.counts(at_end) / self.sizes
+        rows = zip(
+            self.paths, [one.tokens for one in found], self.mixture.shares.tolist(), epochs.tolist(), strict=True
+        )
+        names = ("path", "tokens", "share", "epochs")
+        run_dir.append(DataPlanned(at_end, [dict(zip(names, row, strict=True)) for row in rows]))
+
+    def after(self, step: int, samples: int) -> None:
+        """A step has ended; name the corpora of which it read the first sample of a further epoch.
+
+        Args:
+            samples: that the run has consumed by now.
+        """
+        read = self.mixture.counts(samples)
+        epochs, before = (-(-counts // self.sizes) for counts in (read, self.read))
+        self.read = read
+        begun = np.flatnonzero((epochs > before) & (epochs > 1))
+        if len(begun):
+            corpora = [{"path": self.paths[c], "epoch": int(epochs[c])} for c in begun]
+            self.run_dir.append(EpochBegan(step, corpora))
+
+    def close(self, step: int, samples: int) -> None:
+        """The launch ends: what was read so far, beside what the weights ask for."""
+        read = self.mixture.counts(samples)
+        rows = zip(self.paths, read.tolist(), self.mixture.shares.tolist(), (read / self.sizes).tolist(), strict=True)
+        corpora = [
+            {"path": path, "samples": count, "share": share, "share_read": count / max(samples, 1), "epochs": epochs}
+            for path, count, share, epochs in rows
+        ]
+        self.run_dir.append(DataRead(step, samples, corpora))
