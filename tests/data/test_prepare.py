@@ -528,3 +528,17 @@ def test_prepared_data_cannot_train_a_tokenizer(tmp_path: Path, speeches: Path, 
     found = problems({"train": str(tmp_path / "c"), "tokenizer": {"vocab_size": 300}}, tmp_path / "cache")
     assert found[0][0] == "data.tokenizer"
     assert "no raw training text" in found[0][1]
+
+
+def test_documents_end_with_the_token_that_a_recipe_names(tmp_path: Path, raw: dict[str, Any]) -> None:
+    tokenizer = tmp_path / "published.json"
+    train_bpe([PLAY], 500, tokenizer)
+    content = json.loads(tokenizer.read_text().replace("<|endoftext|>", "<start>"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 500, "content": "<fin>"})
+    tokenizer.write_text(json.dumps(content))
+    found = problems({**raw, "tokenizer": str(tokenizer)}, tmp_path / "cache")
+    assert found[0][0] == "data.tokenizer" and "no end-of-document token" in found[0][1]
+    made = prepare_recipe_data(recipe({**raw, "tokenizer": str(tokenizer), "eod": "<fin>"}), tmp_path / "cache")
+    (train,) = made.data.sources("train")
+    assert Meta.read(Path(train.path)).eod == IndexedTokens.open(train.path).tokens[-1] == 500  # type: ignore[union-attr]
+    assert Tokenizer(tokenizer_path(Path(train.path))).eod == 500

@@ -32,6 +32,10 @@ def prepare(
             "--bos/--no-bos", help="Begin documents with begin-of-sequence; default: when the tokenizer does."
         ),
     ] = None,
+    eod: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="End documents with it; default: what the tokenizer's folder says."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tokenize text into Megatron .bin/.idx files. Run it again to go on after an interruption.
@@ -41,9 +45,11 @@ def prepare(
     choice = [given for given in (tokenizer, vocab_size) if given is not None]
     if len(choice) != 1:
         raise TplaunchError(Problem("give either --tokenizer FILE or --vocab-size N"))
+    if eod is not None and tokenizer is None:
+        raise TplaunchError(Problem("--eod names a token of --tokenizer FILE", fix="leave it out"))
     from tplaunch.data.build import build
 
-    meta = build(inputs, output, choice[0], text_key, bos=bos)
+    meta = build(inputs, output, choice[0], text_key, bos=bos, eod=eod)
     if as_json:
         echo_json(meta.model_dump(mode="json"))
     else:

@@ -66,7 +66,7 @@ class _Preparation:
         tokenizer = None
         if tokenizer_file:
             with self._problems_at("data.tokenizer"):
-                tokenizer = Tokenizer(tokenizer_file)
+                tokenizer = Tokenizer(tokenizer_file, self.data.eod)
                 self._check_vocabulary(tokenizer)
         self._raise_problems()
 

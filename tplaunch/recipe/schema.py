@@ -269,7 +269,10 @@ class Data(Section):
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
     )
-    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    eod: Text | None = Field(
+        None, description="the token that ends documents; default: what the tokenizer's folder says, else a known name"
+    )
+    text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""
