@@ -162,6 +162,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_endings_tell_raw_text_from_prefixes() -> None:
-    raw = ["a.txt", "a.jsonl", "a.b.jsonl.gz", "a.txt.zst", "a.parquet"]
+    raw = ["a.txt", "a.jsonl", "a.b.jsonl.gz", "a.txt.zst", "a.parquet", "a.json.gz", "a.txt.bz2", "a.xz.jsonl.xz"]
     assert all(is_raw(Path(name)) for name in raw)
-    assert not any(is_raw(Path(name)) for name in ["a", "a.bin", "a.gz", "txt", "a.txt.bin", "a.json"])
+    assert not any(is_raw(Path(name)) for name in ["a", "a.bin", "a.gz", "txt", "a.txt.bin", "a.csv"])

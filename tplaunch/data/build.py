@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from tplaunch.data.begin import with_begin
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
-from tplaunch.data.endings import is_raw
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
+from tplaunch.data.inputs import raw_files
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
@@ -49,7 +48,7 @@ def build(
     where it is, the corpus is complete. After an interruption the same call goes on where the last one had synced.
 
     Args:
-        inputs: files, read in this order.
+        inputs: files, folders and patterns, read in this order and in the order of names.
         output: the prefix to write.
         tokenizer: a tokenizer.json, or the vocabulary size of a byte-level BPE to train on the inputs.
         text_key: field or column that holds the text.
@@ -63,7 +62,7 @@ def build(
         TplaunchError: an input or the tokenizer cannot be read, or the output exists already.
     """
     show = Progress(progress)
-    check_inputs(inputs)
+    inputs = raw_files(inputs, show)
     with owned(output, show):
         if idx_path(output).exists():
             raise TplaunchError(Problem(f"{idx_path(output)} exists already", fix="remove it, or name another output"))
@@ -77,21 +76,6 @@ def build(
                 Tokenizer(tokenizer, eod).json if bos is None else with_begin(tokenizer, bos, eod),
             )
         return tokenize(inputs, output, text_key, show, skip_bad)
-
-
-def check_inputs(inputs: Sequence[Path]) -> None:
-    """Refuse inputs that are missing or of an unknown kind, all at once."""
-    problems = []
-    for path in inputs:
-        if not is_raw(path):
-            kinds = "use .txt, .jsonl (either also as .gz or .zst) or .parquet"
-            problems.append(Problem(f"{path}: unknown kind of text", fix=kinds))
-        elif not path.is_file():
-            problems.append(Problem(f"{path}: no such file"))
-        elif not os.access(path, os.R_OK):
-            problems.append(Problem(f"{path}: no permission to read it"))
-    if problems:
-        raise TplaunchError(*problems)
 
 
 @contextmanager
