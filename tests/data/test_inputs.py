@@ -45,7 +45,7 @@ def test_a_folder_and_a_pattern_are_read_by_name(
         (folder / name).write_text("no text")
     build([folder], tmp_path / "whole", tokenizer, "meta.text")
     assert documents(tmp_path / "whole", tokenizer) == ["a", "b", "c"]
-    assert "3 files in the order of their names" in capsys.readouterr().err.replace("\n", " ")
+    assert "3 files in the order of their names" in " ".join(capsys.readouterr().err.split())
     assert raw_files([folder / "*.json*"]) == [folder / "a.jsonl.bz2", folder / "b.json.gz"]
     (tmp_path / "list").write_text(f"{folder}/b.json.gz\n\n{folder}/a.jsonl.bz2\n")
     assert files_from(tmp_path / "list") == [folder / "b.json.gz", folder / "a.jsonl.bz2"]
