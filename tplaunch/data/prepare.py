@@ -76,13 +76,13 @@ class _Preparation:
         for key, source in entries:
             with self._problems_at(key):
                 prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer)
-        for split in ("train", "validation"):
+        splits: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+        for split in splits:
             self._check_weights(split)
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
-        split: Literal["train", "validation"]
-        for split in ("train", "validation"):
+        for split in splits:
             value = getattr(self.data, split)
             if isinstance(value, str):
                 update[split] = str(prefixes[f"data.{split}"])
