@@ -309,8 +309,8 @@ class TestData:
             ("corpus", r"corpus: no such file, and no corpus.bin/.idx pair"),
             ("half", r"half.bin is there, the other half of the .bin/.idx pair is not"),
             ("whole.bin", r"whole.bin: is one half of a .bin/.idx pair"),
-            ("folder", r"folder: is a directory"),
-            ("notes.md", r"notes.md: its ending says neither"),
+            ("folder", r"folder: no text in it"),
+            ("notes.md", r"notes.md: its ending says none of"),
         ],
     )
     def test_missing(self, recipe: Path, train: str, what: str) -> None:

@@ -511,3 +511,31 @@ def test_prepared_data_cannot_train_a_tokenizer(tmp_path: Path, speeches: Path, 
     found = problems({"train": str(tmp_path / "c"), "tokenizer": {"vocab_size": 300}}, tmp_path / "cache")
     assert found[0][0] == "data.tokenizer"
     assert "no raw training text" in found[0][1]
+
+
+def test_documents_end_with_the_token_that_a_recipe_names(tmp_path: Path, raw: dict[str, Any]) -> None:
+    tokenizer = tmp_path / "published.json"
+    train_bpe([PLAY], 500, tokenizer)
+    content = json.loads(tokenizer.read_text().replace("<|endoftext|>", "<start>"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 500, "content": "<fin>"})
+    tokenizer.write_text(json.dumps(content))
+    found = problems({**raw, "tokenizer": str(tokenizer)}, tmp_path / "cache")
+    assert found[0][0] == "data.tokenizer" and "no end-of-document token" in found[0][1]
+    made = prepare_recipe_data(recipe({**raw, "tokenizer": str(tokenizer), "eod": "<fin>"}), tmp_path / "cache")
+    (train,) = made.data.sources("train")
+    assert Meta.read(Path(train.path)).eod == IndexedTokens.open(train.path).tokens[-1] == 500  # type: ignore[union-attr]
+    assert Tokenizer(tokenizer_path(Path(train.path))).eod == 500
+
+
+def test_a_list_of_names_and_a_folder_are_corpora(tmp_path: Path, raw: dict[str, Any]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "b.txt").write_text(PLAY[:5000])
+    (folder / "a.txt").write_text(PLAY[5000:9000])
+    data = {**raw, "train": [raw["train"], str(folder), {"path": str(folder / "*.txt"), "weight": 2.0}]}
+    one, two, three = prepare_recipe_data(recipe(data), tmp_path / "cache").data.sources("train")
+    assert [source.weight for source in (one, two, three)] == [1.0, 1.0, 2.0]
+    corpora = [IndexedTokens.open(source.path) for source in (two, three)]
+    assert len(corpora[0]) == 2 and np.array_equal(corpora[0].tokens, corpora[1].tokens)
+    found = problems({**raw, "train": [raw["train"], str(tmp_path / "*.parquet")]}, tmp_path / "cache")
+    assert found[0][0] == "data.train[1]" and "no text in it" in found[0][1]

@@ -104,3 +104,53 @@ def test_files_that_are_no_tokenizer_are_refused(tokenizer: Tokenizer, tmp_path:
     path.write_text(tokenizer.json.replace(END_OF_DOCUMENT, "<unknown>"))
     with pytest.raises(TplaunchError, match="no end-of-document token"):
         Tokenizer(path)
+
+
+# The end of documents
+
+
+def with_tokens(tokenizer: Tokenizer, path: Path, *names: str) -> None:
+    """The tokenizer with other added tokens for its end."""
+    content = json.loads(tokenizer.json.replace(END_OF_DOCUMENT, names[0]))
+    first = content["added_tokens"][0]
+    content["added_tokens"] += [{**first, "id": 512 + n, "content": name} for n, name in enumerate(names[1:])]
+    path.write_text(json.dumps(content))
+
+
+DEEPSEEK = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+@pytest.mark.parametrize(
+    ("names", "beside", "asked", "found"),
+    [
+        ((DEEPSEEK,), {}, None, DEEPSEEK),
+        (("<fin>",), {"tokenizer_config.json": {"eos_token": {"content": "<fin>"}}}, None, "<fin>"),
+        (("<fin>", "<im_end>"), {"generation_config.json": {"eos_token_id": [512, 0]}}, None, "<im_end>"),
+        (("</s>", "<im_end>"), {"tokenizer_config.json": {"eos_token": "<im_end>"}}, None, "<im_end>"),
+        (("</s>", "<im_end>"), {"tokenizer_config.json": {"eos_token": "<gone>"}}, None, "</s>"),
+        (("</s>", "<im_end>"), {"tokenizer_config.json": {"eos_token": "</s>"}}, "<im_end>", "<im_end>"),
+        (("<a>", "<b>"), {}, "<b>", "<b>"),
+    ],
+)
+def test_the_end_is_the_one_asked_for_said_beside_or_known(
+    tokenizer: Tokenizer, tmp_path: Path, names: tuple[str, ...], beside: dict[str, object], asked: str, found: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    with_tokens(tokenizer, path, *names)
+    for name, content in beside.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    made = Tokenizer(path, asked)
+    assert made.decode([made.eod], skip_special_tokens=False) == found
+    (tmp_path / "alone.json").write_text(made.json)  # the text tells it without the files beside
+    alone = Tokenizer(tmp_path / "alone.json")
+    assert (alone.eod, alone.fingerprint, alone.json) == (made.eod, made.fingerprint, made.json)
+
+
+def test_an_end_that_is_unknown_or_text_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with_tokens(tokenizer, tmp_path / "t.json", "<fin>")
+    with pytest.raises(TplaunchError, match=r"--eod TOKEN, or data\.eod"):
+        Tokenizer(tmp_path / "t.json")
+    with pytest.raises(TplaunchError, match="has no token '<none>'"):
+        Tokenizer(tmp_path / "t.json", "<none>")
+    with pytest.raises(TplaunchError, match="is a piece of text"):
+        Tokenizer(tmp_path / "t.json", "e")

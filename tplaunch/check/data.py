@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tplaunch.data.endings import is_raw
+from tplaunch.data.endings import KINDS, files_of, is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, TrainTokenizer
 
@@ -46,8 +46,9 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     for split in ("train", "validation"):
         for index, source in enumerate(data.sources(split)):
             key = f"data.{split}"
-            if not isinstance(getattr(data, split), str):
-                key += f"[{index}].path"
+            value = getattr(data, split)
+            if not isinstance(value, str):
+                key += f"[{index}]" + ("" if isinstance(value[index], str) else ".path")
             yield from _data_file(source.path, key)
     if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
         yield Problem(
@@ -67,12 +68,13 @@ def _data_file(path: str, key: str) -> Iterator[Problem]:
         return
     if there:
         yield Problem(f"{path}{there[0]} is there, the other half of the .bin/.idx pair is not", fix=prepare, key=key)
-    elif os.path.isdir(path):
-        yield Problem(f"{path}: is a directory", fix="name a file in it, or the prefix of a .bin/.idx pair", key=key)
+    elif files_of(Path(path)) != [Path(path)]:
+        if not files_of(Path(path)):
+            yield Problem(f"{path}: no text in it", fix=f"use {KINDS}, or name the prefix of a .bin/.idx pair", key=key)
     elif os.path.isfile(path) and path.endswith((".bin", ".idx")):
         yield Problem(f"{path}: is one half of a .bin/.idx pair", fix=f"write {path[:-4]}", key=key)
     elif os.path.isfile(path):
-        yield Problem(f"{path}: its ending says neither .txt, .jsonl nor .parquet", fix=prepare, key=key)
+        yield Problem(f"{path}: its ending says none of {KINDS}", fix=prepare, key=key)
     elif is_raw(Path(path)):
         yield Problem(f"{path}: no such file{_near_file(path)}", key=key)
     else:

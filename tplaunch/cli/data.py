@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,21 +17,33 @@ app = typer.Typer(help="Make text into token files, and look into them.", no_arg
 
 @app.command()
 def prepare(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="INPUT...", help=".txt, .jsonl (either also as .gz or .zst) or .parquet files."),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PREFIX", help="Write PREFIX.bin and PREFIX.idx.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[INPUT]...",
+            help=".txt, .jsonl, .json (each also as .gz, .zst, .bz2 or .xz) or .parquet files; folders and quoted "
+            "patterns of them, read in the order of their names; - for standard input.",
+        ),
+    ] = None,
+    files_from: Annotated[Path | None, typer.Option(metavar="LIST", help="More files: one name a line.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="A tokenizer.json.")] = None,
     vocab_size: Annotated[
         int | None, typer.Option(min=257, max=10**6, metavar="N", help="Train a byte-level BPE of this size instead.")
     ] = None,
-    text_key: Annotated[str, typer.Option(metavar="NAME", help="Field or column that holds the text.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(metavar="NAME", help="Field or column of the text, such as meta.text.")
+    ] = "text",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out, and count, what has no text.")] = False,
     bos: Annotated[
         bool | None,
         typer.Option(
             "--bos/--no-bos", help="Begin documents with begin-of-sequence; default: when the tokenizer does."
         ),
+    ] = None,
+    eod: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="End documents with it; default: what the tokenizer's folder says."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -41,9 +54,16 @@ def prepare(
     choice = [given for given in (tokenizer, vocab_size) if given is not None]
     if len(choice) != 1:
         raise TplaunchError(Problem("give either --tokenizer FILE or --vocab-size N"))
+    if eod is not None and tokenizer is None:
+        raise TplaunchError(Problem("--eod names a token of --tokenizer FILE", fix="leave it out"))
+    from tplaunch.data import inputs as given
     from tplaunch.data.build import build
 
-    meta = build(inputs, output, choice[0], text_key, bos=bos)
+    wanted = [*(inputs or []), *(given.files_from(files_from) if files_from else [])]
+    if not wanted:
+        raise TplaunchError(Problem("give INPUT, or --files-from LIST"))
+    with given.stdin_as_file(wanted, output, sys.stdin.buffer) as files:
+        meta = build(files, output, choice[0], text_key, bos=bos, eod=eod, skip_bad=skip_bad)
     if as_json:
         echo_json(meta.model_dump(mode="json", exclude={"block_bytes", "bin_blocks", "idx_blocks"}, exclude_none=True))
     else:

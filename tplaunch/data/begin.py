@@ -14,11 +14,16 @@ from tplaunch.errors import Problem, TplaunchError
 _BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 
 
-def with_begin(path: Path, bos: bool) -> str:
+def with_begin(path: Path, bos: bool, eod: str | None = None) -> str:
     """A `tokenizer.json` whose post-processor begins texts with begin-of-sequence, or does not.
 
     The token is the one that `tokenizer_config.json` beside it names, else the known name that it has, else the one
     that ends documents, as GPT-2 has it.
+
+    Args:
+        path: the file.
+        bos: whether they begin so.
+        eod: the token that ends documents; default: see `Tokenizer`.
 
     Returns:
         The file's text; as it is where it does so already.
@@ -26,7 +31,7 @@ def with_begin(path: Path, bos: bool) -> str:
     Raises:
         TplaunchError: its post-processor cannot be changed so.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, eod)
     if bool(tokenizer.begin) == bos:
         return tokenizer.json
     content = json.loads(tokenizer.json)

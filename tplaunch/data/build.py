@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -18,17 +17,19 @@ from tplaunch.data.begin import with_begin
 from tplaunch.data.blocks import block_sums
 from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
-from tplaunch.data.endings import is_raw
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
+from tplaunch.data.inputs import raw_files
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
 
-FORMAT = 1  # raise it when the same text would give other files, or other blocks
+FORMAT = 1  # raise it when the same text would give other files
+_CUTTING = 2  # raise it when the same text would give other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
+_SHOWN = 5  # documents left out that are named, before they are only counted
 _TRAINING_BYTES = 1 << 30  # a tokenizer is trained on this much text at most
 
 
@@ -39,6 +40,8 @@ def build(
     text_key: str = "text",
     progress: bool = True,
     bos: bool | None = None,
+    eod: str | None = None,
+    skip_bad: bool = False,
 ) -> Meta:
     """Tokenize raw text into `OUTPUT.bin`, `.idx`, `.meta.json` and `.tokenizer.json`.
 
@@ -47,46 +50,34 @@ def build(
     where it is, the corpus is complete. After an interruption the same call goes on where the last one had synced.
 
     Args:
-        inputs: files, read in this order.
+        inputs: files, folders and patterns, read in this order and in the order of names.
         output: the prefix to write.
         tokenizer: a tokenizer.json, or the vocabulary size of a byte-level BPE to train on the inputs.
         text_key: field or column that holds the text.
         progress: show bars, on a terminal.
         bos: whether documents begin with begin-of-sequence, whatever the tokenizer does; the one that is kept beside
             the corpus does the same.
+        eod: the token that ends documents; default: see `Tokenizer`.
+        skip_bad: leave out, and count, lines and rows that cannot be read.
 
     Raises:
         TplaunchError: an input or the tokenizer cannot be read, or the output exists already.
     """
     show = Progress(progress)
-    check_inputs(inputs)
+    inputs = raw_files(inputs, show)
     with owned(output, show):
         if idx_path(output).exists():
             raise TplaunchError(Problem(f"{idx_path(output)} exists already", fix="remove it, or name another output"))
         if isinstance(tokenizer, int):
-            train_tokenizer(inputs, tokenizer, text_key, tokenizer_path(output), show)
+            train_tokenizer(inputs, tokenizer, text_key, tokenizer_path(output), show, skip_bad)
             if bos:
                 write_atomic(tokenizer_path(output), with_begin(tokenizer_path(output), bos))
         else:
             write_atomic(
-                tokenizer_path(output), Tokenizer(tokenizer).json if bos is None else with_begin(tokenizer, bos)
+                tokenizer_path(output),
+                Tokenizer(tokenizer, eod).json if bos is None else with_begin(tokenizer, bos, eod),
             )
-        return tokenize(inputs, output, text_key, show)
-
-
-def check_inputs(inputs: Sequence[Path]) -> None:
-    """Refuse inputs that are missing or of an unknown kind, all at once."""
-    problems = []
-    for path in inputs:
-        if not is_raw(path):
-            kinds = "use .txt, .jsonl (either also as .gz or .zst) or .parquet"
-            problems.append(Problem(f"{path}: unknown kind of text", fix=kinds))
-        elif not path.is_file():
-            problems.append(Problem(f"{path}: no such file"))
-        elif not os.access(path, os.R_OK):
-            problems.append(Problem(f"{path}: no permission to read it"))
-    if problems:
-        raise TplaunchError(*problems)
+        return tokenize(inputs, output, text_key, show, skip_bad)
 
 
 @contextmanager
@@ -107,15 +98,17 @@ def owned(prefix: Path, show: Progress) -> Iterator[None]:
         ) from None
 
 
-def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path: Path, show: Progress) -> None:
+def train_tokenizer(
+    inputs: Sequence[Path], vocab_size: int, text_key: str, path: Path, show: Progress, skip_bad: bool = False
+) -> None:
     """Train a byte-level BPE on at most 1 GiB of the inputs, the same amount of each."""
     share = _TRAINING_BYTES // len(inputs)
 
     def texts(advance: Callable[[int], None]) -> Iterator[str]:
         for source in inputs:
             read = 0
-            for block in blocks(source, text_key):
-                yield from block.texts(text_key)
+            for block in blocks(source, text_key, skip_bad=skip_bad):
+                yield from block.texts(text_key, [] if skip_bad else None)
                 advance(block.read)
                 read += block.read
                 if read >= share:
@@ -127,15 +120,14 @@ def train_tokenizer(inputs: Sequence[Path], vocab_size: int, text_key: str, path
         temporary.replace(path)
 
 
-def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress) -> Meta:
+def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress, skip_bad: bool = False) -> Meta:
     """Write the corpus, with the tokenizer that lies beside it already. The caller owns the output."""
     tokenizer = Tokenizer(tokenizer_path(output))
     sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=text_sha256(path)) for path in inputs]
     size = sum(source.bytes for source in sources)
-    journal = _Journal(
-        output, [FORMAT, [source.sha256 for source in sources], tokenizer.fingerprint, text_key, *tokenizer.begin]
-    )
-    done, written = journal.read()
+    task = [FORMAT, _CUTTING, [source.sha256 for source in sources], tokenizer.fingerprint, text_key, skip_bad]
+    journal = _Journal(output, [*task, *tokenizer.begin])
+    done, written, bad = journal.read()
     writer = IndexedWriter(output, tokenizer.dtype, written)
     begin, opened = np.array(tokenizer.begin, tokenizer.dtype), written.open_tokens > 0
 
@@ -148,8 +140,9 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
 
     try:
         with show.task(f"tokenizing {output.name}", size) as advance:
-            rest = _after(done, inputs, text_key, advance)
-            encoded_blocks = encode_all(rest, tokenizer_path(output), text_key, size)
+            every = (blocks(path, text_key, tokenizer.cuts, skip_bad) for path in inputs)
+            rest = _after(done, chain.from_iterable(every), advance)
+            encoded_blocks = encode_all(rest, tokenizer_path(output), text_key, size, skip_bad)
             for number, encoded in enumerate(encoded_blocks, done + 1):
                 start = 0
                 for end in encoded.ends:
@@ -157,9 +150,15 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
                     writer.end_document()
                     start, opened = end, False
                 add(encoded.tokens[start:])
+                for problem in encoded.bad:
+                    bad += 1
+                    if bad <= _SHOWN:
+                        show.say(f"left out: {problem.where}: {problem.what}")
                 if number % _SYNC_EVERY == 0:
-                    journal.write(number, writer.sync())
+                    journal.write(number, writer.sync(), bad)
                 advance(encoded.read)
+        if bad:
+            show.say(f"left out {bad:,} lines or rows that cannot be read")
         total = writer.sync()
         if not total.documents:
             raise TplaunchError(Problem(f"no text in {', '.join(map(str, inputs))}"))
@@ -183,9 +182,9 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
     return meta
 
 
-def _after(done: int, inputs: Sequence[Path], text_key: str, advance: Callable[[int], None]) -> Iterator[Block]:
+def _after(done: int, every: Iterable[Block], advance: Callable[[int], None]) -> Iterator[Block]:
     """The blocks of all inputs, less the first `done`."""
-    for number, block in enumerate(chain.from_iterable(blocks(path, text_key) for path in inputs)):
+    for number, block in enumerate(every):
         if number < done:
             advance(block.read)
         else:
@@ -199,16 +198,16 @@ class _Journal:
         self._path = output.with_name(output.name + ".journal.tmp")
         self._task = task
 
-    def read(self) -> tuple[int, Written]:
-        """Blocks done, and what was written of them."""
+    def read(self) -> tuple[int, Written, int]:
+        """Blocks done, what was written of them, and documents left out."""
         if self._path.exists():
             entry = json.loads(self._path.read_text(encoding="utf-8"))
             if entry["task"] == self._task:
-                return entry["blocks"], Written(**entry["written"])
-        return 0, Written()
+                return entry["blocks"], Written(**entry["written"]), entry["bad"]
+        return 0, Written(), 0
 
-    def write(self, blocks_done: int, written: Written) -> None:
-        entry = {"task": self._task, "blocks": blocks_done, "written": asdict(written)}
+    def write(self, blocks_done: int, written: Written, bad: int) -> None:
+        entry = {"task": self._task, "blocks": blocks_done, "written": asdict(written), "bad": bad}
         write_atomic(self._path, json.dumps(entry))
 
     def remove(self) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tplaunch.data.blocks import SAMPLED
-from tplaunch.data.build import FORMAT, check_inputs, owned, tokenize, train_tokenizer
+from tplaunch.data.build import FORMAT, owned, tokenize, train_tokenizer
 from tplaunch.data.cache import default_cache, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import is_raw
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
+from tplaunch.data.inputs import raw_files
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
@@ -61,7 +63,7 @@ class _Preparation:
         for key, source in entries:
             with self._problems_at(key):
                 path = Path(source.path)
-                check_inputs([path]) if is_raw(path) else IndexedTokens.open(path)
+                raw_files([path]) if is_raw(path) else IndexedTokens.open(path)
         self._raise_problems()
 
         tokenizer_file = self._tokenizer_file([source for _, source in entries])
@@ -69,7 +71,7 @@ class _Preparation:
         tokenizer = None
         if tokenizer_file:
             with self._problems_at("data.tokenizer"):
-                tokenizer = Tokenizer(tokenizer_file)
+                tokenizer = Tokenizer(tokenizer_file, self.data.eod)
                 self._check_vocabulary(tokenizer)
         self._raise_problems()
 
@@ -81,7 +83,8 @@ class _Preparation:
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
-        for split in ("train", "validation"):
+        splits: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+        for split in splits:
             value = getattr(self.data, split)
             if isinstance(value, str):
                 update[split] = str(prefixes[f"data.{split}"])
@@ -113,7 +116,8 @@ class _Preparation:
 
     def _trained(self, wanted: TrainTokenizer) -> Path | None:
         """A tokenizer trained on the raw training text, from the cache where it was trained before."""
-        inputs = [path for source in self.data.sources("train") if is_raw(path := Path(source.path).absolute())]
+        given = [path for source in self.data.sources("train") if is_raw(path := Path(source.path).absolute())]
+        inputs = raw_files(given)
         if not inputs:
             self.problems.append(
                 Problem(
@@ -155,13 +159,17 @@ class _Preparation:
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
-        """The prefix, in the cache, of a raw source."""
-        name = _digest([FORMAT, text_sha256(path), tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
-        prefix = subdirectory(self.cache, "corpora") / f"{path.name.split('.')[0]}-{name}"
+        """The prefix, in the cache, of a raw source: all files of a folder or pattern are one corpus."""
+        files = raw_files([path], self.show)
+        sums = [text_sha256(file) for file in files]
+        content = sums[0] if len(sums) == 1 else sums
+        name = _digest([FORMAT, content, tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
+        title = re.sub(r"[*?\[\]]", "_", path.name.split(".")[0])
+        prefix = subdirectory(self.cache, "corpora") / f"{title}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
-                tokenize([path], prefix, self.data.text_key, self.show)
+                tokenize(files, prefix, self.data.text_key, self.show)
         return prefix
 
     @contextmanager
@@ -186,14 +194,18 @@ class _Preparation:
             raise RecipeError(*self.problems)
 
 
-def _keyed(split: str, data: Data) -> list[tuple[str, Source]]:
+def _keyed(split: Literal["train", "validation"], data: Data) -> list[tuple[str, Source]]:
     """The corpora of a split with their dotted keys."""
     value = getattr(data, split)
     if value is None:
         return []
     if isinstance(value, str):
         return [(f"data.{split}", Source(path=value))]
-    return [(f"data.{split}[{number}].path", source) for number, source in enumerate(value)]
+    named = [isinstance(one, str) for one in value]
+    return [
+        (f"data.{split}[{number}]" + ("" if named[number] else ".path"), source)
+        for number, source in enumerate(data.sources(split))
+    ]
 
 
 def _digest(parts: list[Any]) -> str:

@@ -1,153 +1,290 @@
-"""Raw text read in blocks of bounded size: .txt, .jsonl (each plain, .gz or .zst) and .parquet."""
+"""Raw text read in blocks of bounded size, also where one document is larger: plain or packed text, and tables."""
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import importlib
 import json
-import re
+import lzma
 import shlex
+import tempfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BufferedIOBase, BufferedReader, RawIOBase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tplaunch.data.cuts import Cuts, byte_level
 from tplaunch.data.endings import FORMAT
+from tplaunch.data.longline import text_in_line, whole_characters
 from tplaunch.errors import Problem, TplaunchError
 
 BLOCK = 1 << 20  # bytes of text that are tokenized in one go
-# Places where no byte-level pre-tokenizer joins what stands left and right: after the end of a line and before
-# a single space, each between two printed characters. Cutting there leaves the tokens as they were.
-_CUTS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
-
-_KEY = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
+_ROWS = 256  # of a table, at most, that are read in one go
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
+KEY_HELP = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of an input: some lines of a .jsonl, some rows of a table, or a part of a .txt document.
+    """What is tokenized in one go: some lines of a .jsonl, some rows of a table, or a piece of one document.
 
     Attributes:
         path: the input.
-        kind: of the payload.
-        payload: whole lines as bytes, rows as strings, or UTF-8 text as bytes.
-        first: line number of the first line (jsonl) or byte offset (txt), for messages.
-        ends: whether the document of a .txt ends here.
+        kind: "lines", "rows" or "piece".
+        payload: whole lines as bytes, rows as they are, or text.
+        first: number of the first line or row, for messages.
+        ends: whether the document ends here (piece).
         read: bytes of the input file consumed since the block before, for progress.
+        before: the character that stands before a piece in its document.
+        bad: problems of documents that were left out before this block.
     """
 
     path: Path
     kind: str
-    payload: bytes | list[Any]
-    first: int
-    ends: bool
-    read: int
+    payload: bytes | str | list[Any]
+    first: int = 0
+    ends: bool = True
+    read: int = 0
+    before: str = ""
+    bad: Sequence[Problem] = ()
 
-    def texts(self, text_key: str) -> list[str]:
-        """The texts of the block: one a document, or one part of a document (txt).
+    def texts(self, text_key: str, bad: list[Problem] | None = None) -> list[str]:
+        """The texts of the block: one a document, or one piece of a document.
+
+        Args:
+            text_key: field or column that holds the text.
+            bad: takes what is wrong with documents, which are then left out.
 
         Raises:
-            TplaunchError: not UTF-8, not JSON, or without the text; the place is named.
+            TplaunchError: not JSON, or without the text; the place is named.
         """
-        if self.kind == "jsonl":
-            assert isinstance(self.payload, bytes)
-            lines = self.payload.split(b"\n")
-            return [
-                _json_text(line, text_key, self.path, n) for n, line in enumerate(lines, self.first) if line.strip()
-            ]
-        if self.kind == "parquet":
-            return [_checked(row, f"{self.path}: row {n}") for n, row in enumerate(self.payload, self.first)]
-        assert isinstance(self.payload, bytes)
-        try:
-            return [self.payload.decode("utf-8")]
-        except UnicodeDecodeError as error:
-            raise TplaunchError(
-                Problem(
-                    "not UTF-8",
-                    where=f"{self.path}: byte {self.first + error.start}",
-                    fix=f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(self.path.name)}",
-                )
-            ) from None
+        if isinstance(self.payload, str):
+            return [self.payload]
+        lines = isinstance(self.payload, bytes)
+        found = []
+        every = self.payload.split(b"\n") if isinstance(self.payload, bytes) else self.payload
+        for number, one in enumerate(every, self.first):
+            try:
+                if not lines:
+                    found.append(_checked(one, f"{self.path}: row {number}"))
+                elif one.strip():
+                    found.append(_json_text(one, text_key, f"{self.path}:{number}"))
+            except TplaunchError as error:
+                if bad is None:
+                    raise
+                bad.extend(error.problems)
+        return found
 
 
-def blocks(path: Path, text_key: str) -> Iterator[Block]:
-    """Blocks of an input, in order; a function of the file's bytes alone.
+def blocks(path: Path, text_key: str, cuts: Cuts | None = None, skip_bad: bool = False) -> Iterator[Block]:
+    """Blocks of an input, in order; a function of the file's bytes and of where its texts may be cut.
+
+    Args:
+        path: the input.
+        text_key: field or column that holds the text.
+        cuts: of the tokenizer that gets the blocks; default: of those that `train_bpe` makes.
+        skip_bad: leave out long documents that cannot be read; short ones are the reader's matter (`Block.texts`).
 
     Raises:
-        TplaunchError: the format's library is missing, or the packed file is damaged.
+        TplaunchError: the format's library is missing, the packed file is damaged, or not UTF-8.
     """
     match = FORMAT.search(path.name)
     assert match is not None, "callers ask is_raw first"
+    cuts = cuts or Cuts(byte_level())
     if match["table"]:
-        yield from _parquet_blocks(path, text_key)
+        yield from _parquet_blocks(path, text_key, cuts, skip_bad)
         return
     with path.open("rb") as raw:
         stream = _unpack(raw, match["packed"] or "", path)
-        read_blocks = _jsonl_blocks if match["lines"] == "jsonl" else _txt_blocks
         before = 0
         try:
-            for payload, first, ends in read_blocks(stream):
-                yield Block(path, match["lines"], payload, first, ends, raw.tell() - before)
+            if match["lines"] == "txt":
+                found = _pieces(path, _decoded(iter(partial(stream.read, BLOCK), b""), str(path)), cuts)
+            else:
+                found = _line_blocks(path, stream, text_key, cuts, skip_bad)
+            for block in found:
+                yield replace(block, read=raw.tell() - before)
                 before = raw.tell()
-        except (EOFError, OSError, zlib.error) as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise TplaunchError(
                 Problem(f"cannot read it to its end: {error}", where=f"{path}: byte {raw.tell()}")
             ) from None
 
 
-def _jsonl_blocks(stream: BufferedIOBase) -> Iterator[tuple[bytes, int, bool]]:
-    line = 1
+def _pieces(path: Path, parts: Iterable[str], cuts: Cuts) -> Iterator[Block]:
+    """The pieces of one document; it is held for as long as there is no place to cut it."""
+    held, before, searched = "", "", 0
+    for part in parts:
+        held += part
+        if len(held) < BLOCK:
+            continue
+        if place := cuts.last(held, searched):
+            yield Block(path, "piece", held[:place], ends=False, before=before)
+            before, held, searched = held[place - 1], held[place:], 0
+        else:
+            searched = len(held)
+    if held:
+        yield Block(path, "piece", held, before=before)
+
+
+def _decoded(parts: Iterable[bytes], place: str) -> Iterator[str]:
+    """UTF-8 to text."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for part in chain(parts, (None,)):
+        held = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(part or b"", final=part is None)
+        except UnicodeDecodeError as error:
+            raise TplaunchError(
+                Problem(
+                    "not UTF-8",
+                    where=f"{place}: byte {offset - held + error.start}",
+                    fix="convert it, for example: iconv -f latin1 -t utf-8",
+                )
+            ) from None
+        offset += len(part or b"")
+
+
+def _line_blocks(path: Path, stream: BufferedIOBase, text_key: str, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
+    """Whole lines by the block; of a line that is longer than a block, the pieces of its text."""
+    number = 1
     while block := stream.read(BLOCK):
-        block += stream.readline()
-        yield block, line, True
-        line += block.count(b"\n")
+        if number == 1 and block.lstrip()[:1] == b"[":
+            raise TplaunchError(
+                Problem(
+                    f"{path} is one JSON array, not JSON lines",
+                    why="each line must be an object of its own",
+                    fix=f"jq -c '.[]' {shlex.quote(path.name)} > {shlex.quote(path.name.split('.')[0])}.jsonl",
+                )
+            )
+        block += stream.readline(BLOCK)
+        start = block.rfind(b"\n") + 1
+        if len(block) - start <= BLOCK:  # else its end is not read
+            yield Block(path, "lines", block, number)
+            number += block.count(b"\n")
+            continue
+        if start:
+            yield Block(path, "lines", block[:start], number)
+            number += block.count(b"\n")
+        line = _rest_of_line(block[start:], stream)
+        yield from _long_line(path, line, f"{path}:{number}", text_key, cuts, skip_bad)
+        number += 1
 
 
-def _txt_blocks(stream: BufferedIOBase) -> Iterator[tuple[bytes, int, bool]]:
-    offset, held = 0, stream.read(BLOCK)
-    while held:
-        following = stream.read(BLOCK)
-        cut = _last_cut(held) if following else len(held)
-        if cut:
-            yield held[:cut], offset, not following
-        offset, held = offset + cut, held[cut:] + following
+def _rest_of_line(begin: bytes, stream: BufferedIOBase) -> Iterator[bytes]:
+    part = begin
+    while part:
+        yield part
+        if part.endswith(b"\n"):
+            return
+        part = stream.readline(BLOCK)
 
 
-def _last_cut(block: bytes) -> int:
-    for pattern in _CUTS:
-        end = max((match.end() for match in pattern.finditer(block)), default=0)
-        if end:
-            return end
-    # One endless word: cut before its last character, which may have bytes missing.
-    end = len(block) - 1
-    while end > 0 and block[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+def _long_line(
+    path: Path, line: Iterator[bytes], where: str, text_key: str, cuts: Cuts, skip_bad: bool
+) -> Iterator[Block]:
+    if not skip_bad:
+        yield from _pieces(path, text_in_line(line, text_key, where, KEY_HELP), cuts)
+        return
+    # Whether it is good shows at its end: keep it meanwhile, on disk.
+    with tempfile.TemporaryFile() as kept:
+        for part in line:
+            kept.write(part)
+        for last in (False, True):
+            kept.seek(0)
+            texts = text_in_line(iter(partial(kept.read, BLOCK), b""), text_key, where, KEY_HELP)
+            try:
+                if last:
+                    yield from _pieces(path, texts, cuts)
+                else:
+                    deque(texts, maxlen=0)
+            except TplaunchError as error:
+                yield Block(path, "rows", [], bad=error.problems)
+                return
 
 
-def _parquet_blocks(path: Path, text_key: str) -> Iterator[Block]:
+def _parquet_blocks(path: Path, text_key: str, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
     parquet = _library("pyarrow.parquet", "pyarrow", path)
     done = 0
     try:
         table = parquet.ParquetFile(path)
-        if text_key not in table.schema_arrow.names:
-            columns = f"its columns: {', '.join(table.schema_arrow.names)}"
-            raise TplaunchError(Problem(f"{path}: no column {text_key!r}", why=columns, fix=_KEY))
+        name, *fields = _column(table.schema_arrow, text_key, path)
         size, rows = path.stat().st_size, max(1, table.metadata.num_rows)
-        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-            texts = batch.column(0).to_pylist()
-            share = size * (done + len(texts)) // rows - size * done // rows
-            yield Block(path, "parquet", texts, done, True, share)
-            done += len(texts)
+        read = 0
+        for batch in table.iter_batches(batch_size=_rows_at_once(table), columns=[".".join([name, *fields])]):
+            column = batch.column(0)
+            for field in fields:
+                column = importlib.import_module("pyarrow.compute").struct_field(column, field)
+            for block in _row_blocks(path, column, done, cuts, skip_bad):
+                done = block.first + (len(block.payload) if block.kind == "rows" else int(block.ends))
+                share, read = size * done // rows - read, size * done // rows
+                yield replace(block, read=share)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these two
         raise TplaunchError(Problem("cannot read it as Parquet", why=str(error), where=f"{path}: row {done}")) from None
 
 
+def _column(schema: Any, text_key: str, path: Path) -> list[str]:
+    """The name of a column, and of the fields in it that lead to the text."""
+    if text_key in schema.names:
+        return [text_key]
+    names = text_key.split(".")
+    kind = schema.field(names[0]).type if names[0] in schema.names else None
+    for name in names[1:]:
+        fields = {kind.field(n).name: kind.field(n).type for n in range(kind.num_fields)} if kind is not None else {}
+        kind = fields.get(name)
+    if kind is None:
+        raise TplaunchError(
+            Problem(f"{path}: no column {text_key!r}", why=f"its columns: {', '.join(schema.names)}", fix=KEY_HELP)
+        )
+    return names
+
+
+def _rows_at_once(table: Any) -> int:
+    """Rows that take about a block, as far as the table says how large they are."""
+    about = table.metadata
+    groups = [about.row_group(n) for n in range(about.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
+    return int(min(_ROWS, max(1, BLOCK // max(1, largest))))
+
+
+def _row_blocks(path: Path, column: Any, first: int, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
+    """Rows together up to a block; of a longer one, its pieces."""
+    rows: list[Any] = []
+    held = 0
+    for number, cell in enumerate(column, first):
+        buffer = cell.as_buffer() if hasattr(cell, "as_buffer") else None
+        if held + (buffer.size if buffer else 0) > BLOCK and rows:
+            yield Block(path, "rows", rows, number - len(rows))
+            rows, held = [], 0
+        if buffer is None or buffer.size <= BLOCK:
+            rows.append(cell.as_py())
+            held += buffer.size if buffer else 0
+            continue
+        slices = [(start, min(BLOCK, buffer.size - start)) for start in range(0, buffer.size, BLOCK)]
+
+        def texts(where: str, buffer: Any = buffer, slices: list[tuple[int, int]] = slices) -> Iterator[str]:
+            return _decoded((buffer.slice(*one).to_pybytes() for one in slices), where)
+
+        try:
+            if skip_bad:
+                deque(texts(f"{path}: row {number}"), maxlen=0)
+        except TplaunchError as error:
+            yield Block(path, "rows", [], number + 1, bad=error.problems)
+            continue
+        for piece in _pieces(path, texts(f"{path}: row {number}"), cuts):
+            yield replace(piece, first=number)
+    if rows:
+        yield Block(path, "rows", rows, first + len(column) - len(rows))
+
+
 def _unpack(raw: BufferedIOBase, packed: str, path: Path) -> BufferedIOBase:
-    if packed == ".gz":
-        return gzip.open(raw)
+    if packed in _PACKED:
+        return importlib.import_module(_PACKED[packed]).open(raw)
     if packed == ".zst":
         return BufferedReader(_ZstdFrames(raw, _library("zstandard", "zstandard", path)), BLOCK)
     return raw
@@ -193,25 +330,27 @@ def _library(module: str, package: str, path: Path) -> Any:
         ) from None
 
 
-def _json_text(line: bytes, text_key: str, path: Path, number: int) -> str:
-    where = f"{path}:{number}"
+def _json_text(line: bytes, text_key: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise TplaunchError(Problem("not JSON", why=str(error), where=where)) from None
-    if not isinstance(record, dict) or text_key not in record:
-        fields = f"its fields: {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
-        raise TplaunchError(Problem(f"no field {text_key!r}", why=fields, fix=_KEY, where=where))
-    return _checked(record[text_key], where)
+    if isinstance(record, dict) and text_key in record:
+        return _checked(record[text_key], where)
+    value = record
+    for name in text_key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            fields = (
+                f"its fields: {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
+            )
+            raise TplaunchError(Problem(f"no field {text_key!r}", why=fields, fix=KEY_HELP, where=where))
+        value = value[name]
+    return _checked(value, where)
 
 
 def _checked(text: Any, where: str) -> str:
+    if isinstance(text, bytes):
+        return "".join(_decoded([text], where))
     if not isinstance(text, str):
         raise TplaunchError(Problem(f"the text must be a string, not {type(text).__name__}", where=where))
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TplaunchError(
-            Problem("the text holds half of a surrogate pair", why=f"at character {error.start}", where=where)
-        ) from None
-    return text
+    return whole_characters(text, where)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 
+from tplaunch.data.beside import GENERATION, TOKENIZER_CONFIG, read_beside, token_text
+from tplaunch.data.cuts import Cuts, byte_level
 from tplaunch.data.indexed import token_dtype
 from tplaunch.errors import Problem, TplaunchError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# What published tokenizers call it, in order of preference: GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma.
-_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+# What published tokenizers call it, in order of preference: GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma,
+# DeepSeek.
+_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+_END_MARK = "ends_documents"  # a key of an added token: it ends documents, whatever the names say
 
 
 class Tokenizer:
@@ -25,12 +30,15 @@ class Tokenizer:
 
     Args:
         path: a `tokenizer.json`.
+        eod: the token that ends documents; default: the one that is marked in the file, else what
+            `tokenizer_config.json` or `generation_config.json` beside it names, else a known name.
 
     Attributes:
-        json: the file's text.
+        json: the file's text, in which the end of documents is marked where its names do not tell it.
         vocab_size: one more than the largest id.
         dtype: in which its tokens are stored.
         eod: id of the token that ends a document.
+        cuts: where its texts may be cut.
         begin: ids that its post-processor puts before each text (begin-of-sequence); none for many tokenizers.
         fingerprint: sha256 of the file's meaning (its JSON, key order and spaces aside), in hex.
 
@@ -38,21 +46,22 @@ class Tokenizer:
         TplaunchError: the file is missing, is not a tokenizer, or has no known end-of-document token.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, eod: str | None = None) -> None:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
             raise TplaunchError(Problem(f"{path}: cannot read the tokenizer: {error.strerror}")) from None
-        self._load(content, path)
+        self._load(content, Path(path), eod)
 
     @classmethod
     def parse(cls, content: str, path: Path | str) -> Tokenizer:
         """From the text of a `tokenizer.json`; `path` is for messages."""
         made = cls.__new__(cls)
-        made._load(content.encode(), path)
+        made._load(content.encode(), None, None, path)
         return made
 
-    def _load(self, content: bytes, path: Path | str) -> None:
+    def _load(self, content: bytes, file: Path | None, eod: str | None, path: Path | str = "") -> None:
+        path = path or file or ""
         try:
             self.json = content.decode("utf-8")
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
@@ -66,20 +75,45 @@ class Tokenizer:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        end = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
-        if end is None:
-            raise TplaunchError(
-                Problem(
-                    f"{path}: the tokenizer has no end-of-document token",
-                    why=f"looked for {', '.join(_END_NAMES)}",
-                    fix=f"add {END_OF_DOCUMENT} to it as a special token",
-                )
-            )
-        self.eod = end
+        self._end(vocabulary, file, eod, path)
         self.begin = self._begin(vocabulary)
         self.dtype = token_dtype(self.vocab_size)
         canonical = json.dumps(json.loads(self.json), sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _end(self, vocabulary: dict[str, int], file: Path | None, asked: str | None, path: Path | str) -> None:
+        """Find the token that ends documents, and mark it where the file alone would not tell it."""
+        content = json.loads(self.json)
+        marked = [token["content"] for token in content.get("added_tokens") or [] if token.get(_END_MARK)]
+        alone = next((name for name in (*marked, *_END_NAMES) if name in vocabulary), None)
+        if asked is not None and asked not in vocabulary:
+            raise TplaunchError(
+                Problem(f"{path}: the tokenizer has no token {asked!r}", fix="name one that it has, or leave it out")
+            )
+        end = asked or alone
+        if file and not asked and not marked:
+            end = next((name for name in _said_beside(file, vocabulary) if name in vocabulary), alone)
+        if end is None:
+            raise TplaunchError(
+                Problem(
+                    f"{path}: the tokenizer has no end-of-document token",
+                    why=f"no file beside it names one, and it has none of {', '.join(_END_NAMES)}",
+                    fix="name the token: --eod TOKEN, or data.eod in a recipe",
+                )
+            )
+        self.eod = vocabulary[end]
+        if end != alone:
+            added = content.get("added_tokens") or []
+            if not any(token["content"] == end for token in added):
+                raise TplaunchError(
+                    Problem(f"{path}: {end!r} is a piece of text", fix="name one of the tokenizer's added tokens")
+                )
+            content["added_tokens"] = [
+                {key: value for key, value in token.items() if key != _END_MARK}
+                | ({_END_MARK: True} if token["content"] == end else {})
+                for token in added
+            ]
+            self.json = json.dumps(content, ensure_ascii=False)
 
     def _begin(self, vocabulary: Iterable[str]) -> tuple[int, ...]:
         for text in ("a", *vocabulary):
@@ -92,10 +126,20 @@ class Tokenizer:
         """Id of a token; None when there is no such token."""
         return self._tokenizer.token_to_id(name)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Ids of each text, of type `dtype`, without any special token."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+    @cached_property
+    def cuts(self) -> Cuts:
+        return Cuts(self._tokenizer)
+
+    def encode_batch(self, texts: Sequence[str], before: str = "") -> list[NDArray[np.integer]]:
+        """Ids of each text, of type `dtype`, without any special token.
+
+        Args:
+            texts: whole ones, or what stands behind a cut.
+            before: the character in front of the cut.
+        """
+        encodings = self._tokenizer.encode_batch_fast([before + text for text in texts], add_special_tokens=False)
+        skipped = len(self.encode(before)) if before else 0
+        return [np.array(encoding.ids[skipped:], self.dtype) for encoding in encodings]
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Ids of one text."""
@@ -115,6 +159,16 @@ class Tokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
 
+def _said_beside(file: Path, vocabulary: dict[str, int]) -> Iterator[str]:
+    """Ends of texts that the files beside a `tokenizer.json` name."""
+    name = token_text(read_beside(file, TOKENIZER_CONFIG).get("eos_token"))
+    if name is not None:
+        yield name
+    ids = read_beside(file, GENERATION).get("eos_token_id")
+    for number in ids if isinstance(ids, list) else [ids]:
+        yield from (name for name, known in vocabulary.items() if number is not None and known == number)
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE (as GPT-2's) and write it as a `tokenizer.json`. Same texts, same file.
 
@@ -123,9 +177,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         vocab_size: at least 257: 256 bytes and the end of a document. A small text may yield fewer tokens.
         path: the file to write.
     """
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],

@@ -138,10 +138,13 @@ def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Rec
 
 def write_ready(ready: Ready, run_dir: RunDir) -> None:
     """Write what the workers read into the run directory, and note what changed. The caller holds the directory."""
+    from tplaunch.data.tokenizer import Tokenizer
+
     if ready.tokenizer is not None and ready.tokenizer != run_dir.tokenizer.absolute():
         if ready.tokenizer.name == TOKENIZER:
             copy_text(ready.tokenizer.parent, run_dir.root)  # what its folder says about text, for export and generate
-        write_atomic(run_dir.tokenizer, ready.tokenizer.read_bytes())
+        # With the end of documents marked in it: checkpoints keep this file alone.
+        write_atomic(run_dir.tokenizer, Tokenizer(ready.tokenizer, ready.checked.recipe.data.eod).json)
     write_atomic(run_dir.data_facts, json.dumps(ready.facts))
     write_recipe(ready.checked, run_dir)
     if ready.changes:

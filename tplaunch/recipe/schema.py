@@ -249,7 +249,7 @@ class LrSchedule(Section):
 class Source(Section):
     """One corpus of a blend."""
 
-    path: Text = Field(description="a .txt or .jsonl file, or the prefix of a .bin/.idx pair")
+    path: Text = Field(description="a file of text, a folder or pattern of them, or the prefix of a .bin/.idx pair")
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -262,21 +262,26 @@ class TrainTokenizer(Section):
 class Data(Section):
     """Corpora and tokenizer. Relative paths are relative to the recipe file that says them."""
 
-    train: Text | Annotated[list[Source], Field(min_length=1)] = Field(
-        description="a .txt or .jsonl file, the prefix of a .bin/.idx pair, or a list of them with weights"
+    train: Text | Annotated[list[Text | Source], Field(min_length=1)] = Field(
+        description="a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a list of these, "
+        "each with its weight or 1"
     )
-    validation: Text | Annotated[list[Source], Field(min_length=1)] | None = None
+    validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = None
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
     )
-    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    eod: Text | None = Field(
+        None, description="the token that ends documents; default: what the tokenizer's folder says, else a known name"
+    )
+    text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""
         value = self.train if split == "train" else self.validation
         if value is None:
             return []
-        return [Source(path=value)] if isinstance(value, str) else list(value)
+        every = [value] if isinstance(value, str) else value
+        return [Source(path=one) if isinstance(one, str) else one for one in every]
 
 
 class Checkpoint(Section):

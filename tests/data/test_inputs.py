@@ -1,0 +1,86 @@
+"""Corpora as people have them: packed, in folders, by pattern, from a list, from a pipe, with bad lines."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from tplaunch.data.build import build
+from tplaunch.data.indexed import IndexedTokens
+from tplaunch.data.inputs import STDIN, files_from, raw_files, stdin_as_file
+from tplaunch.data.tokenizer import Tokenizer, train_bpe
+from tplaunch.errors import TplaunchError
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    train_bpe(["some text"], 257, tmp_path / "bytes.model")
+    return tmp_path / "bytes.model"
+
+
+def documents(prefix: Path, tokenizer: Path) -> list[str]:
+    corpus, codec = IndexedTokens.open(prefix), Tokenizer(tokenizer)
+    return [codec.decode(corpus.document(number)[:-1]) for number in range(len(corpus))]
+
+
+def line(text: object) -> bytes:
+    return json.dumps({"meta": {"text": text}}).encode() + b"\n"
+
+
+def test_a_folder_and_a_pattern_are_read_by_name(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.json.gz").write_bytes(gzip.compress(line("b")))
+    (folder / "a.jsonl.bz2").write_bytes(bz2.compress(line("a")))
+    (folder / "sub" / "c.json.xz").write_bytes(lzma.compress(line("c")))
+    for name in ("tokenizer.json", "x.meta.json", "notes.md", ".hidden.txt"):
+        (folder / name).write_text("no text")
+    build([folder], tmp_path / "whole", tokenizer, "meta.text")
+    assert documents(tmp_path / "whole", tokenizer) == ["a", "b", "c"]
+    assert "3 files in the order of their names" in " ".join(capsys.readouterr().err.split())
+    assert raw_files([folder / "*.json*"]) == [folder / "a.jsonl.bz2", folder / "b.json.gz"]
+    (tmp_path / "list").write_text(f"{folder}/b.json.gz\n\n{folder}/a.jsonl.bz2\n")
+    assert files_from(tmp_path / "list") == [folder / "b.json.gz", folder / "a.jsonl.bz2"]
+    with pytest.raises(TplaunchError, match="no text in it"):
+        raw_files([folder / "*.parquet"])
+
+
+@pytest.mark.parametrize(("content", "name"), [(line("x"), "stdin.jsonl"), (b"plain", "stdin.txt")])
+def test_standard_input(tmp_path: Path, content: bytes, name: str) -> None:
+    with stdin_as_file([STDIN], tmp_path / "c", io.BytesIO(content)) as (path,):
+        assert (path.name, path.read_bytes()) == (name, content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_array_is_told_apart(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "x"}]')
+    with pytest.raises(TplaunchError, match=r"is one JSON array, not JSON lines[\s\S]*jq -c"):
+        build([tmp_path / "a.json"], tmp_path / "c", tokenizer, skip_bad=True)
+
+
+def test_bad_lines_are_left_out_when_asked(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
+    long_bad = line("z" * 3_000_000)[:-3] + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(
+        line("a") + b"{broken\n" + line(5) + line(None) + long_bad + line("y" * 3_000_000) + b"{}\n" + line("b")
+    )
+    with pytest.raises(TplaunchError, match="not JSON"):
+        build([tmp_path / "a.jsonl"], tmp_path / "c", tokenizer, "meta.text")
+    build([tmp_path / "a.jsonl"], tmp_path / "c", tokenizer, "meta.text", skip_bad=True)
+    assert documents(tmp_path / "c", tokenizer) == ["a", "y" * 3_000_000, "b"]
+    assert "left out 5 lines or rows" in capsys.readouterr().err
+
+
+def test_bad_rows_are_left_out_and_bytes_are_text(tmp_path: Path, tokenizer: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [b"a", None, b"\xff", "ü".encode()]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    build([tmp_path / "a.parquet"], tmp_path / "c", tokenizer, skip_bad=True)
+    assert documents(tmp_path / "c", tokenizer) == ["a", "ü"]
