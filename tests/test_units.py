@@ -137,6 +137,11 @@ def test_sizes_of_a_recipe_are_memory_too(text: str, shown: str) -> None:
     assert format_slurm_memory(parse_slurm_memory(text)) == shown
 
 
+def test_what_resolved_recipes_of_older_runs_hold_is_read() -> None:
+    assert format_slurm_time(parse_slurm_time(7200.0)) == "02:00:00"
+    assert format_slurm_memory(parse_slurm_memory(64 * 2**30)) == "64G"
+
+
 @pytest.mark.parametrize("value", [30, "30", 86400, " 30 ", 0])
 def test_a_bare_time_limit_is_refused_with_both_meanings(value: int | str) -> None:
     number = int(value)

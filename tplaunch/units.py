@@ -114,6 +114,9 @@ def parse_slurm_memory(value: object) -> int:
     Raises:
         ValueError: not a size, or one that sbatch takes for another: a bare number (MiB), or "64GB" (2^30 each).
     """
+    # No node has 64 TiB, which so many MiB are: resolved recipes have held bytes so.
+    if isinstance(value, int) and value >= 64 * 2**20:
+        return -(-value // 2**20) * 2**20
     text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
     match = _NUMBER.fullmatch(text)
     if match is None:
