@@ -392,7 +392,7 @@ HOSTILE = st.lists(
                 "EOF", "#SBATCH --nodes=9", "=", "-", "ü", "\r", "$'\\x41'", "\x7f", ":", ",", "CONTAINER", "..",
             ]
         ),
-        st.text(st.characters(exclude_characters="\0"), max_size=8),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
     ),
     max_size=6,
 ).map("".join)  # fmt: skip

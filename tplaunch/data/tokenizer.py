@@ -84,7 +84,8 @@ class Tokenizer:
     def _end(self, vocabulary: dict[str, int], file: Path | None, asked: str | None, path: Path | str) -> None:
         """Find the token that ends documents, and mark it where the file alone would not tell it."""
         content = json.loads(self.json)
-        marked = [token["content"] for token in content.get("added_tokens") or [] if token.get(_END_MARK)]
+        added = content.get("added_tokens") or []
+        marked = [token["content"] for token in added if token.get(_END_MARK)]
         alone = next((name for name in (*marked, *_END_NAMES) if name in vocabulary), None)
         if asked is not None and asked not in vocabulary:
             raise TplaunchError(
@@ -92,7 +93,9 @@ class Tokenizer:
             )
         end = asked or alone
         if file and not asked and not marked:
-            end = next((name for name in _said_beside(file, vocabulary) if name in vocabulary), alone)
+            # The ids that transformers gives a model that names none may be pieces of text.
+            whole = {token["content"] for token in added}
+            end = next((name for name in _said_beside(file, vocabulary) if name in whole), alone)
         if end is None:
             raise TplaunchError(
                 Problem(
@@ -103,7 +106,6 @@ class Tokenizer:
             )
         self.eod = vocabulary[end]
         if end != alone:
-            added = content.get("added_tokens") or []
             if not any(token["content"] == end for token in added):
                 raise TplaunchError(
                     Problem(f"{path}: {end!r} is a piece of text", fix="name one of the tokenizer's added tokens")
