@@ -79,7 +79,8 @@ class ScheduledPipeline(Pipeline):
         training = self.recipe.training
         tokens = torch.empty(training.micro_batch_size, training.seq_len, dtype=torch.int64, device="meta")
         hidden = hidden_states(self.recipe, self.mesh).requires_grad_()
-        loss = torch.empty(1, device="meta", requires_grad=True)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.empty(1, dtype=dtype, device="meta", requires_grad=True)
         first, last = stage.index == 0, stage.index == self.num_stages - 1
         return PipelineStage(
             _Unmanaged(stage.module) if isinstance(stage.module, FSDPModule) else stage.module,
