@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from tests.world import World
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there; see `torchrun_environment`
 # Machines that run tests are busy: how long an example takes says nothing.
 settings.register_profile("tplaunch", deadline=None)
 settings.load_profile("tplaunch")

@@ -54,6 +54,20 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads(1) == "3"
 
 
+def test_threads_do_not_spin_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def environment() -> dict[str, str]:
+        return torchrun_environment(1, attempt=1, resume="auto", grace_s=1, one_node=True)
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment()["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert environment()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # which a count of spins would override
+    assert "GOMP_SPINCOUNT" not in environment()
+
+
 def test_environment() -> None:
     one = torchrun_environment(2, attempt=4, resume="none", grace_s=90.5, one_node=True)
     assert one["TPLAUNCH_ATTEMPT"] == "4" and one["TPLAUNCH_RESUME"] == "none"
