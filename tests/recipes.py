@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
     from tplaunch.recipe.schema import Recipe
 
 STEPS, BATCH, SEQ, VOCAB = 10, 8, 32, 300
@@ -56,3 +60,13 @@ def resolved(raw: dict[str, Any]) -> Recipe:
     from tplaunch.spec.resolve import resolve
 
     return resolve(Recipe.model_validate(raw))
+
+
+def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> Path:
+    """Make a folder the working directory, with `tiny.yaml` and `text.txt` to train on, a cache of its own, no GPU."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TPLAUNCH_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (folder / "tiny.yaml").write_text(recipe)
+    (folder / "text.txt").write_text("To be, or not to be, that is the question.\n" * 200)
+    return folder

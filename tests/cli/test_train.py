@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
+from tests.recipes import work_in
 from tplaunch.checkpoint.store import Manifest, commit
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
@@ -31,12 +32,7 @@ data: {train: text.txt, tokenizer: {vocab_size: 300}}
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TPLAUNCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 200)
-    return tmp_path
+    return work_in(tmp_path, monkeypatch, RECIPE)
 
 
 def begun(root: Path, *, steps: int = 0, saved: int = 0) -> RunDir:

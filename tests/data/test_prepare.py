@@ -157,6 +157,16 @@ def counting(monkeypatch: pytest.MonkeyPatch, stop_after: int | None) -> list[in
     return seen
 
 
+def build_interrupted(
+    monkeypatch: pytest.MonkeyPatch, stop_after: int, path: Path, prefix: Path, tokenizer: Path
+) -> None:
+    """A build that ends after some blocks."""
+    with monkeypatch.context() as patch:
+        counting(patch, stop_after)
+        with pytest.raises(Interrupted):
+            build([path], prefix, tokenizer)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("stop_after", [0, 3, 4, 17])
@@ -169,10 +179,7 @@ def test_an_interrupted_build_goes_on(
         path.write_text(PLAY)
     build([path], tmp_path / "whole", tokenizer)
     prefix = tmp_path / "parts"
-    with monkeypatch.context() as patch:
-        counting(patch, stop_after)
-        with pytest.raises(Interrupted):
-            build([path], prefix, tokenizer)
+    build_interrupted(monkeypatch, stop_after, path, prefix, tokenizer)
     assert not idx_path(prefix).exists()
     assert not bin_path(prefix).exists()
     total = len(list(text.blocks(path, "text")))
@@ -187,10 +194,7 @@ def test_an_interrupted_build_goes_on(
 def test_a_changed_task_starts_anew(
     tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        counting(patch, 9)
-        with pytest.raises(Interrupted):
-            build([speeches], tmp_path / "c", tokenizer)
+    build_interrupted(monkeypatch, 9, speeches, tmp_path / "c", tokenizer)
     if change == "input":
         speeches.write_text(speeches.read_text().replace("Brutus", "Antony"))
     else:
@@ -261,10 +265,7 @@ def test_a_killed_parent_leaves_no_processes(tmp_path: Path, speeches: Path, tok
 def test_what_was_synced_must_be_there(
     tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
-    with monkeypatch.context() as patch:
-        counting(patch, 9)
-        with pytest.raises(Interrupted):
-            build([speeches], tmp_path / "c", tokenizer)
+    build_interrupted(monkeypatch, 9, speeches, tmp_path / "c", tokenizer)
     (tmp_path / "c.bin.tmp").write_bytes(b"")
     with pytest.raises(TplaunchError, match=r"c\.bin\.tmp is shorter than it was"):
         build([speeches], tmp_path / "c", tokenizer)

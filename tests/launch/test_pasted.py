@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.recipes import work_in
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
 from tplaunch.run.directory import RunDir
@@ -27,12 +28,7 @@ logging: {wandb: {mode: disabled}}
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TPLAUNCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 200)
-    return tmp_path
+    return work_in(tmp_path, monkeypatch, RECIPE)
 
 
 def test_two_nodes_train(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

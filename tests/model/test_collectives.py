@@ -14,17 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.recipes import SEQ, case, resolved
 from tests.world import World
+from tplaunch.simulate.record import KINDS
 
 MICROBATCHES, BATCH, HIDDEN, CHUNK = 2, 4, 64, 24
 ACTIVATION = 4 * SEQ * BATCH * HIDDEN  # bytes of [s, b, h] in fp32
-KINDS = {
-    "all_reduce": "all-reduce",
-    "allreduce_": "all-reduce",
-    "all_gather_into_tensor": "all-gather",
-    "_allgather_base_": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "_reduce_scatter_base_": "reduce-scatter",
-}
 
 
 class Recorder(TorchDispatchMode):

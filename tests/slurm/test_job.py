@@ -208,22 +208,24 @@ def test_a_run_that_has_been_given_more_steps_goes_on(desk: Desk) -> None:
     assert read_lines(desk.run_dir.events)[-2]["step"] == 8
 
 
-def test_slurms_warning_reaches_the_ranks_and_the_job_is_requeued(desk: Desk) -> None:
-    program = desk.ranks("train")
+def errors_of_a_warned_job(desk: Desk, ranks: str) -> str:
+    """What a job says that stops as Slurm warns it of its time limit."""
+    program = desk.ranks(ranks)
     desk.wait_for_ranks()
     program.send_signal(signal.SIGUSR1)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == Exit.STOPPED, errors
+    return str(errors)
+
+
+def test_slurms_warning_reaches_the_ranks_and_the_job_is_requeued(desk: Desk) -> None:
+    errors = errors_of_a_warned_job(desk, "train")
     assert "the time limit is near" in errors
     assert desk.calls() == ["scontrol requeue 7"]
 
 
 def test_ranks_that_miss_the_first_signal_get_another(desk: Desk) -> None:
-    program = desk.ranks("late")
-    desk.wait_for_ranks()
-    program.send_signal(signal.SIGUSR1)
-    _, errors = program.communicate(timeout=60)
-    assert program.returncode == Exit.STOPPED, errors
+    errors = errors_of_a_warned_job(desk, "late")
     assert errors.count("told to stop") == 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.checkpoint.store import find_checkpoints, open_checkpoint
+from tplaunch.data.beside import TOKENIZER
 from tplaunch.data.corpus import tokenizer_path
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Data, Model, Precision
@@ -40,7 +41,7 @@ def origin_of(path: Path) -> Origin:
     checkpoint = find_checkpoints(path)[-1]
     about = open_checkpoint(checkpoint).about
     folder = checkpoint.absolute().parent
-    tokenizers = [checkpoint / "tokenizer.json", folder / "tokenizer.json"]  # where `tplaunch import` puts it
+    tokenizers = [checkpoint / TOKENIZER, folder / TOKENIZER]  # where `tplaunch import` puts it
     run = RunDir(folder.parent)
     if run.recipe.exists():
         recipe = load_recipe(run.recipe).recipe

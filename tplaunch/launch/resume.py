@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.checkpoint.store import list_checkpoints, read_manifest
+from tplaunch.data.beside import TOKENIZER
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -20,7 +21,6 @@ from tplaunch.run.directory import RunDir
 
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (was, now)
 
-TOKENIZER = "tokenizer.json"  # in each checkpoint, and in the run directory
 _FIXED = ("training.seq_len", "training.seed")
 # What a launch may change without a word: where and how it runs, and what is derived from other keys.
 _QUIET = ("launch", "logging", "hardware", "data", "topology.gpus_per_node", "topology.stage_layers")

@@ -85,6 +85,9 @@ class FlatSharding:
             place = rows_of(layout, master, mesh.world, self.parts)
             self.shards.append(ParameterShard(name, parameters[name], master, place))
         self.blocks = self._blocks(list(layouts), sizes)
+        self._gradients_of: dict[str, list[Tensor]] = {block: [] for block in self.blocks}  # a tensor a parameter
+        for name, (_, gradients) in self.slots.items():
+            self._gradients_of[_block_of(name)].append(gradients)
 
     def _blocks(self, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
         """The gradients of each block, and of what stands before and after the blocks: consecutive in the buffer."""
@@ -145,9 +148,8 @@ class FlatSharding:
             self._under_way.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
             return
         group = self.mesh.world.get_group("dp_shard")
-        for name, (_, gradients) in self.slots.items():
-            if _block_of(name) == block:
-                self._under_way.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
+        for gradients in self._gradients_of[block]:
+            self._under_way.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
 
     def gradient(self, shard: ParameterShard) -> Tensor:
         """See `Sharding`."""

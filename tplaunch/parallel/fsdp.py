@@ -62,9 +62,8 @@ class FsdpSharding:
             self.shards.append(ParameterShard(name, parameters[name], weight, tensor))
 
     def begin_microbatch(self, *, last: bool) -> None:
-        """See `Sharding`: ZeRO 2 and 3 reduce gradients after each microbatch, ZeRO 3 lets go of weights too."""
+        """See `Sharding`: gradients are reduced after each microbatch anyway; ZeRO 3 lets go of weights, too."""
         self.module.set_is_last_backward(last)
-        self.module.set_requires_gradient_sync(last or self.zero >= 2)
         self.module.set_reshard_after_backward(last or self.zero == 3)
 
     def begin_step(self, microbatches: int) -> None:
