@@ -150,6 +150,17 @@ class Site:
         self.signal_ranks(signal.SIGSTOP)
         assert self.step() < STEPS, "the run was too fast to be held"
 
+    def release_told(self) -> None:
+        """Lets held ranks go on once each of them has been told to stop: the signal waits for them, as for any
+        process that is stopped."""
+        wait_until("the signal to every rank", lambda: all(has_pending(pid, signal.SIGUSR1) for pid in self.ranks()))
+        self.signal_ranks(signal.SIGCONT)
+
+
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool((int(status["ShdPnd"], 16) | int(status["SigPnd"], 16)) >> (number - 1) & 1)
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -206,8 +217,7 @@ def test_a_submitted_run_equals_the_local_one(site: Site, eight_ranks: list[tupl
 def test_the_time_limit(site: Site, uninterrupted: list[tuple]) -> None:
     job = site.submit("--set", "launch.slurm.time=1m")
     site.hold_at(3)
-    wait_until("Slurm's warning", lambda: "told to stop (USR1)" in site.log())
-    site.signal_ranks(signal.SIGCONT)
+    site.release_told()
     check_joined(site, uninterrupted, job)
     assert len(site.attempts()) >= 2
     assert "stopped with a checkpoint: the time limit is near" in site.log()
@@ -279,7 +289,7 @@ def test_cancel_asks_a_run_to_stop_and_ends_its_chain(site: Site, uninterrupted:
     output = site.tplaunch("cancel", "tiny")
     assert f"job {jobs[1]}: taken from the queue" in output
     assert f"job {first}: asked to finish its step, save and stop" in output
-    site.signal_ranks(signal.SIGCONT)
+    site.release_told()
     assert site.wait_for_state(first, "FAILED").exit_code == Exit.STOPPED
     assert site.status()[0]["state"] == "stopped"
     assert {slurm.find_job(job).state for job in jobs[1:] if slurm.find_job(job)} <= {"CANCELLED"}
@@ -291,8 +301,7 @@ def test_a_chain_goes_on_without_requeue_and_cancels_its_rest(site: Site, uninte
     jobs = [str(int(first) + k) for k in range(3)]
     site.hold_at(3)
     slurm.call("scancel", "--batch", "--signal=USR1", first)
-    wait_until("the warning", lambda: "told to stop (USR1)" in site.log())
-    site.signal_ranks(signal.SIGCONT)
+    site.release_told()
     check_joined(site, uninterrupted, jobs[1])
     assert slurm.find_job(first).exit_code == Exit.STOPPED
     wait_until("the end of the rest", lambda: (last := slurm.find_job(jobs[2])) is None or last.state == "CANCELLED")
