@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
-from tplaunch.model.rope import apply_rope
+from tplaunch.model.rope import apply_rope, split_heads
+from tplaunch.model.swiglu import swiglu
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model
@@ -34,6 +35,8 @@ class Attention(nn.Module):
             kv_mesh, kv_placements = mesh.key_value(model.num_kv_heads), (Shard(0), Replicate())
         kv_features = model.num_kv_heads * model.head_dim
         features = model.num_heads * model.head_dim
+        local_kv = max(1, model.num_kv_heads // tp.size) * model.head_dim
+        self.features = [features // tp.size, local_kv, local_kv]  # of this rank's queries, keys and values
         self.wq = ColumnParallelLinear(model.hidden_size, features, bias=model.qkv_bias, tp=tp)
         self.wk, self.wv = (
             ColumnParallelLinear(
@@ -55,13 +58,13 @@ class Attention(nn.Module):
             mask: bool [b, 1, s, s], or None for a causal one.
             cache: of the tokens before these, which are added to it; then without a mask.
         """
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.wq, self.wk, self.wv)
-        )  # [s, b, local heads, head_dim]
+        projected = column_parallel(x, self.wq, self.wk, self.wv)
+        early = rope if self.q_norm is None else None  # norms of heads come before the rotation
+        q, k, v = split_heads(projected, self.features, self.head_dim, early)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            if rope is not None:
+                q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.recompute_core and self.training:
@@ -96,8 +99,7 @@ class MLP(nn.Module):
         """[s or s/tp, b, h] -> the same."""
         if self.gate is None:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
-        gate, up = column_parallel(x, self.gate, self.up)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(column_parallel(x, self.gate, self.up)))
 
 
 class TransformerBlock(nn.Module):

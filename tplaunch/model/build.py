@@ -97,6 +97,7 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         sharding = flat = FlatSharding(
             module, parameters, mesh, precision=training.precision, in_place=in_place, overlap=not split
         )
+        module.block_begins = flat.block_begins
         if flat.overlaps:
             module.block_done = flat.block_done
         if training.compile:

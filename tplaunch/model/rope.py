@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,87 @@ def rope_table(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, head_dim], in the table's precision."""
+    return _Rotate.apply(x, table)
+
+
+def split_heads(projected: Tensor, sizes: list[int], head_dim: int, table: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values out of their common projection; queries and keys rotated where there is a table.
+
+    One function instead of a split and two rotations: the backward pass writes each gradient to its place in the
+    gradient of the projection.
+
+    Args:
+        projected: [s, b, features].
+        sizes: features of queries, keys and values.
+        table: as for `apply_rope`, or None.
+
+    Returns:
+        [s, b, heads, head_dim] three times.
+    """
+    return _SplitHeads.apply(projected, sizes, head_dim, table)
+
+
+def _rotate(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
+    """Write [s, b, heads, head_dim], rotated or rotated back, to `out` of the same shape."""
     cos, sin = table.unbind(0)
-    x_table = x.to(table.dtype)
-    left, right = x_table.chunk(2, dim=-1)
-    return (x_table * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    wide = x.to(table.dtype)
+    total = torch.mul(wide, cos, out=out) if out.dtype == table.dtype else wide * cos
+    sign = -1 if back else 1
+    total[..., :half].addcmul_(wide[..., half:], sin[..., half:], value=-sign)
+    total[..., half:].addcmul_(wide[..., :half], sin[..., :half], value=sign)
+    if total is not out:
+        out.copy_(total)
+
+
+class _Rotate(torch.autograd.Function):
+    """The derivative of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _rotate(x, table, out, back=False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        _rotate(grad, table, out, back=True)
+        return out, None
+
+
+class _SplitHeads(torch.autograd.Function):
+    """See `split_heads`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, sizes: list[int], head_dim: int, table: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        ctx.save_for_backward(*([] if table is None else [table]))
+        heads = [part.unflatten(-1, (-1, head_dim)) for part in projected.split(sizes, -1)]
+        if table is None:
+            return tuple(heads)
+        out = torch.empty_like(projected)
+        places = [part.unflatten(-1, (-1, head_dim)) for part in out.split(sizes, -1)]
+        for head, place in zip(heads[:2], places[:2], strict=True):
+            _rotate(head, table, place, back=False)
+        places[2].copy_(heads[2])
+        return tuple(places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        tables = ctx.saved_tensors  # none or one
+        queries = grads[0]
+        out = queries.new_empty((*queries.shape[:2], sum(ctx.sizes)))
+        places = [
+            part.unflatten(-1, grad.shape[2:]) for part, grad in zip(out.split(ctx.sizes, -1), grads, strict=True)
+        ]
+        for number, (grad, place) in enumerate(zip(grads, places, strict=True)):
+            if tables and number < 2:
+                _rotate(grad, tables[0], place, back=True)
+            else:
+                place.copy_(grad)
+        return out, None, None, None

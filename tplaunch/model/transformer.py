@@ -105,14 +105,18 @@ class TransformerStage(nn.Module):
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
         self.rope = None
-        # Told a block's name as a backward pass leaves it, if anybody wants to know.
+        # Told a block's name as a forward pass enters it and as a backward pass leaves it, if anybody wants to know.
+        # What stands before and after the blocks is entered by its own name.
+        self.block_begins: Callable[[str], None] = _ignore
         self.block_done: Callable[[str], None] | None = None
 
-    def _leaving(self, x: Tensor, number: str) -> Tensor:
+    def _entering(self, x: Tensor, number: str) -> Tensor:
         """The input of a block, watched for the backward pass that leaves it."""
+        block = f"layers.{number}"
+        self.block_begins(block)
         if self.block_done is None or not x.requires_grad:
             return x
-        return _Leaving.apply(x, partial(self.block_done, f"layers.{number}"))
+        return _Leaving.apply(x, partial(self.block_done, block))
 
     def place_rope(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
@@ -136,18 +140,26 @@ class TransformerStage(nn.Module):
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
         if self.embedding is not None:
+            self.block_begins("embedding")
             x = self.embedding(x)
             if self.position is not None:
+                self.block_begins("position")
                 x = self.position(x, positions)
         rope, mask = self.rope, None
         if positions is not None:
             mask = document_mask(positions)
             rope = None if rope is None else rope[:, positions.t(), 0]
         for number, block in self.layers.items():
-            x = block(self._leaving(x, number), rope, mask)
+            x = block(self._entering(x, number), rope, mask)
         if self.norm is None or self.output is None:
             return x
+        self.block_begins("norm")
+        self.block_begins("output")
         return self.output(self.norm(x), labels, loss_scale)
+
+
+def _ignore(block: str) -> None:
+    """Nobody wants to know."""
 
 
 class _Leaving(torch.autograd.Function):

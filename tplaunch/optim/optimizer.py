@@ -57,6 +57,11 @@ class ShardedOptimizer:
         self.inner.step()
         self.publish()
 
+    def settle(self) -> None:
+        """Make ready for weights to be read from a file into the shards."""
+        for sharding in self.shardings:
+            sharding.settle()
+
     def publish(self) -> None:
         """Let the model compute with the weights that the shards hold."""
         for sharding in self.shardings:

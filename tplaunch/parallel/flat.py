@@ -63,9 +63,12 @@ class FlatSharding:
         self.slots: dict[str, tuple[Tensor, Tensor]] = {}  # name -> its padded rows of weights and of gradients
         self.shards: list[ParameterShard] = []
         self.overlaps = overlap and (self.parts > 1 or mesh.dp_replicate > 1)
+        # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
+        self.sums_whole = self.parts == 1 or mesh.device.type == "cpu"
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
-        self._under_way: list[dist.Work] = []
+        self._reductions: list[dist.Work] = []
+        self._gathers: dict[str, list[dist.Work]] = {}  # of the weights of a block, under way
         for (name, layout), weights, gradients in zip(
             layouts.items(), self.weights.split(sizes), self.gradients.split(sizes), strict=True
         ):
@@ -74,7 +77,8 @@ class FlatSharding:
             padded = torch.Size((rows * self.parts, *local[1:]))
             weights, gradients = weights[: padded.numel()].view(padded), gradients[: padded.numel()].view(padded)
             self.slots[name] = weights, gradients
-            parameter = nn.Parameter(weights[: local[0]])
+            # `data` counts its changes by itself: a gather of one block is no change to another's saved weights.
+            parameter = nn.Parameter(weights[: local[0]].data)
             parameter.grad_dtype = self.storage
             parameter.grad = gradients[: local[0]]
             parameter.accumulates = in_place  # type: ignore[attr-defined]  # read by `layers.accumulator`
@@ -85,9 +89,9 @@ class FlatSharding:
             place = rows_of(layout, master, mesh.world, self.parts)
             self.shards.append(ParameterShard(name, parameters[name], master, place))
         self.blocks = self._blocks(list(layouts), sizes)
-        self._gradients_of: dict[str, list[Tensor]] = {block: [] for block in self.blocks}  # a tensor a parameter
-        for name, (_, gradients) in self.slots.items():
-            self._gradients_of[_block_of(name)].append(gradients)
+        self._shards_of: dict[str, list[ParameterShard]] = {block: [] for block in self.blocks}
+        for shard in self.shards:
+            self._shards_of[_block_of(shard.name)].append(shard)
 
     def _blocks(self, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
         """The gradients of each block, and of what stands before and after the blocks: consecutive in the buffer."""
@@ -119,6 +123,11 @@ class FlatSharding:
     def begin_microbatch(self, *, last: bool) -> None:
         """See `Sharding`: nothing changes between microbatches."""
 
+    def block_begins(self, block: str) -> None:
+        """Called as a forward pass enters a block: its weights must be there. They were gathered while the blocks
+        before it were at work."""
+        _wait(self._gathers.pop(block, []))
+
     def block_done(self, block: str) -> None:
         """Called as a backward pass leaves a block: after the last one of a step its gradients are reduced, while the
         blocks before it are still at work."""
@@ -136,37 +145,46 @@ class FlatSharding:
                 if block not in self._reduced:
                     self._reduce(block)
             self._reduced.clear()
-            _wait(self._under_way)
+            _wait(self._reductions)
             if self.parts > 1 and self.mesh.dp_replicate > 1:
                 group = self.mesh.world.get_group("dp_replicate")
                 _wait([dist.all_reduce(self._mine(g), group=group, async_op=True) for _, g in self.slots.values()])
 
     def _reduce(self, block: str) -> None:
         """Begin to sum the gradients of a block: whole, or this rank's rows of each parameter."""
-        if self.parts == 1:
-            group = self.mesh.world.get_group("dp_replicate")
-            self._under_way.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
+        if self.sums_whole:
+            group = self.mesh.world.get_group("dp_shard" if self.parts > 1 else "dp_replicate")
+            self._reductions.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
             return
         group = self.mesh.world.get_group("dp_shard")
-        for gradients in self._gradients_of[block]:
-            self._under_way.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
+        for shard in self._shards_of[block]:
+            _, gradients = self.slots[shard.name]
+            self._reductions.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
 
     def gradient(self, shard: ParameterShard) -> Tensor:
         """See `Sharding`."""
         return self._mine(self.slots[shard.name][1])[: shard.weight.shape[0]]
 
+    def settle(self) -> None:
+        """See `Sharding`."""
+        for block in self.blocks:
+            self.block_begins(block)
+
     def publish(self) -> None:
-        """See `Sharding`: each rank's rows, in the compute dtype, to all."""
-        gathers = []
-        for shard in self.shards:
-            weights, _ = self.slots[shard.name]
-            mine = self._mine(weights)
-            if self.storage != self.compute:
-                mine[: shard.weight.shape[0]].copy_(shard.weight)
-            if self.parts > 1:
-                group = self.mesh.world.get_group("dp_shard")
-                gathers.append(_all_gather(weights, mine, group=group, async_op=True))
-        _wait(gathers)
+        """See `Sharding`: each rank's rows, in the compute dtype, to all; block by block, while the next forward pass
+        is at work already (`block_begins`)."""
+        self.settle()
+        for block, shards in self._shards_of.items():
+            gathers = []
+            for shard in shards:
+                weights, _ = self.slots[shard.name]
+                mine = self._mine(weights)
+                if self.storage != self.compute:
+                    mine[: shard.weight.shape[0]].copy_(shard.weight)
+                if self.parts > 1:
+                    group = self.mesh.world.get_group("dp_shard")
+                    gathers.append(_all_gather(weights, mine, group=group, async_op=True))
+            self._gathers[block] = gathers
 
     def zero_grad(self) -> None:
         """See `Sharding`."""

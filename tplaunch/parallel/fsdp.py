@@ -80,6 +80,9 @@ class FsdpSharding:
             raise RuntimeError(f"{shard.name} got no gradient: it takes no part in the loss")
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
+    def settle(self) -> None:
+        """See `Sharding`: publishing is no work here."""
+
     def publish(self) -> None:
         """See `Sharding`: FSDP2 gathers what it needs."""
 

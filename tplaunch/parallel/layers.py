@@ -27,6 +27,7 @@ from tplaunch.parallel.collectives import (
 )
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
+from tplaunch.torch_private import storage_id
 
 
 def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
@@ -82,38 +83,61 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
     return None
 
 
+def merge(tensors: list[Tensor]) -> list[Tensor]:
+    """Matrices that follow each other in memory as the one matrix that they are; others as they came.
+
+    Args:
+        tensors: each [rows, columns], equally wide.
+    """
+    first = tensors[0]
+    if len(tensors) == 1 or torch.compiler.is_compiling():
+        return tensors
+    storage, end = storage_id(first), first.storage_offset()
+    for tensor in tensors:
+        if storage_id(tensor) != storage or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return tensors
+        end += tensor.numel()
+    return [first.as_strided((sum(len(t) for t in tensors), first.shape[1]), first.stride())]
+
+
 class _ColumnParallel(torch.autograd.Function):
-    """y_i = x W_i^T for several W_i that share x: one collective pair for all of them.
+    """y_i = x W_i^T for several W_i that share x, side by side: one collective pair for all of them, and one matmul
+    where the weights follow each other in memory (`FlatSharding`).
 
     With sequence parallelism only the 1/tp slice of x is kept, and gathered again in the backward pass; that
     gather runs beside the input-gradient matmul, and the reduction of the input gradient beside the weight one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> Tensor:
         ctx.tp = tp
         ctx.accumulators = [accumulator(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
+        merged = merge(list(weights))
         if tp.fused:
-            return tuple(gather_matmul(x, [weight.t() for weight in weights], tp)[1])
-        if tp.sequence_parallel:
-            x = wait(start_all_gather(x, tp))
-        return tuple(F.linear(x, weight) for weight in weights)
+            outputs = gather_matmul(x, [weight.t() for weight in merged], tp)[1]
+        else:
+            if tp.sequence_parallel:
+                x = wait(start_all_gather(x, tp))
+            outputs = [F.linear(x, weight) for weight in merged]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tp: TensorParallel = ctx.tp
         x, *weights = ctx.saved_tensors
         need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(weights)))
         need_weights = any(need_each)
+        merged = merge(weights)
+        grads = grad.split([len(weight) for weight in merged], -1)
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
         grad_x, reducing = None, need_x and tp.size > 1 and not tp.fused
         if need_x and tp.fused:
-            grad_x = matmul_scatter(torch.cat(grads, -1), torch.cat(weights), tp)
+            grad_x = matmul_scatter(grad, merged[0] if len(merged) == 1 else torch.cat(merged), tp)
         elif need_x:
-            grad_x = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_x += grad @ weight
+            grad_x = grads[0] @ merged[0]
+            for part, weight in zip(grads[1:], merged[1:], strict=True):
+                grad_x += part @ weight
         if tp.sequence_parallel and need_weights:
             gathering = wait(gathering)
         if grad_x is not None and reducing:
@@ -121,10 +145,13 @@ class _ColumnParallel(torch.autograd.Function):
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if need_weights:
             rows = gathering.flatten(0, -2)
-            grad_weights = [
-                add_product(total, grad.flatten(0, -2).t(), rows)
-                for total, grad in zip(ctx.accumulators, grads, strict=True)
-            ]
+            if ctx.accumulators[0] is not None:
+                for total, part in zip(merge(ctx.accumulators), grads, strict=True):
+                    add_product(total, part.flatten(0, -2).t(), rows)
+            else:
+                products = [part.flatten(0, -2).t() @ rows for part in grads]
+                sizes = [len(weight) for weight in weights]
+                grad_weights = products if len(products) == len(weights) else list(products[0].split(sizes))
         if grad_x is not None and reducing:
             grad_x = wait(grad_x)
         return grad_x, None, *grad_weights
@@ -190,20 +217,21 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s or s/tp, b, in_features] -> [s, b, out_features/tp]."""
-        return column_parallel(x, self)[0]
+        return column_parallel(x, self)
 
 
-def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """Apply several column-parallel layers to one input with one collective pair.
+def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
+    """Apply several column-parallel layers, all with a bias or none, to one input with one collective pair.
 
     Args:
         x: [s or s/tp, b, in_features].
 
     Returns:
-        [s, b, out_features/tp] for each layer.
+        [s, b, sum of out_features/tp], the layers' outputs side by side.
     """
-    outputs = _ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
-    return tuple(y if layer.bias is None else y + local(layer.bias) for y, layer in zip(outputs, layers, strict=True))
+    y = _ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
+    biases = [local(layer.bias) for layer in layers if layer.bias is not None]
+    return y + (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else y
 
 
 class RowParallelLinear(nn.Module):

@@ -57,6 +57,10 @@ class Sharding(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Called before master weights are read from a file: nothing of a `publish` may still be under way."""
+        ...
+
     def publish(self) -> None:
         """Called when master weights have changed: let the module compute with them."""
         ...

@@ -168,8 +168,8 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
 
     In flat buffers, once a step: gradients are reduced behind the last microbatch's backward pass, a call for each
     parameter (ZeRO 1) or each block (ZeRO 0), and after it where backward passes run in two halves; weights are
-    gathered after the update, and nothing hides it. Under FSDP2, ZeRO 2 reduces each block behind each microbatch's
-    backward pass, and gathers once, behind the first forward pass; ZeRO 3 gathers twice for each microbatch.
+    gathered behind the next step's first forward pass. Under FSDP2, ZeRO 2 reduces each block behind each
+    microbatch's backward pass, and gathers as flat buffers do; ZeRO 3 gathers twice for each microbatch.
 
     Args:
         forward, backward: seconds of one microbatch through all of the rank's stages.
@@ -191,7 +191,7 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         )
 
     if group.size > 1:
-        hiding = 0.0 if case.flat else (forward + backward) / 2 if case.zero == 3 else forward
+        hiding = (forward + backward) / 2 if case.zero == 3 else forward
         add("weights", "all-gather", 2 * m if case.zero == 3 else 1, gathered, group, hiding, units)
         add("gradients", "reduce-scatter", m, reduced, group, behind, units)
     if replicas.size > 1:

@@ -62,7 +62,7 @@ def block_activations(case: Case) -> float:
     """Bytes that one block keeps for its backward pass, for one microbatch, when nothing is recomputed.
 
     hidden states: input, normed input, middle, normed middle; q, k, v and the attention's output; the MLP's
-    pre-activations, activation and product; statistics of norms (fp32) and of the softmax (fp32 each head).
+    pre-activations and what they become; statistics of norms (fp32) and of the softmax (fp32 each head).
     """
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
@@ -72,7 +72,7 @@ def block_activations(case: Case) -> float:
     if model.qk_norm:  # q and k as they were before their norms
         attention += tokens * (heads + kv_heads) * (model.head_dim * width + fp32)
     softmax = 0 if case.attention_recomputed else tokens * heads * fp32
-    ffn_tensors = 4 if model.activation == "swiglu" else 2
+    ffn_tensors = 3 if model.activation == "swiglu" else 2
     mlp = tokens * ffn_tensors * (model.ffn_hidden_size // tp) * width
     statistics = 2 * norm_statistics(case)
     return 4 * hidden_bytes(case) + attention + softmax + mlp + statistics

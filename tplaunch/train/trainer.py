@@ -104,6 +104,7 @@ class Trainer:
     def resume(self, source: str) -> None:
         """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path. Without one, start from the
         recipe's initial weights, where it names any."""
+        self.step.optimizer.settle()
         loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
         if loaded is None and initial is not None:
             self.checkpoints.start_from(Path(initial))
@@ -197,6 +198,7 @@ class Trainer:
         """Bring back the last checkpoint's weights and optimizer. The data go on, past what the run stumbled over
         (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5.1)."""
         self.checkpoints.finish()
+        self.step.optimizer.settle()
         loaded = self.checkpoints.load("auto")
         if loaded is None:
             return

@@ -1,0 +1,37 @@
+"""SwiGLU over gate and up side by side (Shazeer 2020, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up: [..., 2 f], gate before up -> [..., f].
+
+    It keeps gate and up alone: silu(gate) is made again in the backward pass, for an element-wise operation costs less
+    than the memory does.
+    """
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        grad_gate, grad_up = out.chunk(2, -1)
+        torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return out
