@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +86,30 @@ def test_two_ranks_that_both_receive_first() -> None:
     assert deadlock({0: ours, 1: theirs}) is not None
     together = [replace(message, batch=1) for message in ours]
     assert deadlock({0: together, 1: [replace(message, batch=1) for message in theirs]}) is None
+
+
+def alone(folder: Path) -> bool:
+    """Whether no other process does this at the same time."""
+    try:
+        (folder / "busy").mkdir()
+    except FileExistsError:
+        return False
+    time.sleep(0.5)
+    (folder / "busy").rmdir()
+    return True
+
+
+def test_no_more_at_once_than_the_cores_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # a node, of which Slurm gives one core
+    os.sched_setaffinity(0, {min(ours)})
+    try:
+        with processes() as go:
+            assert list(go(alone, [(tmp_path,)] * 3)) == [True] * 3
+    finally:
+        os.sched_setaffinity(0, ours)
 
 
 @pytest.fixture(scope="module")
