@@ -87,6 +87,10 @@ def test_many_nodes_are_for_submit_or_paste(here: Path, capsys: pytest.CaptureFi
     nodes = ["--set", "topology.nodes=2"]
     assert tplaunch(["train", "tiny.yaml", *nodes]) == Exit.USAGE
     assert "topology.nodes: asks for 2 nodes" in capsys.readouterr().err
+    Path("my own.yaml").write_text(RECIPE)
+    assert tplaunch(["train", "my own.yaml", *nodes]) == Exit.USAGE
+    err = capsys.readouterr().err
+    assert "tplaunch submit 'my own.yaml'" in err and "`tplaunch command 'my own.yaml'`" in err
     assert not (here / "runs").exists()
     assert tplaunch(["train", "tiny.yaml", *nodes, "--dry-run"]) == Exit.DONE
     out = capsys.readouterr().out

@@ -16,6 +16,7 @@ from tplaunch.errors import Exit
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.shipped import shipped_recipes
 from tplaunch.simulate.agree import deadlock, differing_collective
 from tplaunch.simulate.pool import processes
 from tplaunch.simulate.rank import RankRecord, pipeline_messages, simulate_rank
@@ -155,11 +156,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fit together" in out
 
 
-def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "quickstart", "--rank", "8"]) == Exit.USAGE
     assert "there is no rank 8" in capsys.readouterr().err
     assert run(["simulate", "llama3-70b-tp4"]) == Exit.USAGE
     assert "`tplaunch plan llama3-70b-tp4` says what would" in capsys.readouterr().err
+    mine = tmp_path / "my own.yaml"
+    mine.write_text(shipped_recipes()["llama3-70b-tp4"].read_text())
+    assert run(["simulate", str(mine)]) == Exit.USAGE
+    assert f"`tplaunch plan '{mine}'` says what would" in capsys.readouterr().err
 
 
 def test_ranks_of_the_ends_and_the_middle() -> None:

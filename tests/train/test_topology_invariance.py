@@ -6,6 +6,7 @@ sequence parallelism, recomputation, compilation or sharding.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,11 @@ def plain(raw: dict[str, Any]) -> dict[str, Any]:
     """The reference of a case."""
     training = {key: value for key, value in raw["training"].items() if key not in ("recompute", "compile")}
     return {**raw, "topology": {"tp": 1, "pp": 1, "dp": 1}, "training": training}
+
+
+def test_the_readme_counts_them() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"(`tests/train/test_topology_invariance.py`, {len(CASES)} combinations)" in readme.read_text()
 
 
 @pytest.fixture(scope="module")
