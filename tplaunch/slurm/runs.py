@@ -181,26 +181,24 @@ def wait_for(
     Raises:
         TplaunchError: Slurm cannot be asked at all, at the first question.
     """
-    answered = reached = _any_open(runs)
-    while answered:
+    jobs, reached = _jobs_of(runs), True
+    while any(job.open for job in jobs.values()):
         while_waiting()
         time.sleep(POLL_S)
         try:
-            answered = _any_open(runs)
-            reached = True
+            jobs, reached = _jobs_of(runs), True
         except TplaunchError as error:
             if reached:
                 warn(f"{error}\nstill waiting")
             reached = False
     while_waiting()
-    states = {status.state for status in statuses_of(runs)}
+    states = {_status(run, run.history(), jobs).state for run in runs}
     return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
 
 
-def _any_open(runs: Sequence[RunDir]) -> bool:
-    """Whether a job of any of the runs waits or runs."""
-    jobs = client.find_jobs([job for run in runs for job in run.history().submitted_jobs])
-    return any(job.open for job in jobs.values())
+def _jobs_of(runs: Sequence[RunDir]) -> dict[str, client.Standing]:
+    """How the jobs of all the runs stand, by one question."""
+    return client.find_jobs([job for run in runs for job in run.history().submitted_jobs])
 
 
 def job_log(run_dir: RunDir) -> Path:
