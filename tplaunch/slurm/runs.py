@@ -175,23 +175,25 @@ def wait_for(
     A controller that does not answer for a while, as it restarts or is busy, ends no wait.
 
     Args:
-        while_waiting: called before each further question to the controller.
+        while_waiting: called after each answer of the controller; it may ask, too.
         warn: told once when the controller ceases to answer.
 
     Raises:
-        TplaunchError: Slurm cannot be asked at all, at the first question.
+        TplaunchError: Slurm cannot be asked at all, at the first question; or `while_waiting` cannot go on from it.
     """
     jobs, reached = _jobs_of(runs), True
-    while any(job.open for job in jobs.values()):
-        while_waiting()
+    while_waiting()
+    while not reached or any(job.open for job in jobs.values()):
         time.sleep(POLL_S)
         try:
-            jobs, reached = _jobs_of(runs), True
+            jobs = _jobs_of(runs)
+            while_waiting()
         except TplaunchError as error:
             if reached:
                 warn(f"{error}\nstill waiting")
             reached = False
-    while_waiting()
+        else:
+            reached = True
     states = {_status(run, run.history(), jobs).state for run in runs}
     return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
 
