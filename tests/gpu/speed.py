@@ -36,7 +36,7 @@ def ours(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], 
 
     recipe = resolved(shape.recipe(compile_=compile_))
     step = TrainStep(recipe, Mesh.of(recipe, device))
-    batch = random_batch(recipe, 1, True)
+    batch = random_batch(recipe, 1, True).pinned_for(device)
     return lambda: step.run(batch)
 
 
@@ -58,10 +58,11 @@ def transformers(shape: Shape, device: torch.device, *, compile_: bool) -> Calla
         model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens = torch.randint(shape.vocab, (shape.rows, shape.seq_len))
+    tokens = tokens.pin_memory() if device.type == "cuda" else tokens
     forward = torch.compile(model) if compile_ else model
 
     def step() -> float:
-        data = tokens.to(device)
+        data = tokens.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16):
             loss = forward(input_ids=data, labels=data).loss
         loss.backward()
