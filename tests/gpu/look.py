@@ -23,22 +23,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 
+import tplaunch
 from tests.gpu.alone import alone
 from tests.gpu.machine import take_device
 from tests.gpu.shapes import SHAPES
 from tests.gpu.speed import ours
 
+PACKAGE = f"{Path(tplaunch.__file__).parent}/"
 KERNELS = 25
 READS = (Tensor.tolist, Tensor.item, Tensor.nonzero, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
 
 
 def place() -> str:
     """The innermost line of tplaunch that is being run."""
-    frames = [frame for frame in traceback.extract_stack() if "/tplaunch/" in frame.filename]
-    if not frames:
-        return "outside tplaunch"
-    file = frames[-1].filename.rpartition("/tplaunch/")[2]
-    return f"{file}:{frames[-1].lineno} {frames[-1].line}"
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.startswith(PACKAGE):
+            return f"{frame.filename.removeprefix(PACKAGE)}:{frame.lineno} {frame.line}"
+    return "outside tplaunch"
 
 
 class _Reads(TorchFunctionMode):

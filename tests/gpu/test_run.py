@@ -47,3 +47,12 @@ def test_a_part_that_fails_or_hangs_says_so(tmp_path: Path, monkeypatch: pytest.
     hung = run_part(Part("hung", 60, ("hung_part",)), tmp_path, cpu=True, limit_s=3)
     assert (hung.result, hung.said) == ("timed out", "so far")
     assert hung.seconds < 30
+
+
+def test_wheels_are_all_but_the_machines_own() -> None:
+    pytest.importorskip("tomllib")
+    from tests.gpu.wheels import requirements
+
+    names = [one.partition(">")[0] for one in requirements()]
+    assert {"pydantic", "pyyaml", "rich", "typer", "pytest", "pytest-timeout", "hypothesis"} <= set(names)
+    assert not {"torch", "wandb", "transformers"} & set(names)

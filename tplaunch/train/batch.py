@@ -56,8 +56,8 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        positions = None if self.positions is None else change(self.positions)
-        return Batch(change(self.tokens), change(self.labels), positions)
+        tokens, labels = change(self.tokens), change(self.labels)
+        return Batch(tokens, labels, None if self.positions is None else change(self.positions))
 
 
 def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
