@@ -20,6 +20,7 @@ import torch
 from tests.gpu.alone import alone
 from tests.gpu.machine import choose, take_device
 from tests.gpu.shapes import SHAPES, Shape
+from tests.gpu.titan import titan
 from tests.recipes import resolved
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.spec.gpu import detect_gpu
@@ -51,7 +52,7 @@ def transformers(shape: Shape, device: torch.device, *, compile_: bool) -> Calla
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         use_cache=False,
     )
     with device:
@@ -79,6 +80,7 @@ CONTENDERS: dict[str, Callable[[Shape, torch.device], Callable[[], object]]] = {
     "tplaunch-compile": lambda shape, device: ours(shape, device, compile_=True),
     "transformers": lambda shape, device: transformers(shape, device, compile_=False),
     "transformers-compile": lambda shape, device: transformers(shape, device, compile_=True),
+    "torchtitan-compile": lambda shape, device: titan(shape, device),
 }
 
 
