@@ -67,8 +67,10 @@ class Mixture:
     """
 
     weights: tuple[float, ...]
-    _cuts: dict[int, _Place] = field(default_factory=dict, repr=False, compare=False)  # the last one of each level
-    _blocks: dict[int, _Block] = field(default_factory=dict, repr=False, compare=False)  # the last ones
+    _cuts: dict[int, _Place] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # the last one of each level
+    _blocks: dict[int, _Block] = field(default_factory=dict, init=False, repr=False, compare=False)  # the last ones
 
     @cached_property
     def shares(self) -> NDArray[np.float64]:
@@ -90,8 +92,11 @@ class Mixture:
             return np.zeros_like(samples), samples.copy()
         corpus, nth = np.empty_like(samples), np.empty_like(samples)
         numbers = samples >> _BLOCK
-        for number in np.unique(numbers).tolist():
-            here, block = numbers == number, self._block(number)
+        waiting = np.arange(len(samples))
+        while len(waiting):
+            block = self._block(int(numbers[waiting[0]]))
+            inside = numbers[waiting] == block.first >> _BLOCK
+            here, waiting = waiting[inside], waiting[~inside]
             at = samples[here] - block.first
             corpus[here], nth[here] = block.corpus[at], block.nth[at]
         return corpus, nth
@@ -101,8 +106,9 @@ class Mixture:
         if len(self.weights) == 1:
             return np.array([samples])
         begin, _ = self._around(samples >> _BLOCK)
-        inside = self._block(samples >> _BLOCK).corpus[: samples - begin.samples] if samples > begin.samples else []
-        return begin.of_each + np.bincount(np.asarray(inside, np.int64), minlength=len(self.weights))
+        inside = samples - begin.samples
+        block = self._block(samples >> _BLOCK).corpus[:inside] if inside else np.zeros(0, np.int64)
+        return begin.of_each + np.bincount(block, minlength=len(self.weights))
 
     def _block(self, number: int) -> _Block:
         block = self._blocks.get(number)
@@ -230,13 +236,14 @@ def _earliest_first(arriving: Ints, arrivals: Ints) -> Ints:
         arrivals: how many of them in each place.
     """
     waiting: list[int] = []
-    taken = []
-    numbers = iter(arriving.tolist())
+    taken: list[int] = []
+    take, arrive = taken.append, iter(arriving.tolist()).__next__
     for many in arrivals.tolist():
-        if many == 1:
-            taken.append(heappushpop(waiting, next(numbers)))
-            continue
-        for _ in range(many):
-            heappush(waiting, next(numbers))
-        taken.append(heappop(waiting))
+        if many == 0:
+            take(heappop(waiting))
+        else:
+            while many > 1:
+                heappush(waiting, arrive())
+                many -= 1
+            take(heappushpop(waiting, arrive()))
     return np.array(taken)
