@@ -1,4 +1,4 @@
-"""The layering that CONTRIBUTING states, held against every import of the code."""
+"""The layering that CONTRIBUTING states, held against every import; and what docs name, held against the code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
+
+from tplaunch.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tplaunch"
@@ -141,3 +145,40 @@ def private_names(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"torch_private"}))
 def test_private_names_of_torch_are_in_one_file(name: str) -> None:
     assert list(private_names(MODULES[name])) == []
+
+
+def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of recipes."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from recipe_keys(kind, f"{prefix}{name}.")
+
+
+def in_our_code(name: str) -> bool:
+    """Whether a dotted name below tplaunch is a package, a module, or defined in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        file = PACKAGE.joinpath(*parts[:count])
+        if file.is_dir() and count == len(parts):
+            return True
+        if (module := file.with_suffix(".py")).is_file():
+            text = module.read_text()
+            return all(re.search(rf"\b(def|class) {part}\b|^ *{part}\b *[:=]", text, re.M) for part in parts[count:])
+    return False
+
+
+DOCS = [*ROOT.glob("*.md"), *(path for top in ("tplaunch", "tests") for path in (ROOT / top).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_docs_name_is_there(path: Path) -> None:
+    """Files of this repository; and dotted names in backticks that begin as a package of ours or a recipe's section."""
+    text, keys = path.read_text(), {*recipe_keys(), "model.preset"}
+    for file in re.findall(r"(?<![\w/])(?:tests|tplaunch|slurm|recipes)/[\w/-]+\.(?:py|md|yaml|sbatch|txt)\b", text):
+        assert (ROOT / file).exists(), file
+    for name in re.findall(r"`(?:tplaunch\.)?([a-z_]+(?:\.[A-Za-z_]+)+)`", text):
+        ours = (PACKAGE / name.split(".")[0]).is_dir() or name.split(".")[0] in MODULES
+        if ours and name.split(".")[-1] not in ("yaml", "json", "py"):
+            assert in_our_code(name) or name in keys, name

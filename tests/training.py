@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.recipes import resolved
 
+if TYPE_CHECKING:
+    import torch
 
-def trainer(raw: dict[str, Any], root: str) -> Any:
-    """The trainer of this rank, for a raw recipe, in a run directory."""
+
+def trainer(raw: dict[str, Any], root: str, device: torch.device | None = None) -> Any:
+    """The trainer of this rank, for a raw recipe, in a run directory; on the CPU, if no device is named."""
     import torch
     import torch.distributed as dist
 
@@ -23,7 +26,7 @@ def trainer(raw: dict[str, Any], root: str) -> Any:
     run_dir = RunDir(Path(root))
     run_dir.create()
     heartbeat = Heartbeat(run_dir.root / f"beat-{dist.get_rank()}", dist.get_rank())
-    return Trainer(recipe, Mesh.of(recipe, torch.device("cpu")), run_dir, StopRequest(), heartbeat)
+    return Trainer(recipe, Mesh.of(recipe, device or torch.device("cpu")), run_dir, StopRequest(), heartbeat)
 
 
 def batch(made: Any) -> Any:

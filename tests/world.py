@@ -26,6 +26,7 @@ TIMEOUT_S = 240
 def _serve(pipe: Connection) -> None:
     """The process that is forked: must not start threads."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask whether there is a GPU starts CUDA, which cannot fork
     import torch
     import torch._dynamo
 

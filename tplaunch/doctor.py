@@ -342,7 +342,7 @@ def check_allocation(folder: Path) -> Iterator[Finding]:
         yield Finding("fail", "nodes of this job", str(error.problems[0]))
         return
     # A site's prologue may print lines of its own, blank ones too.
-    clocks = {words[1]: float(words[2]) for line in lines if len(words := line.split()) == 3 and words[0] == "clock"}
+    clocks = {told[1]: float(told[2]) for line in lines if (told := re.fullmatch(r"clock (\S+) (\d+\.\d+)\s*", line))}
     spread = max(clocks.values(), default=0.0) - min(clocks.values(), default=0.0)
     # Tasks do not start at one moment, so the true difference is smaller.
     if not clocks:

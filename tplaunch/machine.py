@@ -6,6 +6,13 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
+SHARE_GPUS = "TPLAUNCH_SHARE_GPUS"  # =1: ranks may share GPUs, over gloo, to try things out
+
+
+def shares_gpus() -> bool:
+    """Whether the user lets ranks share GPUs."""
+    return os.environ.get(SHARE_GPUS) == "1"
+
 
 def count_cores() -> int:
     """CPU cores that this process may use."""

@@ -6,13 +6,15 @@ import json
 import os
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.plan.test_memory import values
-from tests.recipes import resolved
+from tests.recipes import case, resolved
+from tplaunch.bench import steps as steps_module
 from tplaunch.bench.calibrate import calibrate
 from tplaunch.bench.steps import kernel_kind, measure_steps
 from tplaunch.cli.main import run
@@ -21,6 +23,8 @@ from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import Gpu, find_gpu
+from tplaunch.train.batch import Batch
+from tplaunch.train.step import TrainStep
 
 if TYPE_CHECKING:
     from tests.world import World
@@ -70,6 +74,34 @@ def test_bench_times_steps_and_measures_the_machine(tmp_path: Path, capsys: pyte
     assert found["mfu"] == pytest.approx(found["tflops_per_gpu"] * 1e12 / gpu.peak["fp32"])
     assert run(["plan", str(path), "--gpu", str(machine)]) == 0
     assert "MFU" in capsys.readouterr().out
+
+
+def watched_steps(raw: dict[str, Any], count: int) -> tuple[list[float], list[int]]:
+    """By a rank of a world: the seconds of a bench whose n-th step takes n, and how often its clock looked in each."""
+    now, looks = [0.0], []
+    run_step, mark = TrainStep.run, steps_module._Clock.mark
+
+    def run(self: TrainStep, batch: Batch) -> Any:
+        looks.append(0)
+        now[0] += len(looks)
+        return run_step(self, batch)
+
+    def look(self: Any, step: int, part: str) -> None:
+        looks[-1] += part != ""
+        mark(self, step, part)
+
+    steps_module.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
+    TrainStep.run, steps_module._Clock.mark = run, look  # type: ignore[method-assign]
+    recipe = resolved(raw)
+    return measure_steps(recipe, Mesh.of(recipe, torch.device("cpu")), count).seconds, looks
+
+
+def test_steps_are_timed_without_the_clock_of_their_parts(world: World) -> None:
+    """On a GPU it waits for the device at each part, so that steps with it are slower than training's."""
+    ((seconds, looks),) = world.run(1, watched_steps, case(), 2)
+    first = steps_module.WARM_UP + 1
+    assert seconds == [first, first + 1]
+    assert looks == [0] * (first - 1) + [0, 0] + [3, 3] + [0]  # warm up, timed, parts, profiled
 
 
 def test_bench_runs_on_one_node(capsys: pytest.CaptureFixture[str]) -> None:

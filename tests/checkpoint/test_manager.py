@@ -44,6 +44,22 @@ def save_without_room(raw: dict[str, Any], root: str) -> None:
     made.save(wait=True)
 
 
+def device_of_the_saving_thread(raw: dict[str, Any], root: str) -> list[tuple[str, int]]:
+    """(thread, GPU) that each thread was set to, on a rank whose GPU is its node's fourth."""
+    import threading
+
+    import torch
+
+    made = trainer(raw, root)
+    made.progress.step = 1
+    taken: list[tuple[str, int]] = []
+    torch.cuda.is_initialized = lambda: True  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 3  # type: ignore[assignment]
+    torch.cuda.set_device = lambda gpu: taken.append((threading.current_thread().name, gpu))  # type: ignore[assignment]
+    made.save(wait=True)
+    return taken
+
+
 def load(raw: dict[str, Any], root: str, source: str = "auto") -> tuple[int | None, str]:
     """(the step resumed from, the error)."""
     from tplaunch.errors import TplaunchError
@@ -58,6 +74,11 @@ def load(raw: dict[str, Any], root: str, source: str = "auto") -> tuple[int | No
 
 def events(root: Path, name: str) -> list[dict[str, Any]]:
     return [e for line in (root / "events.jsonl").read_text().splitlines() if (e := json.loads(line))["event"] == name]
+
+
+def test_the_saving_thread_stays_on_its_ranks_gpu(tmp_path: Path, world: World) -> None:
+    (taken,) = world.run(1, device_of_the_saving_thread, TINY, str(tmp_path))
+    assert taken == [("checkpoint", 3)]
 
 
 def test_what_a_save_records_and_the_commands_show(

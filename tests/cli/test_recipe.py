@@ -51,8 +51,23 @@ class TestList:
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         found = json.loads(output(capsys, "list", "--json"))
         assert set(found["recipes"]) == set(shipped_recipes())
-        assert all(found["recipes"].values()), "every recipe says in its first line what it is"
+        assert all(found["recipes"].values()), "every recipe says in its first sentence what it is"
         assert found["presets"]["gpt2-124m"] == 124_439_808
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("# A model of two\n# lines. And more.\nname: x\n", "A model of two lines."),
+            ("# As (Doe et\n# al. 2020) has it, e.g. so.\n\n# Not this.\n", "As (Doe et al. 2020) has it, e.g. so."),
+            ("name: x\n# Not this.\n", ""),
+        ],
+    )
+    def test_a_description_is_a_whole_sentence(
+        self, text: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path("mine.yaml").write_text(text)
+        monkeypatch.setattr("tplaunch.recipe.shipped.shipped_recipes", lambda: {"mine": Path("mine.yaml")})
+        assert json.loads(output(capsys, "list", "--json"))["recipes"] == {"mine": said}
 
 
 class TestShow:

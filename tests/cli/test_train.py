@@ -13,6 +13,7 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.recipes import work_in
+from tplaunch import machine
 from tplaunch.checkpoint.store import Manifest, commit
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
@@ -46,6 +47,19 @@ def begun(root: Path, *, steps: int = 0, saved: int = 0) -> RunDir:
     if steps:
         run.append(Done(step=steps))
     return run
+
+
+def test_ranks_share_gpus_only_when_asked(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
+    line = ["train", "tiny.yaml", "--dry-run"]
+    assert tplaunch(line) == Exit.USAGE
+    assert "but there are 1 GPUs" in capsys.readouterr().err
+    monkeypatch.setenv(machine.SHARE_GPUS, "1")
+    assert tplaunch(line) == Exit.DONE
+    assert tplaunch([*line, "--set", "topology.pp=2"]) == Exit.USAGE
+    assert "pp 2 by 8 ranks on 1 GPUs" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_line_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +101,10 @@ def test_many_nodes_are_for_submit_or_paste(here: Path, capsys: pytest.CaptureFi
     nodes = ["--set", "topology.nodes=2"]
     assert tplaunch(["train", "tiny.yaml", *nodes]) == Exit.USAGE
     assert "topology.nodes: asks for 2 nodes" in capsys.readouterr().err
+    Path("my own.yaml").write_text(RECIPE)
+    assert tplaunch(["train", "my own.yaml", *nodes]) == Exit.USAGE
+    err = capsys.readouterr().err
+    assert "tplaunch submit 'my own.yaml'" in err and "`tplaunch command 'my own.yaml'`" in err
     assert not (here / "runs").exists()
     assert tplaunch(["train", "tiny.yaml", *nodes, "--dry-run"]) == Exit.DONE
     out = capsys.readouterr().out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from itertools import permutations
-from math import factorial
+from math import factorial, lcm
 
 import numpy as np
 import pytest
@@ -101,29 +103,61 @@ def test_the_order_does_not_depend_on_who_asks(
     assert [int(c[0]) for c, _ in one_by_one] == whole[0].tolist()
 
 
-weight_lists = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=40)
+weight_lists = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=40) | st.lists(
+    st.integers(1, 12), min_size=1, max_size=40
+)
 
 
-def off_shares(weights: Sequence[float], until: int, start: int = 0) -> float:
-    """The most samples by which any corpus is off its share after any of the samples `start`..`until` - 1."""
+def off_shares(weights: Sequence[float], until: int, start: int = 0) -> Fraction:
+    """The most samples by which any corpus is off its share after any of the samples `start`..`until` - 1; exact."""
     mixture = Mixture(tuple(weights))
+    exact = [Fraction(weight) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    parts = [int(weight * scale) for weight in exact]
+    whole = sum(parts)
+    read = mixture.counts(start).tolist()
+    worst = max(abs(count * whole - start * part) for count, part in zip(read, parts, strict=True))
     corpus, nth = mixture.locate(np.arange(start, until))
-    worst = 0.0
-    for c, share in enumerate(mixture.shares):
-        mine = np.flatnonzero(corpus == c) + start
-        numbers = nth[corpus == c]
-        assert np.array_equal(numbers, mixture.counts(start)[c] + np.arange(len(mine)))  # none twice, none left out
-        if len(mine):  # just before and just after each of its samples, and at the end
-            ahead, behind = numbers + 1 - (mine + 1) * share, mine * share - numbers
-            worst = max(worst, ahead.max(), behind.max())
-        worst = max(worst, abs(mixture.counts(until)[c] - until * share))
-    return worst
+    for sample, c, number in zip(range(start, until), corpus.tolist(), nth.tolist(), strict=True):
+        assert number == read[c]  # none twice, none left out
+        worst = max(worst, sample * parts[c] - number * whole, (number + 1) * whole - (sample + 1) * parts[c])
+        read[c] += 1
+    assert mixture.counts(until).tolist() == read
+    # A corpus is furthest off just before or after its own samples, or at the end.
+    worst = max(worst, *(abs(count * whole - until * part) for count, part in zip(read, parts, strict=True)))
+    return Fraction(worst, whole)
+
+
+def rounding(until: int) -> Fraction:
+    """What shares, multiples of 2**-62, can make of `until` samples more or less."""
+    return Fraction(until, 2**62)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    weights=weight_lists, start=st.integers(0, 10**11) | st.integers(0, 10**6).map(lambda n: max(0, n * 2**16 - 900))
+)
+def test_shares_follow_the_weights_at_every_point(weights: list[float], start: int) -> None:
+    assert off_shares(weights, start + 2000, start) <= 1 + rounding(start + 2000)
 
 
 @settings(deadline=None, max_examples=60)
-@given(weights=weight_lists, start=st.integers(0, 10**11))
-def test_shares_follow_the_weights_at_every_point(weights: list[float], start: int) -> None:
-    assert off_shares(weights, start + 3000, start) <= Mixture(tuple(weights)).off_by + 0.001
+@given(weights=weight_lists, start=st.integers(0, 3000) | st.integers(0, 10**12))
+def test_shares_follow_the_weights_wherever_the_run_is_cut(weights: list[float], start: int) -> None:
+    """Blocks of two samples, so that the counts of every second place come from cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tplaunch.data.mixture._BLOCK", 1)
+        assert off_shares(weights, start + 150, start) <= 1 + rounding(start + 150)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_corpora_of_all_sizes_are_cut_right(seed: int) -> None:
+    """Weights as in crowded time tables, where a cut that looks at deadlines alone, or at none, fails."""
+    drawn = np.random.default_rng(seed)
+    weights = [*drawn.integers(1, 4, 30).tolist(), *(drawn.random(200) ** 4 / 50 + 1e-7).tolist()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tplaunch.data.mixture._BLOCK", 3)
+        assert off_shares(weights, 1500) <= 1 + rounding(1500)
 
 
 @pytest.mark.parametrize(
@@ -132,37 +166,61 @@ def test_shares_follow_the_weights_at_every_point(weights: list[float], start: i
         [0.7, 0.3],
         [0.0006, 0.9994],
         [0.0015, 0.4, 0.5985],
-        [1.0] * 33,
-        [1.0] * 700,
-        [1.0, *[1e-4] * 5000],
+        [1] * 33,
+        [1] * 700,
+        [1] * 10_000,
+        [1, *[1e-4] * 5000],
+        [1, *[1e-12] * 50],
         [1 / n for n in range(1, 1001)],
         [*[0.6] * 4, *[0.53] * 3, 1e-7],
+        [0.5, 0.25, 0.25 - 1e-9, 1e-9],
+        np.random.default_rng(0).random(10_000).tolist(),
     ],
 )
-def test_shares_of_lists_that_people_write_are_within_one_sample(weights: list[float]) -> None:
-    assert off_shares(weights, 30_000) <= 1.0 + 1e-6
+@pytest.mark.parametrize("start", [0, 2**16 - 12_000, 123_456_789_012])
+def test_shares_of_lists_that_people_write_are_within_one_sample(weights: list[float], start: int) -> None:
+    assert off_shares(weights, start + 24_000, start) <= 1
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8, 16, 17, 40, 300, 2000])
-@pytest.mark.parametrize("power", [0, 1, 4])
-def test_a_tree_of_any_weights_is_off_by_little(count: int, power: int) -> None:
-    weights = np.random.default_rng(count).random(count) ** power + 1e-12
-    assert Mixture(tuple(weights)).off_by < (1.2 if count > 4 else 1.0 + 1e-9)
+def test_any_place_is_found_as_by_reading_up_to_it() -> None:
+    weights = tuple(np.random.default_rng(1).random(300).tolist())
+    read, samples = Mixture(weights), 5 * 2**16
+    corpus, nth = (
+        np.concatenate(parts) for parts in zip(*map(read.locate, np.array_split(np.arange(samples), 50)), strict=True)
+    )
+    places = np.random.default_rng(2).permutation(samples)[:20_000]
+    sought = Mixture(weights).locate(places)
+    assert np.array_equal(sought[0], corpus[places])
+    assert np.array_equal(sought[1], nth[places])
+    for place in (0, 1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 - 7, samples):
+        assert np.array_equal(Mixture(weights).counts(place), np.bincount(corpus[:place], minlength=300))
+
+
+def test_threads_may_share_a_mixture() -> None:
+    weights = tuple(np.random.default_rng(1).random(20).tolist())
+    starts = np.random.default_rng(3).integers(0, 40, 60) * 2**16 - 50
+    one, shared = Mixture(weights), Mixture(weights)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda start: shared.locate(np.maximum(0, start) + np.arange(100)), starts))
+    for start, (corpus, nth) in zip(starts, found, strict=True):
+        expected = one.locate(np.maximum(0, start) + np.arange(100))
+        assert np.array_equal(corpus, expected[0])
+        assert np.array_equal(nth, expected[1])
 
 
 def test_ten_thousand_corpora_have_their_shares_to_a_millionth() -> None:
-    weights = tuple(np.random.default_rng(0).random(10_000))
+    weights = tuple(np.random.default_rng(0).random(10_000).tolist())
     mixture, samples = Mixture(weights), 10**7
     assert np.abs(mixture.counts(samples) / samples - mixture.shares).max() < 1e-6
     begun = time.process_time()
     for step in range(100):
         mixture.locate(10**9 + 1024 * step + np.arange(1024))
-    assert time.process_time() - begun < 2.0
-    assert len(mixture.locate(np.array([10**12]))[0]) == 1  # any place at once
+    assert len(mixture.locate(np.array([2**50 - 1]))[0]) == 1  # any place at once
+    assert time.process_time() - begun < 5.0
 
 
 def test_a_small_weight_is_read_and_an_extreme_one_does_no_harm() -> None:
-    assert Mixture((1.0, 1e-5)).counts(10**7).tolist() == [9_999_900, 100]
+    assert Mixture((1.0, 1e-5)).counts(10**7)[1] in (99, 100)  # 99.999
     assert Mixture((1.0, 1e-300, 5e-324)).counts(10**9).tolist() == [10**9, 0, 0]
     assert Mixture((1e308, 1e308)).counts(11).tolist() in ([5, 6], [6, 5])
 
@@ -184,8 +242,8 @@ def test_the_order_is_the_one_of_earlier_versions() -> None:
 def test_the_order_of_a_mixture_changes_only_with_its_number() -> None:
     """Where these numbers must change, raise `ORDER`, so that no run goes on with other samples in silence."""
     corpus, within = SampleOrder((1000, 300), (0.7, 0.3), seed=1234).locate(np.arange(2998, 3010))
-    assert ORDER == 2
-    assert corpus.tolist() == [1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0]
-    assert within.tolist() == [8, 475, 362, 270, 954, 319, 159, 538, 845, 350, 19, 215]
+    assert ORDER == 3
+    assert corpus.tolist() == [1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert within.tolist() == [8, 475, 362, 954, 270, 319, 538, 159, 845, 350, 19, 215]
     many = Mixture(tuple(1 / n for n in range(1, 41))).locate(np.arange(10**6, 10**6 + 10))[0]
-    assert many.tolist() == [23, 1, 16, 20, 0, 6, 8, 2, 0, 5]
+    assert many.tolist() == [2, 3, 0, 4, 5, 34, 0, 1, 16, 11]

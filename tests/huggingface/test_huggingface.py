@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from tests.families import MODELS, SEQ, VOCAB, reference
 from tests.training import batch, train, trainer
@@ -179,6 +179,23 @@ def test_what_would_compute_something_else_is_refused(
 ) -> None:
     with pytest.raises(TplaunchError, match=said):
         read_config(config(tmp_path, base, **changes))
+
+
+NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+NEEDED |= {"n_embd", "n_layer", "n_head"}
+
+
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2], ids=lambda base: base["model_type"])
+def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any]) -> None:
+    for key in base.keys() - {"model_type"}:
+        less = {name: value for name, value in base.items() if name != key}
+        if key in NEEDED:
+            with pytest.raises(TplaunchError):
+                read_config(config(tmp_path, less))
+            continue
+        found = read_config(config(tmp_path, less))
+        if base is GPT2:  # its files leave out most: what transformers takes for them is what we take
+            assert found == read_config(config(tmp_path, GPT2Config(**less).to_dict())), key
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])

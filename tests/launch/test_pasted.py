@@ -82,3 +82,12 @@ def test_a_recipe_that_cannot_be_read_is_told_by_the_rank(here: Path) -> None:
     assert worker(run, TPLAUNCH_LOCKED="1").returncode == 1
     error = json.loads(run.rank_error(1, 0).read_text())
     assert error["type"] == "RecipeError" and "recipe.yaml:" in error["message"]
+
+
+def test_a_rank_that_can_leave_no_beat_tells_what_ended_it_all_the_same(here: Path) -> None:
+    run = RunDir(here / "run")
+    run.create()
+    run.beat(1, 0).mkdir(parents=True)
+    assert worker(run, TPLAUNCH_LOCKED="1").returncode == 1
+    error = json.loads(run.rank_error(1, 0).read_text())
+    assert error["type"] == "RecipeError" and error["doing"] == "set-up"

@@ -5,6 +5,7 @@ A block's share is the difference between a model of three layers and one of two
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -89,6 +90,14 @@ def block_bytes(tp: int) -> int:
     from tplaunch.spec.parameters import block_parameters
 
     return 4 * sum(p.local_count(tp) for p in block_parameters(Model.model_validate(case()["model"])))
+
+
+def test_the_functions_are_those_of_the_table_in_their_docstring() -> None:
+    from tplaunch.parallel import collectives
+
+    rows = re.findall(r"^    (\w+) +(\w+) +forward:", collectives.__doc__ or "", re.MULTILINE)
+    assert [name for name, _ in rows] == ["enter_region", "leave_region"]
+    assert all(callable(getattr(collectives, name)) for name, _ in rows)
 
 
 def test_tensor_parallel(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tplaunch.machine import SHARE_GPUS
 from tplaunch.parallel import mesh
 
 
@@ -19,6 +20,6 @@ def test_ranks_share_gpus_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="8 ranks of this node would share 4 GPUs") as caught:
         mesh.local_device(5)
     assert "ask for 8 GPUs a node" in str(caught.value)
-    monkeypatch.setenv(mesh.SHARE_GPUS, "1")
+    monkeypatch.setenv(SHARE_GPUS, "1")
     assert mesh.local_device(5) == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 3), torch.device("cuda", 1)]

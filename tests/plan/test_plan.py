@@ -277,9 +277,10 @@ def test_remedies_fit_are_legal_and_can_be_pasted(capsys: pytest.CaptureFixture[
 
 
 def test_tune_ranks_what_fits_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = tmp_path / "best.yaml"
+    best = tmp_path / "the best.yaml"
     assert run(["tune", "llama3-8b", "--gpus", "16", "--write", str(best)]) == 0
     out = capsys.readouterr().out
+    assert out.endswith(f"wrote '{best}': tplaunch plan '{best}'\n")
     assert "Best of" in out
     assert "One step from the best" in out
     assert run(["plan", str(best), "--json"]) == 0
@@ -293,6 +294,13 @@ def test_tune_ranks_what_fits_and_says_why(tmp_path: Path, capsys: pytest.Captur
     assert plan["tokens_per_s"] == pytest.approx(speeds[0])
     assert all(choice["headroom_bytes"] >= HEADROOM * choice["memory_bytes"] for choice in tuned["choices"])
     assert all(n["why"] for n in tuned["neighbours"])
+
+
+def test_tune_does_not_read_the_topology_of_the_recipe() -> None:
+    ways = ("{tp: 8, dp: auto}", "{tp: 1, pp: 4, dp: auto, zero: 0, schedule: gpipe, stage_layers: [5, 9, 9, 9]}")
+    found = [tune(case("llama3-8b", f"topology={way}"), 8, count=2) for way in ways]
+    assert found[0].choices[0].change == found[1].choices[0].change
+    assert (found[0].legal, found[0].fitting) == (found[1].legal, found[1].fitting)
 
 
 def test_tune_misses_nothing_that_planning_everything_finds() -> None:

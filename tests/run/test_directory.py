@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from tplaunch.errors import Exit, TplaunchError
 from tplaunch.files import append_line, read_lines
+from tplaunch.run import directory
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Resumed, Saved, Started
 
@@ -38,6 +40,16 @@ def test_paths(run: RunDir) -> None:
     assert run.rank_log(2, 5) == run.root / "logs/attempt-2/rank-5.log"
     assert run.rank_error(2, 5) == run.root / "logs/attempt-2/rank-5.error.json"
     assert run.torchrun_log(2) == run.root / "logs/attempt-2/torchrun.log"
+
+
+def test_every_path_that_it_names_is_used() -> None:
+    """One that nothing reads or writes tells readers of a file that is not there."""
+    package = Path(directory.__file__).parents[1]
+    own = Path(directory.__file__).read_text()
+    others = "\n".join(path.read_text() for path in package.rglob("*.py") if path != Path(directory.__file__))
+    for name in re.findall(r"def (\w+)\(self.*\) -> Path:", own):
+        used = rf"\brun(_dir)?\.{name}\b"
+        assert re.search(used, others) or re.search(rf"self\.{name}\b", own), name
 
 
 def test_create_keeps_what_is_there(run: RunDir) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from tplaunch.errors import Exit
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
 from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.shipped import shipped_recipes
 from tplaunch.simulate.agree import deadlock, differing_collective
 from tplaunch.simulate.pool import processes
 from tplaunch.simulate.rank import RankRecord, pipeline_messages, simulate_rank
@@ -85,6 +89,30 @@ def test_two_ranks_that_both_receive_first() -> None:
     assert deadlock({0: together, 1: [replace(message, batch=1) for message in theirs]}) is None
 
 
+def alone(folder: Path) -> bool:
+    """Whether no other process does this at the same time."""
+    try:
+        (folder / "busy").mkdir()
+    except FileExistsError:
+        return False
+    time.sleep(0.5)
+    (folder / "busy").rmdir()
+    return True
+
+
+def test_no_more_at_once_than_the_cores_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # a node, of which Slurm gives one core
+    os.sched_setaffinity(0, {min(ours)})
+    try:
+        with processes() as go:
+            assert list(go(alone, [(tmp_path,)] * 3)) == [True] * 3
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
 @pytest.fixture(scope="module")
 def tp_pair() -> list[RankRecord]:
     of = case("quickstart", "topology={tp: 2, pp: 1, dp: 2, sequence_parallel: true}", "training.micro_batch_size=2")
@@ -128,11 +156,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fit together" in out
 
 
-def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "quickstart", "--rank", "8"]) == Exit.USAGE
     assert "there is no rank 8" in capsys.readouterr().err
     assert run(["simulate", "llama3-70b-tp4"]) == Exit.USAGE
     assert "`tplaunch plan llama3-70b-tp4` says what would" in capsys.readouterr().err
+    mine = tmp_path / "my own.yaml"
+    mine.write_text(shipped_recipes()["llama3-70b-tp4"].read_text())
+    assert run(["simulate", str(mine)]) == Exit.USAGE
+    assert f"`tplaunch plan '{mine}'` says what would" in capsys.readouterr().err
 
 
 def test_ranks_of_the_ends_and_the_middle() -> None:

@@ -188,7 +188,8 @@ def test_inside_an_allocation_each_node_is_asked(fake, monkeypatch: pytest.Monke
 
 
 def test_a_site_that_prints_lines_of_its_own_is_no_error(fake, tmp_path: Path) -> None:
-    fake("srun", "echo; echo 'Welcome to the cluster'; echo clock; echo 'clock n1 1000.0'; echo '{\"node\": 1'")
+    said = ["", "Welcome to the cluster", "clock", "clock is synchronised", "clock n1 1000.0", '{"node": 1']
+    fake("srun", "\n".join(f"echo '{line}'" for line in said))
     assert levels(list(doctor.check_allocation(tmp_path))) == {"clocks": "ok"}
     fake("srun", "echo")
     assert levels(list(doctor.check_allocation(tmp_path))) == {"nodes of this job": "fail"}

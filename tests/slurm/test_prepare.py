@@ -71,9 +71,9 @@ def test_a_controller_that_is_away_for_a_while_ends_no_wait(site: Site, monkeypa
 
     def hiccup(job_ids: Sequence[str]) -> dict[str, slurm_runs.client.Standing]:
         asked.append(job_ids)
-        if len(asked) in (2, 3):
+        if len(asked) in (2, 3, 6):  # the last, where the wait is over
             raise TplaunchError("scontrol: Unable to contact slurm controller", code=Exit.FAILED)
-        if len(asked) == 5:
+        if len(asked) == 5:  # it answers with the job's end
             site.set_state(41, "COMPLETED")
         return find(job_ids)
 
@@ -83,6 +83,29 @@ def test_a_controller_that_is_away_for_a_while_ends_no_wait(site: Site, monkeypa
     monkeypatch.setattr(slurm_runs.client, "find_jobs", _refuse)
     with pytest.raises(TplaunchError, match="not installed"):  # a Slurm that cannot be asked at all is no hiccup
         wait_for([run])
+
+
+def test_nor_ends_it_the_following_of_a_log(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tplaunch(["submit", "tiny.yaml"]) == Exit.DONE
+    run = RunDir(site.folder / "runs/tiny")
+    monkeypatch.setattr(slurm_runs, "POLL_S", 0.0)
+    log = slurm_runs.job_log(run)
+    find, asked = slurm_runs.client.find_jobs, []
+
+    def hiccup(job_ids: Sequence[str]) -> dict[str, slurm_runs.client.Standing]:
+        asked.append(job_ids)
+        if len(asked) in (4, 6):  # where the log is asked for, after each answer
+            raise TplaunchError("scontrol: Unable to contact slurm controller", code=Exit.FAILED)
+        if len(asked) == 5:
+            log.write_text("the last words\n")
+            site.set_state(41, "COMPLETED")
+        return find(job_ids)
+
+    monkeypatch.setattr(slurm_runs.client, "find_jobs", hiccup)
+    assert tplaunch(["logs", "-f", "tiny"]) == Exit.DONE
+    assert capsys.readouterr().out.endswith("the last words\n") and len(asked) == 8
 
 
 def _refuse(job_ids: Sequence[str]) -> None:

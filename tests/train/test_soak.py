@@ -1,6 +1,6 @@
 """A run that is killed at random instants, again and again, ends as one that was left alone.
 
-TPLAUNCH_SOAK_KILLS=100 pytest -s -m faults tests/test_train_soak.py
+TPLAUNCH_SOAK_KILLS=100 pytest -s -m faults tests/train/test_soak.py
 """
 
 from __future__ import annotations

@@ -6,12 +6,16 @@ sequence parallelism, recomputation, compilation or sharding.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.recipes import BATCH, SEQ, STEPS, VOCAB, case, resolved
 from tests.world import World
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-9}
 GPT2 = {
@@ -94,8 +98,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step, on any rank."""
+def train(raw: dict[str, Any], device: torch.device | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, on any rank; on the CPU, if no device is named."""
     import numpy as np
     import torch
 
@@ -105,7 +109,7 @@ def train(raw: dict[str, Any]) -> list[tuple[float, float]]:
     from tplaunch.train.step import TrainStep
 
     recipe = resolved(raw)
-    mesh = Mesh.of(recipe, torch.device("cpu"))
+    mesh = Mesh.of(recipe, device or torch.device("cpu"))
     random = np.random.default_rng(0)
     data = random.integers(0, VOCAB // 10, (STEPS * BATCH, SEQ + 1)) * (
         recipe.model.vocab_size // 30
@@ -130,6 +134,11 @@ def plain(raw: dict[str, Any]) -> dict[str, Any]:
     """The reference of a case."""
     training = {key: value for key, value in raw["training"].items() if key not in ("recompute", "compile")}
     return {**raw, "topology": {"tp": 1, "pp": 1, "dp": 1}, "training": training}
+
+
+def test_the_readme_counts_them() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"(`tests/train/test_topology_invariance.py`, {len(CASES)} combinations)" in readme.read_text()
 
 
 @pytest.fixture(scope="module")

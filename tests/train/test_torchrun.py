@@ -121,7 +121,7 @@ def test_killed_rank_is_named_and_the_run_resumes_bit_for_bit(tmp_path: Path, ca
     assert curve(run_dir) == curve(whole)
 
 
-@pytest.mark.slow  # of small workers, and by SIGINT, tests/test_launch_local.py shows it
+@pytest.mark.slow  # of small workers, and by SIGINT, tests/launch/test_local.py shows it
 def test_sigterm_saves_and_asks_to_be_run_again(tmp_path: Path, cache: Path) -> None:
     settings = [*shape(1, 2, 2), "checkpoint.every=0", "training.steps=400"]
     run_dir = tmp_path / "run"

@@ -65,7 +65,7 @@ def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
     """
     device = mesh.device
     step = TrainStep(recipe, mesh)
-    batch = random_batch(recipe, mesh.topology.dp, step.pipeline.reads_data)
+    batch = random_batch(recipe, mesh.topology.dp, step.pipeline.reads_data).pinned_for(device)
     for _ in range(WARM_UP):
         step.run(batch)
     seconds = [_time(step, batch) for _ in range(count)]

@@ -104,7 +104,10 @@ class CheckpointManager:
         tensors: State = dict(self.tensors())
         if background:
             tensors = self._copies.copy(tensors)
-        self._thread = threading.Thread(target=self._write, args=(step, state, tensors), name="checkpoint", daemon=True)
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._thread = threading.Thread(
+            target=self._write, args=(step, state, tensors, gpu), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if not background:
             self.finish()
@@ -122,8 +125,10 @@ class CheckpointManager:
             self._thread.join()
             self._thread = None
 
-    def _write(self, step: int, state: State, tensors: State) -> None:
+    def _write(self, step: int, state: State, tensors: State, gpu: int | None) -> None:
         """Write, hash and commit one checkpoint. A failure leaves training and older checkpoints as they are."""
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # a thread begins on the node's first GPU, where it would take memory
         started = time.perf_counter()
         temporary = self.root / f"{store.checkpoint_name(step)}.tmp"
         error: str | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tplaunch.errors import Problem, TplaunchError
+from tplaunch.errors import Problem, RecipeError, TplaunchError
 
 if TYPE_CHECKING:
     from tplaunch.check.recipe import Checked
@@ -21,14 +21,18 @@ _STAND_IN = "h100-80gb"
 def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: bool = True) -> Checked:
     """A recipe, checked against the GPUs of as many machines like this as it has nodes; warnings are printed."""
     from tplaunch.check.recipe import check_recipe
-    from tplaunch.machine import count_gpus
+    from tplaunch.machine import count_gpus, shares_gpus
     from tplaunch.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     gpus = count_gpus() * loaded.recipe.topology.nodes
     if warn and loaded.recipe.topology.async_tp and not gpus:
         typer.echo("warning: topology.async_tp is off: its fused matmuls are for CUDA GPUs, and none is here", err=True)
-    checked = check_recipe(loaded, gpus=gpus or None, need_data=need_data)
+    checked = check_recipe(loaded, gpus=None if shares_gpus() else gpus or None, need_data=need_data)
+    if 0 < gpus < checked.topology.world_size and checked.topology.pp > 1:
+        why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU"
+        what = f"pp {checked.topology.pp} by {checked.topology.world_size} ranks on {gpus} GPUs"
+        raise RecipeError(Problem(what, why, "pp: 1", key="topology.pp"))
     for warning in checked.warnings if warn else ():
         typer.echo(f"warning: {warning}", err=True)
     return checked

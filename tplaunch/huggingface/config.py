@@ -245,14 +245,14 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
 
 
 def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
-    hidden = config.get("n_embd")
+    hidden, positions = config.get("n_embd"), config.get("n_positions", 1024)
     fields = {
         "hidden_size": hidden,
         "num_layers": config.get("n_layer"),
         "num_heads": config.get("n_head"),
         "ffn_hidden_size": config.get("n_inner") or (4 * hidden if isinstance(hidden, int) else None),
         "vocab_size": config.get("vocab_size"),
-        "max_position": config.get("n_positions"),
+        "max_position": positions,
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
@@ -264,4 +264,4 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "scale_attn_weights": (None, True),
         "scale_attn_by_inverse_layer_idx": (None, False),
     }
-    return fields, config.get("n_positions", 1024), allowed
+    return fields, positions, allowed

@@ -93,9 +93,14 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         sharding = _under_fsdp(recipe, mesh, module, parameters)
     else:
         split = mesh.topology.pp > 1 and SCHEDULES[recipe.topology.schedule].splits_backward
-        in_place = not (split or training.compile)
         sharding = flat = FlatSharding(
-            module, parameters, mesh, precision=training.precision, in_place=in_place, overlap=not split
+            module,
+            parameters,
+            mesh,
+            precision=training.precision,
+            in_place=not (split or training.compile),
+            overlap=not split,
+            compiled=training.compile,
         )
         module.block_begins = flat.block_begins
         if flat.overlaps:

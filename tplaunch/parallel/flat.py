@@ -14,6 +14,8 @@ nothing is copied.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class FlatSharding:
         in_place: the matmul that computes a weight gradient may add it to the buffer itself: backward passes are not
             split in two, nor compiled.
         overlap: a block's gradients are complete when a backward pass leaves it: passes are not split in two.
+        compiled: blocks are compiled.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class FlatSharding:
         precision: Precision,
         in_place: bool,
         overlap: bool,
+        compiled: bool,
     ) -> None:
         self.mesh = mesh
         self.parts = mesh.world["dp_shard"].size()  # 1 with ZeRO 0, which replicates all the way
@@ -80,7 +84,10 @@ class FlatSharding:
             # `data` counts its changes by itself: a gather of one block is no change to another's saved weights.
             parameter = nn.Parameter(weights[: local[0]].data)
             parameter.grad_dtype = self.storage
-            parameter.grad = gradients[: local[0]]
+            if compiled:  # dynamo refuses a parameter whose gradient has another dtype
+                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradients[: local[0]]))
+            else:
+                parameter.grad = gradients[: local[0]]
             parameter.accumulates = in_place  # type: ignore[attr-defined]  # read by `layers.accumulator`
             _replace(module, name, parameter)
             master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
@@ -203,6 +210,13 @@ def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         for key, value in part._parameters.items():
             if value is old:  # tied
                 part.register_parameter(key, parameter)
+
+
+def _move_gradient(total: Tensor, parameter: Tensor) -> None:
+    """Add the gradient that autograd has just handed to a parameter to its place in the buffer."""
+    assert parameter.grad is not None
+    total += parameter.grad
+    parameter.grad = None
 
 
 def _block_of(name: str) -> str:

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tplaunch.machine import SHARE_GPUS, shares_gpus
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.topology import Coordinates, Topology
 from tplaunch.torch_private import unflatten
-
-SHARE_GPUS = "TPLAUNCH_SHARE_GPUS"  # =1: ranks may share GPUs, over gloo
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def local_device(local_rank: int) -> torch.device:
     """
     if torch.cuda.is_available():
         gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if ranks > gpus and os.environ.get(SHARE_GPUS) != "1":
+        if ranks > gpus and not shares_gpus():
             raise RuntimeError(
                 f"{ranks} ranks of this node would share {gpus} GPUs, many times slower than one each\n"
                 f"  fix: ask for {ranks} GPUs a node, or, only to try things out: export {SHARE_GPUS}=1"

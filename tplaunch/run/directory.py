@@ -67,11 +67,6 @@ class RunDir:
         return self.root / "tokenizer.json"
 
     @property
-    def job_script(self) -> Path:
-        """The batch script of the latest submission to Slurm."""
-        return self.slurm / "job.sbatch"
-
-    @property
     def fault_marker(self) -> Path:
         """Is there once a fault was injected on purpose (`TPLAUNCH_FAULT`)."""
         return self.root / "fault-injected"
@@ -112,15 +107,15 @@ class RunDir:
         return self.attempt_dir(attempt) / f"rank-{rank}.log"
 
     def rank_error(self, attempt: int, rank: int) -> Path:
-        """The exception that ended a rank: {rank, tp, pp, dp, host, time, type, message, traceback}."""
+        """The exception that ended a rank, and where it was (`worker.describe_error`)."""
         return self.attempt_dir(attempt) / f"rank-{rank}.error.json"
 
     def rank_flight(self, attempt: int, rank: int) -> Path:
-        """The last collectives of a rank that failed (`observe.flight`)."""
+        """The last collectives of a rank that failed (`run.flight`)."""
         return self.attempt_dir(attempt) / f"rank-{rank}.flight.json"
 
     def beat(self, attempt: int, rank: int) -> Path:
-        """Where a rank is: step, time and part of the step (`observe.heartbeat`)."""
+        """Where a rank is: step, time and part of the step (`run.heartbeat`)."""
         return self.attempt_dir(attempt) / f"rank-{rank}.beat"
 
     def torchrun_log(self, attempt: int) -> Path:

@@ -79,7 +79,7 @@ def pipeline_messages(recipe: Recipe, rank: int) -> list[Message]:
 def _hollow_stage(recipe: Recipe, mesh: Mesh, index: int) -> Stage:
     module = _Hollow(recipe, mesh, index)
     precision = recipe.training.precision
-    sharding = FlatSharding(module, {}, mesh, precision=precision, in_place=False, overlap=False)
+    sharding = FlatSharding(module, {}, mesh, precision=precision, in_place=False, overlap=False, compiled=False)
     return Stage(index, module, sharding, {})  # type: ignore[arg-type]
 
 

@@ -175,32 +175,32 @@ def wait_for(
     A controller that does not answer for a while, as it restarts or is busy, ends no wait.
 
     Args:
-        while_waiting: called before each further question to the controller.
+        while_waiting: called after each answer of the controller; it may ask, too.
         warn: told once when the controller ceases to answer.
 
     Raises:
-        TplaunchError: Slurm cannot be asked at all, at the first question.
+        TplaunchError: Slurm cannot be asked at all, at the first question; or `while_waiting` cannot go on from it.
     """
-    answered = reached = _any_open(runs)
-    while answered:
-        while_waiting()
+    jobs, reached = _jobs_of(runs), True
+    while_waiting()
+    while not reached or any(job.open for job in jobs.values()):
         time.sleep(POLL_S)
         try:
-            answered = _any_open(runs)
-            reached = True
+            jobs = _jobs_of(runs)
+            while_waiting()
         except TplaunchError as error:
             if reached:
                 warn(f"{error}\nstill waiting")
             reached = False
-    while_waiting()
-    states = {status.state for status in statuses_of(runs)}
+        else:
+            reached = True
+    states = {_status(run, run.history(), jobs).state for run in runs}
     return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
 
 
-def _any_open(runs: Sequence[RunDir]) -> bool:
-    """Whether a job of any of the runs waits or runs."""
-    jobs = client.find_jobs([job for run in runs for job in run.history().submitted_jobs])
-    return any(job.open for job in jobs.values())
+def _jobs_of(runs: Sequence[RunDir]) -> dict[str, client.Standing]:
+    """How the jobs of all the runs stand, by one question."""
+    return client.find_jobs([job for run in runs for job in run.history().submitted_jobs])
 
 
 def job_log(run_dir: RunDir) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +46,18 @@ class Batch:
         pairs = zip(self.tokens.split(size), self.labels.split(size), strict=True)
         return [Batch(x, y, positions[i] if positions else None) for i, (x, y) in enumerate(pairs)]
 
+    def pinned_for(self, device: torch.device) -> Batch:
+        """The batch in memory from which a GPU copies while the host goes on. Pinning takes long: not for the thread
+        that trains."""
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; to a GPU it is copied through pinned memory, without waiting."""
-        if device.type == "cpu":
-            return self
-        move = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in vars(self).values())
-        return Batch(*move)  # type: ignore[arg-type]
+        """The batch on a device; without waiting, where it is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tokens, labels = change(self.tokens), change(self.labels)
+        return Batch(tokens, labels, None if self.positions is None else change(self.positions))
 
 
 def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:

@@ -264,7 +264,7 @@ class Trainer:
         ahead = self.progress.samples - first_sample(recipe, begin)
 
         def read(step: int) -> Batch:
-            return make_batch(recipe, dataset, share(recipe, step, place, dp, ahead=ahead))
+            return make_batch(recipe, dataset, share(recipe, step, place, dp, ahead=ahead)).pinned_for(self.mesh.device)
 
         yield from prefetch(read, begin, end)
 
