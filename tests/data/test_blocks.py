@@ -17,6 +17,7 @@ from tplaunch.data.dataset import TokenDataset
 from tplaunch.data.fingerprint import corpus_facts
 from tplaunch.data.indexed import HEADER, MAGIC, bin_path, idx_path
 from tplaunch.data.progress import Progress
+from tplaunch.data.remembered import remembered
 from tplaunch.errors import TplaunchError
 from tplaunch.files import sha256_file
 from tplaunch.recipe.schema import Source
@@ -97,7 +98,8 @@ def start_time(prefix: Path) -> float:
     """Seconds of all that a launch and a rank do with a corpus before the first batch."""
     begun = time.perf_counter()
     verify_corpus(prefix, Progress(False), vocab_size=1000)
-    corpus_facts(prefix, 1.0)
+    with remembered(prefix.parent / "cache") as sums:
+        corpus_facts(prefix, 1.0, sums)
     TokenDataset([Source(path=str(prefix))], 64, 1).batch(np.arange(8))
     return time.perf_counter() - begun
 

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tplaunch.data.mark import MARK, mark, unmark
 from tplaunch.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_bpe
 from tplaunch.errors import TplaunchError
 
@@ -144,6 +146,24 @@ def test_the_end_is_the_one_asked_for_said_beside_or_known(
     (tmp_path / "alone.json").write_text(made.json)  # the text tells it without the files beside
     alone = Tokenizer(tmp_path / "alone.json")
     assert (alone.eod, alone.fingerprint, alone.json) == (made.eod, made.fingerprint, made.json)
+    assert unmark(made.json) == path.read_text()
+
+
+@pytest.mark.parametrize("form", [{"indent": 2}, {"indent": 2, "ensure_ascii": False}, {"separators": (",", ":")}])
+def test_a_mark_changes_nothing_else_and_comes_off(tokenizer: Tokenizer, tmp_path: Path, form: Any) -> None:
+    """Also where text in the vocabulary looks like the list of added tokens."""
+    with_tokens(tokenizer, tmp_path / "t.json", "<fin>", DEEPSEEK)
+    content = json.loads((tmp_path / "t.json").read_text())
+    content["model"]["vocab"]['"added_tokens":[{"content":"<fin>"}'] = 600
+    text = json.dumps({"model": content.pop("model"), **content}, **form) + "\n"
+    for end in ("<fin>", DEEPSEEK):
+        marked = mark(text, end)
+        found = [token["content"] for token in json.loads(marked)["added_tokens"] if token.get(MARK)]
+        assert found == [end] and len(marked) == len(text) + len(f'"{MARK}":true,')
+        assert unmark(marked) == text == unmark(text)
+    assert mark(mark(text, "<fin>"), DEEPSEEK) == mark(text, DEEPSEEK)
+    older = json.dumps(json.loads(mark(text, "<fin>")))  # written anew, as earlier versions did
+    assert json.loads(unmark(older)) == json.loads(text)
 
 
 def test_an_end_that_is_unknown_or_text_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.families import HIDDEN, SEQ, VOCAB, reference
 from tplaunch.checkpoint.origin import origin_of
 from tplaunch.checkpoint.store import find_checkpoints, read_manifest
 from tplaunch.cli.main import run
-from tplaunch.data.tokenizer import END_OF_DOCUMENT, train_bpe
+from tplaunch.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_bpe
 from tplaunch.errors import Exit
 from tplaunch.generate.run import encode
 from tplaunch.generate.settings import Settings, read_settings
@@ -118,6 +118,27 @@ def test_greedy_tokens_are_those_of_transformers(
     # And by the folder that we write: the model with the tokenizer still does the same there.
     assert run(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == Exit.DONE
     assert found == [expected(tmp_path / "back", prompt) for prompt in PROMPTS]
+
+
+def test_a_run_gives_the_tokenizer_back_as_it_came(tmp_path: Path) -> None:
+    """Where only the files beside it tell what ends documents, runs keep it marked; what is exported has no mark."""
+    folder, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs(folder, plain)
+    text = (folder / "tokenizer.json").read_text().replace(END_OF_DOCUMENT, "<fin>")
+    (folder / "tokenizer.json").write_text(text)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<fin>"}))
+    assert run(["import", str(folder), str(ours)]) == Exit.DONE
+    (checkpoint,) = find_checkpoints(ours)
+    kept = Tokenizer(ours / "tokenizer.json").json
+    assert kept != text
+    (ours / "tokenizer.json").write_text(kept)  # as a run keeps it
+    assert run(["export", str(ours), str(tmp_path / "back")]) == Exit.DONE
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == text
+    (ours / "tokenizer.json").rename(tmp_path / "mine.json")
+    named = ["--tokenizer", str(tmp_path / "mine.json")]
+    assert run(["export", str(checkpoint), str(tmp_path / "alone"), *named]) == Exit.DONE
+    assert (tmp_path / "alone" / "tokenizer.json").read_text() == text
+    assert json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())["eos_token"] == "<fin>"
 
 
 def test_every_eos_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

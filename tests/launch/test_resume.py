@@ -174,7 +174,7 @@ def test_what_may_change_is_said(here: Path, capsys: pytest.CaptureFixture[str])
 
 def test_an_unchanged_run_goes_on_without_a_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tplaunch(["command", "tiny.yaml"]) == Exit.DONE
-    assert "changed" not in capsys.readouterr().err
+    assert "changed: " not in capsys.readouterr().err
     assert changed(here) == {}
 
 

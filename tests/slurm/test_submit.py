@@ -109,6 +109,16 @@ def test_a_dry_run_prints_the_script_and_changes_nothing(site: Site, capsys: pyt
     assert sorted(site.folder.rglob("*")) == before
 
 
+def test_what_a_job_will_read_is_said_before_it_waits(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tplaunch(["submit", "tiny.yaml", "--set", "training.steps=4000"]) == Exit.DONE
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("data: ", "warning: "))]
+    assert " tokens, " in told[0] and "epochs by the end of the run" in told[0]
+    assert "is read" in told[1] and len(told) == 2
+    assert tplaunch(["submit", "tiny.yaml", "--run-dir", "many", "--sweep", "optimizer.lr=1e-4,3e-4"]) == Exit.DONE
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(told) == 1, "the members of a sweep read the same: once is enough"
+
+
 def test_a_dry_run_is_fast_and_imports_nothing_heavy(site: Site) -> None:
     """Under 0.3 s on an idle machine; here the processor time is bounded, which load does not change much."""
     code = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tplaunch.cli.common import checked_here, tell_changes
+from tplaunch.cli.common import Told, checked_here
 from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 
 
@@ -29,7 +29,7 @@ def command(
     run = run_dir_of(checked.recipe, run_dir)
     resume = absolute_resume(resume)
     ready = make_ready(checked, run, resume=resume, allow=allow or ())
-    tell_changes(ready.changes)
+    Told()(ready)
     run.create()
     with run.lock():
         write_ready(ready, run)

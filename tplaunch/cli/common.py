@@ -11,6 +11,7 @@ from tplaunch.errors import Problem, RecipeError, TplaunchError
 
 if TYPE_CHECKING:
     from tplaunch.check.recipe import Checked
+    from tplaunch.launch.prepare import Ready
     from tplaunch.plan.case import Case
     from tplaunch.recipe.load import LoadedRecipe
     from tplaunch.recipe.schema import Recipe
@@ -38,12 +39,20 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
     return checked
 
 
-def tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
-    """Say what differs from the launch before."""
-    from tplaunch.launch.resume import told
+class Told:
+    """Says of launches what differs from the one before, and what they read; of several, what was said once only once
+    (the members of a sweep read the same)."""
 
-    for line in told(changes):
-        typer.echo(f"changed: {line}", err=True)
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, ready: Ready) -> None:
+        from tplaunch.launch.resume import told
+
+        for line in (*(f"changed: {one}" for one in told(ready.changes)), *data_lines(ready.checked.recipe)):
+            if line not in self._said:
+                typer.echo(line, err=True)
+                self._said.add(line)
 
 
 def data_lines(recipe: Recipe) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tplaunch.cli.common import tell_changes
+from tplaunch.cli.common import Told
 from tplaunch.cli.options import AllowOption, RecipeArgument, RunDirOption, SetOption
 from tplaunch.errors import Problem, TplaunchError
 
@@ -50,7 +50,7 @@ def submit(
         return
     for warning in (warning for member in submission.members[:1] for warning in member.checked.warnings):
         typer.echo(f"warning: {warning}", err=True)
-    jobs = send(submission, chain=chain, allow=allow or (), tell=tell_changes)
+    jobs = send(submission, chain=chain, allow=allow or (), tell=Told())
     _report(submission, jobs)
     runs = [member.run_dir for member in submission.members]
     if follow:

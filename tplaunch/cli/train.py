@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tplaunch.cli.common import checked_here, data_lines, tell_changes
+from tplaunch.cli.common import Told, checked_here
 from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 from tplaunch.errors import Exit, Problem, RecipeError
 from tplaunch.streams import LostText, steady_streams
@@ -74,9 +74,7 @@ def _train(
 
     check_loopback()
     ready = make_ready(checked, run, resume=resume, allow=allow)
-    tell_changes(ready.changes)
-    for line in data_lines(ready.checked.recipe):
-        typer.echo(line, err=True)
+    Told()(ready)
     run.create()
     with run.lock():
         lost.keep_in(run.launch_log)

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tplaunch.data.cache import default_cache
 from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
 from tplaunch.data.mixture import ORDER
+from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.files import sha256_file
 from tplaunch.recipe.schema import Recipe
 
@@ -51,10 +53,10 @@ def tokenizer_sha256(path: Path) -> str:
     return hashlib.sha256(json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()).hexdigest()
 
 
-def corpus_facts(prefix: Path, weight: float) -> dict[str, Any]:
+def corpus_facts(prefix: Path, weight: float, sums: Remembered) -> dict[str, Any]:
     """The facts of one prepared corpus: its share, its counts, and a fingerprint of both files."""
     corpus = IndexedTokens.open(prefix)
-    both = sampled_sha256(idx_path(prefix)) + sampled_sha256(bin_path(prefix))
+    both = "".join(sums.sum_of(path, sampled_sha256) for path in (idx_path(prefix), bin_path(prefix)))
     return {
         "weight": weight,
         "documents": len(corpus),
@@ -63,11 +65,12 @@ def corpus_facts(prefix: Path, weight: float) -> dict[str, Any]:
     }
 
 
-def data_facts(recipe: Recipe) -> dict[str, Any]:
+def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     """The facts of a recipe's data, as JSON values.
 
     Args:
         recipe: with prepared data (`prepare_recipe_data`).
+        cache: as there.
 
     Returns:
         {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
@@ -76,10 +79,11 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
     """
-    facts: dict[str, Any] = {
-        split: [corpus_facts(Path(source.path), source.weight) for source in recipe.data.sources(split)]
-        for split in ("train", "validation")
-    }
+    with remembered(cache or default_cache()) as sums:
+        facts: dict[str, Any] = {
+            split: [corpus_facts(Path(source.path), source.weight, sums) for source in recipe.data.sources(split)]
+            for split in ("train", "validation")
+        }
     tokenizer = recipe.data.tokenizer
     sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
     return {**facts, "tokenizer": sha256, "order": ORDER}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.inputs import raw_files
 from tplaunch.data.progress import Progress
+from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
@@ -48,14 +49,16 @@ def prepare_recipe_data(recipe: Recipe, cache: Path | None = None, progress: boo
         RecipeError: with every problem that was found: missing or damaged files, a token or a tokenizer beyond
             the vocabulary, a tokenizer that the data was not made with, less than one sample.
     """
-    return _Preparation(recipe, (cache or default_cache()).absolute(), Progress(progress)).run()
+    cache = (cache or default_cache()).absolute()
+    with remembered(cache) as sums:
+        return _Preparation(recipe, cache, Progress(progress), sums).run()
 
 
 class _Preparation:
     """One call of `prepare_recipe_data`: the recipe, where to put things, and the problems found so far."""
 
-    def __init__(self, recipe: Recipe, cache: Path, show: Progress) -> None:
-        self.recipe, self.data, self.cache, self.show = recipe, recipe.data, cache, show
+    def __init__(self, recipe: Recipe, cache: Path, show: Progress, sums: Remembered) -> None:
+        self.recipe, self.data, self.cache, self.show, self.sums = recipe, recipe.data, cache, show, sums
         self.problems: list[Problem] = []
 
     def run(self) -> Recipe:
@@ -128,7 +131,7 @@ class _Preparation:
                 )
             )
             return None
-        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, [text_sha256(path) for path in inputs]])
+        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, self._sums(inputs)])
         path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
         with self._problems_at("data.train"), self._once(path, path) as missing:
             if missing:
@@ -161,7 +164,7 @@ class _Preparation:
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
         """The prefix, in the cache, of a raw source: all files of a folder or pattern are one corpus."""
         files = raw_files([path], self.show)
-        sums = [text_sha256(file) for file in files]
+        sums = self._sums(files)
         content = sums[0] if len(sums) == 1 else sums
         name = _digest([FORMAT, content, tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
         title = re.sub(r"[*?\[\]]", "_", path.name.split(".")[0])
@@ -171,6 +174,9 @@ class _Preparation:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
                 tokenize(files, prefix, self.data.text_key, self.show)
         return prefix
+
+    def _sums(self, files: Sequence[Path]) -> list[str]:
+        return [self.sums.sum_of(file, text_sha256) for file in files]
 
     @contextmanager
     def _once(self, prefix: Path, complete: Path) -> Iterator[bool]:

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedIOBase, BufferedReader, RawIOBase
@@ -212,15 +212,13 @@ def _parquet_blocks(path: Path, text_key: str, cuts: Cuts, skip_bad: bool) -> It
     parquet = _library("pyarrow.parquet", "pyarrow", path)
     done = 0
     try:
-        table = parquet.ParquetFile(path)
+        # Read by parts: by default it holds all of a row group's column.
+        table = parquet.ParquetFile(path, buffer_size=BLOCK)
         name, *fields = _column(table.schema_arrow, text_key, path)
         size, rows = path.stat().st_size, max(1, table.metadata.num_rows)
         read = 0
-        for batch in table.iter_batches(batch_size=_rows_at_once(table), columns=[".".join([name, *fields])]):
-            column = batch.column(0)
-            for field in fields:
-                column = importlib.import_module("pyarrow.compute").struct_field(column, field)
-            for block in _row_blocks(path, column, done, cuts, skip_bad):
+        for cells in _row_groups(path, table, name, fields):
+            for block in _row_blocks(path, cells, done, cuts, skip_bad):
                 done = block.first + (len(block.payload) if block.kind == "rows" else int(block.ends))
                 share, read = size * done // rows - read, size * done // rows
                 yield replace(block, read=share)
@@ -244,42 +242,87 @@ def _column(schema: Any, text_key: str, path: Path) -> list[str]:
     return names
 
 
-def _rows_at_once(table: Any) -> int:
+def _row_groups(path: Path, table: Any, name: str, fields: list[str]) -> Iterator[Iterator[_Cell]]:
+    """The cells of a column, some rows at a time."""
+    from tplaunch.data.pages import large_values  # imports pyarrow
+
+    whole = ".".join([name, *fields])
+    described = [table.schema.column(number) for number in range(len(table.schema))]
+    number = next((number for number, column in enumerate(described) if column.path == whole), None)
+    for group in range(table.num_row_groups):
+        with path.open("rb") as file:
+            chunk = table.metadata.row_group(group).column(number) if number is not None else None
+            stored = large_values(file, chunk, described[number]) if number is not None else None
+            if stored is not None:
+                yield (_stored_cell(one) for one in stored)
+                continue
+        rows = _rows_at_once(table.metadata.row_group(group))
+        for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[whole]):
+            column = batch.column(0)
+            for field in fields:
+                column = importlib.import_module("pyarrow.compute").struct_field(column, field)
+            yield map(_arrow_cell, column)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A value of a table.
+
+    Attributes:
+        size: in bytes; 0 where it has none.
+        value: all of it.
+        parts: its bytes in order.
+    """
+
+    size: int
+    value: Callable[[], Any]
+    parts: Callable[[], Iterator[bytes]]
+
+
+def _stored_cell(stored: Any) -> _Cell:
+    if stored is None:
+        return _Cell(0, lambda: None, lambda: iter(()))
+    return _Cell(stored.size, lambda: b"".join(stored.parts()), stored.parts)
+
+
+def _arrow_cell(cell: Any) -> _Cell:
+    buffer: Any = cell.as_buffer() if hasattr(cell, "as_buffer") else None
+    size = buffer.size if buffer else 0
+    places = [(start, min(BLOCK, size - start)) for start in range(0, size, BLOCK)] if size > BLOCK else []
+    return _Cell(size, cell.as_py, lambda: (buffer.slice(*place).to_pybytes() for place in places))
+
+
+def _rows_at_once(group: Any) -> int:
     """Rows that take about a block, as far as the table says how large they are."""
-    about = table.metadata
-    groups = [about.row_group(n) for n in range(about.num_row_groups)]
-    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1)
-    return int(min(_ROWS, max(1, BLOCK // max(1, largest))))
+    return int(min(_ROWS, max(1, BLOCK * group.num_rows // max(1, group.total_byte_size))))
 
 
-def _row_blocks(path: Path, column: Any, first: int, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
+def _row_blocks(path: Path, column: Iterable[_Cell], first: int, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
     """Rows together up to a block; of a longer one, its pieces."""
     rows: list[Any] = []
-    held = 0
+    held, number = 0, first - 1
     for number, cell in enumerate(column, first):
-        buffer = cell.as_buffer() if hasattr(cell, "as_buffer") else None
-        if held + (buffer.size if buffer else 0) > BLOCK and rows:
+        if held + cell.size > BLOCK and rows:
             yield Block(path, "rows", rows, number - len(rows))
             rows, held = [], 0
-        if buffer is None or buffer.size <= BLOCK:
-            rows.append(cell.as_py())
-            held += buffer.size if buffer else 0
+        if cell.size <= BLOCK:
+            rows.append(cell.value())
+            held += cell.size
+            if len(rows) >= _ROWS:
+                yield Block(path, "rows", rows, number + 1 - len(rows))
+                rows, held = [], 0
             continue
-        slices = [(start, min(BLOCK, buffer.size - start)) for start in range(0, buffer.size, BLOCK)]
-
-        def texts(where: str, buffer: Any = buffer, slices: list[tuple[int, int]] = slices) -> Iterator[str]:
-            return _decoded((buffer.slice(*one).to_pybytes() for one in slices), where)
-
+        where = f"{path}: row {number}"
         try:
             if skip_bad:
-                deque(texts(f"{path}: row {number}"), maxlen=0)
+                deque(_decoded(cell.parts(), where), maxlen=0)
         except TplaunchError as error:
             yield Block(path, "rows", [], number + 1, bad=error.problems)
             continue
-        for piece in _pieces(path, texts(f"{path}: row {number}"), cuts):
+        for piece in _pieces(path, _decoded(cell.parts(), where), cuts):
             yield replace(piece, first=number)
     if rows:
-        yield Block(path, "rows", rows, first + len(column) - len(rows))
+        yield Block(path, "rows", rows, number + 1 - len(rows))
 
 
 def _unpack(raw: BufferedIOBase, packed: str, path: Path) -> BufferedIOBase:

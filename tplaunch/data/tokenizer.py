@@ -16,13 +16,13 @@ from tokenizers import pre_tokenizers, trainers
 from tplaunch.data.beside import GENERATION, TOKENIZER_CONFIG, read_beside, token_text
 from tplaunch.data.cuts import Cuts, byte_level
 from tplaunch.data.indexed import token_dtype
+from tplaunch.data.mark import MARK, mark
 from tplaunch.errors import Problem, TplaunchError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What published tokenizers call it, in order of preference: GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma,
 # DeepSeek.
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
-_END_MARK = "ends_documents"  # a key of an added token: it ends documents, whatever the names say
 
 
 class Tokenizer:
@@ -83,9 +83,8 @@ class Tokenizer:
 
     def _end(self, vocabulary: dict[str, int], file: Path | None, asked: str | None, path: Path | str) -> None:
         """Find the token that ends documents, and mark it where the file alone would not tell it."""
-        content = json.loads(self.json)
-        added = content.get("added_tokens") or []
-        marked = [token["content"] for token in added if token.get(_END_MARK)]
+        added = json.loads(self.json).get("added_tokens") or []
+        marked = [token["content"] for token in added if token.get(MARK)]
         alone = next((name for name in (*marked, *_END_NAMES) if name in vocabulary), None)
         if asked is not None and asked not in vocabulary:
             raise TplaunchError(
@@ -110,12 +109,7 @@ class Tokenizer:
                 raise TplaunchError(
                     Problem(f"{path}: {end!r} is a piece of text", fix="name one of the tokenizer's added tokens")
                 )
-            content["added_tokens"] = [
-                {key: value for key, value in token.items() if key != _END_MARK}
-                | ({_END_MARK: True} if token["content"] == end else {})
-                for token in added
-            ]
-            self.json = json.dumps(content, ensure_ascii=False)
+            self.json = mark(self.json, end)
 
     def _begin(self, vocabulary: Iterable[str]) -> tuple[int, ...]:
         for text in ("a", *vocabulary):

@@ -17,6 +17,7 @@ from tplaunch.checkpoint import store
 from tplaunch.checkpoint.load import dtype_of, load_tensors
 from tplaunch.checkpoint.metadata import read_metadata
 from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG, copy_text, read_beside
+from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
@@ -159,11 +160,10 @@ def _special_tokens(tokenizer: Path, tokens: Tokenizer) -> dict[str, Any]:
 
 
 def _write_text(folder: Path, tokenizer: Path, tokens: Tokenizer, seq_len: int) -> None:
-    """The tokenizer and what lies beside it, unchanged; else what is known of it."""
+    """The tokenizer as it came, without our mark, and what lies beside it, unchanged; else what is known of it."""
     if tokenizer.name == TOKENIZER:
         copy_text(tokenizer.parent, folder)
-    else:
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    (folder / TOKENIZER).write_bytes(unmark(tokenizer.read_bytes().decode()).encode())
     begin = {"bos_token": tokens.decode(tokens.begin[:1], skip_special_tokens=False)} if tokens.begin else {}
     made = {
         TOKENIZER_CONFIG: {

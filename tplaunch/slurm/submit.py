@@ -12,7 +12,6 @@ from pathlib import Path
 from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.launch.prepare import Ready, check_resume, make_ready, write_ready
-from tplaunch.launch.resume import Changes
 from tplaunch.recipe.load import LoadedRecipe, load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Submitted
@@ -156,14 +155,14 @@ def send(
     *,
     chain: int = 1,
     allow: Sequence[str] = (),
-    tell: Callable[[Changes], None] = lambda changes: None,
+    tell: Callable[[Ready], None] = lambda ready: None,
 ) -> list[str]:
     """Prepare the data and the run directories, write the script, and submit it.
 
     Args:
         chain: how many jobs, each waiting for the end of the one before.
         allow: keys whose change is allowed (--allow-change).
-        tell: told what differs from the launch before, for each run.
+        tell: told of each run whose data are ready.
 
     Returns:
         The jobs' numbers, in order.
@@ -185,7 +184,7 @@ def send(
             what = f"job {job.id} of {member.run_dir.root} is {job.state.lower()} already"
             raise TplaunchError(Problem(what, fix=f"wait for it, or: tplaunch cancel {shlex.quote(job.id)}"))
     for member in submission.members:
-        tell(prepare_run(member, allow).changes)
+        tell(prepare_run(member, allow))
     submission.log_dir.mkdir(parents=True, exist_ok=True)
     path = submission.log_dir / "job.sbatch"
     path.write_text(script)
