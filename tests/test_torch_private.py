@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -117,3 +119,32 @@ def placed_rows(tp_dim: int) -> bool:
 @pytest.mark.parametrize("tp_dim", [0, 1])
 def test_rows_know_their_place_in_the_whole(world: World, tp_dim: int) -> None:
     assert world.run(4, placed_rows, tp_dim) == [True] * 4
+
+
+_WITHOUT_DYNAMO = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from tplaunch.torch_private import as_parameter, leave_out_dynamo
+
+def trained(make):
+    weight = make(DTensor.from_local(torch.ones(3), mesh, (Replicate(),), run_check=False))
+    assert isinstance(weight, nn.Parameter) and isinstance(weight, DTensor) and weight.is_leaf
+    plain = nn.Parameter(weight.to_local().detach())
+    for optimizer in (torch.optim.AdamW([plain], fused=True), torch.optim.SGD([plain], lr=0.1)):
+        (plain * torch.arange(3.0)).sum().backward()
+        optimizer.step()
+    return plain.detach()
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+leave_out_dynamo()
+without = trained(as_parameter)
+assert "torch._dynamo" not in sys.modules
+assert torch.equal(without, trained(nn.Parameter)) and "torch._dynamo" in sys.modules
+"""
+
+
+def test_a_process_that_compiles_nothing_loads_no_dynamo() -> None:
+    subprocess.run([sys.executable, "-c", _WITHOUT_DYNAMO], check=True)

@@ -7,6 +7,7 @@ already: the launcher, which must not import torch, shares that file.)
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from datetime import timedelta
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory  # defines torch.ops.symm_mem
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -135,6 +136,27 @@ def with_local(layout: DTensor, local: Tensor) -> DTensor:
 def will_execute(node: Any) -> bool:
     """Whether the backward pass that runs now will run a node of the autograd graph. Leaves have no answer."""
     return _get(torch._C, "_will_engine_execute_node", "torch._C._will_engine_execute_node")(node)
+
+
+def leave_out_dynamo() -> None:
+    """Let this process, which compiles nothing, make DTensors and optimizers and step them without `torch._dynamo`.
+
+    Their functions import it at their first call, only to tell it that they are not to be compiled: half a second and
+    30 MB on every rank. What needs it yet imports it as ever.
+    """
+    for function in (DTensor.__init__, torch.optim.Optimizer.add_param_group):
+        plain = _get(function, "__wrapped__", f"_disable_dynamo around {function.__qualname__}")
+        plain.__dynamo_disable = plain
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):  # AdamW's step is Adam's
+        setattr(optimizer, "step", torch.no_grad()(inspect.unwrap(optimizer.step)))  # noqa: B010
+
+
+def as_parameter(data: DTensor) -> nn.Parameter:
+    """Make a parameter of a fresh DTensor: `nn.Parameter` without its `detach`, whose sharding torch works out with
+    fake tensors, for which it imports `torch._dynamo`."""
+    data.requires_grad_()
+    data._is_param = True  # what nn.Parameter sets on tensors of other types, and `isinstance` asks for
+    return data  # type: ignore[return-value]
 
 
 def scale_in_place(tensors: list[Tensor], factor: float) -> None:

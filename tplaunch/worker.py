@@ -65,10 +65,13 @@ class Worker:
 
         from tplaunch.parallel.mesh import Mesh, init_process_group, local_device
         from tplaunch.parallel.placement import check_placement, own_view
+        from tplaunch.torch_private import leave_out_dynamo
         from tplaunch.train.stop import StopRequest
         from tplaunch.train.trainer import Trainer
 
         self.stopwatch.lap("imports")
+        if not recipe.training.compile:
+            leave_out_dynamo()
         stop = StopRequest()
         device = local_device(int(os.environ["LOCAL_RANK"]))
         init_process_group(device, recipe.launch.first_step_timeout)

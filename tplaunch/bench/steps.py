@@ -69,6 +69,7 @@ def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
     for _ in range(WARM_UP):
         step.run(batch)
     seconds = [_time(step, batch) for _ in range(count)]
+    peak = peak_memory(device)  # before the profiler adds what it notes
     clock = _Clock(device)
     step.mark = clock.mark
     for _ in range(count):
@@ -77,7 +78,7 @@ def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
         clock.mark(0, "")
     step.mark = lambda number, part: None
     parts = {name: total / count for name, total in clock.parts.items()}
-    mine = (seconds, parts, _kernels(step, batch), peak_memory(device))
+    mine = (seconds, parts, _kernels(step, batch), peak)
     ranks = [mine] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     times, by_part, by_kernel, memory = zip(*ranks, strict=True)

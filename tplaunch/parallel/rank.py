@@ -23,6 +23,7 @@ from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.processes import die_with_parent
+from tplaunch.torch_private import leave_out_dynamo
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def helper_rank(folder: str) -> Iterator[HelperRank]:
     place = RunDir(Path(folder))
     request = json.loads(place.request.read_text(encoding="utf-8"))
     recipe = load_recipe(place.recipe).recipe
+    if not recipe.training.compile:
+        leave_out_dynamo()
     device = local_device(int(os.environ["LOCAL_RANK"]))
     init_process_group(device, recipe.launch.first_step_timeout)
     try:

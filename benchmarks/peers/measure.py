@@ -1,0 +1,133 @@
+"""Measure one trainer at one shape and topology: start it, wait, and read what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.peers.work import (
+    LEARNING_RATE,
+    NORM_EPS,
+    OURS,
+    ROPE_THETA,
+    SHAPES,
+    WEIGHT_DECAY,
+    Grid,
+    Shape,
+    cannot,
+    threads,
+)
+from tplaunch import __version__
+from tplaunch.machine import count_cores
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 900
+
+
+def measure(trainer: str, shape: str, grid: Grid, steps: int, venv: Path) -> dict[str, Any]:
+    """One line of the results: the seconds of each step by its slowest rank, the bytes of resident memory that the
+    largest rank had at most, and what it ran on; or `failed`, with the reason.
+
+    Args:
+        venv: the other trainers' virtual environment.
+    """
+    started_with = os.getloadavg()[0]
+    what = {"trainer": trainer, "shape": shape, "grid": list(grid)}
+    machine = {"cpu": cpu_model(), "cores": count_cores(), "load": started_with, "threads": threads(grid.ranks)}
+    if reason := cannot(trainer, grid):
+        return {**what, "failed": reason}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": str(threads(grid.ranks)),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    try:
+        if trainer == OURS:
+            found = _ours(SHAPES[shape], grid, steps, environment)
+        else:
+            found = _other(trainer, shape, grid, steps, environment, venv)
+    except subprocess.TimeoutExpired:
+        return {**what, "failed": f"it did not end within {PATIENCE_S} s"}
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.stderr)
+        return {**what, "failed": _last_error(error.stderr)}
+    return {**what, **machine, **found}
+
+
+def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(yaml.safe_dump(our_recipe(shape, grid)))
+        line = [sys.executable, "-m", "tplaunch", "bench", str(recipe), "--steps", str(steps), "--json"]
+        answer = json.loads(_run(line, environment))
+    versions = {"tplaunch": __version__, "torch": version("torch")}
+    return {"seconds": answer["seconds"], "peak_memory": answer["peak_memory"], "versions": versions}
+
+
+def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
+    """The recipe of the work. Gradients are not clipped: the others do not."""
+    return {
+        "name": "peers",
+        "model": {
+            "hidden_size": shape.hidden,
+            "num_layers": shape.layers,
+            "num_heads": shape.heads,
+            "num_kv_heads": shape.kv_heads,
+            "ffn_hidden_size": shape.ffn,
+            "vocab_size": shape.vocab,
+            "rope_theta": ROPE_THETA,
+            "norm_eps": NORM_EPS,
+        },
+        "topology": grid._asdict(),
+        "training": {
+            "seq_len": shape.seq,
+            "micro_batch_size": shape.micro,
+            "global_batch_size": shape.batch,
+            "steps": 1,
+            "precision": "fp32",
+            "grad_clip": None,
+        },
+        "optimizer": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+        "data": {"train": "none"},  # a bench draws random tokens
+    }
+
+
+def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[str, str], venv: Path) -> dict[str, Any]:
+    python = [str(venv / "bin" / "python")]
+    if grid.ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        python += ["--nproc-per-node", str(grid.ranks)]
+    module = f"benchmarks.peers.{trainer.partition('-')[0]}"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "result.json")
+        words = ["--shape", shape, "--grid", ",".join(map(str, grid)), "--steps", str(steps), "--output", str(output)]
+        _run([*python, "-m", module, *words], environment)
+        return json.loads(output.read_text())
+
+
+def _run(line: list[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        line, check=True, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=PATIENCE_S
+    )
+    return done.stdout
+
+
+def _last_error(stderr: str) -> str:
+    """The first line that names an exception: those after it are the launcher's."""
+    lines = [line.split("]:")[-1].strip() for line in stderr.splitlines()]
+    return next((line for line in lines if "Error: " in line), "it failed without a word")
+
+
+def cpu_model() -> str:
+    """What the CPU is called."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")

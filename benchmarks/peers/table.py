@@ -1,0 +1,118 @@
+"""Results to docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.peers.work import GRIDS, OURS, SHAPES, TRAINERS, Grid
+
+Result = dict[str, Any]
+HEAD = """\
+# Performance
+
+tplaunch beside other trainers on the same work: one optimizer step of a Llama-like model in fp32 on random tokens,
+fused AdamW, no clipping of gradients, on CPU and gloo, every trainer with the same number of threads. They take turns,
+round by round. Figures are medians over the rounds of each round's median step; in brackets the least and the most.
+Memory is the resident size that the largest rank had at most. `python -m benchmarks.peers` made this page:
+`setup DIR`, `run --venv DIR --output FILE`, `table FILE`.
+"""
+
+
+def page(results: Sequence[Result]) -> str:
+    """The whole page, Markdown.
+
+    Args:
+        results: as `measure.measure` returns them, of any number of rounds.
+    """
+    done = [result for result in results if "failed" not in result]
+    parts = [HEAD, _setting(done)]
+    for name, shape in SHAPES.items():
+        if any(result["shape"] == name for result in done):
+            mine = [result for result in done if result["shape"] == name]
+            parts += [f"\n## {name}\n\n{str(shape).capitalize()}.\n", _speeds(mine), _memory(mine)]
+    return "\n".join([*parts, _not_measured(results)])
+
+
+def _setting(done: Sequence[Result]) -> str:
+    versions: dict[str, set[str]] = {}
+    for result in done:
+        for package, version in result["versions"].items():
+            versions.setdefault(package, set()).add(version)
+    machines = sorted({f"{result['cpu']}, {result['cores']} cores" for result in done})
+    threads = sorted({(result["threads"], Grid(*result["grid"]).ranks == 1) for result in done}, reverse=True)
+    loads = [result["load"] for result in done]
+    lines = [
+        f"Machine: {'; '.join(machines)}; {_counted(threads)}.",
+        f"Load average before a measurement: median {median(loads):.1f}, at most {max(loads):.1f}." if loads else "",
+        "Versions: " + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())),
+    ]
+    return "\n".join(f"- {line}" for line in lines if line) + "\n"
+
+
+def _counted(threads: Iterable[tuple[int, bool]]) -> str:
+    return ", ".join(
+        f"{n} thread{'s' if n > 1 else ''} a rank with {'one rank' if alone else 'several ranks'}"
+        for n, alone in threads
+    )
+
+
+def _speeds(results: Sequence[Result]) -> str:
+    """Tokens/s, and ours over the best other."""
+
+    def tokens_per_s(result: Result) -> float:
+        return SHAPES[result["shape"]].tokens / median(result["seconds"])
+
+    return "Tokens/s:\n\n" + _grid_table(results, tokens_per_s, max, "of the best")
+
+
+def _memory(results: Sequence[Result]) -> str:
+    """Megabytes, and ours over the leanest other."""
+    return "Memory, MB:\n\n" + _grid_table(results, lambda result: result["peak_memory"] / 1e6, min, "of the leanest")
+
+
+def _grid_table(results: Sequence[Result], figure: Any, best: Any, title: str) -> str:
+    rows = [f"| TP x PP x DP | {' | '.join(TRAINERS)} | tplaunch, {title} other | rounds |"]
+    rows.append("|---" * (len(TRAINERS) + 3) + "|")
+    for grid in GRIDS:
+        found: dict[str, list[float]] = {}
+        for result in results:
+            if tuple(result["grid"]) == grid:
+                found.setdefault(result["trainer"], []).append(figure(result))
+        if not found:
+            continue
+        medians = {trainer: median(values) for trainer, values in found.items()}
+        others = [value for trainer, value in medians.items() if trainer != OURS]
+        ratio = f"{medians[OURS] / best(others):.2f}" if OURS in medians and others else "-"
+        rounds = sorted({len(values) for values in found.values()})
+        cells = [_cell(found.get(trainer)) for trainer in TRAINERS]
+        rows.append(f"| {' | '.join([str(grid), *cells, ratio, ' to '.join(map(str, rounds))])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(values: list[float] | None) -> str:
+    if values is None:
+        return "-"
+    return f"{median(values):,.0f} ({min(values):,.0f}..{max(values):,.0f})"
+
+
+def _not_measured(results: Sequence[Result]) -> str:
+    """Every trainer, shape and topology without a figure, and why; and what no result could show."""
+    lines: dict[str, list[str]] = {}
+    for name in SHAPES:
+        for grid in GRIDS:
+            for trainer in TRAINERS:
+                of = [r for r in results if (r["trainer"], r["shape"], tuple(r["grid"])) == (trainer, name, grid)]
+                failed = [result["failed"] for result in of if "failed" in result]
+                if not of:
+                    lines.setdefault(f"{trainer}: was not run", []).append(f"{name} {grid}")
+                elif failed:
+                    times = f" ({len(failed)} of {len(of)} rounds)" if len(failed) < len(of) else ""
+                    lines.setdefault(f"{trainer}: {failed[-1]}", []).append(f"{name} {grid}{times}")
+    listed = [f"- {what}: {'; '.join(where)}." for what, where in lines.items()]
+    listed += [
+        "- GPUs, NCCL, several nodes, bf16 and compiled models: this page is of one machine's CPU.",
+        "- Start-up, data loading and checkpoints: only steps are timed, after three to warm up.",
+    ]
+    return "\n## What was not measured\n\n" + "\n".join(listed) + "\n"

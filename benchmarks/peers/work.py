@@ -1,0 +1,99 @@
+"""The work that is measured: shapes, topologies, peers, and what a peer cannot do. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model and the batch of one optimizer step, in fp32.
+
+    Args:
+        micro: sequences in a microbatch.
+        batch: sequences in a step, of all data-parallel ranks together.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    seq: int
+    micro: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.batch * self.seq
+
+    def microbatches(self, dp: int) -> int:
+        """Of one step on one data-parallel rank."""
+        return self.batch // (self.micro * dp)
+
+    def __str__(self) -> str:
+        return (
+            f"hidden size {self.hidden:,}, {self.layers} layers, {self.heads} heads, {self.kv_heads} key/value heads, "
+            f"ffn {self.ffn:,}, vocabulary {self.vocab:,}, sequence {self.seq:,}, micro batch {self.micro}, "
+            f"batch {self.batch}"
+        )
+
+
+class Grid(NamedTuple):
+    """Ranks of each kind of parallelism."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def ranks(self) -> int:
+        """Of the world."""
+        return self.tp * self.pp * self.dp
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Read "TP,PP,DP".
+
+        Raises:
+            ValueError: it is not three numbers.
+        """
+        tp, pp, dp = map(int, text.split(","))
+        return cls(tp, pp, dp)
+
+    def __str__(self) -> str:
+        return f"{self.tp} x {self.pp} x {self.dp}"
+
+
+SHAPES = {
+    "small": Shape(256, 8, 8, 4, 688, 4096, 256, micro=2, batch=8),
+    "134m": Shape(768, 12, 12, 4, 2048, 32000, 512, micro=1, batch=2),
+}
+GRIDS = [Grid(1, 1, 1), Grid(2, 1, 1), Grid(1, 2, 1), Grid(1, 1, 2), Grid(2, 2, 1), Grid(2, 1, 2)]
+ROPE_THETA, NORM_EPS, LEARNING_RATE, WEIGHT_DECAY = 500_000.0, 1e-5, 3e-4, 0.1
+
+OURS = "tplaunch"
+# What is installed for each, and which packages' versions are told.
+PEERS = {
+    "transformers": ("torch", "transformers"),
+    "torchtitan": ("torch", "torchtitan"),
+    "megatron-core": ("torch", "megatron-core"),
+}
+TRAINERS = [OURS, *PEERS]
+
+
+def cannot(trainer: str, grid: Grid) -> str | None:
+    """Why a trainer cannot do a topology at all; None where it can."""
+    if trainer == "transformers" and grid.pp > 1:
+        return "it trains no pipeline"
+    if trainer == "transformers" and grid.tp > 1:
+        return "its tensor parallelism does not train on gloo"
+    return None
+
+
+def threads(ranks: int) -> int:
+    """Of a process, for every trainer alike: the machine that this is for has two cores."""
+    return 2 if ranks == 1 else 1
