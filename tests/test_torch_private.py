@@ -35,6 +35,8 @@ def test_tensors_in_one_call() -> None:
     assert [norm.item() for norm in torch_private.norms(tensors)] == [5.0, 13.0]
     torch_private.scale_in_place(tensors, 2.0)
     assert tensors[0].tolist() == [6.0, 8.0]
+    torch_private.zero_in_place(tensors)
+    assert not any(tensor.any() for tensor in tensors)
 
 
 def test_storages_are_told_apart() -> None:

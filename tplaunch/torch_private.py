@@ -159,6 +159,11 @@ def as_parameter(data: DTensor) -> nn.Parameter:
     return data  # type: ignore[return-value]
 
 
+def zero_in_place(tensors: list[Tensor]) -> None:
+    """Set tensors to zero in one call."""
+    _get(torch, "_foreach_zero_", "torch._foreach_zero_")(tensors)
+
+
 def scale_in_place(tensors: list[Tensor], factor: float) -> None:
     """Multiply tensors in one call."""
     _get(torch, "_foreach_mul_", "torch._foreach_mul_")(tensors, factor)

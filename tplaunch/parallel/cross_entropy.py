@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
-from tplaunch.parallel.layers import accumulator, add_product
+from tplaunch.parallel.layers import accumulator
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
 from tplaunch.torch_private import assert_soon
@@ -41,11 +42,11 @@ class _OutputCrossEntropy(torch.autograd.Function):
             log_z[part], target = columns.join(top, exponentials.sum(-1), target)
             counted = labels[part] != IGNORE
             losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
-            if grad_hidden is not None:
+            if grad_hidden is not None and total is not None:
                 probabilities = exponentials.mul_((top - log_z[part]).exp().unsqueeze(-1))
                 grad = columns.gradient(probabilities, log_z[part], labels[part], scale).to(weight.dtype)
                 torch.matmul(grad, weight, out=grad_hidden[part])
-                add_product(total, grad.t(), hidden[part])
+                total.add_product(grad.t(), hidden[part])
         ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else [hidden, weight, labels, log_z]))
         return losses.sum(0, keepdim=True, dtype=torch.float64).to(columns.dtype) * scale
@@ -61,15 +62,16 @@ class _OutputCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = wanted(ctx, 0, 1)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Several chunks are summed in the accumulate dtype: bf16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=columns.dtype) if need_weight else None
+        total = Accumulator(torch.empty_like(weight, dtype=columns.dtype)) if need_weight else None
         for part in columns.chunks(len(labels)):
             probabilities = columns.logits(hidden[part], weight).sub_(log_z[part].unsqueeze(-1)).exp_()
             grad_logits = columns.gradient(probabilities, log_z[part], labels[part], grad * ctx.scale).to(weight.dtype)
             if grad_hidden is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                add_product(grad_weight, grad_logits.t(), hidden[part])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+            if total is not None:
+                total.add_product(grad_logits.t(), hidden[part])
+        grad_weight = None if total is None else total.total.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 @dataclass(frozen=True)

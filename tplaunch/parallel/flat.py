@@ -14,6 +14,7 @@ nothing is copied.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 
 import torch
@@ -21,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE
 from tplaunch.parallel.shard import ParameterShard
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter
-from tplaunch.torch_private import rows_of
+from tplaunch.torch_private import rows_of, zero_in_place
 
+_BY_MATMUL = ("matrix", "embedding", "output")  # roles of parameters whose layers use an `Accumulator`
 _ALIGN = 64  # elements: every parameter begins on a boundary that vector instructions like
 
 
@@ -69,6 +72,8 @@ class FlatSharding:
         self.overlaps = overlap and (self.parts > 1 or mesh.dp_replicate > 1)
         # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
         self.sums_whole = self.parts == 1 or mesh.device.type == "cpu"
+        self._accumulators: defaultdict[str, list[Accumulator]] = defaultdict(list)  # block -> of its matrices
+        self._zeroed: list[Tensor] = []  # gradients of all that is no matrix
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
         self._reductions: list[dist.Work] = []
@@ -84,11 +89,15 @@ class FlatSharding:
             # `data` counts its changes by itself: a gather of one block is no change to another's saved weights.
             parameter = nn.Parameter(weights[: local[0]].data)
             parameter.grad_dtype = self.storage
-            if compiled:  # dynamo refuses a parameter whose gradient has another dtype
+            if in_place and parameters[name].role in _BY_MATMUL:
+                total = parameter.accumulator = Accumulator(gradients[: local[0]])  # type: ignore[attr-defined]
+                self._accumulators[_block_of(name)].append(total)
+            elif compiled:  # dynamo refuses a parameter whose gradient has another dtype
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradients[: local[0]]))
             else:
                 parameter.grad = gradients[: local[0]]
-            parameter.accumulates = in_place  # type: ignore[attr-defined]  # read by `layers.accumulator`
+            if not hasattr(parameter, "accumulator"):
+                self._zeroed.append(gradients)
             _replace(module, name, parameter)
             master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
             if self.storage != self.compute:
@@ -147,18 +156,23 @@ class FlatSharding:
 
     def reduce_gradients(self) -> None:
         """See `Sharding`."""
-        if self.parts > 1 or self.mesh.dp_replicate > 1:
-            for block in self.blocks:
-                if block not in self._reduced:
-                    self._reduce(block)
-            self._reduced.clear()
+        for block in self.blocks:
+            if block not in self._reduced:
+                self._reduce(block)
+        self._reduced.clear()
+        if self._reductions:
             _wait(self._reductions)
             if self.parts > 1 and self.mesh.dp_replicate > 1:
                 group = self.mesh.world.get_group("dp_replicate")
                 _wait([dist.all_reduce(self._mine(g), group=group, async_op=True) for _, g in self.slots.values()])
 
     def _reduce(self, block: str) -> None:
-        """Begin to sum the gradients of a block: whole, or this rank's rows of each parameter."""
+        """Complete the gradients of a block, and begin to sum them over data parallel: whole, or this rank's rows of
+        each parameter."""
+        for accumulator in self._accumulators[block]:
+            accumulator.finish()
+        if self.parts == 1 and self.mesh.dp_replicate == 1:
+            return
         if self.sums_whole:
             group = self.mesh.world.get_group("dp_shard" if self.parts > 1 else "dp_replicate")
             self._reductions.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
@@ -195,7 +209,10 @@ class FlatSharding:
 
     def zero_grad(self) -> None:
         """See `Sharding`."""
-        self.gradients.zero_()
+        if len(self._zeroed) == len(self.slots):
+            self.gradients.zero_()
+        else:
+            zero_in_place(self._zeroed)
 
     def release(self) -> None:
         """See `Sharding`: weights are never let go of."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from tplaunch.parallel.accumulator import Accumulator, add_products, merge
 from tplaunch.parallel.collectives import (
     gather_matmul,
     leave_region,
@@ -27,7 +28,7 @@ from tplaunch.parallel.collectives import (
 )
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
-from tplaunch.torch_private import storage_id
+from tplaunch.torch_private import as_parameter
 
 
 def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
@@ -46,7 +47,7 @@ def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placem
     data = DTensor.from_local(
         torch.empty(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    return nn.Parameter(data)
+    return as_parameter(data)
 
 
 def local(param: Tensor) -> Tensor:
@@ -57,47 +58,14 @@ def local(param: Tensor) -> Tensor:
     """
     if isinstance(param, DTensor):
         return param.to_local()
-    return param if getattr(param, "accumulates", False) else param.view_as(param)
+    return param.view_as(param) if accumulator(param) is None else param
 
 
-def accumulator(weight: Tensor) -> Tensor | None:
-    """Where the gradient of a weight is added up in place (Megatron's gradient accumulation fusion); None where it is
-    handed to autograd. Asked in the forward pass: what a backward pass reads of a weight is not always the parameter.
+def accumulator(weight: Tensor) -> Accumulator | None:
+    """Where the gradient of a weight is added up in place; None where it is handed to autograd. Asked in the forward
+    pass: what a backward pass reads of a weight is not always the parameter.
     """
-    return weight.grad if getattr(weight, "accumulates", False) else None
-
-
-def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
-    """a @ b, added to `total` in place where there is one, else returned.
-
-    Args:
-        total: [m, n] of any float dtype, or None.
-        a, b: [m, k] and [k, n].
-    """
-    if total is None:
-        return a @ b
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
-    else:
-        total += a @ b
-    return None
-
-
-def merge(tensors: list[Tensor]) -> list[Tensor]:
-    """Matrices that follow each other in memory as the one matrix that they are; others as they came.
-
-    Args:
-        tensors: each [rows, columns], equally wide.
-    """
-    first = tensors[0]
-    if len(tensors) == 1 or torch.compiler.is_compiling():
-        return tensors
-    storage, end = storage_id(first), first.storage_offset()
-    for tensor in tensors:
-        if storage_id(tensor) != storage or tensor.storage_offset() != end or not tensor.is_contiguous():
-            return tensors
-        end += tensor.numel()
-    return [first.as_strided((sum(len(t) for t in tensors), first.shape[1]), first.stride())]
+    return getattr(weight, "accumulator", None)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -145,11 +113,11 @@ class _ColumnParallel(torch.autograd.Function):
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if need_weights:
             rows = gathering.flatten(0, -2)
+            lefts = [part.flatten(0, -2).t() for part in grads]
             if ctx.accumulators[0] is not None:
-                for total, part in zip(merge(ctx.accumulators), grads, strict=True):
-                    add_product(total, part.flatten(0, -2).t(), rows)
+                add_products(ctx.accumulators, lefts, rows)
             else:
-                products = [part.flatten(0, -2).t() @ rows for part in grads]
+                products = [left @ rows for left in lefts]
                 sizes = [len(weight) for weight in weights]
                 grad_weights = products if len(products) == len(weights) else list(products[0].split(sizes))
         if grad_x is not None and reducing:
@@ -185,7 +153,11 @@ class _RowParallel(torch.autograd.Function):
             grad_x = grad @ weight if need_x else None
         grad_weight = None
         if need_weight:
-            grad_weight = add_product(ctx.accumulator, grad.flatten(0, -2).t(), x.flatten(0, -2))
+            left, right = grad.flatten(0, -2).t(), x.flatten(0, -2)
+            if ctx.accumulator is not None:
+                ctx.accumulator.add_product(left, right)
+            else:
+                grad_weight = left @ right
         return grad_x, None, grad_weight
 
 
@@ -262,8 +234,31 @@ class VocabParallelEmbedding(nn.Module):
         weight = local(self.weight)
         tokens = tokens.t()
         if self.tp.size == 1:
-            return F.embedding(tokens, weight)
+            return _lookup(tokens, weight)
         tokens = tokens - self.tp.rank * weight.shape[0]
         foreign = (tokens < 0) | (tokens >= weight.shape[0])
-        rows = F.embedding(tokens.masked_fill(foreign, 0), weight)
+        rows = _lookup(tokens.masked_fill(foreign, 0), weight)
         return leave_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.tp)
+
+
+def _lookup(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table; their gradients are added to the rows alone where they can be: autograd's own way makes a
+    gradient as large as the table for each microbatch."""
+    total = accumulator(weight)
+    return F.embedding(tokens, weight) if total is None else _Lookup.apply(tokens, weight, total)
+
+
+class _Lookup(torch.autograd.Function):
+    """See `_lookup`."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, total: Accumulator) -> Tensor:
+        ctx.total = total
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (tokens,) = ctx.saved_tensors
+        ctx.total.add_rows(tokens.flatten(), grad.flatten(0, -2))
+        return None, None, None
