@@ -24,7 +24,7 @@ class Flops(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ("aten::mm", "aten::bmm", "aten::addmm.out"):
+        if func.name() in ("aten::mm", "aten::mm.out", "aten::bmm", "aten::addmm.out"):
             left, right = args[-2:]
             self.count += 2 * left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))

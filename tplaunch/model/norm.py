@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
 from tplaunch.parallel.layers import local, parameter
 from tplaunch.parallel.mesh import TensorParallel
+from tplaunch.parallel.split_backward import wanted
 from tplaunch.recipe.schema import Model
 
 
@@ -20,7 +24,36 @@ class RMSNorm(nn.Module):
         self.weight = parameter((size,), tp.mesh, (Replicate(),))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), local(self.weight), self.eps)
+        weight = local(self.weight)
+        if x.is_cuda or torch.compiler.is_compiling():  # which have kernels of their own
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm, computed in fp32 (fp64 for fp64). torch's on a CPU is a chain of operations: it takes four times as long
+    and, in bf16, keeps fp32 copies of its input; this keeps the input and a number for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        need_x, need_weight = wanted(ctx, 0, 1)
+        normed, wide = x * scale, weight.to(scale.dtype)
+        product = grad * normed
+        grad_x = None
+        if need_x:
+            mean = (product @ wide).unsqueeze(-1).div_(-x.shape[-1])
+            grad_x = (grad * wide).addcmul_(normed, mean).mul_(scale).to(x.dtype)
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
+        return grad_x, grad_weight, None
 
 
 class LayerNorm(nn.Module):

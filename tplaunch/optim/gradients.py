@@ -123,11 +123,27 @@ class GradientFinalizer:
 
 
 def square_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, fp64 [], summed in fp64."""
+    """Sum of the squares of all elements, fp64 [], summed wide.
+
+    Summed in fp32, as is torch's default, the squares of 25M numbers are 1e-3 off on a CPU. Summing them in fp64 takes
+    it 30 times as long as reading them; sums of short rows in fp32, and of the rows in fp64, are 1e-9 off and free.
+    """
     filled = [t for t in tensors if t.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(norms(filled)).square().sum()
+    if filled[0].is_cuda:  # all in one call
+        return torch.stack(norms(filled)).square().sum()
+    rows = [row for tensor in filled for row in _rows(tensor.reshape(-1))]
+    total = torch.cat([torch.linalg.vector_norm(row, dim=-1) for row in rows]).to(torch.float64).square_().sum()
+    if 1e-30 < total < torch.inf:
+        return total
+    return torch.stack(norms(filled)).square().sum()  # squares that fp32 cannot hold
+
+
+def _rows(flat: Tensor, width: int = 256) -> list[Tensor]:
+    """Rows of a tensor [n]: [n // width, width], and what is left [1, n % width]."""
+    whole = flat.numel() // width * width
+    return [part for part in (flat[:whole].view(-1, width), flat[whole:].view(1, -1)) if part.numel()]
 
 
 def _is_head_norm(parameter: Parameter) -> bool:
