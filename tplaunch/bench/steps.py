@@ -68,7 +68,7 @@ def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
     batch = random_batch(recipe, mesh.topology.dp, step.pipeline.reads_data).pinned_for(device)
     for _ in range(WARM_UP):
         step.run(batch)
-    seconds = [_time(step, batch) for _ in range(count)]
+    seconds = _time(step, batch, count)
     peak = peak_memory(device)  # before the profiler adds what it notes
     clock = _Clock(device)
     step.mark = clock.mark
@@ -79,20 +79,27 @@ def measure_steps(recipe: Recipe, mesh: Mesh, count: int) -> Steps:
     step.mark = lambda number, part: None
     parts = {name: total / count for name, total in clock.parts.items()}
     mine = (seconds, parts, _kernels(step, batch), peak)
+    step.optimizer.settle()
     ranks = [mine] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     times, by_part, by_kernel, memory = zip(*ranks, strict=True)
     return Steps([max(rank) for rank in zip(*times, strict=True)], _mean(by_part), _mean(by_kernel), max(memory))
 
 
-def _time(step: TrainStep, batch: Batch) -> float:
-    """Seconds of one step, until this rank's device is idle again."""
+def _time(step: TrainStep, batch: Batch, count: int) -> list[float]:
+    """Seconds of each of so many steps, one behind the other as in training: what a step leaves for the next, such as
+    weights on their way, is paid for there."""
+    seconds = []
     dist.barrier()
-    start = time.perf_counter()
-    step.run(batch)
-    if step.mesh.device.type == "cuda":
-        torch.cuda.synchronize(step.mesh.device)
-    return time.perf_counter() - start
+    before = time.perf_counter()
+    for _ in range(count):
+        step.run(batch)
+        if step.mesh.device.type == "cuda":
+            torch.cuda.synchronize(step.mesh.device)
+        now = time.perf_counter()
+        seconds.append(now - before)
+        before = now
+    return seconds
 
 
 def _mean(ranks: tuple[dict[str, float], ...]) -> dict[str, float]:

@@ -58,7 +58,7 @@ class ShardedOptimizer:
         self.publish()
 
     def settle(self) -> None:
-        """Make ready for weights to be read from a file into the shards."""
+        """Make ready for weights to be read from a file into the shards, or for the world's end."""
         for sharding in self.shardings:
             sharding.settle()
 

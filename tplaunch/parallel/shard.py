@@ -58,7 +58,8 @@ class Sharding(Protocol):
         ...
 
     def settle(self) -> None:
-        """Called before master weights are read from a file: nothing of a `publish` may still be under way."""
+        """Called before master weights are read from a file, and before the world ends: nothing of a `publish` may
+        still be under way."""
         ...
 
     def publish(self) -> None:

@@ -162,6 +162,7 @@ class Trainer:
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
                     self.save(wait=stopped or last)
+        self.step.optimizer.settle()
         if corpora is not None:
             corpora.close(progress.step, progress.samples)
         return self._end(stopped)
