@@ -261,7 +261,7 @@ def test_quick_rules_are_those_of_the_checks() -> None:
 
 
 def test_remedies_fit_are_legal_and_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
-    too_big = estimate(case("llama3-70b", "training.micro_batch_size=2"))
+    too_big = estimate(case("llama3-70b", "training.micro_batch_size=4"))
     assert not too_big.fits
     found = remedies(too_big)
     assert len(found) == 3
@@ -270,10 +270,10 @@ def test_remedies_fit_are_legal_and_can_be_pasted(capsys: pytest.CaptureFixture[
         assert verdict(remedy.plan.case.recipe)
     assert found == sorted(found, key=lambda r: (r.plan.case.topology.world_size, r.price))
     # What is printed works as it stands.
-    assert run(["plan", "llama3-70b", "--set", "training.micro_batch_size=2"]) == 2
+    assert run(["plan", "llama3-70b", "--set", "training.micro_batch_size=4"]) == 2
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  fix: "))
     arguments = shlex.split(line.removeprefix("  fix: ").partition("  (")[0])
-    assert run(["plan", "llama3-70b", "--set", "training.micro_batch_size=2", *arguments]) == 0
+    assert run(["plan", "llama3-70b", "--set", "training.micro_batch_size=4", *arguments]) == 0
 
 
 def test_tune_ranks_what_fits_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
