@@ -74,7 +74,7 @@ def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str]) -> 
 
 
 def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
-    """The recipe of the work. Gradients are not clipped: the others do not."""
+    """The recipe of the work. Gradients are not clipped, nor is the optimizer's state sharded: the others do not."""
     return {
         "name": "peers",
         "model": {
@@ -87,7 +87,7 @@ def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
             "rope_theta": ROPE_THETA,
             "norm_eps": NORM_EPS,
         },
-        "topology": grid._asdict(),
+        "topology": {**grid._asdict(), "zero": 0},
         "training": {
             "seq_len": shape.seq,
             "micro_batch_size": shape.micro,
