@@ -3,7 +3,8 @@ DistributedDataParallel and distributed optimizer; Rajbhandari et al. 2020, arXi
 
     zero  between steps a rank holds                              a step ends with
     0     weights and optimizer state whole                       all-reduce of gradients
-    1     weights whole, master weights and state of its rows     reduce-scatter of gradients, all-gather of weights
+    1     weights whole, master weights and state of its rows     reduce-scatter of gradients, all-gather of weights,
+                                                                  which goes on behind the next forward pass
 
 A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 runs), to which backward passes add in
 place; its weights in another, of the compute dtype. Where the two dtypes are one, master weights are a view of the
