@@ -223,8 +223,9 @@ class TestEnds:
         opened = Path(f"/proc/{process.pid}/fd")
         while _same_as_stdin(opened) < 2:
             time.sleep(0.01)  # until the program has opened it
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        while process.poll() is None:  # Python drops an interrupt that meets it in a destructor
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in err
