@@ -94,3 +94,15 @@ def test_the_command_starts_without_what_it_does_not_need() -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
     program = "import sys, tplaunch.data.prepare, tplaunch.data.dataset; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+def test_a_list_keeps_its_order_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of its own, some words long\n" * 50)
+    (tmp_path / "list").write_text(f"{tmp_path}/b.txt\n{tmp_path}/a.txt\n")
+    output = str(tmp_path / "c")
+    assert run(["data", "prepare", "--files-from", str(tmp_path / "list"), "-o", output, "--vocab-size", "300"]) == 0
+    assert f"{tmp_path}/list: 2 files in the order of the list" in capsys.readouterr().err
+    assert run(["data", "inspect", output]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("b text") < shown.index("a text")

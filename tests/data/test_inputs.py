@@ -60,10 +60,20 @@ def test_standard_input(tmp_path: Path, content: bytes, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_array_is_told_apart(tmp_path: Path, tokenizer: Path) -> None:
-    (tmp_path / "a.json").write_text('[\n{"text": "x"}]')
-    with pytest.raises(TplaunchError, match=r"is one JSON array, not JSON lines[\s\S]*jq -c"):
-        build([tmp_path / "a.json"], tmp_path / "c", tokenizer, skip_bad=True)
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("a.json", "jq -c '.[]' a.json > a.lines.jsonl"),
+        ("a.jsonl", "jq -c '.[]' a.jsonl > a.lines.jsonl"),  # not into the file itself, which a shell empties first
+        ("a.json.gz", "gzip -dc a.json.gz | jq -c '.[]' > a.lines.jsonl"),
+    ],
+)
+def test_an_array_is_told_apart(tmp_path: Path, tokenizer: Path, name: str, fix: str) -> None:
+    content = b'[\n{"text": "x"}]'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(TplaunchError, match="is one JSON array, not JSON lines") as caught:
+        build([tmp_path / name], tmp_path / "c", tokenizer, skip_bad=True)
+    assert f"fix: {fix}" in str(caught.value)
 
 
 def test_bad_lines_are_left_out_when_asked(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:

@@ -59,7 +59,10 @@ def prepare(
     from tplaunch.data import inputs as given
     from tplaunch.data.build import build
 
-    wanted = [*(inputs or []), *(given.files_from(files_from) if files_from else [])]
+    listed = given.files_from(files_from) if files_from else []
+    if listed:
+        typer.echo(f"{files_from}: {len(listed):,} files in the order of the list", err=True)
+    wanted = [*(inputs or []), *listed]
     if not wanted:
         raise TplaunchError(Problem("give INPUT, or --files-from LIST"))
     with given.stdin_as_file(wanted, output, sys.stdin.buffer) as files:

@@ -26,6 +26,7 @@ from tplaunch.errors import Problem, TplaunchError
 BLOCK = 1 << 20  # bytes of text that are tokenized in one go
 _ROWS = 256  # of a table, at most, that are read in one go
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
+_UNPACK = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}  # a user's commands
 KEY_HELP = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
 
 
@@ -150,6 +151,13 @@ def _decoded(parts: Iterable[bytes], place: str) -> Iterator[str]:
         offset += len(part or b"")
 
 
+def _as_lines(path: Path) -> str:
+    """The command that makes JSON lines of a JSON array."""
+    name, lines = shlex.quote(path.name), shlex.quote(f"{path.name.split('.')[0]}.lines.jsonl")
+    unpack = _UNPACK.get(path.suffix)
+    return f"{unpack} {name} | jq -c '.[]' > {lines}" if unpack else f"jq -c '.[]' {name} > {lines}"
+
+
 def _line_blocks(path: Path, stream: BufferedIOBase, text_key: str, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
     """Whole lines by the block; of a line that is longer than a block, the pieces of its text."""
     number = 1
@@ -159,7 +167,7 @@ def _line_blocks(path: Path, stream: BufferedIOBase, text_key: str, cuts: Cuts, 
                 Problem(
                     f"{path} is one JSON array, not JSON lines",
                     why="each line must be an object of its own",
-                    fix=f"jq -c '.[]' {shlex.quote(path.name)} > {shlex.quote(path.name.split('.')[0])}.jsonl",
+                    fix=_as_lines(path),
                 )
             )
         block += stream.readline(BLOCK)
