@@ -237,6 +237,8 @@ def test_the_order_is_the_one_of_earlier_versions() -> None:
     """A run continued by a later version must go on in the same order: these numbers never change."""
     _, within = SampleOrder((1000,), (1.0,), seed=1234).locate(np.arange(2998, 3010))
     assert within.tolist() == [290, 198, 126, 482, 739, 578, 217, 955, 921, 385, 775, 735]
+    _, within = SampleOrder((1024,), (1.0,), seed=1234).locate(np.arange(2998, 3010))  # just as many as ten bits hold
+    assert within.tolist() == [961, 507, 213, 898, 695, 101, 749, 814, 625, 37, 804, 914]
 
 
 def test_the_order_of_a_mixture_changes_only_with_its_number() -> None:
