@@ -16,7 +16,7 @@ RAW = case(1, 1, 2, training={"eod_mask_loss": True, "precision": "fp64"})
 
 def steps(root: str) -> list[tuple[float, float, bool]]:
     """Loss, gradient norm and whether both are finite of a step without a target, and of two of the same weights: with
-    one on rank 1, and with the same one twice on each rank."""
+    one on rank 1, and with the same one twice on each rank, a factor of 1 named."""
     import torch.distributed as dist
 
     from tplaunch.parallel.cross_entropy import IGNORE
@@ -26,10 +26,10 @@ def steps(root: str) -> list[tuple[float, float, bool]]:
     whole, found = batch(made), []
     whole.tokens[:] = whole.tokens[0]
     dist.broadcast(whole.tokens, 0)
-    for rows in ([], [0] if dist.get_rank() == 1 else [], [0, 1]):
+    for rows, factor in (([], ()), ([0] if dist.get_rank() == 1 else [], ()), ([0, 1], (1.0,))):
         whole.labels.fill_(IGNORE)
         whole.labels[rows, 3] = 7
-        result = made.step.run(whole)
+        result = made.step.run(whole, *factor)
         found.append((result.loss, result.grad_norm, result.finite))
     return found
 
