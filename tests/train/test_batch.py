@@ -81,11 +81,11 @@ def test_targets_are_the_next_tokens_but_for_the_first_of_a_document(eod_mask_lo
 
 
 def test_random_batches_have_the_shapes_of_real_ones() -> None:
-    recipe = resolved(case(1, 1, 2, training={**TRAINING, "document_mask": True}))
-    batch = random_batch(recipe, 2, True)
-    assert batch.tokens.shape == batch.labels.shape == (4, 4)
+    recipe = resolved(case(1, 1, 4, training={**TRAINING, "document_mask": True}))
+    batch = random_batch(recipe, 4, True)
+    assert batch.tokens.shape == batch.labels.shape == (2, 4)
     assert batch.labels[:, :-1].equal(batch.tokens[:, 1:])
-    assert batch.positions is not None and batch.positions.tolist() == [[0, 1, 2, 3]] * 4
-    none = random_batch(recipe, 2, False)
-    assert none.tokens.shape == none.labels.shape == (4, 0) and none.positions is None
+    assert batch.positions is not None and batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    none = random_batch(recipe, 4, False)
+    assert none.tokens.shape == none.labels.shape == (2, 0) and none.positions is None
     assert random_batch(resolved(case(training=TRAINING)), 1, True).positions is None
