@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.metadata import (
 from tplaunch.checkpoint.metadata import METADATA, Place, StoredTensor, read_metadata
 
 
-def write(folder: Path, dtype: Any) -> None:
-    """A tensor [4, 3] in two pieces."""
+def write(folder: Path, dtype: Any, shape: tuple[int, ...] = (4, 3)) -> None:
+    """A tensor [4, 3], or what says that it is another, in two pieces."""
     first, second = torch.Size([0, 0]), torch.Size([3, 0])
     pieces = [ChunkStorageMetadata(first, torch.Size([3, 3])), ChunkStorageMetadata(second, torch.Size([1, 3]))]
-    tensor = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size([4, 3]), pieces)
+    tensor = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), pieces)
     places = {
         MetadataIndex("w", first, 0): _StorageInfo("a.distcp", 0, 36),
         MetadataIndex("w", second): _StorageInfo("b.distcp", 8, 12),
@@ -50,4 +50,11 @@ def test_tensors_and_the_places_of_their_pieces(tmp_path: Path) -> None:
 def test_what_is_no_dtype_is_refused(tmp_path: Path, dtype: Any) -> None:
     write(tmp_path, dtype)
     with pytest.raises(ValueError, match="'w' has no dtype"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 1), (12,), (3, 4), (5, 3)])
+def test_pieces_that_are_not_of_the_tensor_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write(tmp_path, torch.float32, shape)
+    with pytest.raises(ValueError, match="damaged"):
         read_metadata(tmp_path)
