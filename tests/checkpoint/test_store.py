@@ -117,6 +117,16 @@ def test_a_manifest_of_another_format_says_so(tmp_path: Path, monkeypatch: pytes
         read_manifest(path)
 
 
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """What a manifest's checksum is made of never changes."""
+    text = """{"format": 1, "step": 12, "state": {"tokens": 7, "loss_scale": null}, "about": {"torch": "\\u00e9"},
+        "files": {"a": {"size": 3, "sha256": "ab"}},
+        "sha256": "b68b2dd6a3d222e6e8cb63145cff2315d327fc092d2a9adf9dbef776c113c8e6"}"""
+    (tmp_path / MANIFEST).write_text(text)
+    expected = Manifest(12, {"tokens": 7, "loss_scale": None}, {"torch": "é"}, {"a": FileEntry(3, "ab")})
+    assert read_manifest(tmp_path) == expected
+
+
 def test_sizes_alone_can_be_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     file = path / "__0_0.distcp"
@@ -189,8 +199,10 @@ def test_sweep_removes_torn_saves_only(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / "step-00000002.tmp").mkdir()
     (tmp_path / "step-00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
+    stuck = tmp_path / "step-00000001.tmp"
+    stuck.write_text("no directory: it cannot be removed as one, which stops nobody")
     sweep(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", stuck.name}
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:

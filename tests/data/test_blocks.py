@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tplaunch.cli.main import run
-from tplaunch.data.blocks import block_sums, sample_of
+from tplaunch.data.blocks import block_sums, look, sample_of
 from tplaunch.data.build import build
 from tplaunch.data.corpus import Meta, meta_path, verify_corpus
 from tplaunch.data.dataset import TokenDataset
@@ -138,6 +138,17 @@ def test_large_raw_text_is_not_read_whole_to_know_it(tmp_path: Path) -> None:
 def test_a_sample_of_blocks_is_spread() -> None:
     assert sample_of(5) == [0, 1, 2, 3, 4]
     assert sample_of(1000, 4) == [0, 333, 666, 999]
+    assert sample_of(1000, 2) == [0, 999]
     assert sample_of(1000, 1) == [0]
     assert len(set(sample_of(9))) == 8 and sample_of(9)[-1] == 8
     assert sample_of(0) == []
+
+
+def test_a_block_is_told_of_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    told: list[int] = []
+    path.write_bytes(np.array([7, 3, 9, 1, 5], "<u2").tobytes())
+    found = list(look(path, range(4), np.dtype("<u2"), block=4, advance=told.append))
+    assert [(one.number, one.smallest, one.largest) for one in found] == [(0, 3, 7), (1, 1, 9), (2, 5, 5), (3, 0, -1)]
+    assert told == [1, 1, 1, 1]
+    assert [one.largest for one in look(path, [0], block=4)] == [-1]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tplaunch.data.mixture import ORDER, Mixture
+from tplaunch.data.mixture import ORDER, Mixture, _due
 from tplaunch.data.order import SampleOrder, permute
 
 seeds = st.integers(0, 2**63 - 1)
@@ -182,6 +182,31 @@ def test_shares_of_lists_that_people_write_are_within_one_sample(weights: list[f
     assert off_shares(weights, start + 24_000, start) <= 1
 
 
+@pytest.mark.parametrize("weights", [[5, 3, 2], [4, 3, 1], [2, 1, 1], [1, 1]])
+def test_no_corpus_is_a_whole_sample_off(weights: list[int]) -> None:
+    """Where a share is a whole number, the next sample must not come one place before."""
+    assert off_shares(weights, 500) < 1
+
+
+def test_a_sample_is_due_where_exact_arithmetic_says() -> None:
+    drawn = np.random.default_rng(0)
+    bits = drawn.integers(1, 14, 20_000)
+    parts = (1 + drawn.integers(0, 2**bits - 1)) << (62 - bits)  # shares of which some samples are a whole number
+    parts[::2] += drawn.integers(0, 2**40, 10_000)
+    rests = parts * drawn.integers(0, 2**13, 20_000) & (2**62 - 1)
+    numbers = drawn.integers(1, 2000, 20_000)
+    found = zip(*(array.tolist() for array in (parts, rests, numbers, *_due(parts, rests, numbers))), strict=True)
+    seen = set()
+    for part, rest, number, places, exact in found:
+        until = -(-((number << 62) - rest) // part)
+        if (until - 2**16) * part < 2**62:  # its window begins within the block
+            assert places == min(until, 2**16)
+        if until < 2**16:
+            assert exact == (until * part == (number << 62) - rest)
+            seen.add(exact)
+    assert seen == {True, False}
+
+
 def test_any_place_is_found_as_by_reading_up_to_it() -> None:
     weights = tuple(np.random.default_rng(1).random(300).tolist())
     read, samples = Mixture(weights), 5 * 2**16
@@ -237,6 +262,8 @@ def test_the_order_is_the_one_of_earlier_versions() -> None:
     """A run continued by a later version must go on in the same order: these numbers never change."""
     _, within = SampleOrder((1000,), (1.0,), seed=1234).locate(np.arange(2998, 3010))
     assert within.tolist() == [290, 198, 126, 482, 739, 578, 217, 955, 921, 385, 775, 735]
+    _, within = SampleOrder((1024,), (1.0,), seed=1234).locate(np.arange(2998, 3010))  # just as many as ten bits hold
+    assert within.tolist() == [961, 507, 213, 898, 695, 101, 749, 814, 625, 37, 804, 914]
 
 
 def test_the_order_of_a_mixture_changes_only_with_its_number() -> None:

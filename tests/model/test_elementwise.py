@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tplaunch.model.norm import _RMSNorm
+from tplaunch.model.norm import RMSNorm, _RMSNorm
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import swiglu
 
@@ -84,6 +85,14 @@ def test_rms_norm() -> None:
     ours: Callable[..., Any] = lambda x, weight: _RMSNorm.apply(x.view_as(x), weight.view_as(weight), 1e-3)  # noqa: E731
     torch.testing.assert_close(ours(x, weight), F.rms_norm(x, (DIM,), weight, 1e-3))
     assert gradcheck(ours, (x, weight))
+
+
+def test_the_module_is_that_function_on_a_cpu() -> None:
+    """`F.rms_norm` gives the same numbers, and keeps more of them."""
+    x, module = draw(S, B, DIM), cast(Any, SimpleNamespace(weight=draw(DIM), eps=1e-3))
+    ours = RMSNorm.forward(module, x)
+    assert type(ours.grad_fn) is _RMSNorm._backward_cls
+    torch.testing.assert_close(ours, F.rms_norm(x, (DIM,), module.weight, 1e-3))
 
 
 def test_rms_norm_in_bf16_is_torchs_and_keeps_its_input_alone() -> None:

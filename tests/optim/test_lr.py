@@ -10,9 +10,9 @@ from tests.recipes import case, resolved
 from tplaunch.optim.lr import learning_rate
 
 
-def rates(steps: int, **schedule: Any) -> list[float]:
+def rates(steps: int, *, until: int | None = None, **schedule: Any) -> list[float]:
     raw = {**case(training={"steps": steps}, optimizer={"lr": 1.0}), "lr_schedule": schedule}
-    return [learning_rate(resolved(raw), step) for step in range(1, steps + 1)]
+    return [learning_rate(resolved(raw), step) for step in range(1, (until or steps) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_rates_by_hand(schedule: dict[str, Any], expected: list[float]) -> None:
 
 def test_wsd_decays_over_a_tenth() -> None:
     assert rates(40, decay="wsd")[35:] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert rates(5, decay="wsd") == [1.0, 1.0, 1.0, 1.0, 0.0]  # one step at least
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_rate_stays_where_the_run_ends(decay: str, warmup: int) -> None:
+    """`bench` takes more steps than a short recipe has."""
+    assert rates(10, until=14, decay=decay, warmup_steps=warmup, min_lr=0.25)[10:] == [0.25] * 4

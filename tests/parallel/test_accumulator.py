@@ -37,11 +37,11 @@ def test_rows_are_added_to_their_own_each_as_often_as_it_comes() -> None:
 
 
 def test_neighbours_in_memory_are_one_matrix() -> None:
-    storage = torch.arange(24.0).view(8, 3)
-    first, second, third = storage[1:3], storage[3:4], storage[4:8]
+    storage = torch.arange(2400.0).view(800, 3)
+    first, second, third = storage[100:300], storage[300:400], storage[400:800]
     (whole,) = merge([first, second, third])
-    assert torch.equal(whole, storage[1:]) and whole.data_ptr() == first.data_ptr()
-    for apart in ([first, third], [second, first], [first, second.clone()], [first, storage[3:5, :2]]):
+    assert torch.equal(whole, storage[100:]) and whole.data_ptr() == first.data_ptr()
+    for apart in ([first, third], [second, first], [first, second.clone()], [first, storage[300:500, :2]]):
         assert merge(apart) is apart
 
 

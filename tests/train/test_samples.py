@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_a_smaller_batch_goes_on_at_the_next_sample(world: World, tmp_path: Path
     assert read_by_all(world, recipe(corpus, 12, 4, dp), root) == list(range(64, 80))
     ramp = {"start": 4, "increment": 4, "steps": 13}  # a ramp that is still at its start
     assert read_by_all(world, recipe(corpus, 13, 8, dp, batch_ramp_up=ramp), root) == list(range(80, 84))
+
+
+def test_a_run_begins_with_nothing_done() -> None:
+    assert not any(asdict(TrainingProgress()).values())
 
 
 def test_checkpoints_of_the_first_version_tell_their_place_by_their_tokens() -> None:

@@ -29,6 +29,7 @@ def test_what_a_spike_is() -> None:
     for _ in range(4):
         median, window = find_spike(50.0, window, rule)
         assert median is None
+    assert find_spike(9.0, [4.0, 5.0, 6.0, 1.0], rule) == (4.5, []), "a window that was longer before the run resumed"
 
 
 def run(raw: dict[str, Any], root: str) -> list[tuple[int, float, float, int]]:
