@@ -25,7 +25,7 @@ from tplaunch.run.heartbeat import read_beats
 KILLS = int(os.environ.get("TPLAUNCH_SOAK_KILLS", "10"))  # of a run that trains; those during start-up come on top
 SEED = 4
 EVERY, AHEAD = 3, 12  # steps between saves; most whole steps that a start lives for
-STEPS = 8 * KILLS + 40
+STEPS = 20 * KILLS + 300  # more than lives between kills train, on a quick machine, too
 START_UP_S, STEP_S = 6.0, 0.1  # about
 SETTINGS = [
     *(*shape(1, 1, 2), f"training.steps={STEPS}", f"checkpoint.every={EVERY}"),

@@ -72,7 +72,7 @@ class FlatSharding:
         self.shards: list[ParameterShard] = []
         self.overlaps = overlap and (self.parts > 1 or mesh.dp_replicate > 1)
         # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
-        self.sums_whole = self.parts == 1 or mesh.device.type == "cpu"
+        self.sums_whole = self.parts == 1 or dist.get_backend(mesh.world.get_group("dp_shard")) == "gloo"
         self._accumulators: defaultdict[str, list[Accumulator]] = defaultdict(list)  # block -> of its matrices
         self._zeroed: list[Tensor] = []  # gradients of all that is no matrix
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
