@@ -88,6 +88,9 @@ def outline(
 def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
     training, zero = recipe.training, recipe.topology.zero
     module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
+    if training.compile:
+        for block in module.layers.values():
+            block.compile()
     sharding: Sharding
     if zero >= 2 and mesh.topology.dp > 1:
         sharding = _under_fsdp(recipe, mesh, module, parameters)
@@ -105,20 +108,15 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         module.block_begins = flat.block_begins
         if flat.overlaps:
             module.block_done = flat.block_done
-        if training.compile:
-            for block in module.layers.values():
-                block.compile()
     module.place_rope(training.seq_len, mesh.device)
     return Stage(index, module, sharding, parameters)
 
 
 def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters: dict[str, Parameter]) -> FsdpSharding:
     """Place a stage block by block and put it under FSDP2: no rank holds more than one whole block at a time."""
-    training, zero, precision = recipe.training, recipe.topology.zero, recipe.training.precision
+    zero, precision = recipe.topology.zero, recipe.training.precision
     for block in module.layers.values():
         block.to_empty(device=mesh.device)
-        if training.compile:
-            block.compile()
         shard(block, mesh.data_parallel, zero=zero, precision=precision)
     tied_here = recipe.model.tie_embeddings and module.embedding is not None and module.output is not None
     for name, part in module.named_children():

@@ -131,13 +131,12 @@ def square_sum(tensors: Iterable[Tensor]) -> Tensor:
     filled = [t for t in tensors if t.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64)
-    if filled[0].is_cuda:  # all in one call
-        return torch.stack(norms(filled)).square().sum()
-    rows = [row for tensor in filled for row in _rows(tensor.reshape(-1))]
-    total = torch.cat([torch.linalg.vector_norm(row, dim=-1) for row in rows]).to(torch.float64).square_().sum()
-    if 1e-30 < total < torch.inf:
-        return total
-    return torch.stack(norms(filled)).square().sum()  # squares that fp32 cannot hold
+    if not filled[0].is_cuda:
+        rows = [row for tensor in filled for row in _rows(tensor.reshape(-1))]
+        total = torch.cat([torch.linalg.vector_norm(row, dim=-1) for row in rows]).to(torch.float64).square_().sum()
+        if 1e-30 < total < torch.inf:  # else squares that fp32 cannot hold
+            return total
+    return torch.stack(norms(filled)).square().sum()
 
 
 def _rows(flat: Tensor, width: int = 256) -> list[Tensor]:

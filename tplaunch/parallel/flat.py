@@ -74,7 +74,7 @@ class FlatSharding:
         # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
         self.sums_whole = self.parts == 1 or dist.get_backend(mesh.world.get_group("dp_shard")) == "gloo"
         self._accumulators: defaultdict[str, list[Accumulator]] = defaultdict(list)  # block -> of its matrices
-        self._zeroed: list[Tensor] = []  # gradients of all that is no matrix
+        self._zeroed = [] if in_place else [self.gradients]  # gradients that no `Accumulator` writes over
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
         self._reductions: list[dist.Work] = []
@@ -97,8 +97,8 @@ class FlatSharding:
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradients[: local[0]]))
             else:
                 parameter.grad = gradients[: local[0]]
-            if not hasattr(parameter, "accumulator"):
-                self._zeroed.append(gradients)
+                if in_place:
+                    self._zeroed.append(gradients)
             _replace(module, name, parameter)
             master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
             if self.storage != self.compute:
@@ -210,10 +210,7 @@ class FlatSharding:
 
     def zero_grad(self) -> None:
         """See `Sharding`."""
-        if len(self._zeroed) == len(self.slots):
-            self.gradients.zero_()
-        else:
-            zero_in_place(self._zeroed)
+        zero_in_place(self._zeroed)
 
     def release(self) -> None:
         """See `Sharding`: weights are never let go of."""
