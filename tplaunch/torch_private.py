@@ -160,8 +160,9 @@ def as_parameter(data: DTensor) -> nn.Parameter:
 
 
 def zero_in_place(tensors: list[Tensor]) -> None:
-    """Set tensors to zero in one call."""
-    _get(torch, "_foreach_zero_", "torch._foreach_zero_")(tensors)
+    """Set tensors, if any, to zero in one call."""
+    if tensors:
+        _get(torch, "_foreach_zero_", "torch._foreach_zero_")(tensors)
 
 
 def scale_in_place(tensors: list[Tensor], factor: float) -> None:
