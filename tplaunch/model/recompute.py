@@ -43,7 +43,7 @@ def compiled(again: frozenset[Part]) -> Run:
     return run
 
 
-class Recomputation(saved_tensors_hooks):
+class Recomputation:
     """Within a `with` block, one pass of a transformer block; as a function, a `Run`.
 
     Args:
@@ -51,17 +51,17 @@ class Recomputation(saved_tensors_hooks):
     """
 
     def __init__(self, again: frozenset[Part]) -> None:
-        super().__init__(self._pack, _unpack)
         self.again = again
+        self._hooks = saved_tensors_hooks(self._pack, _unpack)
         # By storage. It is not kept alive, but its number stays its own.
         self._made: dict[int, tuple[_Made, int, Any]] = {}
 
     def __enter__(self) -> Recomputation:
-        super().__enter__()
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        self._hooks.__exit__(*error)
         self._made = {}  # what is saved holds this object
 
     def __call__(self, part: Part, function: Callable[..., Any], *inputs: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
+from tplaunch.recipe.schema import Part
+from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
 
 
@@ -58,24 +60,39 @@ def hidden_bytes(case: Case) -> float:
     return case.tokens * case.model.hidden_size * case.compute_bytes / slices
 
 
-def block_activations(case: Case) -> float:
-    """Bytes that one block keeps for its backward pass, for one microbatch, when nothing is recomputed.
-
-    hidden states: input, normed input, middle, normed middle; q, k, v and the attention's output; the MLP's
-    pre-activations and what they become; statistics of norms (fp32) and of the softmax (fp32 each head).
-    """
+def block_tensors(case: Case) -> dict[str, float]:
+    """Bytes of a block's tensors for one microbatch, by their names in `tplaunch.spec.recompute`."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
-    fp32 = max(4, width)
     heads, kv_heads = local_heads(case)
-    attention = tokens * (2 * heads + 2 * kv_heads) * model.head_dim * width
-    if model.qk_norm:  # q and k as they were before their norms
-        attention += tokens * (heads + kv_heads) * (model.head_dim * width + fp32)
-    softmax = 0 if case.attention_recomputed else tokens * heads * fp32
-    ffn_tensors = 3 if model.activation == "swiglu" else 2
-    mlp = tokens * ffn_tensors * (model.ffn_hidden_size // tp) * width
+    head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
+    ffn = tokens * (model.ffn_hidden_size // tp) * width
+    return {
+        "input": hidden,
+        "normed": hidden,
+        "projected": (heads + 2 * kv_heads) * head,
+        "turned": (heads + (1 if model.qk_norm else 2) * kv_heads) * head,
+        "attended": heads * head,
+        "softmax": tokens * heads * max(4, width),
+        "middle": hidden,
+        "middle_normed": hidden,
+        "inside": (2 if model.activation == "swiglu" else 1) * ffn,
+        "activated": ffn,
+    }
+
+
+def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
+    """Bytes that one block keeps for its backward pass, for one microbatch: tensors, and the statistics of norms, which
+    are fp32 numbers for each token, and for each head where heads have norms.
+
+    Args:
+        parts: what it makes again.
+    """
+    tensors = block_tensors(case)
     statistics = 2 * norm_statistics(case)
-    return 4 * hidden_bytes(case) + attention + softmax + mlp + statistics
+    if case.model.qk_norm:
+        statistics += case.tokens * sum(local_heads(case)) * max(4, case.compute_bytes)
+    return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics
 
 
 def local_heads(case: Case) -> tuple[int, int]:
@@ -115,8 +132,7 @@ def document_mask(case: Case) -> float:
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
     hidden = hidden_bytes(case)
-    recomputed = case.recomputed(stage)
-    total = recomputed * hidden + (len(stage.layers) - recomputed) * block_activations(case) + document_mask(case)
+    total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + document_mask(case)
     if stage.first:
         total += embedding_activations(case)
     elif stage.layers:
@@ -176,16 +192,29 @@ def loss_working(case: Case) -> float:
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
-def block_working(case: Case) -> float:
+def block_working(case: Case, parts: frozenset[Part]) -> float:
     """Temporaries of a block's backward pass at its fullest, in the MLP: gradients of the MLP's inside, less what was
     kept and is used up by then; the down projection's gradient, where no matmul adds it to the sum by itself; the
-    hidden states' gradient, whole and as a slice."""
+    hidden states' gradient, whole and as a slice; what was made again by then, and its own users await.
+
+    Args:
+        parts: what is made again.
+    """
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
     inside = case.tokens * ffn * (2 if model.activation == "swiglu" else 1)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
-    return (inside + product + whole) * width + hidden_bytes(case)
+    tensors, awaited = block_tensors(case), {name for step in block_steps(model) for name in step.needs}
+
+    def made_for(*names: str) -> float:
+        made = kept(model, parts, frozenset(names)).made
+        return sum(tensors[name] for step in made for name in step.gives if name in awaited)
+
+    # In the backward pass of the activation, or of the first projections, when what these needed is gone.
+    gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, parts).kept)
+    again = max(made_for("inside", "activated"), made_for("middle_normed") - gone)
+    return (inside + product + whole) * width + hidden_bytes(case) + again
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
@@ -279,9 +308,7 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
             if not case.flat:
-                one = (
-                    hidden_bytes(case) if case.recipe.training.recomputes(stage.layers[-1]) else block_activations(case)
-                )
+                one = block_activations(case, chosen(case.recipe.training, stage.layers[-1]))
                 left = max(0.0, after_head - one)
                 moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
     if ends and not case.flat:
@@ -291,13 +318,17 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
 
 
 def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
-    """The backward pass of a stage's last block, and of the last that is computed again."""
-    moments = [_Moment(held, working=block_working(case), buffers=buffers)]
+    """The backward pass of a stage's last block of each set of parts that are made again."""
+    moments = []
+    unseen = set(case.recomputes(stage))
     for layer in reversed(stage.layers):
-        if case.recipe.training.recomputes(layer):
-            moments.append(_Moment(held, working=block_working(case) + block_activations(case), buffers=buffers))
+        parts = chosen(case.recipe.training, layer)
+        if parts in unseen:
+            moments.append(_Moment(held, working=block_working(case, parts), buffers=buffers))
+            unseen.remove(parts)
+        if not unseen:
             break
-        held = max(0.0, held - block_activations(case))
+        held = max(0.0, held - block_activations(case, parts))
     return moments
 
 

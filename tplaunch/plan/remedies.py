@@ -10,7 +10,7 @@ from typing import Any
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import Plan, estimate
-from tplaunch.recipe.schema import Every
+from tplaunch.recipe.schema import Recompute
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ def single_changes(case: Case) -> Iterator[Change]:
     for zero in range(parallelism.zero + 1, 4):
         if topology.dp > 1:
             yield Change({"topology.zero": zero})
-    if training.recompute in ("none", "selective"):
-        yield Change({"training.recompute": Every(every=2)})
+    if training.recompute == "none":
+        yield Change({"training.recompute": "cheap"})
+    if training.recompute in ("none", "cheap"):
+        yield Change({"training.recompute": Recompute(every=2)})
     if training.recompute != "full":
         yield Change({"training.recompute": "full"})
     if training.micro_batch_size > 1:

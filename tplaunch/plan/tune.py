@@ -17,16 +17,15 @@ from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_exposed, estimate
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Every, Recipe
+from tplaunch.recipe.schema import Recipe, Recompute
 from tplaunch.spec.schedules import SCHEDULES
 from tplaunch.units import GiB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-RECOMPUTE: tuple[Any, ...] = ("none", Every(every=2), "full")
+RECOMPUTE: tuple[Any, ...] = ("none", Recompute(every=2), "full")
 # Fraction of GPU memory to leave free, against fragmentation.
 HEADROOM = 0.05
-# As fast as 1f1b, it only holds more. (Selective recomputation is not tried either: with FlashAttention it saves next
-# to nothing.)
+# As fast as 1f1b, it only holds more.
 _NOT_TRIED = ("gpipe",)
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8)
 _KEYS = (

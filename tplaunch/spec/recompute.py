@@ -11,7 +11,7 @@ it, and the trainer's block is held to it by test.
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Training
@@ -68,12 +68,15 @@ def sets(training: Training, layers: range) -> dict[frozenset[Part], int]:
     return Counter(chosen(training, layer) for layer in layers)
 
 
-@lru_cache(maxsize=4096)
 def effective(model: Model, parts: frozenset[Part]) -> frozenset[Part]:
     """Of these parts those that save something, see `PARTS`; the others are not made again."""
-    without = {"down"} & parts
-    if not model.qk_norm and ("rotary" in parts) != ("qkv" in parts):
-        without |= {"rotary"} if "rotary" in parts or model.position != "rope" else {"qkv"}
+    return _effective(model.qk_norm, model.position == "rope", parts)
+
+
+def _effective(norms_heads: bool, rotates: bool, parts: frozenset[Part]) -> frozenset[Part]:
+    without: set[Part] = {"down"}
+    if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
+        without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
 
 
@@ -83,9 +86,14 @@ def block_steps(model: Model) -> tuple[Step, ...]:
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
     and norms of heads attends with what was `projected`.
     """
-    turns = model.qk_norm or model.position == "rope"
-    heads = ("turned", "projected") if model.qk_norm else ("turned",) if turns else ("projected",)
-    rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if model.qk_norm else ())] if turns else []
+    return _steps(model.qk_norm, model.position == "rope")
+
+
+@cache
+def _steps(norms_heads: bool, rotates: bool) -> tuple[Step, ...]:
+    turns = norms_heads or rotates
+    heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
+    rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
     return (
         Step("norm", ("input",), ("normed",), ("input",)),
         Step("qkv", ("normed",), ("projected",), ("normed",)),
@@ -111,7 +119,6 @@ class Kept(NamedTuple):
     made: tuple[Step, ...]
 
 
-@lru_cache(maxsize=4096)
 def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = None) -> Kept:
     """What a block keeps for its backward pass, and what runs again there.
 
@@ -119,7 +126,12 @@ def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = N
         parts: what is made again.
         needed: tensors to be had; default: all that the backward pass needs.
     """
-    steps, parts = block_steps(model), effective(model, parts)
+    return _kept(model.qk_norm, model.position == "rope", parts, needed)
+
+
+@cache
+def _kept(norms_heads: bool, rotates: bool, parts: frozenset[Part], needed: frozenset[str] | None) -> Kept:
+    steps, parts = _steps(norms_heads, rotates), _effective(norms_heads, rotates, parts)
     again = {name: step for step in steps if step.part in parts for name in step.gives}
     open_ = list(needed or {name for step in steps for name in step.needs})
     stays, made = set(), set()

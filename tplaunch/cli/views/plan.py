@@ -82,7 +82,12 @@ def _headline(case: Case) -> str:
 
 def recompute_text(case: Case) -> str:
     recompute = case.recipe.training.recompute
-    return recompute if isinstance(recompute, str) else f"every {recompute.every}"
+    if isinstance(recompute, str):
+        return recompute
+    if recompute.every is not None:
+        return f"every {recompute.every}"
+    parts = recompute.again if recompute.save is None else recompute.save
+    return f"{'again' if recompute.save is None else 'all but'} {', '.join(parts or ['nothing'])}"
 
 
 def _transient(memory: Memory) -> float:
