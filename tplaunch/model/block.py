@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
-from torch.utils.checkpoint import checkpoint
 
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
-from tplaunch.model.recompute import Recomputation, Run, compiled, run_once
+from tplaunch.model.recompute import Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import swiglu
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model, Part
-from tplaunch.spec.recompute import ALL, effective
+from tplaunch.spec.recompute import effective
 
 
 class Attention(nn.Module):
@@ -66,6 +65,10 @@ class Attention(nn.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
+    def leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
+        return x + self.wo(attended)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d].
@@ -96,6 +99,10 @@ class MLP(nn.Module):
         """What `enter` gives -> [s, b, ffn/tp]."""
         return F.gelu(x, approximate="tanh") if self.gate is None else swiglu(x)
 
+    def leave(self, x: Tensor, activated: Tensor) -> Tensor:
+        """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
+        return x + self.down(activated)
+
 
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
@@ -107,7 +114,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, model: Model, mesh: Mesh, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
         self.again = effective(model, again)
-        self.whole = again == ALL
+        self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
         self.attention = Attention(model, mesh)
         self.mlp_norm = make_norm(model, tp=mesh.tp)
@@ -125,12 +132,22 @@ class TransformerBlock(nn.Module):
         """
         if not self.again or not torch.is_grad_enabled():
             return self._forward(run_once, x, rope, mask, cache)
-        if not torch.compiler.is_compiling():
-            with Recomputation(self.again) as run:
-                return self._forward(run, x, rope, mask)
-        if self.whole:
-            return checkpoint(self._forward, run_once, x, rope, mask, use_reentrant=False)
-        return self._forward(compiled(self.again), x, rope, mask)
+        with Recomputation(self.again, compiled=self.compiled) as run:
+            return self._forward(run, x, rope, mask)
+
+    def compile_parts(self) -> None:
+        """Compile each part by itself. Between them are matmuls, attention and the sum of one residual stream: next to
+        nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
+        again is what was made."""
+        self.compiled = True
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.compile()
+        for owner, names in (
+            (self.attention, ("project", "turn", "leave")),
+            (self.mlp, ("enter", "activate", "leave")),
+        ):
+            for name in names:
+                setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
         self, run: Run, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
@@ -143,8 +160,8 @@ class TransformerBlock(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         attended = run("core_attention", partial(attend, mask=mask), q, k, v)
-        x = run("attention_output", lambda x, attended: x + attention.wo(attended), x, attended)
+        x = run("attention_output", attention.leave, x, attended)
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
-        return x + mlp.down(activated)
+        return run("down", mlp.leave, x, activated)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from tplaunch.parallel.split_backward import reads_activations
 from tplaunch.recipe.schema import Part
@@ -33,25 +32,17 @@ def run_once(part: Part, function: Callable[..., Any], *inputs: Any) -> Any:
     return function(*inputs)
 
 
-def compiled(again: frozenset[Part]) -> Run:
-    """How parts run under `torch.compile`, which decides itself what it keeps, but for regions that are marked: each
-    part of these is one. (What one region gives to another is kept.)"""
-
-    def run(part: Part, function: Callable[..., Any], *inputs: Any) -> Any:
-        return checkpoint(function, *inputs, use_reentrant=False) if part in again else function(*inputs)
-
-    return run
-
-
 class Recomputation:
     """Within a `with` block, one pass of a transformer block; as a function, a `Run`.
 
     Args:
         again: the parts that are made again.
+        compiled: whether they run compiled.
     """
 
-    def __init__(self, again: frozenset[Part]) -> None:
+    def __init__(self, again: frozenset[Part], *, compiled: bool = False) -> None:
         self.again = again
+        self.compiled = compiled
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
         # By storage. It is not kept alive, but its number stays its own.
         self._made: dict[int, tuple[_Made, int, Any]] = {}
@@ -78,7 +69,7 @@ class Recomputation:
 
     def _note(self, function: Callable[..., Any], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         read = {storage_id(x) for x in inputs}
-        made = _Made(function, [self._find(x) or x.detach() for x in inputs])
+        made = _Made(function, [self._find(x) or x.detach() for x in inputs], compiled=self.compiled)
         for place, output in enumerate(outputs):
             number = storage_id(output)
             if number not in read and number not in self._made:
@@ -112,11 +103,14 @@ class _Made:
     Args:
         function: makes it.
         inputs: what it is made from.
+        compiled: made with a graph, which is thrown away: a compiled function is then the same as in the forward pass,
+            bit for bit.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: list[Tensor | _View]) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: list[Tensor | _View], *, compiled: bool) -> None:
         self.function = function
         self.inputs = inputs
+        self.compiled = compiled
         self.users = 0  # that have yet to have it in this backward pass
         self._later = 0  # in the next one, where a schedule splits it
         self._outputs: tuple[Tensor, ...] | None = None
@@ -125,9 +119,10 @@ class _Made:
         """Make it, if it is not there."""
         if self._outputs is not None:
             return self._outputs
-        with torch.no_grad():
-            outputs = self.function(*(x if isinstance(x, Tensor) else x.value() for x in self.inputs))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        with torch.set_grad_enabled(self.compiled):
+            inputs = (x if isinstance(x, Tensor) else x.value() for x in self.inputs)
+            given = self.function(*(x.detach().requires_grad_(self.compiled) for x in inputs))
+        outputs = tuple(x.detach() for x in (given if isinstance(given, tuple) else (given,)))
         if not self.users:  # the second half of a backward pass
             self.users, self._later = self._later, 0
         self._outputs = outputs if self.users else None

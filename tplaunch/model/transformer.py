@@ -119,6 +119,12 @@ class TransformerStage(nn.Module):
             return x
         return _Leaving.apply(x, partial(self.block_done, block))
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks, part by part."""
+        for block in self.layers.values():
+            assert isinstance(block, TransformerBlock)
+            block.compile_parts()
+
     def place_rope(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
         if self.spec.position == "rope":
