@@ -43,7 +43,10 @@ class Recomputation:
     def __init__(self, again: frozenset[Part], *, compiled: bool = False) -> None:
         self.again = again
         self.compiled = compiled
-        self._hooks = saved_tensors_hooks(self._pack, _unpack)
+        hooks: list[Callable[..., Any]] = [self._pack, _unpack]
+        if compiled:  # what a compiled function calls would be compiled, too
+            hooks = [torch.compiler.disable(hook) for hook in hooks]
+        self._hooks = saved_tensors_hooks(*hooks)
         # By storage. It is not kept alive, but its number stays its own.
         self._made: dict[int, tuple[_Made, int, Any]] = {}
 
