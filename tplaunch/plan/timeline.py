@@ -9,7 +9,7 @@ from math import floor, log10
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import StageWorks
-from tplaunch.plan.orders import KIND_NAMES
+from tplaunch.spec.orders import KIND_NAMES
 from tplaunch.plan.schedule import Timeline, simulate
 
 # Fill of each kind, the later chunks of a rank darker (Okabe and Ito's palette, told apart by the colour-blind).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer import style
 
-from tplaunch.plan.orders import KIND_NAMES
+from tplaunch.spec.orders import KIND_NAMES
 from tplaunch.plan.schedule import Timeline
 
 KIND_COLOURS = {"F": "blue", "B": "green", "I": "cyan", "W": "yellow"}
