@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
-from tplaunch.spec.orders import Action
+from tplaunch.spec.orders import Action, actions_of
 from tplaunch.spec.schedules import stage_rank
 
 What = Literal["output", "input gradient"]
@@ -63,9 +64,7 @@ def made(action: Action, last: int) -> Message | None:
     return Message("input gradient", stage, microbatch) if kind != "W" and stage > 0 else None
 
 
-def with_messages(
-    orders: Sequence[Sequence[Action]], schedule: str, num_stages: int
-) -> list[list[Action | Transfer]]:
+def with_messages(orders: Sequence[Sequence[Action]], schedule: str, num_stages: int) -> list[list[Action | Transfer]]:
     """Each rank's passes with its sends and receives among them.
 
     All ranks' passes are put into one sequence: in turn each rank does one, if it has what that needs. A message is
@@ -115,3 +114,40 @@ def with_messages(
             stuck = next(rank for rank, order in enumerate(orders) if at[rank] < len(order))
             raise ValueError(f"deadlock: pipeline rank {stuck} waits for ever before {orders[stuck][at[stuck]]}")
     return found
+
+
+@cache
+def messages_held(schedule: str, pp: int, virtual_stages: int, microbatches: int) -> list[int]:
+    """By pipeline rank, the most messages that it holds while a backward pass runs, besides the inputs of microbatches
+    in flight: inputs that have come early, gradients from their receive to the end of the backward pass that they
+    begin, and of each kind the last that was sent.
+
+    Their number does not depend on that of the microbatches, once the pipeline is full: that of a few rounds is told.
+    """
+    rounds = max(1, microbatches // pp)
+    few = microbatches if rounds <= _ROUNDS else _ROUNDS * (microbatches // rounds)
+    orders = [actions_of(schedule, rank, pp, virtual_stages, few) for rank in range(pp)]
+    last = pp * virtual_stages - 1
+    return [_most_held(program, last) for program in with_messages(orders, schedule, last + 1)]
+
+
+_ROUNDS = 3  # of about pp microbatches
+
+
+def _most_held(program: Iterable[Action | Transfer], last: int) -> int:
+    there = kept = most = 0  # kept: gradients that the first stage leaves to the second half of its backward pass
+    sent: set[What] = set()
+    for item in program:
+        if isinstance(item, Transfer):
+            there += 1 if item.way == "receive" else -1
+            if item.way == "send":
+                sent.add(item.message.what)
+            continue
+        used = needed(item, last) is not None
+        there -= used
+        if item.kind != "F":
+            most = max(most, there + kept + len(sent) + used)
+        if item.stage == 0 and item.kind in "IW":
+            kept += 1 if item.kind == "I" else -1
+        there += made(item, last) is not None
+    return most
