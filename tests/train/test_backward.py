@@ -56,19 +56,6 @@ def test_the_output_is_not_kept() -> None:
     assert passed.whole(torch.ones(3)) is not None
 
 
-def test_what_leads_to_no_weight_is_let_go_of_after_the_first_half() -> None:
-    module = net()
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    middle = module(x)
-    kept = weakref.ref(middle.untyped_storage())  # by the last Tanh, which stands above all weights
-    passed = Pass(x, middle * 2)
-    del middle
-    assert kept() is not None
-    passed.input_half(torch.ones(3, 4, dtype=torch.float64))
-    assert kept() is None
-    passed.weight_half()
-
-
 def test_a_weight_that_is_used_twice_is_refused() -> None:
     """Its gradient from the first place would be counted again from the second."""
     layer = nn.Linear(4, 4)

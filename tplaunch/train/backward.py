@@ -24,7 +24,9 @@ class Pass:
 
     def __init__(self, x: Tensor, output: Tensor) -> None:
         self._x: Tensor | None = x if x.requires_grad else None
-        self._output: GradientEdge | None = get_gradient_edge(output)
+        # Kept to the end of a second half, too: up to torch 2.12 a node of an autograd function lives no longer than
+        # what stands above it. Above all weights that is next to nothing.
+        self._output = get_gradient_edge(output)
         self._grad: Tensor | None = None
         self._waiting: list[_Waiting] = []
 
@@ -37,14 +39,12 @@ class Pass:
         Returns:
             The gradient of the input; None for tokens.
         """
-        assert self._output is not None
         torch.autograd.backward(self._output, grad)
         return None if self._x is None else self._x.grad
 
     def input_half(self, grad: Tensor) -> Tensor | None:
         """As `whole`, without the gradients of weights: `weight_half` must follow. All is left to that where the input
         wants no gradient."""
-        assert self._output is not None
         if self._x is None:
             self._grad = grad
             return None
@@ -55,7 +55,6 @@ class Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        self._output = self._x = None  # of the graph only what leads to weights is needed now
         return grad_x
 
     def weight_half(self) -> None:
