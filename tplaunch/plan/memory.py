@@ -2,8 +2,8 @@
 
 Each function is one term, so that one can be corrected by measurement. What is kept follows the trainer: flat buffers
 of weights and gradients, or FSDP2 with its gathering and reduction where ZeRO 2 or 3 shards gradients; activations as
-in Korthikanti et al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; the buffers of
-`torch.distributed.pipelining`.
+in Korthikanti et al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; messages between
+pipeline stages from their receive to their last use.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Part
+from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
 
@@ -29,7 +30,7 @@ class Memory(NamedTuple):
         loss: logits of a chunk, and the gradients of the head.
         working: temporaries of the block at work: recomputed insides, gradients, gathered sequences.
         data_parallel_buffers: all-gather and reduce-scatter buffers of FSDP2; flat buffers need none.
-        pipeline_buffers: receive buffers, one for every microbatch.
+        pipeline_buffers: what has come from other pipeline stages, or is on its way to them.
         overhead: CUDA context, communicators, workspaces, fragmentation: outside what torch counts as allocated.
     """
 
@@ -131,16 +132,11 @@ def document_mask(case: Case) -> float:
 
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
-    hidden = hidden_bytes(case)
     total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + document_mask(case)
     if stage.first:
         total += embedding_activations(case)
-    elif stage.layers:
-        total -= hidden  # the input lies in its receive buffer
     if stage.last:
         total += head_activations(case)
-    else:
-        total += hidden  # the output waits for its gradient
     return total
 
 
@@ -243,24 +239,13 @@ def gathering(case: Case) -> float:
     return case.block_weights * case.compute_bytes if case.zero == 3 and not case.flat else 0.0
 
 
-def pipeline_buffers(case: Case, stages: list[Stage], in_flight: float) -> float:
-    """What torch's pipeline stages receive, forward and backward: a buffer for each microbatch, kept from step to step
-    (what the rank's next stage takes over directly is kept as long). And, where a rank has several stages, what it has
-    sent, which torch keeps to the end of the step.
-
-    Args:
-        in_flight: microbatches in flight on the rank, counted once for each of its stages: those not yet sent back.
-    """
+def pipeline_buffers(case: Case, pp_rank: int) -> float:
+    """What passes between stages, apart from the inputs of microbatches in flight (`stage_activations`): inputs that
+    have come early, gradients that a backward pass waits for or begins with, what is being sent."""
     if case.topology.pp == 1:
         return 0.0
-    here = {stage.index for stage in stages}
-    received = sum((not stage.first) + (not stage.last) for stage in stages)
-    sent = 0.0
-    if len(stages) > 1:
-        leaving = sum(not s.first and s.index - 1 not in here for s in stages)
-        leaving += sum(not s.last and s.index + 1 not in here for s in stages)
-        sent = leaving * max(0.0, case.microbatches - in_flight / len(stages))
-    return (received * case.microbatches + sent) * hidden_bytes(case)
+    held = messages_held(case.schedule, case.topology.pp, case.virtual_stages, case.microbatches)
+    return held[pp_rank] * hidden_bytes(case)
 
 
 # NCCL's and cuBLAS's shares, of the order that `nvidia-smi` shows above torch's own reserve on A100 and H100.
@@ -355,6 +340,6 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         loss=fullest.loss,
         working=fullest.working,
         data_parallel_buffers=fullest.buffers,
-        pipeline_buffers=pipeline_buffers(case, stages, step.in_flight[pp_rank]),
+        pipeline_buffers=pipeline_buffers(case, pp_rank),
         overhead=overhead(case, fullest.total + gradient),
     )

@@ -1,11 +1,11 @@
-"""The timing of a pipeline schedule for given costs: each rank's order (`plan.orders`) run against the clock."""
+"""The timing of a pipeline schedule for given costs: each rank's order (`spec.orders`) run against the clock."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tplaunch.plan.orders import Action, Kind, actions_of
+from tplaunch.spec.orders import Action, Kind, actions_of
 from tplaunch.spec.schedules import SCHEDULES, stage_rank
 
 
