@@ -225,9 +225,10 @@ class Training(Section):
     steps: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     precision: Precision = "bf16"
-    recompute: Literal["none", "cheap", "full"] | Recompute = Field(
+    recompute: Literal["none", "cheap", "full", "auto"] | Recompute = Field(
         "none",
-        description="what blocks make again in their backward passes; cheap: norm, rotary, activation",
+        description="what blocks make again in their backward passes; cheap: norm, rotary, activation; "
+        "auto: what costs least of all that fits on the GPU",
     )
     compile: bool = False
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0

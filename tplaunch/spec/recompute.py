@@ -50,10 +50,11 @@ class Step(NamedTuple):
 
 
 def chosen(training: Training, layer: int) -> frozenset[Part]:
-    """The parts that a recipe has a block, by its global number, make again."""
+    """The parts that a recipe has a block, by its global number, make again; none while `auto` is not decided
+    (`tplaunch.plan.recomputation`)."""
     recompute = training.recompute
     if isinstance(recompute, str):
-        return {"none": frozenset[Part](), "cheap": CHEAP, "full": ALL}[recompute]
+        return {"none": frozenset[Part](), "cheap": CHEAP, "full": ALL, "auto": frozenset[Part]()}[recompute]
     if recompute.every is not None:
         return ALL if layer % recompute.every == 0 else frozenset()
     if recompute.again is not None:
