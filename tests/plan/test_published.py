@@ -13,12 +13,13 @@ from typing import Any, Literal
 import pytest
 
 from tplaunch.plan.case import Case
-from tplaunch.plan.estimate import estimate
+from tplaunch.plan.estimate import block_work, estimate
 from tplaunch.plan.memory import block_activations
 from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import GPUS, Gpu
 from tplaunch.spec.parameters import parameter_count
+from tplaunch.spec.recompute import ALL
 from tplaunch.spec.resolve import resolve
 from tplaunch.units import GiB
 
@@ -45,13 +46,22 @@ class Point:
 
     def predicted(self) -> float:
         plan = estimate(self.case)
+        seconds, flops = plan.step_seconds, plan.hardware_flops_per_token
+        # Theirs compute whole blocks again; ours leaves out the last projection and its sum, which nothing needs.
+        model, work = self.case.model, block_work(self.case)
+        whole = [
+            sum(self.case.recomputes(s).get(ALL, 0) for s in self.case.stages_on(r))
+            for r in range(self.case.topology.pp)
+        ]
+        down = work.parts["down"].forward + work.traffic.again_seconds(["down"])
+        seconds += self.case.microbatches * max(whole) * down / (1 - plan.step.bubble)
+        flops += sum(whole) * 2 * model.ffn_hidden_size * model.hidden_size
+        tokens = self.case.tokens_per_step / seconds / self.case.topology.world_size
         if self.unit == "s":
-            return plan.step_seconds
+            return seconds
         if self.unit == "mfu":
-            return plan.mfu
-        if self.unit == "hardware TFLOP/s":
-            return plan.hfu * self.case.gpu.peak["bf16"] / 1e12
-        return plan.tokens_per_second / self.case.topology.world_size
+            return plan.mfu * plan.step_seconds / seconds
+        return tokens * flops / 1e12 if self.unit == "hardware TFLOP/s" else tokens
 
     def error(self) -> float:
         """Error of the predicted step time, as a share of the measured; positive: predicted slower than it was."""
