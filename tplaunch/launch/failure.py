@@ -31,8 +31,8 @@ _WAITED = re.compile(r".*(Timed out waiting|collective operation timeout).*")
 
 _ADVICE = {
     "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
-    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute to cheap or full, or raise topology.tp "
-    "or pp",
+    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute to cheap or full, or raise "
+    "topology.tp or pp",
 }
 
 
