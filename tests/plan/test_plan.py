@@ -21,17 +21,18 @@ from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.errors import RecipeError, TplaunchError
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change, with_values
-from tplaunch.plan.communication import Group, axis_group, collective_seconds
+from tplaunch.plan.communication import Group, Kind, axis_group, collective_seconds
 from tplaunch.plan.estimate import Plan, block_work, estimate
 from tplaunch.plan.recomputation import HEADROOM, options
 from tplaunch.plan.remedies import remedies
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg, timeline_trace
 from tplaunch.plan.tune import candidates, quick_look, tune
 from tplaunch.recipe.load import load_recipe
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Part, Recipe
 from tplaunch.recipe.shipped import shipped_recipes
 from tplaunch.spec.gpu import GPUS, detect_gpu, find_gpu, write_gpu
 
+ATTENTION: list[Part] = ["qkv", "rotary", "core_attention", "attention_output"]
 LARGE = ["llama3-8b", "llama3-70b", "llama3-405b", "megatron-1t", "gpt3-175b", "gpt2-124m", "qwen3-8b"]
 
 
@@ -344,3 +345,30 @@ def test_plans_grow_as_they_should() -> None:
     longer: dict[str, Any] = plan("training.steps=40000").as_dict()
     assert longer["gpu_hours"] == pytest.approx(2 * base.gpu_hours)
     assert plan("hardware.gpu=a100-80gb").step_seconds > base.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("recompute", "made", "collectives"),
+    [
+        ("cheap", ["norm", "norm", "activation"], {}),
+        ("{again: [core_attention]}", ["core_attention"], {}),
+        ("{again: [norm, gate_up]}", ["norm", "norm", "gate_up"], {"all-gather": 1}),
+        ("{again: [attention_output]}", ["attention_output"], {"reduce-scatter": 1}),
+        ("{save: [gate_up, down]}", [*["norm"] * 2, *ATTENTION, "activation"], {"all-gather": 1, "reduce-scatter": 1}),
+        ("full", [*["norm"] * 2, *ATTENTION, "gate_up", "activation"], {"all-gather": 2, "reduce-scatter": 1}),
+    ],
+)
+def test_what_is_made_again_takes_its_forward_pass_once_more(
+    recompute: str, made: list[Part], collectives: dict[Kind, int]
+) -> None:
+    none, again = (estimate(case("llama3-8b", f"training.recompute={way}")) for way in ("none", recompute))
+    work = block_work(again.case)
+    passes = again.case.microbatches * again.case.model.num_layers
+    sent = sum(count * work.traffic.call_seconds[kind] for kind, count in collectives.items())
+    seconds = sum(work.parts[part].forward for part in made) + sent
+    assert again.breakdown.recompute == pytest.approx(passes * seconds)
+    assert again.breakdown.compute == none.breakdown.compute
+    calls = [{item.kind: item.calls for item in plan.traffic[0] if item.axis == "sp"} for plan in (none, again)]
+    assert {kind: calls[1][kind] - calls[0][kind] for kind in calls[0]} == {
+        kind: passes * collectives.get(kind, 0) for kind in calls[0]
+    }

@@ -117,13 +117,16 @@ def block_parts(case: Case) -> dict[Part, Passes]:
 
 
 def head(case: Case) -> Passes:
-    """Final norm, output layer and loss; the logits are computed again in the backward pass."""
+    """Final norm, output layer and loss. Where weight gradients are added up in place, the forward pass makes the loss's
+    gradients too, while its logits exist; elsewhere the backward pass computes the logits again."""
     model, tp, tokens = case.model, case.topology.tp, case.tokens
     columns = model.padded_vocab_size // tp
     output = linear(case, tokens, columns, model.hidden_size)
     # Widened logits are read and written about four times each way, in fp32.
     fp32_logits = tokens * columns * max(4, case.compute_bytes)
     logits = pointwise(case, 4 * fp32_logits, 5 * fp32_logits, kernels=10)
+    if case.accumulates_in_place:
+        return Passes((output + logits).total)
     return output + logits + Passes(0.0, output.forward)
 
 
