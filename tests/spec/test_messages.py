@@ -70,6 +70,22 @@ def test_no_two_ranks_wait_for_each_other(schedule: str, stages: int) -> None:
         assert heads == list(map(len, waiting)), f"{pp=} {m=}"
 
 
+@pytest.mark.parametrize(("schedule", "stages"), CASES)
+def test_no_two_ranks_exchange_messages_at_one_point(schedule: str, stages: int) -> None:
+    """There is nothing to batch: where one of them sends and receives, the other has a pass between the two."""
+    for pp in (2, 4, 8):
+        pairs = [
+            {
+                frozenset((one.message, other.message))
+                for one, other in pairwise(program)
+                if isinstance(one, Transfer) and isinstance(other, Transfer) and one.way != other.way
+            }
+            for program in programs(schedule, pp, stages, 4 * pp)
+        ]
+        assert any(pairs)
+        assert not any(ours & theirs for i, ours in enumerate(pairs) for theirs in pairs[:i])
+
+
 def test_receives_are_posted_before_the_pass_ahead_of_theirs() -> None:
     """So that they come while that one runs: every input of the last rank of 1F1B, once the pipeline is full."""
     program = programs("1f1b", 4, 1, 16)[3]
