@@ -63,7 +63,7 @@ class Cuts:
         whole, before, alone, after = map(self._split, (near, left, left[-1], left[-1] + right))
         if after[: len(alone)] == alone and whole == before + after[len(alone) :]:
             return True
-        if self._model is None or not len(whole) == len(before) == len(alone) == len(after) == 1:
+        if not len(whole) == len(before) == len(alone) == len(after) == 1 or self._model is None:
             return False
         behind = after[0][len(alone[0]) :]
         fits = after[0].startswith(alone[0]) and whole[0] == before[0] + behind and before[0][-1:] == alone[0][-1:]

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
-from pathlib import Path
-from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tplaunch.data.text import Block
 from tplaunch.data.tokenizer import Tokenizer
-from tplaunch.errors import Problem, TplaunchError
+from tplaunch.errors import Problem
 
-_POOL_FROM = 4 << 20  # input bytes from which other processes are worth their start
 _TOGETHER = 1 << 18  # characters of whole texts that are tokenized in one call
 
 
@@ -71,64 +64,32 @@ def _groups(texts: list[str]) -> Iterator[list[str]]:
 
 
 def encode_all(
-    blocks: Iterable[Block], tokenizer: Path, text_key: str, size: int, skip_bad: bool = False
+    blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, skip_bad: bool = False
 ) -> Iterator[Encoded]:
-    """Tokenize blocks in order; by a process a core where there is much, holding a few blocks of each.
+    """Tokenize blocks in order, by a thread a core, holding a few blocks of each.
+
+    Threads, as the library works outside of Python's lock: a process a core would hold a tokenizer a core, of
+    hundreds of megabytes with a large vocabulary.
 
     Args:
         blocks: what to tokenize.
-        tokenizer: a tokenizer.json.
+        tokenizer: one for all threads.
         text_key: field or column that holds the text.
-        size: bytes of input.
         skip_bad: leave out what cannot be read.
 
     Raises:
-        TplaunchError: a block cannot be read, or a process was killed.
+        TplaunchError: a block cannot be read.
     """
-    if size < _POOL_FROM:
-        loaded = Tokenizer(tokenizer)
-        yield from (encode(block, loaded, text_key, skip_bad) for block in blocks)
-        return
-    processes = len(os.sched_getaffinity(0))
-    # Not forked: the parent may have threads (progress bar, tokenizers' own) that a fork would cut off.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process)
+    threads = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(threads)
     try:
         source = iter(blocks)
         waiting: deque[Future[Encoded]] = deque()
         while True:
-            for block in islice(source, 2 * processes - len(waiting)):
-                waiting.append(pool.submit(_encode_in_process, block, tokenizer, text_key, skip_bad))
+            for block in islice(source, 2 * threads - len(waiting)):
+                waiting.append(pool.submit(encode, block, tokenizer, text_key, skip_bad))
             if not waiting:
                 return
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise TplaunchError(
-            Problem(
-                "a tokenizing process ended", why="perhaps killed by the kernel, for want of memory", fix="run again"
-            )
-        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_process() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its pool, and its processes would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@lru_cache(maxsize=1)
-def _load(path: Path) -> Tokenizer:
-    return Tokenizer(path)
-
-
-def _encode_in_process(block: Block, tokenizer: Path, text_key: str, skip_bad: bool) -> Encoded:
-    return encode(block, _load(tokenizer), text_key, skip_bad)

@@ -172,7 +172,7 @@ class _Preparation:
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
-                tokenize(files, prefix, self.data.text_key, self.show)
+                tokenize(files, prefix, tokenizer, self.data.text_key, self.show)
         return prefix
 
     def _sums(self, files: Sequence[Path]) -> list[str]:

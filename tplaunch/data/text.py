@@ -23,7 +23,8 @@ from tplaunch.data.endings import FORMAT
 from tplaunch.data.longline import text_in_line, whole_characters
 from tplaunch.errors import Problem, TplaunchError
 
-BLOCK = 1 << 20  # bytes of text that are tokenized in one go
+BLOCK = 1 << 20  # bytes of text that are read, and of whole documents those that are tokenized, in one go
+_PIECES = 4  # of a block: tokenizing takes more than a hundred bytes for one of text
 _ROWS = 256  # of a table, at most, that are read in one go
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
 _UNPACK = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}  # a user's commands
@@ -119,10 +120,11 @@ def blocks(path: Path, text_key: str, cuts: Cuts | None = None, skip_bad: bool =
 
 def _pieces(path: Path, parts: Iterable[str], cuts: Cuts) -> Iterator[Block]:
     """The pieces of one document; it is held for as long as there is no place to cut it."""
+    size = BLOCK // _PIECES
     held, before, searched = "", "", 0
-    for part in parts:
-        held += part
-        if len(held) < BLOCK:
+    for some in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
+        held += some
+        if len(held) < size:
             continue
         if place := cuts.last(held, searched):
             yield Block(path, "piece", held[:place], ends=False, before=before)
