@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from tests.recipes import SEQ
 from tests.train.test_samples import recipe
 from tplaunch.cli.main import run
+from tplaunch.data import remembered
 from tplaunch.data.amounts import amounts, count_tokens, in_words, worn_out
 from tplaunch.data.indexed import IndexedTokens, IndexedWriter
+from tplaunch.data.tokenizer import train_bpe
 from tplaunch.recipe.schema import Recipe
 
 RECIPE = """
@@ -125,3 +129,44 @@ def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys
     assert capsys.readouterr().out.splitlines()[0] == "tiny: ok"
     assert run(["recipe", "check", "tiny.yaml", "--json", *missing]) == 0
     assert json.loads(capsys.readouterr().out)["not_looked_at"] == ["data.validation[0].path"]
+
+
+@pytest.mark.parametrize("tokenizer", ["{vocab_size: 300}", "tokenizer.json"])
+def test_plan_counts_text_that_the_cache_has_in_tokens(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    """Text alone, a folder, and a corpus beside them: the same figures as `train` says."""
+    monkeypatch.setattr(remembered, "_SETTLED", -1.0)
+    (here / "many").mkdir()
+    for name in ("a.txt", "many/b.txt", "many/c.jsonl"):
+        (here / name).write_text(json.dumps({"text": f"{name}: to be, or not to be " * 99}))
+    train_bpe([(here / "a.txt").read_text()], 280, here / "tokenizer.json")
+    write(here / "c", 12)
+    data = f"data={{train: [{{path: a.txt, weight: 3}}, many, c], tokenizer: {tokenizer}}}"
+    command = ["--set", data, "--set", "training.steps=2"]
+
+    def figures(said: str) -> list[str]:
+        """Of each corpus, without its path."""
+        return [line.split(", share")[1] for line in said.splitlines() if line.startswith("data: ")]
+
+    def planned() -> list[str]:
+        assert run(["plan", "tiny.yaml", "--gpu", "h100-80gb", *command]) == 0
+        return figures(capsys.readouterr().out)
+
+    def uncounted() -> list[bool]:
+        return [line.endswith("text, counted once it is tokenized") for line in planned()]
+
+    assert sorted(uncounted()) == [False, True, True]
+    assert run(["train", "tiny.yaml", *command]) == 0
+    said = figures(capsys.readouterr().err)
+    assert planned() == said and len(said) == 3 and all("epochs by the end" in line for line in said)
+    (here / "a.txt").write_text("changed")
+    if tokenizer == "tokenizer.json":
+        assert sum(uncounted()) == 1
+        (here / "tokenizer.json").write_text((here / "tokenizer.json").read_text() + " ")
+    assert sum(uncounted()) == 2
+
+
+def test_counting_takes_no_numpy() -> None:
+    program = "import sys, tplaunch.data.amounts; sys.exit(bool({'numpy', 'tokenizers', 'torch'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -20,13 +20,13 @@ from tplaunch.data.encode import encode_all
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
 from tplaunch.data.inputs import raw_files
+from tplaunch.data.made import FORMAT
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
 
-FORMAT = 1  # raise it when the same text would give other files
 _CUTTING = 4  # raise it when the same text would give other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
 _SHOWN = 5  # documents left out that are named, before they are only counted
