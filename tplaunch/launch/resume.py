@@ -102,6 +102,8 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     changes: Changes = {}
     for split in ("train", "validation"):
         old, new = before.get(split, []), now[split]
+        if _same_shares(old, new):
+            new = [{**is_now, "weight": was["weight"]} for was, is_now in zip(old, new, strict=True)]
         orders = (before.get("order", 1), now["order"])
         if old != new:
             changes[f"data.{split}"] = _in_words(old, new)
@@ -111,6 +113,16 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     if before.get("tokenizer") and now["tokenizer"] and before["tokenizer"] != now["tokenizer"]:
         changes["data.tokenizer"] = (f"sha256 {before['tokenizer'][:12]}", f"sha256 {now['tokenizer'][:12]}")
     return changes
+
+
+def _same_shares(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
+    """Whether two lists of corpora are mixed alike, in the same order of samples: 6 : 2 is 3 : 1."""
+    from tplaunch.data.mixture import parts_of  # imports numpy
+
+    if len(old) != len(new) or not old:
+        return False
+    was, is_now = (parts_of(tuple(float(one["weight"]) for one in corpora)) for corpora in (old, new))
+    return bool((was == is_now).all())
 
 
 def _in_words(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, str]:
