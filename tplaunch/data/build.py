@@ -19,7 +19,7 @@ from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
-from tplaunch.data.inputs import raw_files
+from tplaunch.data.inputs import raw_files, shown
 from tplaunch.data.made import FORMAT
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
@@ -163,7 +163,7 @@ def tokenize(
             show.say(f"left out {bad:,} lines or rows that cannot be read")
         total = writer.sync()
         if not total.documents:
-            raise TplaunchError(Problem(f"no text in {', '.join(map(str, inputs))}"))
+            raise TplaunchError(Problem(f"no text in {', '.join(str(shown(path)) for path in inputs)}"))
         bin_file, idx_file = writer.compose()
         meta = Meta(
             tokenizer=tokenizer.fingerprint,
