@@ -118,6 +118,33 @@ def test_train_says_it_and_records_what_was_read(here: Path, capsys: pytest.Capt
     ]
 
 
+def test_what_was_read_before_data_changed_is_booked_to_what_gave_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """48 samples of `c` and `d`, then 24 of `d` and `e`, then 12 of `e` alone, in samples of half the length."""
+    for name, samples in (("c", 12), ("d", 100), ("e", 200)):
+        write(here / name, samples)
+
+    def train(mixture: str, steps: int, *more: str) -> list[tuple[str, int, float]]:
+        command = ["train", "tiny.yaml", "--set", f"data.train={mixture}", "--set", f"training.steps={steps}", *more]
+        assert run(command) == 0
+        events = [json.loads(line) for line in (here / "runs/tiny/events.jsonl").read_text().splitlines()]
+        read = [event for event in events if event["event"] == "data_read"][-1]
+        assert sum(one["samples"] for one in read["corpora"]) == read["samples"]
+        return [(Path(one["path"]).name, one["samples"], one["share"]) for one in read["corpora"]]
+
+    allow = ["--allow-change", "data"]
+    assert train("[{path: c, weight: 3}, {path: d}]", 6) == [("c", 36, 0.75), ("d", 12, 0.25)]
+    assert train("[{path: d}, {path: e}]", 8, *allow) == [("d", 20, 0.5), ("e", 8, 0.5), ("c", 36, 0.0)]
+    assert train("[{path: d}, {path: e}]", 9) == [("d", 24, 0.5), ("e", 12, 0.5), ("c", 36, 0.0)]
+    halves = ["--set", "training.seq_len=8", "--allow-change", "training.seq_len", *allow]
+    assert train("[e]", 10, *halves) == [("e", 32, 1.0), ("c", 72, 0.0), ("d", 48, 0.0)]
+    # Moved, it is the same corpus.
+    for end in (".bin", ".idx"):
+        (here / f"e{end}").rename(here / f"moved{end}")
+    assert train("[moved]", 11, "--set", "training.seq_len=8")[0] == ("moved", 40, 1.0)
+
+
 def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = ["--set", "data.validation=[{path: held}]", "--set", "training.eval_every=2"]
     assert run(["recipe", "check", "tiny.yaml", *missing]) == 0
