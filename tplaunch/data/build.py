@@ -27,7 +27,7 @@ from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
 
-_CUTTING = 4  # raise it when the same text would give other blocks
+_CUTTING = 3  # raise it when the same text would give other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
 _SHOWN = 5  # documents left out that are named, before they are only counted
 _TRAINING_BYTES = 1 << 30  # a tokenizer is trained on this much text at most

@@ -16,7 +16,8 @@ from tplaunch.data.text import Block
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem
 
-_TOGETHER = 1 << 18  # characters of whole texts that are tokenized in one call
+# Characters that are tokenized in one call: the library takes more than a hundred bytes for one of text.
+_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def encode(block: Block, tokenizer: Tokenizer, text_key: str, skip_bad: bool = F
     """Tokenize one block. Documents without text are left out, and bad ones with `skip_bad`."""
     bad = list(block.bad)
     texts = [text for text in block.texts(text_key, bad if skip_bad else None) if text]
-    parts = [part for group in _groups(texts) for part in tokenizer.encode_batch(group, block.before)]
+    parts = [part for group in _groups(texts) for part in _together(group, block.before, tokenizer)]
     if block.ends:
         eod = np.array([tokenizer.eod], tokenizer.dtype)
         ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64).tolist()
@@ -52,7 +53,7 @@ def encode(block: Block, tokenizer: Tokenizer, text_key: str, skip_bad: bool = F
 
 
 def _groups(texts: list[str]) -> Iterator[list[str]]:
-    """Texts that are tokenized together: the library takes more than a hundred bytes for one of text."""
+    """Texts that are tokenized together: some short ones, or one."""
     start = size = 0
     for number, text in enumerate(texts):
         if size + len(text) > _TOGETHER and number > start:
@@ -61,6 +62,15 @@ def _groups(texts: list[str]) -> Iterator[list[str]]:
         size += len(text)
     if start < len(texts):
         yield texts[start:]
+
+
+def _together(texts: list[str], before: str, tokenizer: Tokenizer) -> list[NDArray[np.integer]]:
+    """The tokens of each text of a group; of a long one by the piece."""
+    if len(text := texts[0]) <= 2 * _TOGETHER:
+        return tokenizer.encode_batch(texts, before)
+    parts = (text[start : start + _TOGETHER] for start in range(0, len(text), _TOGETHER))
+    pieces = tokenizer.cuts.pieces(parts, _TOGETHER, before)
+    return [np.concatenate([tokenizer.encode_batch([piece], begin)[0] for begin, piece, _ in pieces])]
 
 
 def encode_all(

@@ -23,8 +23,7 @@ from tplaunch.data.longline import text_in_line, whole_characters
 from tplaunch.data.unpack import DAMAGED, library, unpacked
 from tplaunch.errors import Problem, TplaunchError
 
-BLOCK = 1 << 20  # bytes of text that are read, and of whole documents those that are tokenized, in one go
-_PIECES = 4  # of a block: tokenizing takes more than a hundred bytes for one of text
+BLOCK = 1 << 20  # bytes of text that one thread takes in one go
 _ROWS = 256  # of a table, at most, that are read in one go
 _UNPACK = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}  # a user's commands
 KEY_HELP = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
@@ -32,7 +31,7 @@ KEY_HELP = "name the one that holds the text: data.text_key in a recipe, --text-
 
 @dataclass(frozen=True)
 class Block:
-    """What is tokenized in one go: some lines of a .jsonl, some rows of a table, or a piece of one document.
+    """What one thread takes in one go: some lines of a .jsonl, some rows of a table, or a piece of one document.
 
     Attributes:
         path: the input, as messages call it.
@@ -118,20 +117,9 @@ def blocks(path: Path, text_key: str, cuts: Cuts | None = None, skip_bad: bool =
 
 
 def _pieces(path: Path, parts: Iterable[str], cuts: Cuts) -> Iterator[Block]:
-    """The pieces of one document; it is held for as long as there is no place to cut it."""
-    size = BLOCK // _PIECES
-    held, before, searched = "", "", 0
-    for some in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
-        held += some
-        if len(held) < size:
-            continue
-        if place := cuts.last(held, searched):
-            yield Block(path, "piece", held[:place], ends=False, before=before)
-            before, held, searched = held[place - 1], held[place:], 0
-        else:
-            searched = len(held)
-    if held:
-        yield Block(path, "piece", held, before=before)
+    """The pieces of one document."""
+    for before, piece, last in cuts.pieces(parts, BLOCK):
+        yield Block(path, "piece", piece, ends=last, before=before)
 
 
 def _decoded(parts: Iterable[bytes], place: str) -> Iterator[str]:
