@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -258,6 +259,26 @@ def test_one_tokenizer_does_for_all_cores(
     monkeypatch.setattr(building, "encode_all", watched)
     build([many], tmp_path / "c", tokenizer)
     assert made == ["one"] and processes == {0}
+
+
+def test_ctrl_c_ends_it_soon_and_spoils_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    many = tmp_path / "many.txt"
+    many.write_text(PLAY * (200_000_000 // len(PLAY)))
+    command = [sys.executable, "-m", "tplaunch", "data", "prepare", str(many), "--tokenizer", str(tokenizer)]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "c")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while not list(tmp_path.glob("c.bin.tmp")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert not idx_path(tmp_path / "c").exists()
+    many.write_text(PLAY)
+    build([many], tmp_path / "c", tokenizer)
+    build([many], tmp_path / "whole", tokenizer)
+    assert corpus_bytes(tmp_path / "c") == corpus_bytes(tmp_path / "whole")
 
 
 def test_what_was_synced_must_be_there(
