@@ -73,6 +73,12 @@ def test_signs_have_a_plain_form_on_both_streams(encoding: str, signs: str, plai
     assert done.stdout.decode(encoding).splitlines() == [plain]
 
 
+def test_a_cluster_job_writes_to_any_encoding_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tplaunch.slurm.job", "prepare", str(tmp_path / "a→b")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.returncode == 2 and b"a->b: no such file" in done.stderr
+
+
 def test_what_has_no_like_sign_is_asked_about(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("Größe: 1\n√: 2\n", encoding="utf-8")
     command = [sys.executable, "-m", "tplaunch", "recipe", "check", "r.yaml"]
