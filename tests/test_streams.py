@@ -41,6 +41,44 @@ def test_any_encoding(encoding: str, bar: bytes) -> None:
     assert done.stdout.decode(encoding)
 
 
+SIGNS = """
+import sys
+import typer
+from rich.console import Console
+from tplaunch.streams import adapt_encoding
+
+adapt_encoding()
+print(sys.argv[1], file=sys.stderr)
+typer.echo(sys.argv[1], err=True)
+Console(stderr=True).print(sys.argv[1])
+print(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("signs", "plain"),
+    [
+        ("██▌▁▂▅▇ ▓░", "###_.+# #."),
+        ("a → b ← c ⇒ d ↑↓", "a -> b <- c => d ^v"),
+        ("≥ ≤ ≠ ≈ \u2212", ">= <= != ~ -"),
+        ("“so” \u2018it\u2019 • ✓ ✗ ▶ … \u2013", "\"so\" 'it' * v x > ... -"),
+        ("⅓ ∞ ⠋ │─┼", "1/3 inf * |-+"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_signs_have_a_plain_form_on_both_streams(encoding: str, signs: str, plain: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", SIGNS, signs], env=environment, capture_output=True)
+    assert done.stderr.decode(encoding).splitlines() == [plain] * 3
+    assert done.stdout.decode(encoding).splitlines() == [plain]
+
+
+def test_a_cluster_job_writes_to_any_encoding_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tplaunch.slurm.job", "prepare", str(tmp_path / "a→b")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.returncode == 2 and b"a->b: no such file" in done.stderr
+
+
 def test_what_has_no_like_sign_is_asked_about(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("Größe: 1\n√: 2\n", encoding="utf-8")
     command = [sys.executable, "-m", "tplaunch", "recipe", "check", "r.yaml"]

@@ -14,7 +14,39 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _PLAIN = "tplaunch-plain"  # the error handler, and ASCII under another name
-_FALLBACKS = {"█": "#", "·": ".", "…": "...", "→": "->", "\u2013": "-", "\u2014": "-", "\u00d7": "x"}
+_LIKE = {  # signs by what is written for them
+    "#": "█▉▊▋▌▐▆▇▓■",
+    "+": "▄▅▒",
+    ".": "▂▃░·",
+    "_": "▁",
+    "|": "▍▎▏",
+    "*": "•●",
+    "o": "○",
+    "...": "…",
+    "->": "→",
+    "<-": "←",
+    "<->": "↔",
+    "=>": "⇒",
+    "<=": "⇐≤",
+    ">=": "≥",
+    "!=": "≠",
+    "==": "≡",
+    "~": "≈",
+    "^": "↑▲",
+    "v": "↓▼✓✔",
+    ">": "▶►",
+    "<": "◀◄",
+    "x": "✗✘\u00d7",
+    "+/-": "±",
+    "/": "÷\u2044",
+    "inf": "∞",
+    "u": "µμ",
+    "EUR": "€",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "'": "\u2018\u2019\u201a\u2032",
+    '"': "\u201c\u201d\u201e\u2033«»▀",
+}
+_FALLBACKS = {sign: plain for plain, signs in _LIKE.items() for sign in signs}
 
 
 def adapt_encoding() -> None:
@@ -39,7 +71,12 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 def _nearest(char: str) -> str:
     if "\u2500" <= char <= "\u257f":  # the lines of boxes and bars
         return "-" if char in "─━╴╶╸╺" else "|" if char in "│┃╎╏" else "+"
-    return _FALLBACKS.get(char) or unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode() or "?"
+    if "\u2800" <= char <= "\u28ff":  # a spinner of dots
+        return "*"
+    if char in _FALLBACKS:
+        return _FALLBACKS[char]
+    parts = unicodedata.normalize("NFKD", char)
+    return "".join(_FALLBACKS.get(part, part) for part in parts).encode("ascii", "ignore").decode() or "?"
 
 
 def _find_plain(name: str) -> codecs.CodecInfo | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from tests.recipes import SEQ
 from tests.train.test_samples import recipe
 from tplaunch.cli.main import run
+from tplaunch.data import remembered
 from tplaunch.data.amounts import amounts, count_tokens, in_words, worn_out
 from tplaunch.data.indexed import IndexedTokens, IndexedWriter
+from tplaunch.data.tokenizer import train_bpe
 from tplaunch.recipe.schema import Recipe
 
 RECIPE = """
@@ -114,6 +118,33 @@ def test_train_says_it_and_records_what_was_read(here: Path, capsys: pytest.Capt
     ]
 
 
+def test_what_was_read_before_data_changed_is_booked_to_what_gave_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """48 samples of `c` and `d`, then 24 of `d` and `e`, then 12 of `e` alone, in samples of half the length."""
+    for name, samples in (("c", 12), ("d", 100), ("e", 200)):
+        write(here / name, samples)
+
+    def train(mixture: str, steps: int, *more: str) -> list[tuple[str, int, float]]:
+        command = ["train", "tiny.yaml", "--set", f"data.train={mixture}", "--set", f"training.steps={steps}", *more]
+        assert run(command) == 0
+        events = [json.loads(line) for line in (here / "runs/tiny/events.jsonl").read_text().splitlines()]
+        read = [event for event in events if event["event"] == "data_read"][-1]
+        assert sum(one["samples"] for one in read["corpora"]) == read["samples"]
+        return [(Path(one["path"]).name, one["samples"], one["share"]) for one in read["corpora"]]
+
+    allow = ["--allow-change", "data"]
+    assert train("[{path: c, weight: 3}, {path: d}]", 6) == [("c", 36, 0.75), ("d", 12, 0.25)]
+    assert train("[{path: d}, {path: e}]", 8, *allow) == [("d", 20, 0.5), ("e", 8, 0.5), ("c", 36, 0.0)]
+    assert train("[{path: d}, {path: e}]", 9) == [("d", 24, 0.5), ("e", 12, 0.5), ("c", 36, 0.0)]
+    halves = ["--set", "training.seq_len=8", "--allow-change", "training.seq_len", *allow]
+    assert train("[e]", 10, *halves) == [("e", 32, 1.0), ("c", 72, 0.0), ("d", 48, 0.0)]
+    # Moved, it is the same corpus.
+    for end in (".bin", ".idx"):
+        (here / f"e{end}").rename(here / f"moved{end}")
+    assert train("[moved]", 11, "--set", "training.seq_len=8")[0] == ("moved", 40, 1.0)
+
+
 def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = ["--set", "data.validation=[{path: held}]", "--set", "training.eval_every=2"]
     assert run(["recipe", "check", "tiny.yaml", *missing]) == 0
@@ -125,3 +156,44 @@ def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys
     assert capsys.readouterr().out.splitlines()[0] == "tiny: ok"
     assert run(["recipe", "check", "tiny.yaml", "--json", *missing]) == 0
     assert json.loads(capsys.readouterr().out)["not_looked_at"] == ["data.validation[0].path"]
+
+
+@pytest.mark.parametrize("tokenizer", ["{vocab_size: 300}", "tokenizer.json"])
+def test_plan_counts_text_that_the_cache_has_in_tokens(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    """Text alone, a folder, and a corpus beside them: the same figures as `train` says."""
+    monkeypatch.setattr(remembered, "_SETTLED", -1.0)
+    (here / "many").mkdir()
+    for name in ("a.txt", "many/b.txt", "many/c.jsonl"):
+        (here / name).write_text(json.dumps({"text": f"{name}: to be, or not to be " * 99}))
+    train_bpe([(here / "a.txt").read_text()], 280, here / "tokenizer.json")
+    write(here / "c", 12)
+    data = f"data={{train: [{{path: a.txt, weight: 3}}, many, c], tokenizer: {tokenizer}}}"
+    command = ["--set", data, "--set", "training.steps=2"]
+
+    def figures(said: str) -> list[str]:
+        """Of each corpus, without its path."""
+        return [line.split(", share")[1] for line in said.splitlines() if line.startswith("data: ")]
+
+    def planned() -> list[str]:
+        assert run(["plan", "tiny.yaml", "--gpu", "h100-80gb", *command]) == 0
+        return figures(capsys.readouterr().out)
+
+    def uncounted() -> list[bool]:
+        return [line.endswith("text, counted once it is tokenized") for line in planned()]
+
+    assert sorted(uncounted()) == [False, True, True]
+    assert run(["train", "tiny.yaml", *command]) == 0
+    said = figures(capsys.readouterr().err)
+    assert planned() == said and len(said) == 3 and all("epochs by the end" in line for line in said)
+    (here / "a.txt").write_text("changed")
+    if tokenizer == "tokenizer.json":
+        assert sum(uncounted()) == 1
+        (here / "tokenizer.json").write_text((here / "tokenizer.json").read_text() + " ")
+    assert sum(uncounted()) == 2
+
+
+def test_counting_takes_no_numpy() -> None:
+    program = "import sys, tplaunch.data.amounts; sys.exit(bool({'numpy', 'tokenizers', 'torch'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from tplaunch.data import text
+from tplaunch.data import encode, text
 from tplaunch.data.build import build
 from tplaunch.data.indexed import IndexedTokens
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
@@ -149,6 +150,32 @@ def test_tokens_are_those_of_the_whole_text(
     ]
     assert len(blocks) > 40 and max(len(block.payload) for block in blocks) < 6000  # pieces, not documents
     build(paths, tmp_path / "c", tmp_path / "tokenizer.json")
+    corpus = IndexedTokens.open(tmp_path / "c")
+    for number, document in enumerate(documents):
+        assert corpus.document(number)[:-1].tolist() == library_ids(tmp_path / "tokenizer.json", document)
+
+
+@pytest.mark.parametrize("block", [700, text.BLOCK])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_gets_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
+) -> None:
+    """It takes more than a hundred bytes for one of text, on each core; also where a block is a whole document."""
+    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(encode, "_TOGETHER", 300)
+    sizes: list[int] = []
+    real = Tokenizer.encode_batch
+
+    def counted(self: Tokenizer, texts: Sequence[str], before: str = "") -> list[NDArray[np.integer]]:
+        sizes.append(sum(map(len, texts)))
+        return real(self, texts, before)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", counted)
+    KINDS[kind](tmp_path / "tokenizer.json")
+    documents = [odd_text(seed=3), *(odd_text(n, seed=n) for n in range(1, 400, 17)), odd_text(5000, seed=4)]
+    (path,) = write(tmp_path, "jsonl", documents)
+    build([path], tmp_path / "c", tmp_path / "tokenizer.json")
+    assert max(sizes) < 5000 and len(sizes) > 50
     corpus = IndexedTokens.open(tmp_path / "c")
     for number, document in enumerate(documents):
         assert corpus.document(number)[:-1].tolist() == library_ids(tmp_path / "tokenizer.json", document)

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,11 +55,48 @@ def test_a_folder_and_a_pattern_are_read_by_name(
         raw_files([folder / "*.parquet"])
 
 
-@pytest.mark.parametrize(("content", "name"), [(line("x"), "stdin.jsonl"), (b"plain", "stdin.txt")])
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (line("x"), "stdin.jsonl"),
+        (b"plain", "stdin.txt"),
+        (gzip.compress(line("x")), "stdin.jsonl.gz"),
+        (bz2.compress(b"plain"), "stdin.txt.bz2"),
+        (lzma.compress(b" \n" + line("x")), "stdin.jsonl.xz"),
+        (gzip.compress(b"cut off" * 99)[:-9], "stdin.txt.gz"),
+        (b"", "stdin.txt"),
+    ],
+)
 def test_standard_input(tmp_path: Path, content: bytes, name: str) -> None:
     with stdin_as_file([STDIN], tmp_path / "c", io.BytesIO(content)) as (path,):
         assert (path.name, path.read_bytes()) == (name, content)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_messages_name_standard_input(
+    tmp_path: Path, tokenizer: Path, pack: Callable[[bytes], bytes], capsys: pytest.CaptureFixture
+) -> None:
+    """Not the file that holds it meanwhile."""
+
+    def refused(content: bytes, prefix: str = "c") -> str:
+        with (
+            pytest.raises(TplaunchError) as caught,
+            stdin_as_file([STDIN], tmp_path / prefix, io.BytesIO(content)) as files,
+        ):
+            build(files, tmp_path / prefix, tokenizer)
+        return str(caught.value)
+
+    assert "-:2: not JSON" in refused(pack(b'{"text": "x"}\n{broken\n'))
+    assert "-: byte 3: not UTF-8" in refused(pack(b"ab \xff"))
+    assert "no text in -" in refused(pack(b'{"text": ""}\n'))
+    if pack is not bytes:
+        assert "-: byte " in (said := refused(pack(random.Random(1).randbytes(99_999).hex().encode())[:-20]))
+        assert "cannot read it to its end" in said
+    with stdin_as_file([STDIN], tmp_path / "d", io.BytesIO(pack(b'{"text": "x"}\n{broken\n'))) as files:
+        build(files, tmp_path / "d", tokenizer, skip_bad=True)
+    assert "left out: -:2: not JSON" in capsys.readouterr().err
+    assert documents(tmp_path / "d", tokenizer) == ["x"]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -107,21 +110,20 @@ def test_all_bad_inputs_are_named_at_once(tmp_path: Path, tokenizer: Path) -> No
     ]
 
 
-def test_processes_write_the_same_as_one(
+def test_threads_write_the_same_as_one(
     tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "BLOCK", 20_000)
-    build([speeches], tmp_path / "one", tokenizer)
-    monkeypatch.setattr(encode, "_POOL_FROM", 0)
-    build([speeches], tmp_path / "many", tokenizer)
+    for name, threads in (("one", 1), ("many", 5)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, threads=threads: range(threads))
+        build([speeches], tmp_path / name, tokenizer)
     assert corpus_bytes(tmp_path / "one") == corpus_bytes(tmp_path / "many")
 
 
-def test_an_error_in_a_process_is_the_users_message(
+def test_an_error_in_a_thread_is_the_users_message(
     tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "BLOCK", 20_000)
-    monkeypatch.setattr(encode, "_POOL_FROM", 0)
     with speeches.open("a") as file:
         file.write("{broken\n")
     with pytest.raises(TplaunchError, match=rf"speeches\.jsonl:{len(SPEECHES) + 1}: not JSON"):
@@ -232,34 +234,51 @@ def test_a_killed_build_goes_on(tmp_path: Path, speeches: Path, tokenizer: Path)
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
 
 
-POOL = """
-import os, sys
-from pathlib import Path
-from tplaunch.data import build, encode
-encode._POOL_FROM = 0
-encode_all = build.encode_all
-def announced(*args):
-    for encoded in encode_all(*args):
-        print(os.getpid(), flush=True)
-        sys.stdin.readline()
-        yield encoded
-build.encode_all = announced
-if __name__ == "__main__":
-    build.build([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]))
-"""
+def test_one_tokenizer_does_for_all_cores(
+    tmp_path: Path, speeches: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a vocabulary of 128,000 each takes hundreds of megabytes; so no other process has one either."""
+    made: list[str] = []
+    load = Tokenizer._load
+
+    def counted(self: Tokenizer, content: bytes, *args: Any) -> None:
+        made.append("one")
+        load(self, content, *args)
+
+    monkeypatch.setattr(Tokenizer, "_load", counted)
+    many = tmp_path / "many.jsonl"
+    many.write_text(speeches.read_text() * (6_000_000 // speeches.stat().st_size))
+    whole = building.encode_all
+    processes: set[int] = set()
+
+    def watched(*args: Any) -> Iterator[encode.Encoded]:
+        for encoded in whole(*args):
+            processes.add(len(multiprocessing.active_children()))
+            yield encoded
+
+    monkeypatch.setattr(building, "encode_all", watched)
+    build([many], tmp_path / "c", tokenizer)
+    assert made == ["one"] and processes == {0}
 
 
-def test_a_killed_parent_leaves_no_processes(tmp_path: Path, speeches: Path, tokenizer: Path) -> None:
-    """The processes share a pipe with us; it ends when the last of them has."""
-    program = tmp_path / "pool.py"
-    program.write_text(POOL)
-    arguments = [sys.executable, str(program), str(speeches), str(tmp_path / "c"), str(tokenizer)]
-    parent = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout
-    assert int(parent.stdout.readline()) == parent.pid
-    parent.kill()
-    assert parent.stdout.read() == ""  # returns at the end of the pipe only
-    assert parent.wait() == -signal.SIGKILL
+def test_ctrl_c_ends_it_soon_and_spoils_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    many = tmp_path / "many.txt"
+    many.write_text(PLAY * (200_000_000 // len(PLAY)))
+    command = [sys.executable, "-m", "tplaunch", "data", "prepare", str(many), "--tokenizer", str(tokenizer)]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "c")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while not list(tmp_path.glob("c.bin.tmp")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert not idx_path(tmp_path / "c").exists()
+    many.write_text(PLAY)
+    build([many], tmp_path / "c", tokenizer)
+    build([many], tmp_path / "whole", tokenizer)
+    assert corpus_bytes(tmp_path / "c") == corpus_bytes(tmp_path / "whole")
 
 
 def test_what_was_synced_must_be_there(

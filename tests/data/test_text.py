@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def missing(module: str) -> None:
         raise ImportError(module)
 
-    monkeypatch.setattr(text.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     (tmp_path / name).write_bytes(b"")
     assert f"fix: pip install {package}" in refusal(tmp_path / name)
 

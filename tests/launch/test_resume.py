@@ -159,6 +159,24 @@ def test_a_mixture_of_an_older_version_does_not_go_on_with_other_samples() -> No
     assert data_changes(old | {"train": [one]}, new | {"train": [one]}) == {}  # one corpus is read as ever
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [((6, 2), (3, 1), True), ((1, 1), (0.5, 0.5), True), ((5,), (1,), True), ((6, 2), (3, 2), False)],
+)
+def test_equal_shares_are_no_change(was: tuple[float, ...], now: tuple[float, ...], same: bool) -> None:
+    def facts(weights: tuple[float, ...], documents: int = 7) -> dict[str, Any]:
+        corpora = [
+            {"weight": weight, "documents": documents + n, "tokens": 99, "sha256": f"{n}" * 64}
+            for n, weight in enumerate(weights)
+        ]
+        return {"train": corpora, "validation": corpora, "tokenizer": None, "order": 3}
+
+    assert [*data_changes(facts(was), facts(now))] == ([] if same else ["data.train", "data.validation"])
+    if same:  # what else differs is said without them
+        _, new = data_changes(facts(was), facts(now, documents=8))["data.train"]
+        assert "8 documents" in new and f"weight {now[0]:g}" not in new
+
+
 def test_what_may_change_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "held.txt").write_text("To sleep, perchance to dream.\n" * 50)
     assert go_on("optimizer.lr=5e-4", "training.global_batch_size=4", "training.precision=fp64") == Exit.DONE

@@ -34,7 +34,26 @@ def test_a_slice_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(filled(start, shape), whole[rows, columns]), start
 
 
-def test_only_runs_of_rows_that_are_kept_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [1, 3, 5, 8, 24, 33, 96])
+def test_rows_alone_are_those_of_the_whole(width: int) -> None:
+    """Whatever is before and behind them, and however numbers fill the ends."""
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(11)
+
+    for rows in (1, 15, 64, 101, 3000):
+        whole = torch.randn(rows, width, generator=generator())
+        for low, high in ((0, rows), (rows // 3, rows // 2), (rows // 2, rows), (rows - 1, rows), (0, 1)):
+            begin, drawn = init._normal_rows(generator(), rows, width, low, high)
+            assert begin <= low and begin + len(drawn) >= high
+            assert torch.equal(drawn, whole[begin : begin + len(drawn)]), (rows, low, high)
+
+
+@pytest.mark.parametrize(("start", "rows", "expected"), [(96, 96, 96), (100, 20, 20), (90, 10, 10)])
+def test_only_rows_that_are_kept_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, start: int, rows: int, expected: int
+) -> None:
+    """Also of a matrix that one generator draws."""
     monkeypatch.setattr(init, "_BLOCK_ROWS_BYTES", 4 * 64 * 48)
     drawn: list[int] = []
     real = torch.randn
@@ -44,8 +63,8 @@ def test_only_runs_of_rows_that_are_kept_are_drawn(monkeypatch: pytest.MonkeyPat
         return real(*shape, **options)
 
     monkeypatch.setattr(torch, "randn", counting)
-    filled((96, 0), (96, 64))
-    assert sum(drawn) == 96
+    filled((start, 0), (rows, 64))
+    assert sum(drawn) == expected
 
 
 def weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:

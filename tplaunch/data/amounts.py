@@ -1,4 +1,5 @@
-"""How much of each corpus a run will read, from the headers of its files alone: no numpy, for `plan`."""
+"""How much of each corpus a run will read, from the headers of its files alone (of raw text: those in the
+cache): no numpy, for `plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tplaunch.data.endings import is_raw
+from tplaunch.data.endings import files_of, is_raw
+from tplaunch.data.made import prefixes
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import first_sample
@@ -28,7 +30,7 @@ class Amount:
         key: of the recipe.
         path: as the recipe has it.
         share: of the run's samples, 0 to 1.
-        tokens: None where they cannot be counted: raw text, or no corpus there.
+        tokens: None where they cannot be counted: raw text that the cache does not have in tokens, or no corpus there.
         samples: of `training.seq_len` tokens, each read once an epoch.
         epochs: how often it is read by the end of the run.
     """
@@ -59,10 +61,10 @@ def amounts(recipe: Recipe) -> list[Amount]:
     largest = max(source.weight for source in sources)
     weights = sum(source.weight / largest for source in sources)
     found = []
-    for number, source in enumerate(sources):
+    for number, (source, prefix) in enumerate(zip(sources, prefixes(recipe), strict=True)):
         key = "data.train" if isinstance(recipe.data.train, str) else f"data.train[{number}]"
         share = source.weight / largest / weights
-        tokens = None if is_raw(Path(source.path)) else count_tokens(source.path)
+        tokens = count_tokens(prefix) if prefix else None
         samples = None if tokens is None else (tokens - 1) // training.seq_len
         epochs = total * share / samples if samples and samples > 0 else None
         found.append(Amount(key, source.path, share, tokens, samples, epochs))
@@ -74,7 +76,7 @@ def in_words(found: Sequence[Amount]) -> Iterator[str]:
     for amount in sorted(found, key=lambda amount: -(amount.epochs or 0.0))[:_SHOWN]:
         share = f", share {100 * amount.share:.4g} %" if len(found) > 1 else ""
         if amount.tokens is None:
-            raw = is_raw(Path(amount.path)) and os.path.isfile(amount.path)
+            raw = is_raw(Path(amount.path)) and any(map(os.path.isfile, files_of(Path(amount.path))))
             yield f"{amount.path}{share}: " + ("text, counted once it is tokenized" if raw else "not at hand")
         else:
             often = "" if amount.epochs is None else f", {format_epochs(amount.epochs)} by the end of the run"

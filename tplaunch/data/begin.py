@@ -14,8 +14,8 @@ from tplaunch.errors import Problem, TplaunchError
 _BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 
 
-def with_begin(path: Path, bos: bool, eod: str | None = None) -> str:
-    """A `tokenizer.json` whose post-processor begins texts with begin-of-sequence, or does not.
+def with_begin(path: Path, bos: bool, eod: str | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json` whose post-processor begins texts with begin-of-sequence, or does not.
 
     The token is the one that `tokenizer_config.json` beside it names, else the known name that it has, else the one
     that ends documents, as GPT-2 has it.
@@ -26,21 +26,23 @@ def with_begin(path: Path, bos: bool, eod: str | None = None) -> str:
         eod: the token that ends documents; default: see `Tokenizer`.
 
     Returns:
-        The file's text; as it is where it does so already.
+        It as it is where it does so already.
 
     Raises:
         TplaunchError: its post-processor cannot be changed so.
     """
     tokenizer = Tokenizer(path, eod)
     if bool(tokenizer.begin) == bos:
-        return tokenizer.json
+        return tokenizer
     content = json.loads(tokenizer.json)
     content["post_processor"] = _added(content, path, tokenizer) if bos else _removed(content.get("post_processor"))
     changed = json.dumps(content, ensure_ascii=False)
-    if bool(Tokenizer.parse(changed, path).begin) != bos:
+    del tokenizer, content  # each takes hundreds of megabytes with a large vocabulary
+    made = Tokenizer.parse(changed, path)
+    if bool(made.begin) != bos:
         what = f"{path}: its post-processor cannot be made to {'begin' if bos else 'leave out'} begin-of-sequence"
         raise TplaunchError(Problem(what, fix=f"leave out --{'' if bos else 'no-'}bos"))
-    return changed
+    return made
 
 
 def _added(content: dict[str, Any], path: Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from tplaunch.data.corpus import Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedWriter, Written, idx_path
-from tplaunch.data.inputs import raw_files
+from tplaunch.data.inputs import raw_files, shown
+from tplaunch.data.made import FORMAT
 from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
 
-FORMAT = 1  # raise it when the same text would give other files
 _CUTTING = 3  # raise it when the same text would give other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
 _SHOWN = 5  # documents left out that are named, before they are only counted
@@ -70,14 +70,10 @@ def build(
             raise TplaunchError(Problem(f"{idx_path(output)} exists already", fix="remove it, or name another output"))
         if isinstance(tokenizer, int):
             train_tokenizer(inputs, tokenizer, text_key, tokenizer_path(output), show, skip_bad)
-            if bos:
-                write_atomic(tokenizer_path(output), with_begin(tokenizer_path(output), bos))
-        else:
-            write_atomic(
-                tokenizer_path(output),
-                Tokenizer(tokenizer, eod).json if bos is None else with_begin(tokenizer, bos, eod),
-            )
-        return tokenize(inputs, output, text_key, show, skip_bad)
+            tokenizer, bos, eod = tokenizer_path(output), bos or None, None
+        loaded = Tokenizer(tokenizer, eod) if bos is None else with_begin(tokenizer, bos, eod)
+        write_atomic(tokenizer_path(output), loaded.json)
+        return tokenize(inputs, output, loaded, text_key, show, skip_bad)
 
 
 @contextmanager
@@ -120,9 +116,15 @@ def train_tokenizer(
         temporary.replace(path)
 
 
-def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress, skip_bad: bool = False) -> Meta:
+def tokenize(
+    inputs: Sequence[Path],
+    output: Path,
+    tokenizer: Tokenizer,
+    text_key: str,
+    show: Progress,
+    skip_bad: bool = False,
+) -> Meta:
     """Write the corpus, with the tokenizer that lies beside it already. The caller owns the output."""
-    tokenizer = Tokenizer(tokenizer_path(output))
     sources = [Origin(name=path.name, bytes=path.stat().st_size, sha256=text_sha256(path)) for path in inputs]
     size = sum(source.bytes for source in sources)
     task = [FORMAT, _CUTTING, [source.sha256 for source in sources], tokenizer.fingerprint, text_key, skip_bad]
@@ -142,7 +144,7 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
         with show.task(f"tokenizing {output.name}", size) as advance:
             every = (blocks(path, text_key, tokenizer.cuts, skip_bad) for path in inputs)
             rest = _after(done, chain.from_iterable(every), advance)
-            encoded_blocks = encode_all(rest, tokenizer_path(output), text_key, size, skip_bad)
+            encoded_blocks = encode_all(rest, tokenizer, text_key, skip_bad)
             for number, encoded in enumerate(encoded_blocks, done + 1):
                 start = 0
                 for end in encoded.ends:
@@ -161,7 +163,7 @@ def tokenize(inputs: Sequence[Path], output: Path, text_key: str, show: Progress
             show.say(f"left out {bad:,} lines or rows that cannot be read")
         total = writer.sync()
         if not total.documents:
-            raise TplaunchError(Problem(f"no text in {', '.join(map(str, inputs))}"))
+            raise TplaunchError(Problem(f"no text in {', '.join(str(shown(path)) for path in inputs)}"))
         bin_file, idx_file = writer.compose()
         meta = Meta(
             tokenizer=tokenizer.fingerprint,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -41,6 +39,30 @@ class Cuts:
         self._added = [token.content for token in added if not token.special]
         self._reach = max(_REACH, 2 * max(map(len, self._added), default=0))
 
+    def pieces(self, parts: Iterable[str], size: int, before: str = "") -> Iterator[tuple[str, str, bool]]:
+        """Cut a text that comes in parts; it is held for as long as there is no place to cut it.
+
+        Args:
+            parts: of the text, in order.
+            size: characters from which it is cut.
+            before: the character that stands before the text, where it is itself a piece.
+
+        Yields:
+            The character before a piece, the piece, whether it is the last one.
+        """
+        held, searched = "", 0
+        for part in parts:
+            held += part
+            if len(held) < size:
+                continue
+            if place := self.last(held, searched):
+                yield before, held[:place], False
+                before, held, searched = held[place - 1], held[place:], 0
+            else:
+                searched = len(held)
+        if held:
+            yield before, held, True
+
     def last(self, text: str, start: int = 0) -> int:
         """The last place to cut a text that goes on, of those found at once; 0 where there is none.
 
@@ -63,7 +85,7 @@ class Cuts:
         whole, before, alone, after = map(self._split, (near, left, left[-1], left[-1] + right))
         if after[: len(alone)] == alone and whole == before + after[len(alone) :]:
             return True
-        if self._model is None or not len(whole) == len(before) == len(alone) == len(after) == 1:
+        if not len(whole) == len(before) == len(alone) == len(after) == 1 or self._model is None:
             return False
         behind = after[0][len(alone[0]) :]
         fits = after[0].startswith(alone[0]) and whole[0] == before[0] + behind and before[0][-1:] == alone[0][-1:]
@@ -79,22 +101,23 @@ class Cuts:
 
     @cached_property
     def _model(self) -> _Pairs | None:
-        model = json.loads(self._tokenizer.to_str())["model"]
+        model = self._tokenizer.model
         odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-        return None if model["type"] != "BPE" or any(model.get(key) for key in odd) else _Pairs(model)
+        if not isinstance(model, models.BPE) or any(getattr(model, key) for key in odd):
+            return None
+        return _Pairs(self._tokenizer.get_vocab(with_added_tokens=False), model.byte_fallback)
 
 
 class _Pairs:
     """Which characters stand beside each other inside a token of a BPE model."""
 
-    def __init__(self, model: dict[str, Any]) -> None:
-        vocabulary = model["vocab"]
+    def __init__(self, vocabulary: Iterable[str], byte_fallback: bool) -> None:
         self._known = {token for token in vocabulary if len(token) == 1}
         self._pairs = {pair for token in vocabulary for pair in itertools.pairwise(token)}
         # Characters beyond the vocabulary become bytes, each its own token; else runs of them may be one `unk`.
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
         merged = (token for token in vocabulary if "<0x" in token and token not in bytes_)
-        self._bytes = bool(model.get("byte_fallback")) and bytes_ <= set(vocabulary) and not any(merged)
+        self._bytes = byte_fallback and bytes_ <= set(vocabulary) and not any(merged)
 
     def never_joins(self, left: str, right: str) -> bool:
         """Whether no merge crosses these two characters."""

@@ -74,7 +74,7 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
 
     Returns:
         {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
-        "order": number of the order that mixtures are read in (`mixture.ORDER`)}.
+        "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
@@ -86,4 +86,5 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
         }
     tokenizer = recipe.data.tokenizer
     sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
-    return {**facts, "tokenizer": sha256, "order": ORDER}
+    paths = [source.path for source in recipe.data.sources("train")]
+    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths}

@@ -12,9 +12,12 @@ from typing import BinaryIO
 
 from tplaunch.data.endings import FORMAT, KINDS, files_of
 from tplaunch.data.progress import Progress
+from tplaunch.data.unpack import DAMAGED, unpacked
 from tplaunch.errors import Problem, TplaunchError
 
 STDIN = Path("-")
+_FOLDER = ".stdin."  # in the name of the folder that holds what came from there
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def raw_files(inputs: Sequence[Path], show: Progress | None = None) -> list[Path]:
@@ -63,7 +66,8 @@ def files_from(path: Path) -> list[Path]:
 def stdin_as_file(inputs: Sequence[Path], output: Path, stream: BinaryIO) -> Iterator[list[Path]]:
     """The inputs with `-` replaced by a file that holds what a stream gives: it is read more than once.
 
-    It is JSON lines if it begins with a brace, else one text. The file lies beside the output meanwhile.
+    It is JSON lines if it, unpacked, begins with a brace, else one text. The file lies beside the output meanwhile;
+    messages call it `-` (`shown`).
 
     Raises:
         TplaunchError: `-` stands there twice, or the disk fails.
@@ -75,16 +79,33 @@ def stdin_as_file(inputs: Sequence[Path], output: Path, stream: BinaryIO) -> Ite
         raise TplaunchError(Problem("standard input (-) can be read only once"))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f"{output.name}.stdin.", dir=output.parent)
+        folder = tempfile.TemporaryDirectory(prefix=f"{output.name}{_FOLDER}", dir=output.parent)
     except OSError as error:
         raise TplaunchError(Problem(f"cannot keep standard input beside {output}", why=str(error))) from None
     with folder as name:
-        begin = stream.read(1 << 16)
-        kept = Path(name) / ("stdin.jsonl" if begin.lstrip().startswith(b"{") else "stdin.txt")
+        kept = Path(name) / "stdin"
         try:
             with kept.open("wb") as file:
-                file.write(begin)
                 shutil.copyfileobj(stream, file, 1 << 20)
+            kept = kept.rename(kept.with_name(kept.name + _ending(kept)))
         except OSError as error:
             raise TplaunchError(Problem(f"cannot keep standard input beside {output}", why=str(error))) from None
         yield [kept if path == STDIN else path for path in inputs]
+
+
+def _ending(kept: Path) -> str:
+    """Of what came from standard input: its kind by its beginning, and how it is packed."""
+    with kept.open("rb") as file:
+        begin = file.read(8)
+        packed = next((ending for magic, ending in _MAGIC.items() if begin.startswith(magic)), "")
+        file.seek(0)
+        try:
+            begin = unpacked(file, packed, STDIN).read(1 << 16)
+        except DAMAGED:  # said by those that read all of it, with the place
+            begin = b""
+    return (".jsonl" if begin.lstrip().startswith(b"{") else ".txt") + packed
+
+
+def shown(path: Path) -> Path:
+    """What messages call a file of raw text."""
+    return STDIN if _FOLDER in path.parent.name and path.name.startswith("stdin.") else path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tplaunch.data.blocks import SAMPLED
-from tplaunch.data.build import FORMAT, owned, tokenize, train_tokenizer
+from tplaunch.data.build import owned, tokenize, train_tokenizer
 from tplaunch.data.cache import default_cache, subdirectory
 from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
-from tplaunch.data.endings import is_raw
+from tplaunch.data.endings import files_of, is_raw
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.inputs import raw_files
+from tplaunch.data.made import FORMAT, corpora, digest, recipe_name, trained_tokenizer
 from tplaunch.data.progress import Progress
 from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.data.tokenizer import Tokenizer
@@ -82,7 +81,11 @@ class _Preparation:
         sample = max(1, min(SAMPLED, _START_BLOCKS // len(entries)))
         for key, source in entries:
             with self._problems_at(key):
-                prefixes[key] = self._ready(Path(source.path).absolute(), tokenizer, sample)
+                path = Path(source.path).absolute()
+                prefixes[key] = self._ready(path, tokenizer, sample)
+                if tokenizer_file and is_raw(path):
+                    wanted = recipe_name(self._sums(files_of(path)), tokenizer_file, self.data, self.sums)
+                    self.sums.note(wanted, prefixes[key].name)
         self._raise_problems()
 
         update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
@@ -131,8 +134,8 @@ class _Preparation:
                 )
             )
             return None
-        name = _digest([FORMAT, wanted.vocab_size, self.data.text_key, self._sums(inputs)])
-        path = subdirectory(self.cache, "tokenizers") / f"{name}.json"
+        path = trained_tokenizer(self.cache, wanted.vocab_size, self.data.text_key, self._sums(inputs))
+        subdirectory(self.cache, path.parent.name)
         with self._problems_at("data.train"), self._once(path, path) as missing:
             if missing:
                 train_tokenizer(inputs, wanted.vocab_size, self.data.text_key, path, self.show)
@@ -166,13 +169,13 @@ class _Preparation:
         files = raw_files([path], self.show)
         sums = self._sums(files)
         content = sums[0] if len(sums) == 1 else sums
-        name = _digest([FORMAT, content, tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
+        name = digest([FORMAT, content, tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
         title = re.sub(r"[*?\[\]]", "_", path.name.split(".")[0])
-        prefix = subdirectory(self.cache, "corpora") / f"{title}-{name}"
+        prefix = subdirectory(self.cache, corpora(self.cache).name) / f"{title}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
-                tokenize(files, prefix, self.data.text_key, self.show)
+                tokenize(files, prefix, tokenizer, self.data.text_key, self.show)
         return prefix
 
     def _sums(self, files: Sequence[Path]) -> list[str]:
@@ -212,7 +215,3 @@ def _keyed(split: Literal["train", "validation"], data: Data) -> list[tuple[str,
         (f"data.{split}[{number}]" + ("" if named[number] else ".path"), source)
         for number, source in enumerate(data.sources(split))
     ]
-
-
-def _digest(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

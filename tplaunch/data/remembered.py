@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,17 +31,40 @@ class Remembered:
 
     def sum_of(self, path: Path, read: Callable[[Path], str]) -> str:
         """The sum that `read` gives of a file, from memory where it is there."""
+        if (known := self.known(path, read.__name__)) is not None:
+            return known
         status = path.stat()
-        now = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        key = f"{read.__name__} {path.absolute()}"
-        match self._sums.get(key):
-            case [*state, str(known)] if state == now:
-                return known
         found = read(path)
         if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED:
-            self._sums.pop(key, None)
-            self._sums[key], self._new = [*now, found], True
+            self._keep(_key(path, read.__name__), [*_state(status), found])
         return found
+
+    def known(self, path: Path, read: str) -> str | None:
+        """The sum that a function, by its name, gave of a file; None where it is not remembered."""
+        try:
+            now = _state(path.stat())
+        except OSError:
+            return None
+        match self._sums.get(_key(path, read)):
+            case [*state, str(known)] if state == now:
+                return known
+        return None
+
+    def made(self, wanted: str) -> str | None:
+        """What was made for those who wanted it by this name."""
+        match self._sums.get(f"made {wanted}"):
+            case [str(name)]:
+                return name
+        return None
+
+    def note(self, wanted: str, name: str) -> None:
+        """Remember what was made."""
+        if self.made(wanted) != name:
+            self._keep(f"made {wanted}", [name])
+
+    def _keep(self, key: str, value: list[object]) -> None:
+        self._sums.pop(key, None)
+        self._sums[key], self._new = value, True
 
     def save(self) -> None:
         """Keep what is new; where that cannot be, the files are read again."""
@@ -51,6 +75,14 @@ class Remembered:
             write_atomic(self._file, json.dumps(dict([*self._sums.items()][-_KEPT:])))
         except OSError:
             pass
+
+
+def _key(path: Path, read: str) -> str:
+    return f"{read} {path.absolute()}"
+
+
+def _state(status: os.stat_result) -> list[object]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 @contextmanager

@@ -5,37 +5,36 @@ from __future__ import annotations
 import codecs
 import importlib
 import json
-import lzma
 import shlex
 import tempfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BufferedIOBase, BufferedReader, RawIOBase
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tplaunch.data.cuts import Cuts, byte_level
 from tplaunch.data.endings import FORMAT
+from tplaunch.data.inputs import shown
 from tplaunch.data.longline import text_in_line, whole_characters
+from tplaunch.data.unpack import DAMAGED, library, unpacked
 from tplaunch.errors import Problem, TplaunchError
 
-BLOCK = 1 << 20  # bytes of text that are tokenized in one go
+BLOCK = 1 << 20  # bytes of text that one thread takes in one go
 _ROWS = 256  # of a table, at most, that are read in one go
-_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules of the standard library
 _UNPACK = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}  # a user's commands
 KEY_HELP = "name the one that holds the text: data.text_key in a recipe, --text-key on the command line"
 
 
 @dataclass(frozen=True)
 class Block:
-    """What is tokenized in one go: some lines of a .jsonl, some rows of a table, or a piece of one document.
+    """What one thread takes in one go: some lines of a .jsonl, some rows of a table, or a piece of one document.
 
     Attributes:
-        path: the input.
+        path: the input, as messages call it.
         kind: "lines", "rows" or "piece".
         payload: whole lines as bytes, rows as they are, or text.
         first: number of the first line or row, for messages.
@@ -101,36 +100,26 @@ def blocks(path: Path, text_key: str, cuts: Cuts | None = None, skip_bad: bool =
         yield from _parquet_blocks(path, text_key, cuts, skip_bad)
         return
     with path.open("rb") as raw:
-        stream = _unpack(raw, match["packed"] or "", path)
+        stream, name = unpacked(raw, match["packed"] or "", path), shown(path)
         before = 0
         try:
             if match["lines"] == "txt":
-                found = _pieces(path, _decoded(iter(partial(stream.read, BLOCK), b""), str(path)), cuts)
+                found = _pieces(name, _decoded(iter(partial(stream.read, BLOCK), b""), str(name)), cuts)
             else:
-                found = _line_blocks(path, stream, text_key, cuts, skip_bad)
+                found = _line_blocks(name, stream, text_key, cuts, skip_bad)
             for block in found:
                 yield replace(block, read=raw.tell() - before)
                 before = raw.tell()
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        except DAMAGED as error:
             raise TplaunchError(
-                Problem(f"cannot read it to its end: {error}", where=f"{path}: byte {raw.tell()}")
+                Problem(f"cannot read it to its end: {error}", where=f"{name}: byte {raw.tell()}")
             ) from None
 
 
 def _pieces(path: Path, parts: Iterable[str], cuts: Cuts) -> Iterator[Block]:
-    """The pieces of one document; it is held for as long as there is no place to cut it."""
-    held, before, searched = "", "", 0
-    for part in parts:
-        held += part
-        if len(held) < BLOCK:
-            continue
-        if place := cuts.last(held, searched):
-            yield Block(path, "piece", held[:place], ends=False, before=before)
-            before, held, searched = held[place - 1], held[place:], 0
-        else:
-            searched = len(held)
-    if held:
-        yield Block(path, "piece", held, before=before)
+    """The pieces of one document."""
+    for before, piece, last in cuts.pieces(parts, BLOCK):
+        yield Block(path, "piece", piece, ends=last, before=before)
 
 
 def _decoded(parts: Iterable[bytes], place: str) -> Iterator[str]:
@@ -217,7 +206,7 @@ def _long_line(
 
 
 def _parquet_blocks(path: Path, text_key: str, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
-    parquet = _library("pyarrow.parquet", "pyarrow", path)
+    parquet = library("pyarrow.parquet", "pyarrow", path)
     done = 0
     try:
         # Read by parts: by default it holds all of a row group's column.
@@ -331,54 +320,6 @@ def _row_blocks(path: Path, column: Iterable[_Cell], first: int, cuts: Cuts, ski
             yield replace(piece, first=number)
     if rows:
         yield Block(path, "rows", rows, number + 1 - len(rows))
-
-
-def _unpack(raw: BufferedIOBase, packed: str, path: Path) -> BufferedIOBase:
-    if packed in _PACKED:
-        return importlib.import_module(_PACKED[packed]).open(raw)
-    if packed == ".zst":
-        return BufferedReader(_ZstdFrames(raw, _library("zstandard", "zstandard", path)), BLOCK)
-    return raw
-
-
-class _ZstdFrames(RawIOBase):
-    """The bytes of all frames of a .zst; unlike the library's own reader it notices a file that was cut off."""
-
-    def __init__(self, raw: BufferedIOBase, zstandard: Any) -> None:
-        self._raw, self._zstandard = raw, zstandard
-        self._frame: Any = None
-        self._packed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._raw.read(1 << 17)
-            if not self._packed:
-                if self._frame:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(self._packed)
-            except self._zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-def _library(module: str, package: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise TplaunchError(
-            Problem(f"{path}: reading this format needs {package}", fix=f"pip install {package}, or tplaunch[formats]")
-        ) from None
 
 
 def _json_text(line: bytes, text_key: str, where: str) -> str:

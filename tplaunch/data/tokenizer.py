@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -64,6 +65,9 @@ class Tokenizer:
         path = path or file or ""
         try:
             self.json = content.decode("utf-8")
+            del content
+            # Before the library's own object is made: what Python's takes meanwhile is free for it then.
+            self.fingerprint, added = _facts(self.json)
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises bare Exception on a file that it cannot parse
             raise TplaunchError(
@@ -75,15 +79,19 @@ class Tokenizer:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._end(vocabulary, file, eod, path)
+        self._end(vocabulary, added, file, eod, path)
         self.begin = self._begin(vocabulary)
         self.dtype = token_dtype(self.vocab_size)
-        canonical = json.dumps(json.loads(self.json), sort_keys=True)
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _end(self, vocabulary: dict[str, int], file: Path | None, asked: str | None, path: Path | str) -> None:
+    def _end(
+        self,
+        vocabulary: dict[str, int],
+        added: list[dict[str, Any]],
+        file: Path | None,
+        asked: str | None,
+        path: Path | str,
+    ) -> None:
         """Find the token that ends documents, and mark it where the file alone would not tell it."""
-        added = json.loads(self.json).get("added_tokens") or []
         marked = [token["content"] for token in added if token.get(MARK)]
         alone = next((name for name in (*marked, *_END_NAMES) if name in vocabulary), None)
         if asked is not None and asked not in vocabulary:
@@ -110,6 +118,7 @@ class Tokenizer:
                     Problem(f"{path}: {end!r} is a piece of text", fix="name one of the tokenizer's added tokens")
                 )
             self.json = mark(self.json, end)
+            self.fingerprint, _ = _facts(self.json)
 
     def _begin(self, vocabulary: Iterable[str]) -> tuple[int, ...]:
         for text in ("a", *vocabulary):
@@ -153,6 +162,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _facts(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """The fingerprint of a tokenizer.json, and its added tokens."""
+    content = json.loads(text)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), content.get("added_tokens") or []
 
 
 def _said_beside(file: Path, vocabulary: dict[str, int]) -> Iterator[str]:

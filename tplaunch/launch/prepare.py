@@ -14,7 +14,7 @@ from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
-from tplaunch.launch.resume import Before, Changes, before_this, data_changes, recipe_changes, refuse
+from tplaunch.launch.resume import Before, Changes, before_this, data_changes, past, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
@@ -120,6 +120,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     if before is not None and (known := before.facts()) is not None:
         changes |= data_changes(known, facts)
         refuse(changes, before, allow)
+        facts |= past(before, known, recipe, changes)
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     if tokenizer is not None:

@@ -34,12 +34,14 @@ class Before:
         path: the checkpoint.
         step: its step.
         about: what its manifest says of the run that wrote it.
+        progress: how far that run was.
         recipe: that of the launch before this one, resolved; None where the run directory has none.
     """
 
     path: Path
     step: int
     about: Mapping[str, Any]
+    progress: Mapping[str, Any]
     recipe: Recipe | None
 
     @property
@@ -81,7 +83,7 @@ def before_this(run_dir: RunDir, resume: str) -> Before | None:
             manifest = read_manifest(path)
         except ValueError:
             continue
-        return Before(path, manifest.step, manifest.about, recipe)
+        return Before(path, manifest.step, manifest.about, manifest.state.get("progress", {}), recipe)
     return None
 
 
@@ -102,6 +104,8 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     changes: Changes = {}
     for split in ("train", "validation"):
         old, new = before.get(split, []), now[split]
+        if _same_shares(old, new):
+            new = [{**is_now, "weight": was["weight"]} for was, is_now in zip(old, new, strict=True)]
         orders = (before.get("order", 1), now["order"])
         if old != new:
             changes[f"data.{split}"] = _in_words(old, new)
@@ -111,6 +115,36 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     if before.get("tokenizer") and now["tokenizer"] and before["tokenizer"] != now["tokenizer"]:
         changes["data.tokenizer"] = (f"sha256 {before['tokenizer'][:12]}", f"sha256 {now['tokenizer'][:12]}")
     return changes
+
+
+def past(before: Before, known: Mapping[str, Any], recipe: Recipe, changes: Changes) -> dict[str, Any]:
+    """What was read before the data that the run goes on with (`data.given`), as facts.
+
+    Args:
+        known: the facts of the data before.
+        recipe: goes on.
+        changes: all of them.
+    """
+    from tplaunch.data.given import Past, past_of_change  # imports numpy
+
+    length = recipe.training.seq_len
+    was_length = before.about.get("seq_len", length)
+    if "data.train" not in changes and was_length == length:
+        return Past.of(known).facts()
+    tokens = before.progress["tokens"]
+    samples = before.progress.get("samples", -(-tokens // was_length))
+    since = samples if was_length == length else -(-tokens // length)  # as `TrainingProgress.read`
+    return past_of_change(known, samples, was_length, since).facts()
+
+
+def _same_shares(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
+    """Whether two lists of corpora are mixed alike, in the same order of samples: 6 : 2 is 3 : 1."""
+    from tplaunch.data.mixture import parts_of  # imports numpy
+
+    if len(old) != len(new) or not old:
+        return False
+    was, is_now = (parts_of(tuple(float(one["weight"]) for one in corpora)) for corpora in (old, new))
+    return bool((was == is_now).all())
 
 
 def _in_words(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[str, str]:

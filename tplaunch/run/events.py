@@ -272,7 +272,8 @@ class DataRead(Event):
 
     Args:
         samples: of the run so far.
-        corpora: path, samples, share by weight, share that was read, epochs.
+        corpora: path, samples, share by weight (0 of one that was read before the data were changed and is no more),
+            share that was read, epochs.
     """
 
     name = "data_read"

@@ -43,6 +43,7 @@ from tplaunch.run.history import History
 from tplaunch.slurm.nodes import check_nodes
 from tplaunch.slurm.own_job import GIVE_UP, cancel_rest, own_job, own_job_id, requeue, say
 from tplaunch.slurm.prepare import prepare
+from tplaunch.streams import adapt_encoding
 
 POLL_S = 0.5
 REPEAT_S = 3.0  # between signals to the ranks: those that had not started yet have missed the first
@@ -203,4 +204,5 @@ def main(argv: Sequence[str]) -> Exit:
 
 
 if __name__ == "__main__":
+    adapt_encoding()
     sys.exit(main(sys.argv[1:]))

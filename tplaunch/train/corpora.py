@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+from numpy.typing import NDArray
 
 from tplaunch.data.amounts import amounts
+from tplaunch.data.given import Given, Past
 from tplaunch.data.mixture import Mixture
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
@@ -31,8 +35,16 @@ class CorpusLog:
         self.mixture = Mixture(tuple(source.weight for source in recipe.data.sources("train")))
         self.read = self.mixture.counts(samples)
         training = recipe.training
+        facts = json.loads(run_dir.data_facts.read_bytes()) if run_dir.data_facts.exists() else {}
+        self.past = Past.of(facts)
+        self.seq_len = training.seq_len
+        others = {one.sha256: one for one in self.past.given}
+        # Of each corpus of now, what it gave among other ones; and those that are no more.
+        now = [others.pop(one["sha256"], None) for one in facts.get("train", [])]
+        self.before = np.array([one.read if one else 0 for one in now] or [0] * len(found)) // training.seq_len
+        self.gone: list[Given] = [*others.values()]
         at_end = samples + first_sample(recipe, training.steps + 1) - first_sample(recipe, step + 1)
-        epochs = self.mixture.counts(at_end) / self.sizes
+        epochs = self._given(at_end) / self.sizes
         rows = zip(
             self.paths, [one.tokens for one in found], self.mixture.shares.tolist(), epochs.tolist(), strict=True
         )
@@ -53,12 +65,26 @@ class CorpusLog:
             corpora = [{"path": self.paths[c], "epoch": int(epochs[c])} for c in begun]
             self.run_dir.append(EpochBegan(step, corpora))
 
+    def _given(self, samples: int) -> NDArray[np.int64]:
+        """Samples that each corpus has given when the run has consumed so many."""
+        given: NDArray[np.int64] = self.before + self.past.counts(self.mixture, samples)
+        return given
+
     def close(self, step: int, samples: int) -> None:
         """The launch ends: what was read so far, beside what the weights ask for."""
-        read = self.mixture.counts(samples)
-        rows = zip(self.paths, read.tolist(), self.mixture.shares.tolist(), (read / self.sizes).tolist(), strict=True)
+        read = self._given(samples)
+        rows = [*zip(self.paths, read.tolist(), self.mixture.shares.tolist(), self.sizes.tolist(), strict=True)]
+        rows += [
+            (one.path, one.read // self.seq_len, 0.0, max(1, (one.tokens - 1) // self.seq_len)) for one in self.gone
+        ]
         corpora = [
-            {"path": path, "samples": count, "share": share, "share_read": count / max(samples, 1), "epochs": epochs}
-            for path, count, share, epochs in rows
+            {
+                "path": path,
+                "samples": count,
+                "share": share,
+                "share_read": count / max(samples, 1),
+                "epochs": count / size,
+            }
+            for path, count, share, size in rows
         ]
         self.run_dir.append(DataRead(step, samples, corpora))
