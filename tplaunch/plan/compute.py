@@ -117,8 +117,8 @@ def block_parts(case: Case) -> dict[Part, Passes]:
 
 
 def head(case: Case) -> Passes:
-    """Final norm, output layer and loss. Where weight gradients are added up in place, the forward pass makes the loss's
-    gradients too, while its logits exist; elsewhere the backward pass computes the logits again."""
+    """Final norm, output layer and loss. Where weight gradients are added up in place, the forward pass makes those of
+    the loss, too, while its logits exist; elsewhere the backward pass computes the logits again."""
     model, tp, tokens = case.model, case.topology.tp, case.tokens
     columns = model.padded_vocab_size // tp
     output = linear(case, tokens, columns, model.hidden_size)
