@@ -15,7 +15,7 @@ class Exchange:
     Sends and receives are asynchronous, one operation each, in the order of `with_messages`: no two ranks ever wait for
     each other, and at no point have both something to send to the other, so that there is nothing to batch. None is
     reused or freed while it is under way: a receive is waited for where it is taken, a send when the next one of its
-    kind begins. On a GPU both let the stream wait, not the host, and what is freed then is freed in that stream's order.
+    kind begins. On a GPU the stream waits, not the host, and what is freed then is freed in that stream's order.
 
     Args:
         group: this rank's pipeline.
