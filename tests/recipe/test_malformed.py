@@ -184,7 +184,7 @@ CHANGED: dict[str, tuple[str, str, list[str]]] = {
     "recomputation, near": (
         "steps: 20",
         "steps: 20, recompute: chep",
-        ["expected one of none, cheap, full or", "did you mean cheap?"],
+        ["expected one of none, cheap, full, auto or", "did you mean cheap?"],
     ),
     "recomputation in Megatron's words": (
         "steps: 20",
