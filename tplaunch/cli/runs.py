@@ -1,0 +1,84 @@
+"""`tplaunch runs`: what ran, and how it went. Needs no torch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tplaunch.cli.common import echo_json
+from tplaunch.cli.options import JsonOption
+from tplaunch.errors import Problem, TplaunchError
+
+if TYPE_CHECKING:
+    from tplaunch.run.directory import RunDir
+
+app = typer.Typer(help="List, show, compare, plot, watch and report runs.", no_args_is_help=True)
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, its name under runs/, or a job.")]
+
+
+@app.command("list")
+def list_(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="A folder of runs, or of sweeps.")] = Path("runs"),
+    sort: Annotated[
+        str, typer.Option("--sort", metavar="KEY", help="Order by a column, metric or recipe key; -KEY: largest first.")
+    ] = "age",
+    filter_: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="KEY=VALUE", help="Only runs such as state=running or loss<3. Repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs: state, step, loss, speed, topology, age.
+
+    Keys are state, step, loss, tokens_per_s, topology, age, any metric, or a dotted key of the recipe.
+
+    Example: tplaunch runs list --filter optimizer.lr=3e-4 --sort loss
+    """
+    from tplaunch.cli.output import echo
+    from tplaunch.cli.views.run_list import list_text
+    from tplaunch.report.choose import choose, order
+    from tplaunch.report.rows import rows_of
+    from tplaunch.run.directory import runs_under
+
+    if not folder.is_dir() and folder != Path("runs"):
+        raise TplaunchError(Problem(f"there is no folder {folder}"))
+    found = runs_under(folder)
+    rows, trouble = rows_of(found, folder)
+    chosen = order(choose(rows, filter_ or ()), sort)
+    if trouble:
+        typer.echo(f"states are those of the run directories: {trouble}", err=True)
+    if as_json:
+        echo_json([row.as_dict() for row in chosen])
+    elif chosen:
+        echo(list_text(chosen, _width()))
+    elif rows:
+        typer.echo(f"none of {len(rows)} runs passes the filter")
+    else:
+        typer.echo(f"no runs in {shlex.quote(str(folder))}; the first: tplaunch train RECIPE")
+
+
+def _width() -> int | None:
+    """Columns of the terminal; None where the output is none."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _found(targets: list[str]) -> list[RunDir]:
+    """The runs that are meant, in the order asked."""
+    from tplaunch.slurm.runs import find_runs
+
+    return find_runs(targets)
+
+
+def _one(target: str) -> RunDir:
+    found = _found([target])
+    if len(found) > 1:
+        names = ", ".join(str(run.root) for run in found)
+        raise TplaunchError(Problem(f"{target} is a sweep of {len(found)} runs", fix=f"name one: {names}"))
+    return found[0]
