@@ -82,3 +82,65 @@ def _one(target: str) -> RunDir:
         names = ", ".join(str(run.root) for run in found)
         raise TplaunchError(Problem(f"{target} is a sweep of {len(found)} runs", fix=f"name one: {names}"))
     return found[0]
+
+
+@app.command()
+def show(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Show a run: attempts, events, checkpoints, prediction.
+
+    What changed between its attempts, what happened in it, and what was predicted beside what was measured.
+
+    Example: tplaunch runs show quickstart
+    """
+    from tplaunch.report.facts import RunFacts
+
+    facts = RunFacts.of(_one(run))
+    if as_json:
+        echo_json(facts.as_dict())
+        return
+    from tplaunch.cli.output import echo
+    from tplaunch.cli.views.run_show import show_text
+
+    echo(show_text(facts))
+
+
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Run directories, names under runs/, sweeps, or jobs.")
+]
+
+
+@app.command()
+def compare(runs: RunsArgument, as_json: JsonOption = False) -> None:
+    """Compare runs: recipes, and losses at equal steps.
+
+    Losses are the last, the best, and those where the shortest run ends: at its step, and at its tokens.
+
+    Example: tplaunch runs compare llama-a llama-b
+    """
+    from tplaunch.report.compare import MISSING, differences, measures
+    from tplaunch.report.curves import Curves
+
+    found = _found(runs)
+    if len(found) < 2:
+        raise TplaunchError(Problem("one run has nothing to be compared with", fix="name two or more", key="RUN"))
+    names, differing = _names(found), differences(found)
+    told = measures([Curves.of(run) for run in found])
+    if as_json:
+        plain = {key: {n: None if v is MISSING else v for n, v in zip(names, row, strict=True)} for key, row in differing.items()}
+        figures = {one.name: dict(zip(names, one.values, strict=True)) for one in told}
+        echo_json({"runs": [str(run.root) for run in found], "recipe": plain, "curves": figures})
+        return
+    from tplaunch.cli.output import echo
+    from tplaunch.cli.views.run_compare import compare_text
+
+    echo(compare_text(names, differing, told))
+
+
+def _names(runs: list[RunDir]) -> list[str]:
+    """What runs are called beside each other: as short as tells them apart."""
+    depth = 1
+    while True:
+        names = ["/".join(run.root.absolute().parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names) or depth > 6:
+            return names
+        depth += 1

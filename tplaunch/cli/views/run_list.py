@@ -29,7 +29,7 @@ def list_text(rows: Sequence[Row], width: int | None) -> str:
     headings = _HEADINGS[: len(cells[0])] if cells else _HEADINGS
     if width is not None:
         headings, cells = _fit(headings, cells, width)
-    return columns("", headings, cells, _LEFT).removeprefix("\n")
+    return columns("", headings, cells, _LEFT)
 
 
 def _cells(row: Row) -> list[str]:
