@@ -42,13 +42,21 @@ def make_run(
     raw = recipe or case(2, 2, 2, training={"steps": steps or max(1, last)})
     raw = {**raw, "optimizer": {**raw.get("optimizer", {}), "lr": lr}}
     run.recipe.write_text(dump_recipe(resolved(raw)))
-    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in made_records(records, every, lr, seed, spikes, began)))
+    run.metrics.write_text(
+        "".join(json.dumps(record) + "\n" for record in made_records(records, every, lr, seed, spikes, began))
+    )
     if events is None:
         events = [
             {"event": "attempt", "time": began, "attempt": 1},
             {"event": "start", "time": began + 5, "attempt": 1, "world_size": 8},
             {"event": "done", "time": began + 10 + last, "step": last},
-            {"event": "attempt_end", "time": began + 11 + last, "code": 0, "attempt": 1, "why": "the last step is done"},
+            {
+                "event": "attempt_end",
+                "time": began + 11 + last,
+                "code": 0,
+                "attempt": 1,
+                "why": "the last step is done",
+            },
         ]
     run.events.write_text("".join(json.dumps(event) + "\n" for event in events))
     return run

@@ -126,7 +126,10 @@ def compare(runs: RunsArgument, as_json: JsonOption = False) -> None:
     names, differing = _names(found), differences(found)
     told = measures([Curves.of(run) for run in found])
     if as_json:
-        plain = {key: {n: None if v is MISSING else v for n, v in zip(names, row, strict=True)} for key, row in differing.items()}
+        plain = {
+            key: {n: None if v is MISSING else v for n, v in zip(names, row, strict=True)}
+            for key, row in differing.items()
+        }
         figures = {one.name: dict(zip(names, one.values, strict=True)) for one in told}
         echo_json({"runs": [str(run.root) for run in found], "recipe": plain, "curves": figures})
         return
@@ -144,3 +147,90 @@ def _names(runs: list[RunDir]) -> list[str]:
         if len(set(names)) == len(names) or depth > 6:
             return names
         depth += 1
+
+
+@app.command()
+def plot(
+    runs: RunsArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Draw a .png, .svg or .pdf instead.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="KEY", help="Draw this metric; default: loss, lr, norm, speed. Repeatable."),
+    ] = None,
+    x: Annotated[str, typer.Option("--x", metavar="step|tokens", help="What runs along the x-axis.")] = "step",
+) -> None:
+    """Plot loss, learning rate, gradient norm and speed.
+
+    In the terminal, or into a file. Needs the extra `plots`.
+
+    Example: tplaunch runs plot quickstart -o curves.png
+    """
+    from tplaunch.report.charts import USUAL, charts
+    from tplaunch.report.curves import Curves
+
+    if x not in ("step", "tokens"):
+        raise TplaunchError(Problem(f"there is no x-axis {x!r}", fix="step or tokens", key="--x"))
+    found = _found(runs)
+    measured = [Curves.of(run) for run in found]
+    drawn = charts(list(zip(_names(found), measured, strict=True)), metric or USUAL, x)
+    if not drawn:
+        has = ", ".join(sorted({key for one in measured for key in one.metrics()}))
+        raise TplaunchError(Problem("there is nothing to draw", fix=has and f"there are {has}", key="--metric"))
+    if output is not None:
+        from tplaunch.report.picture import write_picture
+
+        write_picture(drawn, output)
+        typer.echo(f"wrote {output}")
+        return
+    import os
+    import shutil
+
+    from tplaunch.report.terminal import terminal_charts
+
+    wants = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    typer.echo(
+        terminal_charts(drawn, shutil.get_terminal_size().columns, colour=wants and "NO_COLOR" not in os.environ)
+    )
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Default: those under runs/ that go on.")
+    ] = None,
+) -> None:
+    """Watch runs live, until they have ended or Ctrl-C.
+
+    On a terminal a table with the curve of each loss; elsewhere a line a record.
+
+    Example: tplaunch runs watch llama-a llama-b
+    """
+    from tplaunch.report.watch import watch as follow
+
+    found = _found(runs) if runs else _going_on()
+    if not found:
+        typer.echo("no run under runs/ goes on; see them: tplaunch runs list")
+        return
+    from rich.console import Console
+
+    from tplaunch.cli.views.run_watch import WatchView
+
+    view = WatchView(Console(highlight=False, markup=False, emoji=False), _names(found))
+    try:
+        follow(found, view.show)
+    except KeyboardInterrupt:
+        pass  # how a user ends it
+    finally:
+        view.close()
+
+
+def _going_on() -> list[RunDir]:
+    from tplaunch.report.rows import rows_of
+    from tplaunch.report.watch import GOES_ON
+    from tplaunch.run.directory import runs_under
+
+    folder = Path("runs")
+    found = runs_under(folder)
+    return [run for run, row in zip(found, rows_of(found, folder)[0], strict=True) if row.state in GOES_ON]

@@ -29,7 +29,9 @@ def choose(rows: Sequence[Row], filters: Sequence[str]) -> list[Row]:
         match = _FILTER.fullmatch(text)
         if match is None:
             raise TplaunchError(
-                Problem(f"{text!r} is no filter", fix='such as state=running, "loss<3" or topology.tp=8', key="--filter")
+                Problem(
+                    f"{text!r} is no filter", fix='such as state=running, "loss<3" or topology.tp=8', key="--filter"
+                )
             )
         key, sign, wanted = match.groups()
         _must_be_known(rows, key, "--filter")

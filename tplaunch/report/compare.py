@@ -74,7 +74,12 @@ def measures(curves: Sequence[Curves]) -> list[Measure]:
                 place = min(known)
                 words = f"step {place:,.0f}" if along == "step" else f"{_count(place)} tokens"
                 found.append(Measure(f"{name} at {words}", [one.at(key, place, along) for one in curves], []))
-    for key, name in (("tokens", "tokens"), ("tokens_per_s", "tokens/s"), ("mfu", "MFU"), ("step_time_s", "step time (s)")):
+    for key, name in (
+        ("tokens", "tokens"),
+        ("tokens_per_s", "tokens/s"),
+        ("mfu", "MFU"),
+        ("step_time_s", "step time (s)"),
+    ):
         values = [one.last(key) if key == "tokens" else one.typical(key) for one in curves]
         if any(value is not None for value in values):
             found.append(Measure(name, values, []))

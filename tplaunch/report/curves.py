@@ -62,7 +62,7 @@ class Curves:
         index = bisect_right(points, (x, float("inf")))
         return points[index - 1][1] if index else None
 
-    def keys(self) -> set[str]:
+    def metrics(self) -> set[str]:
         """The metrics that there are."""
         return {key for record in self.records for key, value in record.items() if is_number(value)}
 

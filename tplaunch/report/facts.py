@@ -118,7 +118,9 @@ def _environment(run: RunDir, found: Sequence[Attempt], plan: Record | None) -> 
         values["planned for GPU"] = plan["gpu"]
     if found:
         last = found[-1]
-        values |= {name: text for name, text in (("Slurm job", last.job), ("nodes", ", ".join(map(str, last.nodes)))) if text}
+        values |= {
+            name: text for name, text in (("Slurm job", last.job), ("nodes", ", ".join(map(str, last.nodes)))) if text
+        }
     hosts = {str(row["host"]) for row in read_lines(run.root / "ranks.jsonl") if row.get("host")}
     if hosts and "nodes" not in values:
         values["nodes"] = ", ".join(sorted(hosts))

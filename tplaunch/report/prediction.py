@@ -94,7 +94,9 @@ def figures(plan: Record | None, curves: Curves, steps: int | None) -> list[Figu
         Figure("MFU", "share", plan.get("mfu"), curves.typical("mfu")),
         Figure("memory of the fullest rank", "GiB", max(memory, default=None), curves.peak("memory_peak_gib")),
         Figure("pipeline bubble", "share", plan.get("bubble"), None),
-        Figure("time of all steps", "s", plan.get("seconds"), None if None in (step_time, steps) else step_time * steps),
+        Figure(
+            "time of all steps", "s", plan.get("seconds"), None if None in (step_time, steps) else step_time * steps
+        ),
     ]
     return [one for one in found if one.predicted is not None or one.measured is not None]
 

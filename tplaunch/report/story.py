@@ -68,7 +68,9 @@ def attempts(history: History) -> list[Attempt]:
     for event in history.events:
         match event:
             case Changed():
-                changes |= {key: pair for key, pair in event.changes.items() if isinstance(pair, list) and len(pair) == 2}
+                changes |= {
+                    key: pair for key, pair in event.changes.items() if isinstance(pair, list) and len(pair) == 2
+                }
             case AttemptBegan():
                 found.append(Attempt(event.attempt, event.time, event.job, event.nodes, changes=changes))
                 changes = {}

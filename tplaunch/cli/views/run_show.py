@@ -78,7 +78,9 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
         job = f", job {one.job}" if one.job else ""
         end = one.why or ("" if one.ended is None else f"code {one.code}") or "has not ended"
         lines.append(f"{one.number:>3}  {_when(one.began)}  {place}{took}{job}: {end}")
-        lines += [f"     changed {key}: {value_text(was)} -> {value_text(now)}" for key, (was, now) in one.changes.items()]
+        lines += [
+            f"     changed {key}: {value_text(was)} -> {value_text(now)}" for key, (was, now) in one.changes.items()
+        ]
     return "\n".join(lines) if attempts else ""
 
 
@@ -91,7 +93,8 @@ def value_text(value: Any) -> str:
 
 def _checkpoints(facts: RunFacts) -> str:
     rows = [
-        [f"{one.step:,}", format_bytes(one.size), _when(one.time), one.damage or "complete"] for one in facts.checkpoints
+        [f"{one.step:,}", format_bytes(one.size), _when(one.time), one.damage or "complete"]
+        for one in facts.checkpoints
     ]
     return columns("Checkpoints", ["step", "size", "written", ""], rows, frozenset((3,))) if rows else ""
 
