@@ -234,3 +234,25 @@ def _going_on() -> list[RunDir]:
     folder = Path("runs")
     found = runs_under(folder)
     return [run for run, row in zip(found, rows_of(found, folder)[0], strict=True) if row.state in GOES_ON]
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="Where to write it.")],
+) -> None:
+    """Write a run's report: one HTML file, to send or print.
+
+    Curves with what happened on them, plan and memory, topology, attempts, samples, environment, recipe. It needs
+    no network and no other file.
+
+    Example: tplaunch runs report quickstart -o report.html
+    """
+    from tplaunch.cli.common import write_text
+    from tplaunch.report.facts import RunFacts
+    from tplaunch.report.page import page
+    from tplaunch.units import format_bytes
+
+    text = page(RunFacts.of(_one(run)))
+    write_text(output, text, "--output")
+    typer.echo(f"wrote {output}, {format_bytes(len(text.encode()))}")

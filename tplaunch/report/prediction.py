@@ -85,7 +85,7 @@ def _is_plan(plan: Any) -> bool:
 def figures(plan: Record | None, curves: Curves, steps: int | None) -> list[Figure]:
     """The figures that are predicted or measured. Measured is the median of records, but for memory, a peak."""
     plan = plan or {}
-    memory = [rank.get("allocated", rank["total"]) / GiB for rank in plan.get("memory", [])]
+    memory = [_allocated(rank) for rank in plan.get("memory", [])]
     step_time = curves.typical("step_time_s")
     found = [
         Figure("step", "s", plan.get("step_seconds"), step_time),
@@ -95,7 +95,10 @@ def figures(plan: Record | None, curves: Curves, steps: int | None) -> list[Figu
         Figure("memory of the fullest rank", "GiB", max(memory, default=None), curves.peak("memory_peak_gib")),
         Figure("pipeline bubble", "share", plan.get("bubble"), None),
         Figure(
-            "time of all steps", "s", plan.get("seconds"), None if None in (step_time, steps) else step_time * steps
+            "time of all steps",
+            "s",
+            plan.get("seconds"),
+            None if step_time is None or steps is None else step_time * steps,
         ),
     ]
     return [one for one in found if one.predicted is not None or one.measured is not None]
@@ -106,9 +109,15 @@ def memory_by_stage(plan: Record | None, curves: Curves) -> list[Figure]:
     ranks: Sequence[Record] = (plan or {}).get("memory", [])
     measured = [curves.peak(f"memory/pp{rank}_peak_gib") for rank in range(max(len(ranks), _stages(curves)))]
     return [
-        Figure(f"pp {i}", "GiB", ranks[i].get("allocated", ranks[i]["total"]) / GiB if i < len(ranks) else None, value)
+        Figure(f"pp {i}", "GiB", _allocated(ranks[i]) if i < len(ranks) else None, value)
         for i, value in enumerate(measured)
     ]
+
+
+def _allocated(rank: Record) -> float:
+    """GiB that torch counts as allocated."""
+    counted = rank.get("allocated")
+    return (counted if is_number(counted) else rank["total"]) / GiB
 
 
 def _stages(curves: Curves) -> int:

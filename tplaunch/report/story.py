@@ -97,15 +97,28 @@ def marks(history: History, curves: Curves) -> list[Mark]:
     """What happened in a run, oldest first. What has no step of its own stands at the last record before it."""
     times = [(record["time"], record["step"]) for record in curves.records if record.get("time") is not None]
     times.sort()
+    begins = _begins(history)
     found = []
     for event in history.events:
         if (kind := _kind(event)) is None:
             continue
-        step = getattr(event, "step", None)
+        step = begins.get(id(event), getattr(event, "step", None))
         if step is None:
             index = bisect_right(times, (event.time, float("inf")))
             step = times[index - 1][1] if index else 0
         found.append(Mark(step, event.time, kind, say(event)))
+    return found
+
+
+def _begins(history: History) -> dict[int, int]:
+    """The steps from which attempts went on, by the identity of the events that began them."""
+    found: dict[int, int] = {}
+    latest = None
+    for event in history.events:
+        if isinstance(event, AttemptBegan):
+            latest = event
+        elif isinstance(event, Resumed) and latest is not None:
+            found[id(latest)] = event.step
     return found
 
 

@@ -54,8 +54,9 @@ class Watched:
     def seconds_left(self) -> float | None:
         """Until its last step, at the present speed."""
         step, seconds, steps = self.last.get("step"), self.last.get("step_time_s"), self.row.steps
-        known = self.row.state == "running" and step is not None and seconds is not None and steps is not None
-        return (steps - step) * seconds if known else None
+        if self.row.state != "running" or step is None or seconds is None or steps is None:
+            return None
+        return float((steps - step) * seconds)
 
 
 def watch(runs: Sequence[RunDir], show: Callable[[list[Watched]], None]) -> None:
