@@ -77,7 +77,7 @@ def charts(
 
 def _is_wide(lines: Sequence[Line]) -> bool:
     values = [y for line in lines for _, y in line.points]
-    return min(values) > 0 and max(values) / min(values) > _WIDE
+    return min(values) > 1e-100 and max(values) / min(values) > _WIDE
 
 
 def limits(chart: Chart) -> tuple[float, float]:

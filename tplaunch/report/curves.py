@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -69,7 +69,7 @@ class Curves:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a number that can be drawn."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e100 < value < 1e100
 
 
 def thin(points: Sequence[Point], columns: int) -> list[Point]:
@@ -97,14 +97,25 @@ def thin(points: Sequence[Point], columns: int) -> list[Point]:
     return found
 
 
-def smooth(values: Iterable[float], weight: float) -> list[float]:
-    """An exponential moving average without the pull of its start, as TensorBoard smooths.
+def running_medians(values: Sequence[float], window: int) -> list[float]:
+    """The median of the values around each: a curve without noise that neither lags, as an average of what came before
+    does, nor bends towards spikes.
 
     Args:
-        weight: of what came before, 0 to 1.
+        window: how many values, at least one; fewer at the ends, where the value stays in their middle.
     """
-    found, state, total = [], 0.0, 0.0
-    for value in values:
-        state, total = weight * state + (1 - weight) * value, weight * total + 1 - weight
-        found.append(state / total)
+    reach = window // 2
+    found, inside, first, stop = [], list[float](), 0, 0
+    for i in range(len(values)):
+        own = min(reach, i, len(values) - 1 - i)
+        while stop <= i + own:
+            insort(inside, values[stop])
+            stop += 1
+        while stop > i + own + 1:
+            stop -= 1
+            del inside[bisect_left(inside, values[stop])]
+        while first < i - own:
+            del inside[bisect_left(inside, values[first])]
+            first += 1
+        found.append(inside[len(inside) // 2])
     return found

@@ -76,7 +76,7 @@ def bars_svg(
 def _legend(names: Sequence[str], left: int, top: int, *, diamond: bool) -> tuple[list[str], int]:
     parts, x, y = [], left, top
     for kind, name in enumerate([*names, *(["measured"] if diamond else [])]):
-        wide = 30 + int(6.6 * len(name))
+        wide = 36 + int(7 * len(name))
         if x + wide > _WIDTH:
             x, y = left, y + 20
         if kind < len(names):
@@ -157,7 +157,7 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
     for rank in shown:
         nodes.setdefault(topology.node(rank), []).append(rank)
     axes = [axis for axis in AXES if topology.size(axis) > 1] or ["tp"]
-    cell, tall = 62, 20 + 12 * len(axes)
+    cell, tall = 60, 20 + 12 * len(axes)
     across = min(8, max(len(own) for own in nodes.values()))
     wide = across * (cell + 4) + 16
     per_row = max(1, (_WIDTH + 12) // (wide + 12))
@@ -175,7 +175,7 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
                 place = topology.coordinates(rank)._asdict()
                 rx, ry = x + 9 + (i % across) * (cell + 4), y + 26 + (i // across) * (tall + 4)
                 parts.append(
-                    f'<g class="rank p{place["pp"] % 10}">'
+                    f'<g class="rank r{place["pp"] % 6}">'
                     f'<rect x="{rx}" y="{ry}" width="{cell}" height="{tall}" rx="4"/>'
                     f'<text x="{rx + 7}" y="{ry + 15}" class="number">{rank}</text>'
                 )

@@ -20,7 +20,7 @@ from tplaunch.report.drawings import in_words, memory_svg, step_svg, topology_sv
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.palette import DARK, LIGHT, Palette
 from tplaunch.report.prediction import Figure, in_unit, read_recipe
-from tplaunch.report.story import Mark, gathered
+from tplaunch.report.story import Mark, gathered, when
 from tplaunch.report.svg import chart_svg
 from tplaunch.run.directory import RunDir
 from tplaunch.spec.topology import Topology
@@ -64,12 +64,10 @@ def _style() -> str:
     dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
     runs = "".join(
         f"svg .curve.c{i}{{stroke:var(--run{i})}}svg .dots.c{i} circle{{fill:var(--run{i})}}"
+        f"svg .rank.r{i} rect{{fill:var(--run{i});stroke:var(--run{i})}}"
         for i in range(len(LIGHT.runs))
     )
-    parts = "".join(
-        f"svg .p{i}{{fill:var(--part{i})}}svg .rank.p{i} rect{{fill:var(--part{i});stroke:var(--part{i})}}"
-        for i in range(len(LIGHT.parts))
-    )
+    parts = "".join(f"svg .p{i}{{fill:var(--part{i})}}" for i in range(len(LIGHT.parts)))
     return f":root{{{_variables(LIGHT)}}}{dark}{(_HERE / 'page.css').read_text(encoding='utf-8')}{runs}{parts}"
 
 
@@ -226,14 +224,14 @@ def _attempts(facts: RunFacts) -> str:
         took = "" if one.ended is None else format_duration(one.ended - one.began)
         where = escape(" ".join([*([f"job {one.job}"] if one.job else []), *map(str, one.nodes)]))
         end = escape(one.why or ("it has not ended" if one.ended is None else f"code {one.code}"))
-        cells = (str(one.number), _when(one.began), f"{one.step:,}", took, where, f"{end}{changes}")
+        cells = (str(one.number), when(one.began), f"{one.step:,}", took, where, f"{end}{changes}")
         rows.append((cells, "bad" if one.code == 1 else ""))
     return _raw_table(("", "began", "from step", "took", "where", "how it ended, and what changed"), rows, "ntnn--")
 
 
 def _events(marks: Sequence[Mark]) -> str:
     found = list(gathered(marks))
-    rows = [((_when(one.time), f"{one.step:,.0f}", escape(one.text)), one.kind) for one in found[-_EVENTS:]]
+    rows = [((when(one.time), f"{one.step:,.0f}", escape(one.text)), one.kind) for one in found[-_EVENTS:]]
     note = (
         f'<p class="quiet">The last {_EVENTS} of {len(found):,}; all are in events.jsonl.</p>'
         if len(found) > _EVENTS
@@ -244,8 +242,7 @@ def _events(marks: Sequence[Mark]) -> str:
 
 def _checkpoints(facts: RunFacts) -> str:
     rows = [
-        (f"{one.step:,}", format_bytes(one.size), _when(one.time), one.damage or "complete")
-        for one in facts.checkpoints
+        (f"{one.step:,}", format_bytes(one.size), when(one.time), one.damage or "complete") for one in facts.checkpoints
     ]
     return _table(("step", "size", "written", ""), rows, "nnt-")
 
@@ -283,7 +280,3 @@ def _raw_table(headings: Sequence[str], rows: Sequence[tuple[Iterable[str], str]
 
     head = f"<thead>{line('th', headings)}</thead>" if any(headings) else ""
     return f"<table>{head}<tbody>{''.join(line('td', cells, kind) for cells, kind in rows)}</tbody></table>"
-
-
-def _when(moment: float) -> str:
-    return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")

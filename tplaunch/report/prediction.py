@@ -84,22 +84,18 @@ def _is_plan(plan: Any) -> bool:
 
 def figures(plan: Record | None, curves: Curves, steps: int | None) -> list[Figure]:
     """The figures that are predicted or measured. Measured is the median of records, but for memory, a peak."""
-    plan = plan or {}
-    memory = [_allocated(rank) for rank in plan.get("memory", [])]
+    said = {key: value for key, value in (plan or {}).items() if is_number(value)}
+    memory = [_allocated(rank) for rank in (plan or {}).get("memory", [])]
     step_time = curves.typical("step_time_s")
+    in_all = None if step_time is None or steps is None else step_time * steps
     found = [
-        Figure("step", "s", plan.get("step_seconds"), step_time),
-        Figure("tokens/s", "count", plan.get("tokens_per_s"), curves.typical("tokens_per_s")),
-        Figure("TFLOP/s of a GPU", "TFLOP/s", plan.get("tflops_per_gpu"), curves.typical("tflops_per_gpu")),
-        Figure("MFU", "share", plan.get("mfu"), curves.typical("mfu")),
+        Figure("step", "s", said.get("step_seconds"), step_time),
+        Figure("tokens/s", "count", said.get("tokens_per_s"), curves.typical("tokens_per_s")),
+        Figure("TFLOP/s of a GPU", "TFLOP/s", said.get("tflops_per_gpu"), curves.typical("tflops_per_gpu")),
+        Figure("MFU", "share", said.get("mfu"), curves.typical("mfu")),
         Figure("memory of the fullest rank", "GiB", max(memory, default=None), curves.peak("memory_peak_gib")),
-        Figure("pipeline bubble", "share", plan.get("bubble"), None),
-        Figure(
-            "time of all steps",
-            "s",
-            plan.get("seconds"),
-            None if step_time is None or steps is None else step_time * steps,
-        ),
+        Figure("pipeline bubble", "share", said.get("bubble"), None),
+        Figure("time of all steps", "s", said.get("seconds"), in_all),
     ]
     return [one for one in found if one.predicted is not None or one.measured is not None]
 
@@ -116,8 +112,8 @@ def memory_by_stage(plan: Record | None, curves: Curves) -> list[Figure]:
 
 def _allocated(rank: Record) -> float:
     """GiB that torch counts as allocated."""
-    counted = rank.get("allocated")
-    return (counted if is_number(counted) else rank["total"]) / GiB
+    counted: float = rank["allocated"] if is_number(rank.get("allocated")) else rank["total"]
+    return counted / GiB
 
 
 def _stages(curves: Curves) -> int:

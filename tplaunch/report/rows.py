@@ -84,7 +84,7 @@ def rows_of(runs: Sequence[RunDir], folder: Path) -> tuple[list[Row], str]:
 
 def _jobs(histories: Sequence[History]) -> tuple[dict[str, client.Standing], str]:
     try:
-        return client.find_jobs([job for history in histories for job in history.submitted_jobs]), ""
+        return client.find_jobs([str(job) for history in histories for job in history.submitted_jobs]), ""
     except TplaunchError as error:  # a list of what is on a disk needs no cluster
         return {}, error.problems[0].what
 

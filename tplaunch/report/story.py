@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from tplaunch.launch.console import in_words
@@ -33,6 +34,7 @@ from tplaunch.run.events import (
     Submitted,
 )
 from tplaunch.run.history import History
+from tplaunch.run.records import is_step
 
 Kind = Literal["attempt", "checkpoint", "loss", "fault", "straggler", "other"]
 
@@ -83,6 +85,14 @@ def attempts(history: History) -> list[Attempt]:
     return found
 
 
+def when(moment: float) -> str:
+    """A time of a file as text."""
+    try:
+        return datetime.fromtimestamp(moment).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):  # no time that there is
+        return "?"
+
+
 @dataclass(frozen=True)
 class Mark:
     """Something that happened, at a step of the curves."""
@@ -106,6 +116,8 @@ def marks(history: History, curves: Curves) -> list[Mark]:
         if step is None:
             index = bisect_right(times, (event.time, float("inf")))
             step = times[index - 1][1] if index else 0
+        if not is_step(step):
+            continue
         found.append(Mark(step, event.time, kind, say(event)))
     return found
 

@@ -7,10 +7,11 @@ from html import escape
 from math import log10
 
 from tplaunch.report.charts import Chart, Line, limits, log_ticks, number, ticks
-from tplaunch.report.curves import Point, smooth, thin
+from tplaunch.report.curves import Point, running_medians, thin
 from tplaunch.report.story import Mark
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 26
+_ROOM = 800  # width from which checkpoints are shown
 _MANY = 150  # points from which a curve is drawn twice: faint as it is, and smoothed
 
 
@@ -18,7 +19,7 @@ def chart_svg(chart: Chart, marks: Sequence[Mark], width: int, height: int) -> s
     """Draw a chart.
 
     Args:
-        marks: what happened at which step; drawn where the x-axis is the step.
+        marks: what happened at which step; drawn where the x-axis is the step, checkpoints where there is room.
         width, height: of the picture, in its own units; the page scales it.
     """
     canvas = _Canvas(chart, width, height)
@@ -95,10 +96,8 @@ class _Canvas:
         return parts
 
     def _smoothed(self, points: Sequence[Point]) -> list[Point]:
-        """A moving average over a fiftieth of the curve or so."""
-        weight = 1 - 1 / max(2.0, len(points) / 60)
-        averages = smooth((log10(y) if self.chart.log else y for _, y in points), weight)
-        return [(x, 10**mean if self.chart.log else mean) for (x, _), mean in zip(points, averages, strict=True)]
+        medians = running_medians([y for _, y in points], max(5, len(points) // _MANY))
+        return [(x, y) for (x, _), y in zip(points, medians, strict=True)]
 
     def _places(self, points: Sequence[Point]) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
@@ -113,7 +112,8 @@ class _Canvas:
         fall on one place, one is drawn, and says how many they are."""
         places: dict[tuple[str, int], list[Mark]] = {}
         for mark in marks:
-            if mark.kind != "other" and self.left <= mark.step <= self.right and not _is_first(mark):
+            shown = mark.kind != "other" and (mark.kind != "checkpoint" or self.width > _ROOM)
+            if shown and self.left <= mark.step <= self.right and not _is_first(mark):
                 places.setdefault((mark.kind, round(self.x(mark.step) / 3)), []).append(mark)
         parts = []
         for (kind, _), here in places.items():

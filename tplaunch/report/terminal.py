@@ -38,6 +38,9 @@ def terminal_charts(charts: Sequence[Chart], width: int, *, colour: bool) -> str
         colour: tell runs apart by colours; else by letters.
     """
     plotext = need("plotext")
+    if not hasattr(plotext, "terminal"):
+        raise TplaunchError(Problem("drawing needs plotext 6: pip install 'tplaunch[plots]'"))
+    plotext.terminal.limit(False, False)  # else no chart is wider than what it takes for the terminal
     columns = 2 if width >= _TWO and len(charts) > 1 else 1
     each = (width - 2 * (columns - 1)) // columns
     drawing = _Drawing(plotext, charts, colour)
@@ -56,6 +59,7 @@ class _Drawing:
         self.plotext, self.colour = plotext, colour
         lines = [line for chart in charts for line in chart.lines]
         self.runs = {line.colour: line.label for line in lines if line.kind == "line"}
+        self.lettered = not colour and len(self.runs) > 1
         self.kinds = {line.kind for line in lines}
 
     def chart(self, chart: Chart, width: int) -> str:
@@ -90,7 +94,7 @@ class _Drawing:
     def _symbol(self, line: Line) -> str:
         if line.kind != "line":
             return _SYMBOLS[line.kind]
-        return "braille" if self.colour or len(self.runs) == 1 else _letter(line.colour)
+        return _letter(line.colour) if self.lettered else "braille"
 
     def _name(self, line: Line) -> str:
         return "default" if line.kind == "level" or not self.colour else _COLOURS[line.colour % len(_COLOURS)]
@@ -101,7 +105,7 @@ class _Drawing:
 
         parts = []
         for run, label in self.runs.items():
-            sign = "━━" if self.colour else _letter(run)
+            sign = _letter(run) if self.lettered else "━━"
             parts.append((style(sign, fg=_ANSI[run % len(_ANSI)]) if self.colour else sign) + f" {label}")
         if "dots" in self.kinds:
             parts.append("• validation")

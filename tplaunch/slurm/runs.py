@@ -160,7 +160,7 @@ def _standing(run_dir: RunDir, history: History, job: client.Standing | None) ->
         return "stopping" if job.state == "COMPLETING" else job.state.lower(), ""
     match history.end:
         case AttemptEnded(code=code, why=why):
-            return {Exit.DONE: "done", Exit.STOPPED: "stopped"}.get(Exit(code), "failed"), why
+            return "done" if code == Exit.DONE else "stopped" if code == Exit.STOPPED else "failed", why
         case BadNodes(nodes=nodes):
             return "failed", f"bad nodes: {', '.join(nodes)}"
     latest = next((e for e in reversed(history.events) if isinstance(e, (AttemptBegan, Submitted))), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from typer import style
@@ -11,7 +10,7 @@ from typer import style
 from tplaunch.cli.views.table import columns
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
-from tplaunch.report.story import Attempt, Mark, gathered
+from tplaunch.report.story import Attempt, Mark, gathered, when
 from tplaunch.units import format_bytes, format_count, format_duration
 
 _SHOWN = 40  # events; the file has all
@@ -77,7 +76,7 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
         place = "from the beginning" if not one.step else f"from step {one.step:,}"
         job = f", job {one.job}" if one.job else ""
         end = one.why or ("" if one.ended is None else f"code {one.code}") or "has not ended"
-        lines.append(f"{one.number:>3}  {_when(one.began)}  {place}{took}{job}: {end}")
+        lines.append(f"{one.number:>3}  {when(one.began)}  {place}{took}{job}: {end}")
         lines += [
             f"     changed {key}: {value_text(was)} -> {value_text(now)}" for key, (was, now) in one.changes.items()
         ]
@@ -93,8 +92,7 @@ def value_text(value: Any) -> str:
 
 def _checkpoints(facts: RunFacts) -> str:
     rows = [
-        [f"{one.step:,}", format_bytes(one.size), _when(one.time), one.damage or "complete"]
-        for one in facts.checkpoints
+        [f"{one.step:,}", format_bytes(one.size), when(one.time), one.damage or "complete"] for one in facts.checkpoints
     ]
     return columns("Checkpoints", ["step", "size", "written", ""], rows, frozenset((3,))) if rows else ""
 
@@ -104,11 +102,5 @@ def _events(marks: Sequence[Mark]) -> str:
     if not found:
         return ""
     hidden = f" (the last {_SHOWN} of {len(found)}; all: events.jsonl)" if len(found) > _SHOWN else ""
-    rows = [
-        [_when(one.time), f"{one.step:,.0f}", style(one.text, fg=_COLOURS.get(one.kind))] for one in found[-_SHOWN:]
-    ]
+    rows = [[when(one.time), f"{one.step:,.0f}", style(one.text, fg=_COLOURS.get(one.kind))] for one in found[-_SHOWN:]]
     return columns(f"Events{hidden}", ["", "step", ""], rows, frozenset((0, 2)))
-
-
-def _when(time: float) -> str:
-    return datetime.fromtimestamp(time).isoformat(" ", "seconds")
