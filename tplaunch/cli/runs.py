@@ -187,12 +187,12 @@ def plot(
     import os
     import shutil
 
+    from tplaunch.cli.output import echo
     from tplaunch.report.terminal import terminal_charts
 
     wants = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-    typer.echo(
-        terminal_charts(drawn, shutil.get_terminal_size().columns, colour=wants and "NO_COLOR" not in os.environ)
-    )
+    colour = wants and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    echo(terminal_charts(drawn, shutil.get_terminal_size().columns, colour=colour))
 
 
 @app.command()

@@ -152,6 +152,7 @@ def _curves(facts: RunFacts) -> str:
 
 _SIGNS = {
     "validation": ("validation loss", '<g class="dots c0"><circle cx="8" cy="6" r="3"/></g>'),
+    "predicted": ("predicted", '<line class="level" x1="0" x2="16" y1="6" y2="6"/>'),
     "attempt": ("a further attempt began", '<g class="mark attempt"><line x1="8" x2="8" y1="0" y2="12"/></g>'),
     "checkpoint": ("checkpoint", '<g class="mark checkpoint"><path d="M8,2l4,8h-8z"/></g>'),
     "loss": ("loss spike, skipped step or rollback", '<g class="mark loss"><path d="M8,10l4,-8h-8z"/></g>'),
@@ -165,6 +166,8 @@ def _key(facts: RunFacts) -> str:
     kinds = {str(mark.kind) for mark in facts.marks if not (mark.kind == "attempt" and mark.step == 0)}
     if facts.curves.last("validation/loss") is not None:
         kinds.add("validation")
+    if facts.plan is not None:
+        kinds.add("predicted")
     shown = [
         f'<li><svg viewBox="0 0 16 12">{sign}</svg>{text}</li>'
         for kind, (text, sign) in _SIGNS.items()

@@ -86,7 +86,9 @@ class _Drawing:
         return str(figure.build().string(not self.colour))
 
     def _signal(self, figure: Any, line: Line, width: int) -> Any:
-        points = line.points if line.kind == "dots" else thin(line.points, 2 * width)
+        # Dots in each column would hide the curve behind them.
+        apart = max(1, len(line.points) * 8 // width)
+        points = line.points[::-apart][::-1] if line.kind == "dots" else thin(line.points, 2 * width)
         marker = self.plotext.marker(self._symbol(line), self._name(line))
         signal = figure.signal([x for x, _ in points], [y for _, y in points], marker=marker)
         return signal.lines(line.kind != "dots")

@@ -7,6 +7,7 @@ from typing import Any
 
 from typer import style
 
+from tplaunch.cli.output import short_path
 from tplaunch.cli.views.table import columns
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
@@ -30,7 +31,7 @@ def _head(facts: RunFacts) -> str:
     row, curves = facts.row, facts.curves
     best, best_validation = curves.best("loss"), curves.best("validation/loss")
     lines = [
-        ("run", str(row.run)),
+        ("run", short_path(row.run)),
         ("state", " - ".join(filter(None, (row.state, row.why)))),
         ("step", f"{row.step or 0:,} of {'?' if row.steps is None else format(row.steps, ',')}"),
         ("loss", _last_and_best(curves.last("loss"), best)),

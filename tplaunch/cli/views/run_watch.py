@@ -52,15 +52,17 @@ class WatchView:
 
     def _table(self, runs: Sequence[Watched]) -> Table:
         wide = self.console.width >= 110
+        reasons = ["" if one.row.state == "done" else one.row.why for one in runs]
+        told = wide and any(reasons)
         table = Table(box=None, pad_edge=False, expand=False)
         table.add_column("run", no_wrap=True, overflow="ellipsis")
         table.add_column("state", no_wrap=True)
         for title in ("step", "loss", "tokens/s", "left"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("loss so far", no_wrap=True)
-        if wide:
+        if told:
             table.add_column("why", no_wrap=True, overflow="ellipsis")
-        for name, one in zip(self.names, runs, strict=True):
+        for name, one, reason in zip(self.names, runs, reasons, strict=True):
             row = one.row
             loss, rate = one.last.get("loss"), one.last.get("tokens_per_s")
             cells = [
@@ -72,7 +74,7 @@ class WatchView:
                 Text("" if one.seconds_left is None else format_duration(one.seconds_left)),
                 Text(sparkline(one.losses, 40 if wide else 16), style="cyan"),
             ]
-            table.add_row(*cells, *([Text("" if row.state == "done" else row.why)] if wide else []))
+            table.add_row(*cells, *([Text(reason)] if told else []))
         return table
 
 
