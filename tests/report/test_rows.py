@@ -13,9 +13,11 @@ import pytest
 from tests.made_runs import make_run
 from tplaunch.errors import TplaunchError
 from tplaunch.report.choose import choose, order
-from tplaunch.report.rows import Row, rows_of
+from tplaunch.report.rows import Row, rows_of, short_history
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import AttemptEnded, Saved, Straggled
 from tplaunch.slurm import client
+from tplaunch.slurm.runs import stand_of
 
 ATTEMPT = {"event": "attempt", "time": 5.0, "attempt": 1}
 STARTED = {"event": "start", "time": 6.0, "attempt": 1, "world_size": 8}
@@ -90,6 +92,20 @@ def test_jobs_are_asked_about_once_and_a_cluster_that_is_away_is_said(
     monkeypatch.setattr(client, "find_jobs", away)
     rows, trouble = rows_of(runs, tmp_path)
     assert ([one.state for one in rows], trouble) == (["gone"] * 2, "squeue is not installed here")
+
+
+def test_a_list_reads_no_thousands_of_events(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", records=3, events=[ATTEMPT, STARTED])
+    for step in range(1, 2001):
+        run.append(Saved(step, "path", 1.0, time=20.0 + step))
+        run.append(Straggled(step, 1, 0, 1, 0, 0, 2.0, time=20.0 + step))
+    short = short_history(run)
+    assert len(short.events) == 3
+    jobs: dict[str, client.Standing] = {}
+    assert stand_of(run, short, jobs) == stand_of(run, run.history(), jobs)
+    assert "the newest checkpoint is of step 2000" in row(run).why
+    run.append(AttemptEnded(0, 1))
+    assert row(run).state == "done"
 
 
 def test_figures_and_names(tmp_path: Path) -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.errors import TplaunchError
+from tplaunch.files import parse_lines
 from tplaunch.recipe.outline import Outline, outline
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import DataRead, EpochBegan, Saved, Skipped, Straggled, parse_event
 from tplaunch.run.history import History
 from tplaunch.run.records import read_last
 from tplaunch.slurm import client
 from tplaunch.slurm.runs import Stand, stand_of
 from tplaunch.units import format_duration
 
+# How lines of events begin that come again and again (`files.to_line` writes them so).
+_ROUTINE = tuple(f'{{"event": "{kind.name}"'.encode() for kind in (Saved, Straggled, Skipped, EpochBegan, DataRead))
 SILENT_S = 300.0  # after which a run that holds its directory is called silent
 _AXES = ("tp", "cp", "pp", "dp", "ep")
 
@@ -76,10 +80,23 @@ def rows_of(runs: Sequence[RunDir], folder: Path) -> tuple[list[Row], str]:
     Returns:
         The rows, in order; and why Slurm could not be asked about their jobs, where it could not.
     """
-    histories = [run.history() for run in runs]
+    histories = [short_history(run) for run in runs]
     jobs, trouble = _jobs(histories)
     now = time.time()
     return [_row(run, history, jobs, folder, now) for run, history in zip(runs, histories, strict=True)], trouble
+
+
+def short_history(run: RunDir) -> History:
+    """A run's events without those that say nothing of how it stands, of which a run of weeks has thousands; of its
+    checkpoints the newest."""
+    try:
+        lines = run.events.read_bytes().splitlines()
+    except OSError:
+        return History([])
+    newest = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith(_ROUTINE[0])), None)
+    kept = [line for i, line in enumerate(lines) if i == newest or not line.startswith(_ROUTINE)]
+    events = (parse_event(record) for record in parse_lines(b"\n".join(kept)))
+    return History([event for event in events if event is not None])
 
 
 def _jobs(histories: Sequence[History]) -> tuple[dict[str, client.Standing], str]:
