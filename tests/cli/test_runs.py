@@ -74,7 +74,7 @@ def test_a_list_is_as_wide_as_the_terminal(width: int, runs: Path) -> None:
 
 def test_show(runs: Path) -> None:
     text = call("show", "small").output
-    for words in ("step        60 of 60", "Predicted and measured", "Attempts", "the last step is done", "Events"):
+    for words in ("step        60 of 60", "Measured", "no prediction", "Attempts", "the last step is done", "Events"):
         assert words in text
     told = json.loads(call("show", "small", "--json").output)
     assert told["state"] == "done" and told["attempts"][0]["number"] == 1 and told["best_loss"]["loss"] > 2

@@ -195,15 +195,12 @@ def _plan(facts: RunFacts) -> str:
 
 
 def _figure_table(figures: Sequence[Figure]) -> str:
-    rows = [
-        (
-            one.name,
-            in_unit(one.predicted, one.unit),
-            in_unit(one.measured, one.unit),
-            f"{one.ratio:.2f}" if one.ratio else "",
-        )
-        for one in figures
-    ]
+    if all(one.predicted is None for one in figures):
+        return _table(("", "measured"), [(one.name, in_unit(one.measured, one.unit)) for one in figures], "-n")
+    rows = []
+    for one in figures:
+        ratio = "" if one.ratio is None else f"{one.ratio:.2f}"
+        rows.append((one.name, in_unit(one.predicted, one.unit), in_unit(one.measured, one.unit), ratio))
     return _table(("", "predicted", "measured", "measured/predicted"), rows, "-nnn")
 
 

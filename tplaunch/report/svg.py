@@ -96,7 +96,7 @@ class _Canvas:
         return parts
 
     def _smoothed(self, points: Sequence[Point]) -> list[Point]:
-        medians = running_medians([y for _, y in points], max(5, len(points) // _MANY))
+        medians = running_medians([y for _, y in points], max(5, len(points) // 40))
         return [(x, y) for (x, _), y in zip(points, medians, strict=True)]
 
     def _places(self, points: Sequence[Point]) -> str:

@@ -58,11 +58,14 @@ def _last_and_best(last: float | None, best: tuple[float, float] | None) -> str:
 def _figures(title: str, figures: Sequence[Figure], without: str) -> str:
     if not figures:
         return ""
+    note = f"\nno prediction: {without}" if without else ""
+    if all(one.predicted is None for one in figures):
+        rows = [[one.name, in_unit(one.measured, one.unit)] for one in figures]
+        return columns("Measured", ["", ""], rows, frozenset((0,))) + note
     rows = [
         [one.name, in_unit(one.predicted, one.unit), in_unit(one.measured, one.unit), _ratio(one.ratio)]
         for one in figures
     ]
-    note = f"\nno prediction: {without}" if without else ""
     return columns(title, ["", "predicted", "measured", "measured/predicted"], rows, frozenset((0,))) + note
 
 
