@@ -14,8 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.made_runs import BEGAN, make_run
 
 ROUNDS = 15
+RUNS, RECORDS, CHECKPOINTS = 200, 2000, 100  # of the list; records and checkpoints of each run
 # What every recipe needs: a typed command, YAML, one model of pydantic's that has checked something.
 LIBRARIES = "import typer, yaml, pydantic; pydantic.TypeAdapter(int).validate_python(1)"
 COMMANDS = [
@@ -37,6 +44,21 @@ def seconds(arguments: list[str]) -> float:
 def main() -> None:
     programs = {"libraries": ["-c", LIBRARIES]}
     programs |= {" ".join(command): ["-m", "tplaunch", *command] for command in COMMANDS}
+    with TemporaryDirectory() as folder:
+        make_runs(Path(folder))
+        programs[f"runs list, {RUNS} runs"] = ["-m", "tplaunch", "runs", "list", folder]
+        measure(programs)
+
+
+def make_runs(folder: Path) -> None:
+    saved = [{"event": "checkpoint", "time": BEGAN + i, "step": i, "seconds": 1.0} for i in range(CHECKPOINTS)]
+    end = {"event": "attempt_end", "time": BEGAN + RECORDS, "code": 0, "attempt": 1, "why": "the last step is done"}
+    for i in range(RUNS):
+        events = [{"event": "attempt", "time": BEGAN, "attempt": 1}, *saved, end]
+        make_run(folder / f"run-{i:03d}", records=RECORDS, seed=i, events=events)
+
+
+def measure(programs: dict[str, list[str]]) -> None:
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(1 + ROUNDS):
         for name, arguments in programs.items():

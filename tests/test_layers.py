@@ -21,7 +21,7 @@ WITHOUT_TORCH = {
     *("train.straggler", "train.spike"),
 }
 FRONT = ("errors", "units", "files", "machine", "streams", "recipe", "spec", "run", "check", "plan", "launch")
-FRONT += ("slurm", "cli")
+FRONT += ("slurm", "report", "cli")
 
 
 def layers() -> dict[str, int]:

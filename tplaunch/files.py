@@ -78,7 +78,7 @@ def parse_lines(data: bytes) -> list[Record]:
     for line in data.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)

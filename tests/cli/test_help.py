@@ -20,7 +20,7 @@ COMMAND = re.compile(r"(?:^|[\s`])(?:tplaunch [a-z]+|wandb (?:leet|sync)|torchfr
 PLAIN = {"jobs[0]", "NCCL_PREFIX"}  # numbers, and names of ours, that a shell takes as they are
 
 
-@pytest.mark.parametrize("group", [[], ["recipe"], ["data"], ["checkpoint"], ["wandb"]], ids=" ".join)
+@pytest.mark.parametrize("group", [[], ["recipe"], ["data"], ["checkpoint"], ["runs"], ["wandb"]], ids=" ".join)
 def test_summaries_are_whole_at_80_columns(group: list[str]) -> None:
     command = [sys.executable, "-m", "tplaunch", *group, "--help"]
     done = subprocess.run(command, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=True)

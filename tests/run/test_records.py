@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tplaunch.run.directory import RunDir
 from tplaunch.run.metrics import MetricsLog
-from tplaunch.run.records import parse_records
+from tplaunch.run.records import parse_records, read_last
 
 GOOD = b'{"step": 1, "loss": 2.5, "own": "any", "grad_norm": null}\n'
 
@@ -49,3 +50,23 @@ def test_a_run_goes_on_over_a_line_without_a_step(tmp_path: Path) -> None:
     assert run.count_bad_metrics() == 1
     MetricsLog(run).truncate_after(1)
     assert run.metrics.read_bytes() == GOOD
+
+
+def test_the_last_records_are_read_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": step / 2, "pad": "x" * 300}) for step in range(1, 2001)]
+    path.write_text("\n".join(lines) + "\n")
+    assert read_last(path)["step"] == 2000 and read_last(path)["loss"] == 1000.0
+
+
+def test_the_last_record_may_be_long_torn_or_bad(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 3.0}) + "\n" + json.dumps({"step": 2, "pad": "x" * 200_000}) + "\n")
+    assert read_last(path)["step"] == 2
+    path.write_text(
+        json.dumps({"step": 7, "validation/loss": 3.0}) + "\n" + '{"step": 8, "loss": "x"}\n{"step": 9, "lo'
+    )
+    assert read_last(path) == {"step": 7, "validation/loss": 3.0}
+    path.write_bytes(b"\xff\xfe" * 9000)
+    assert read_last(path) == {}
+    assert read_last(tmp_path / "none") == {} and read_last(tmp_path) == {}

@@ -24,6 +24,7 @@ COMMANDS = {
     "status": ("status", "status"),
     "logs": ("logs", "logs"),
     "cancel": ("cancel", "cancel"),
+    "runs": ("runs", "app"),
     "doctor": ("doctor", "doctor"),
     "recipe": ("recipe", "app"),
     "data": ("data", "app"),

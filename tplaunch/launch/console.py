@@ -97,7 +97,7 @@ class RunView:
             self.checkpoint = event.step
         if isinstance(event, (Started, Resumed)):
             self.phase = "running the first step"
-        if (text := _in_words(event)) and not (self.live and isinstance(event, Saved)):
+        if (text := in_words(event)) and not (self.live and isinstance(event, Saved)):
             self.say(text)
 
     def _record(self, record: Record) -> None:
@@ -142,7 +142,7 @@ class RunView:
         return Group(panel, bar, "  ".join(figures))
 
 
-def _in_words(event: Event) -> str:
+def in_words(event: Event) -> str:
     """What a launch says of an event; "" of those that need no word."""
     match event:
         case Resumed(step=step):

@@ -122,6 +122,11 @@ class RunDir:
         """What torchrun itself printed."""
         return self.attempt_dir(attempt) / "torchrun.log"
 
+    def last_beat(self) -> float | None:
+        """When a rank of the latest attempt last gave a sign of life, unix seconds (`run.heartbeat`)."""
+        beats = self.attempt_dir(self.last_attempt()).glob("rank-*.beat")
+        return max((beat.stat().st_mtime for beat in beats), default=None)
+
     def create(self) -> None:
         """Make the directory; one that exists is kept as it is.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tplaunch.files import Record
 _FIGURES = frozenset(
     ("time", "loss", "loss_last", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "mfu", "validation/loss")
 )
+_TAIL = 4096  # bytes: some records
 
 
 def parse_records(data: bytes) -> tuple[list[Record], int]:
@@ -31,6 +33,27 @@ def parse_records(data: bytes) -> tuple[list[Record], int]:
 def read_records(path: Path) -> tuple[list[Record], int]:
     """Parse a file of metrics records; a missing file has none."""
     return parse_records(path.read_bytes()) if path.exists() else ([], 0)
+
+
+def read_last(path: Path) -> Record:
+    """The newest value of each figure in the last records of a file, read from its end; {} where it has none.
+
+    Records of a long run are many: what lies more than a few before the last one is not looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            size, span = os.fstat(file.fileno()).st_size, _TAIL
+            while True:
+                start = max(0, size - span)
+                file.seek(start)
+                data = file.read(size - start)
+                whole = data[data.find(b"\n") + 1 :] if start else data
+                records = parse_records(whole)[0]
+                if records or not start:
+                    return {key: value for record in records for key, value in record.items()}
+                span *= 16
+    except OSError:
+        return {}
 
 
 def _parse(line: bytes) -> Record | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.files import Tail
-from tplaunch.recipe.load import load_recipe
+from tplaunch.files import Tail, parse_lines
 from tplaunch.run.directory import RunDir, runs_under
 from tplaunch.run.events import AttemptBegan, AttemptEnded, BadNodes, Submitted
 from tplaunch.run.history import History
 from tplaunch.slurm import client
 
+FRESH_S = 120.0  # a sign of life that is younger is one
 POLL_S = 2.0  # between questions to the controller, which many users share
 
 
@@ -89,26 +90,49 @@ def status_of(run_dir: RunDir) -> RunStatus:
     return statuses_of([run_dir])[0]
 
 
-def _status(run_dir: RunDir, history: History, jobs: Mapping[str, client.Standing]) -> RunStatus:
-    metrics = run_dir.read_metrics()
+@dataclass(frozen=True)
+class Stand:
+    """How a run stands, by its jobs and its events; see `RunStatus`."""
+
+    job: str
+    state: str
+    nodes: str
+    attempt: int
+    why: str
+
+
+def stand_of(run_dir: RunDir, history: History, jobs: Mapping[str, client.Standing]) -> Stand:
+    """How a run stands.
+
+    Args:
+        jobs: what Slurm knows, by number.
+    """
     job_id, job = _job_that_counts(history, jobs)
     state, why = _standing(run_dir, history, job)
+    return Stand(job_id, state, job.nodes if job else "", history.attempts, why)
+
+
+def _status(run_dir: RunDir, history: History, jobs: Mapping[str, client.Standing]) -> RunStatus:
+    from tplaunch.recipe.load import load_recipe  # pydantic: `tplaunch runs` does without
+
+    metrics = run_dir.read_metrics()
+    stand = stand_of(run_dir, history, jobs)
     steps = load_recipe(run_dir.recipe).recipe.training.steps
     last = metrics[-1] if metrics else {}
     step, step_time = last.get("step"), last.get("step_time_s")
-    left = None if state != "running" or step is None or step_time is None else (steps - step) * step_time
+    left = None if stand.state != "running" or step is None or step_time is None else (steps - step) * step_time
     return RunStatus(
         run=run_dir.root,
-        job=job_id,
-        state=state,
-        nodes=job.nodes if job else "",
-        attempt=history.attempts,
+        job=stand.job,
+        state=stand.state,
+        nodes=stand.nodes,
+        attempt=stand.attempt,
         step=step,
         steps=steps,
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
         seconds_left=left,
-        why=why,
+        why=stand.why,
     )
 
 
@@ -136,7 +160,7 @@ def _standing(run_dir: RunDir, history: History, job: client.Standing | None) ->
         return "stopping" if job.state == "COMPLETING" else job.state.lower(), ""
     match history.end:
         case AttemptEnded(code=code, why=why):
-            return {Exit.DONE: "done", Exit.STOPPED: "stopped"}.get(Exit(code), "failed"), why
+            return "done" if code == Exit.DONE else "stopped" if code == Exit.STOPPED else "failed", why
         case BadNodes(nodes=nodes):
             return "failed", f"bad nodes: {', '.join(nodes)}"
     latest = next((e for e in reversed(history.events) if isinstance(e, (AttemptBegan, Submitted))), None)
@@ -147,9 +171,19 @@ def _standing(run_dir: RunDir, history: History, job: client.Standing | None) ->
         return ("gone" if known[0] == "failed" else known[0]), f"{forgotten}; {known[1]}"
     if latest is None:
         return "new", "never submitted, and never started on this machine"
-    if run_dir.is_held():
+    if run_dir.is_held() or _beats_elsewhere(run_dir):
         return "running", ""
     return _last_words(history)
+
+
+def _beats_elsewhere(run_dir: RunDir) -> bool:
+    """Whether the ranks of a launch on another machine, whose lock cannot be asked for here, gave a sign of life."""
+    try:
+        holder = next(iter(parse_lines(run_dir.lock_file.read_bytes())), {})
+    except OSError:
+        return False
+    beat = run_dir.last_beat()
+    return holder.get("host", "") != os.uname().nodename and beat is not None and time.time() - beat < FRESH_S
 
 
 def _last_words(history: History) -> tuple[str, str]:
@@ -194,7 +228,7 @@ def wait_for(
             reached = False
         else:
             reached = True
-    states = {_status(run, run.history(), jobs).state for run in runs}
+    states = {stand_of(run, run.history(), jobs).state for run in runs}
     return Exit.DONE if states <= {"done"} else Exit.STOPPED if states <= {"done", "stopped"} else Exit.FAILED
 
 

@@ -27,7 +27,7 @@ def columns(title: str, headings: list[str], rows: Sequence[Sequence[str]], left
     """
     cells = [[style(heading, bold=True) for heading in headings], *rows] if any(headings) else rows
     widths = [max(len(plain(cell)) for cell in column) for column in zip(*cells, strict=True)]
-    lines = [style(title, italic=True)]
+    lines = [style(title, italic=True)] if title else []
     for row in cells:
         padded = []
         for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
