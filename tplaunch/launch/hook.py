@@ -46,10 +46,10 @@ class EventHook:
         self._thread = threading.Thread(target=self._follow, name="on_event", daemon=True)
         self._thread.start()
 
-    def finish(self, timeout_s: float = FINISH_S) -> None:
-        """Tell what has happened up to now, and end; what is at work then is killed."""
+    def finish(self) -> None:
+        """Tell what has happened up to now, within `FINISH_S`, and end; a command that is at work then is killed."""
         self._ending.set()
-        self._thread.join(timeout_s)
+        self._thread.join(FINISH_S)
         self._late.set()
         if (process := self._process) is not None:
             _kill(process)

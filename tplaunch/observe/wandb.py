@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import netrc
 import os
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -146,9 +147,10 @@ class WandbLog(Mirror):
             return
         try:
             while (entry := self._next_entry(run)) is not None:
+                step = None if run.settings.mode == "shared" else entry.record["step"]  # there W&B counts itself
+                _log_ranks(run, entry.ranks, step)
                 # Without commit=True, a row that names its step is held back until the next one comes.
-                step = None if self._shared(run) else entry.record["step"]
-                run.log(_row(entry), step=step, commit=True)
+                run.log({**grouped(entry.record), "train/step": entry.record["step"]}, step=step, commit=True)
             self._send_alerts(run)
             if self._exit_code:
                 _send(run, Alert("run failed", self._why or "a rank has failed", "ERROR"))
@@ -168,9 +170,6 @@ class WandbLog(Mirror):
             event = parse_event(line)
             if event is not None and (alert := alert_of(event)) is not None:
                 _send(run, alert)
-
-    def _shared(self, run: wandb.Run) -> bool:
-        return run.settings.mode == "shared"
 
     def _open(self) -> wandb.Run | None:
         import wandb
@@ -206,16 +205,19 @@ def _define_axes(run: wandb.Run) -> None:
             run.define_metric(group, step_metric=axis)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    """A row of the run's history: the record, its step, and what the ranks measured, as table and heat map."""
+def _log_ranks(run: wandb.Run, ranks: Sequence[dict[str, Any]], step: int | None) -> None:
+    """Add what the ranks measured, as table and heat maps, to the row that is written next."""
+    if not ranks:
+        return
     import wandb
 
-    row = {**grouped(entry.record), "train/step": entry.record["step"]}
-    if entry.ranks:
-        columns: list[str | int] = [*entry.ranks[0]]
-        table = wandb.Table(columns=columns, data=[[rank[str(column)] for column in columns] for rank in entry.ranks])
-        row |= {"rank/table": table, "rank/heat_maps": wandb.Html(heat_maps(entry.ranks), inject=False)}
-    return row
+    columns: list[str | int] = [*ranks[0]]
+    table = wandb.Table(columns=columns, data=[[*rank.values()] for rank in ranks])
+    page = wandb.Html(heat_maps(ranks), inject=False)
+    try:
+        run.log({"rank/table": table, "rank/heat_maps": page}, step=step, commit=False)
+    except Exception as error:  # a table asks the server about artifacts, at once: the curves go on without
+        print(f"W&B has no table of the ranks: {_reason(error)}", file=sys.stderr, flush=True)
 
 
 def _send(run: wandb.Run, alert: Alert) -> None:
