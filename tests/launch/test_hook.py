@@ -110,13 +110,26 @@ def test_a_command_that_reads_nothing_is_no_error(run: RunDir, tmp_path: Path) -
 
 def test_the_text_of_a_command_is_checked() -> None:
     from tests.recipes import case
-    from tplaunch.check.observe import hook_problems, hook_warnings
+    from tplaunch.check.observe import hook_problems, observe_warnings
     from tplaunch.recipe.schema import Recipe
 
     def problems(command: str) -> list[str]:
         recipe = Recipe.model_validate({**case(), "logging": {"on_event": command}})
-        return [problem.what for found in (hook_problems, hook_warnings) for problem in found(recipe)]
+        return [problem.what for found in (hook_problems, observe_warnings) for problem in found(recipe)]
 
     assert problems("sh -c 'cat > /dev/null'") == []
     assert problems("sh -c 'cat") == ['"sh -c \'cat" is no command']
     assert problems("#") == ["no program # is here; it is started where `train`, or the job, runs"]
+
+
+def test_nodes_that_an_offline_run_cannot_watch_are_a_warning() -> None:
+    from tests.recipes import case
+    from tplaunch.check.observe import observe_warnings
+    from tplaunch.recipe.schema import Recipe
+
+    def keys(mode: str) -> list[str]:
+        wandb = {"system": "every_node", "mode": mode}
+        return [found.key for found in observe_warnings(Recipe.model_validate({**case(), "logging": {"wandb": wandb}}))]
+
+    assert keys("auto") == keys("online") == []
+    assert keys("offline") == keys("disabled") == ["logging.wandb.system"]

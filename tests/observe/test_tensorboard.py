@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tplaunch.files import read_lines
 from tplaunch.observe.tensorboard import TensorboardLog
 from tplaunch.run.directory import RunDir
 
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
 
 def curve(run: RunDir, name: str) -> list[tuple[int, float]]:
-    reader = EventAccumulator(str(run.tensorboard), purge_orphaned_data=True)
+    reader = accumulator.EventAccumulator(str(run.tensorboard), purge_orphaned_data=True)
     reader.Reload()
     return [(event.step, event.value) for event in reader.Scalars(name)]
 

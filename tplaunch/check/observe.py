@@ -25,15 +25,18 @@ def hook_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{command!r} is no command", why, fix, key="logging.on_event")
 
 
-def hook_warnings(recipe: Recipe) -> Iterator[Problem]:
-    """A command whose program is not on this machine."""
-    command = recipe.logging.on_event
-    if command is None or any(hook_problems(recipe)):
-        return
-    program = shlex.split(command)[0]
-    if shutil.which(program) is None:
+def observe_warnings(recipe: Recipe) -> Iterator[Problem]:
+    """A command whose program is not on this machine; nodes that an offline run cannot watch."""
+    command, wandb = recipe.logging.on_event, recipe.logging.wandb
+    if command is not None and not any(hook_problems(recipe)):
+        program = shlex.split(command)[0]
+        if shutil.which(program) is None:
+            what = f"no program {program} is here; it is started where `train`, or the job, runs"
+            yield Problem(what, key="logging.on_event")
+    if wandb.system == "every_node" and wandb.mode in ("offline", "disabled"):
+        what = f"has no effect with mode: {wandb.mode}, only rank 0's node is watched"
         yield Problem(
-            f"no program {program} is here; it is started where `train`, or the job, runs", key="logging.on_event"
+            what if wandb.mode == "offline" else f"has no effect with mode: {wandb.mode}", key="logging.wandb.system"
         )
 
 

@@ -37,7 +37,7 @@ class EventHook:
     """
 
     def __init__(self, run_dir: RunDir, command: str) -> None:
-        self._run_dir, self._argv = run_dir, shlex.split(command)
+        self._run_dir, self._log, self._argv = run_dir, run_dir.hook_log, shlex.split(command)
         self._events = Tail(run_dir.events)
         self._events.read()
         self._ending = threading.Event()
@@ -74,7 +74,7 @@ class EventHook:
             self._run(json.dumps({**line, **more}).encode() + b"\n")
 
     def _run(self, text: bytes) -> None:
-        with self._run_dir.hook_log.open("ab") as log:
+        with self._log.open("ab") as log:
             try:
                 process = subprocess.Popen(
                     self._argv, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -95,7 +95,7 @@ class EventHook:
             self._process = None
 
     def _note(self, text: str) -> None:
-        with self._run_dir.hook_log.open("a") as log:
+        with self._log.open("a") as log:
             log.write(f"logging.on_event: {text}\n")
 
 
