@@ -38,6 +38,16 @@ def test_a_plan_is_that_of_the_gpu_that_is_named_or_here(tmp_path: Path) -> None
     assert predictions(run) == {}
 
 
+def test_small_differences_stay_pale() -> None:
+    place = {"step": 1, "host": "n", "node": 0, "tp": 0, "dp": 0, "pp": 0}
+    rows = [
+        {**place, "rank": rank, "memory_peak_gib": 70.0, "forward_backward_s": 1.0 + rank / 100, "data_s": 0.0}
+        for rank in (0, 1)
+    ]
+    reds = [[int(red) for red in found] for found in re.findall(r"rgb\((\d+),(\d+),(\d+)\)", heat_maps(rows))]
+    assert min(green for _, green, _ in reds) > 200
+
+
 def test_a_slow_node_is_the_darkest() -> None:
     topology = Topology(2, 2, 2, gpus_per_node=4)
     rows = []

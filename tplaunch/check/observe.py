@@ -34,10 +34,8 @@ def observe_warnings(recipe: Recipe) -> Iterator[Problem]:
             what = f"no program {program} is here; it is started where `train`, or the job, runs"
             yield Problem(what, key="logging.on_event")
     if wandb.system == "every_node" and wandb.mode in ("offline", "disabled"):
-        what = f"has no effect with mode: {wandb.mode}, only rank 0's node is watched"
-        yield Problem(
-            what if wandb.mode == "offline" else f"has no effect with mode: {wandb.mode}", key="logging.wandb.system"
-        )
+        why = "W&B brings the nodes together in its server"
+        yield Problem(f"has no effect with mode: {wandb.mode}", why, key="logging.wandb.system")
 
 
 def missing_packages(recipe: Recipe) -> Iterator[Problem]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from tplaunch.spec.topology import AXES
 
-_CELL, _HEIGHT, _LABEL = 52, 18, 250  # pixels
+_CELL, _HEIGHT, _LABEL = 60, 18, 250  # pixels
 _FONT = 'font-family="sans-serif" font-size="11"'
 _COLD, _HOT = (237, 242, 251), (192, 41, 43)
+_SPREAD = 0.1  # differences below this share of the largest value stay pale: they are noise
 QUANTITIES = {
     "memory_peak_gib": "peak memory, GiB",
     "forward_backward_s": "forward and backward, s a step",
@@ -51,7 +52,7 @@ def _header(grid: list[list[Row]]) -> Iterator[str]:
     """What the ranks of each column share."""
     for column in range(max(map(len, grid))):
         shared = _place([line[column] for line in grid if column < len(line)], ranges=False)
-        yield f'<text x="{_LABEL + _CELL * column + 2}" y="{2 * _HEIGHT - 5}">{shared}</text>'
+        yield f'<text x="{_LABEL + _CELL * column + 2}" y="{2 * _HEIGHT - 5}" font-size="9">{shared}</text>'
 
 
 def _cells(grid: list[list[Row]], key: str, low: float, high: float) -> Iterator[str]:
@@ -61,7 +62,7 @@ def _cells(grid: list[list[Row]], key: str, low: float, high: float) -> Iterator
         yield f'<text x="0" y="{y + 13}">{name}: {_place(line)}</text>'
         for column, row in enumerate(line):
             value, x = float(row[key]), _LABEL + _CELL * column
-            heat = (value - low) / (high - low) if high > low else 0.0
+            heat = (value - low) / max(high - low, _SPREAD * abs(high)) if high > low else 0.0
             red, green, blue = (round(a + heat * (b - a)) for a, b in zip(_COLD, _HOT, strict=True))
             ink = "white" if heat > 0.6 else "black"
             yield (
