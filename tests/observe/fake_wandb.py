@@ -23,12 +23,14 @@ class Sent:
         streams: bodies of the file stream, in order.
         alerts: variables of each alert.
         uploads: bytes of each file, by name.
+        views: variables of each workspace that is saved.
     """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     streams: list[dict[str, Any]] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    views: list[dict[str, Any]] = field(default_factory=list)
 
     def lines(self, file: str) -> list[dict[str, Any]]:
         """The lines of a streamed file: wandb-history.jsonl, wandb-events.jsonl (system metrics)."""
@@ -107,6 +109,9 @@ class Handler(BaseHTTPRequestHandler):
             sequence = {"id": "S", "latestArtifact": {"id": "A", "versionIndex": 0}}
             artifact = {"id": "A", "state": "COMMITTED", "artifactSequence": sequence}  # nothing is left to send
             data = {"createArtifact": {"artifact": artifact}}
+        elif "upsertView(" in asked["query"]:
+            sent.views.append(values)
+            data = {"upsertView": {"view": {"id": "W", "name": values["name"]}, "inserted": True}}
         elif "viewer" in asked["query"]:
             data = {"viewer": {"id": "V", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
         return self.reply({"data": data})

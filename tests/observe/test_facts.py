@@ -34,6 +34,8 @@ def test_a_plan_is_that_of_the_gpu_that_is_named_or_here(tmp_path: Path) -> None
     assert found["memory_fullest_bytes"] > found["memory_fullest_allocated_bytes"] > 0
     write_plan(resolved(case(2)), None, run)
     assert predictions(run) == {}, "a plan for another machine is not left"
+    write_plan(resolved({**case(2), "hardware": {"gpu": str(tmp_path / "gone.json")}}), None, run)
+    assert predictions(run) == {}
     run.plan.write_text("[1]")
     assert predictions(run) == {}
 

@@ -110,6 +110,7 @@ def test_a_run_and_its_resume(tmp_path: Path, server: Server) -> None:
     assert [rows[step]["train/attempt"] for step in sorted(rows)] == [1, 1, 1, 2, 2, 2]
     assert [rows[step]["train/step"] for step in sorted(rows)] == [1, 2, 3, 4, 5, 6]
     assert rows[1]["grad_norm/layers.0"] == 2.0 and rows[1]["time/data_s"] == 0.1
+    assert rows[1]["plan/mfu"] == plan["mfu"] and rows[1]["plan/step_seconds"] == plan["step_seconds"]
     assert sent.exit_codes == [1, 0]
 
     titles = [(one["title"], one["severity"]) for one in sent.alerts]

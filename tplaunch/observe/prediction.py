@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
-from tplaunch.errors import TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
@@ -21,21 +21,18 @@ _FIGURES = (
 
 def write_plan(recipe: Recipe, here: Gpu | None, run_dir: RunDir) -> None:
     """Write the plan of a resolved recipe for the GPU that it names, else for the one that it runs on. Where the table
-    has neither, there is no plan, and none of an attempt before is left.
+    has neither, there is no plan, and none of an attempt before is left. Does not raise: a run needs no prediction.
 
     Args:
         here: this machine's.
     """
-    gpu = here
-    if recipe.hardware.gpu is not None:
-        try:
-            gpu = find_gpu(recipe.hardware.gpu)
-        except TplaunchError:  # a file of a GPU, gone since the recipe was checked
-            gpu = None
-    if gpu is None:
+    try:
         run_dir.plan.unlink(missing_ok=True)
-    else:
-        write_atomic(run_dir.plan, json.dumps(estimate(Case(recipe, gpu)).as_dict()))
+        gpu = here if recipe.hardware.gpu is None else find_gpu(recipe.hardware.gpu)
+        if gpu is not None:
+            write_atomic(run_dir.plan, json.dumps(estimate(Case(recipe, gpu)).as_dict()))
+    except Exception as error:  # a file of a GPU that is gone since the recipe was checked, a full disk
+        print(f"there is no {run_dir.plan}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def predictions(run_dir: RunDir) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.run.alerts import Alert, alert_of
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import WandbOpened, parse_event
+from tplaunch.units import GiB
 
 if TYPE_CHECKING:
     import wandb
@@ -36,7 +37,7 @@ QUIET_S = 3600.0  # that W&B keeps back a further alert of the same kind
 
 # The x-axis of each group of metrics: what is learnt goes by tokens, so that batch sizes compare; the rest by step.
 _BY_TOKENS = ("train/*", "validation/*", "grad_norm/*")
-_BY_STEP = ("throughput/*", "time/*", "memory/*", "checkpoint/*", "rank/*")
+_BY_STEP = ("plan/*", "throughput/*", "time/*", "memory/*", "checkpoint/*", "rank/*")
 
 
 def has_credentials() -> bool:
@@ -145,12 +146,14 @@ class WandbLog(Mirror):
         run = self._open()
         if run is None:
             return
+        planned = _planned(predictions(self._run_dir))
         try:
             while (entry := self._next_entry(run)) is not None:
                 step = None if run.settings.mode == "shared" else entry.record["step"]  # there W&B counts itself
                 _log_ranks(run, entry.ranks, step)
                 # Without commit=True, a row that names its step is held back until the next one comes.
-                run.log({**grouped(entry.record), "train/step": entry.record["step"]}, step=step, commit=True)
+                row = {**grouped(entry.record), **planned, "train/step": entry.record["step"]}
+                run.log(row, step=step, commit=True)
             self._send_alerts(run)
             if self._exit_code:
                 _send(run, Alert("run failed", self._why or "a rank has failed", "ERROR"))
@@ -203,6 +206,16 @@ def _define_axes(run: wandb.Run) -> None:
         run.define_metric(axis)
         for group in groups:
             run.define_metric(group, step_metric=axis)
+
+
+def _planned(plan: Mapping[str, Any]) -> dict[str, float]:
+    """What was predicted, as metrics: lines beside the measured ones."""
+    if not plan:
+        return {}
+    keys = ("step_seconds", "tokens_per_s_per_gpu", "mfu", "bubble")
+    return {f"plan/{key}": plan[key] for key in keys} | {
+        "plan/memory_gib": plan["memory_fullest_allocated_bytes"] / GiB
+    }
 
 
 def _log_ranks(run: wandb.Run, ranks: Sequence[dict[str, Any]], step: int | None) -> None:

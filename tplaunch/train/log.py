@@ -172,7 +172,7 @@ class TrainingLog:
         step = self.step.progress.step
         self._name_stragglers(measured["data_time_s"], window)
         means = {"loss": loss, "loss_last": result.loss, "grad_norm": grad_norm}
-        record = self._record(means, window, max(measured["memory_peak_gib"])) | norms | self._times(measured, window)
+        record = self._record(means, window, max(measured["memory_peak_gib"])) | norms | self._times(measured)
         record |= self._derived(more, window)
         rows: list[dict[str, Any]] = []
         if self._ranks_due(step):
@@ -248,7 +248,7 @@ class TrainingLog:
             peaks[key] = max(peaks.get(key, 0.0), row["memory_peak_gib"])
         return peaks
 
-    def _times(self, measured: dict[str, list[float]], window: Window) -> dict[str, float]:
+    def _times(self, measured: dict[str, list[float]]) -> dict[str, float]:
         """Where the time of a step goes, a mean over steps and ranks."""
         return {f"time/{key}": sum(measured[key]) / len(measured[key]) for key in _PART_KEYS}
 
