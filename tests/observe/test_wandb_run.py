@@ -14,8 +14,11 @@ import pytest
 
 from tests.observe.fake_wandb import KEY, Server, serving
 from tests.recipes import case
+from tplaunch.observe.mirror import Entry
+from tplaunch.observe.wandb import WandbLog
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import SaveFailed
 from tplaunch.spec.resolve import resolve
 
 WANDB = {"mode": "online", "group": "ablation", "job_type": "sweep", "notes": "why: to see", "tags": ["a"]}
@@ -163,3 +166,23 @@ def test_system_metrics_of_every_node_go_into_one_run(tmp_path: Path, server: Se
     labels = {key.split("/l:")[-1] for line in sent.lines("wandb-events.jsonl") for key in line if "/l:" in key}
     assert labels == {"node-0-n1", "node-1-n2"}
     assert not any("exitcode" in body for body in sent.streams[before:]), "only the first node ends the run"
+
+
+def test_alerts_do_not_wait_for_records_to_end(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    heard: list[str] = []
+
+    class Open:
+        def alert(self, title: str, text: str, **_: Any) -> None:
+            heard.append(title)
+
+    quiet = {**RECIPE, "logging": {"wandb": {"mode": "disabled"}}}
+    log = WandbLog(resolve(Recipe.model_validate(quiet)), run, {})
+    for step in range(1, 4):
+        log._entries.put(Entry({"step": step}))
+    run.append(SaveFailed(1, "disk full"))
+    assert log._next_entry(Open()) == Entry({"step": 1})  # type: ignore[arg-type]
+    assert heard == ["checkpoint failed"]
+    log._next_entry(Open())  # type: ignore[arg-type]
+    assert heard == ["checkpoint failed"], "each is told once"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 _NAMES = {
@@ -71,9 +71,6 @@ class Mirror:
         """The next entry; None when there will be none.
 
         Raises:
-            Empty: none has come in time.
+            queue.Empty: none has come in time.
         """
         return self._entries.get(timeout=timeout_s)
-
-
-__all__ = ["Empty", "Entry", "Mirror", "grouped"]

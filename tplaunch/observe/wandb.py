@@ -12,14 +12,16 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tplaunch.files import Tail, parse_lines, write_atomic
 from tplaunch.observe.git import git_state
 from tplaunch.observe.heatmap import heat_maps
-from tplaunch.observe.mirror import Empty, Entry, Mirror, grouped
+from tplaunch.observe.mirror import Entry, Mirror, grouped
 from tplaunch.observe.prediction import predictions
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.alerts import Alert, alert_of
@@ -162,11 +164,11 @@ class WandbLog(Mirror):
             self._run_dir.append(WandbOpened("broken", run.id, _reason(error)))
 
     def _next_entry(self, run: wandb.Run) -> Entry | None:
+        """The next entry; meanwhile, and before each, what people should hear of is sent."""
         while True:
-            try:
+            self._send_alerts(run)
+            with suppress(Empty):
                 return self._next(EVENTS_S)
-            except Empty:
-                self._send_alerts(run)
 
     def _send_alerts(self, run: wandb.Run) -> None:
         for line in parse_lines(self._events.read(whole_lines=True)):
