@@ -183,6 +183,7 @@ def test_a_sweep_is_one_array_with_a_run_directory_for_each_member(site: Site) -
         assert (recipe.optimizer.lr, recipe.topology.tp) == ([1e-4, 3e-4][task // 2], [2, 4][task % 2])
         assert recipe.topology.dp == 8 // recipe.topology.tp
         assert (recipe.logging.wandb.group, recipe.name) == ("tiny", f"tiny-{folder.name}")
+        assert recipe.logging.wandb.job_type == "sweep"
         assert read_lines(RunDir(folder).events)[0]["jobs"] == [f"41_{task}"]
     script = (site.folder / "runs/tiny/slurm/job.sbatch").read_text()
     listed = script.split("RUN_DIRS=(\n")[1].split("\n)")[0].split()

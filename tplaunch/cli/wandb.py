@@ -1,4 +1,4 @@
-"""`tplaunch wandb sync`: send what runs have kept while there was no server."""
+"""`tplaunch wandb`: send what runs have kept while there was no server; a workspace for their curves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import typer
 
 from tplaunch.errors import Exit, Problem, TplaunchError
 
-app = typer.Typer(help="Send offline Weights & Biases runs.", no_args_is_help=True)
+_SERVER_S = 20  # to answer
 
-
-@app.callback()
-def _group() -> None:
-    pass  # keeps `sync` a word of its own: typer would drop the only command's name
+app = typer.Typer(help="Send offline W&B runs; make a W&B workspace.", no_args_is_help=True)
 
 
 @app.command()
@@ -46,6 +43,52 @@ def sync(
         if done.returncode or not (dry_run or _is_sent(path)):
             fix = "see what wandb said above (a key: `wandb login`), then run this again"
             raise TplaunchError(Problem(f"{path} was not sent", fix=fix), code=Exit.FAILED)
+
+
+@app.command()
+def dashboard(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Default: RUN_DIR/wandb/dashboard.json.")
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Also save it in the W&B project of the run.")] = False,
+) -> None:
+    """Make a W&B workspace for the runs of a project.
+
+    Loss by tokens; throughput, MFU and memory, measured and predicted; checkpoints; heat maps of the ranks.
+
+    Example: tplaunch wandb dashboard runs/quickstart --push
+    """
+    from tplaunch.cli.common import write_text
+    from tplaunch.observe.dashboard import make_workspace, to_json
+    from tplaunch.recipe.load import load_recipe
+    from tplaunch.run.directory import RunDir
+
+    run = RunDir(run_dir)
+    if not run.recipe.exists():
+        raise TplaunchError(Problem(f"{run_dir} is no run directory", fix="one that `tplaunch train` has made"))
+    recipe = load_recipe(run.recipe).recipe
+    try:
+        workspace = make_workspace(recipe)
+    except ImportError as error:
+        fix = "pip install 'tplaunch[workspaces]'"
+        raise TplaunchError(Problem(f"needs the package wandb-workspaces: {error}", fix=fix)) from None
+    path = output or run.wandb / "dashboard.json"
+    write_text(path, to_json(workspace) + "\n", "--output")
+    typer.echo(path)
+    if push:
+        import wandb
+
+        try:
+            workspace.entity = workspace.entity or wandb.Api(timeout=_SERVER_S).default_entity or ""
+            typer.echo(workspace.save().url)
+        except Exception as error:  # whatever the server or the way to it has
+            raise TplaunchError(_refused(error), code=Exit.FAILED) from None
+
+
+def _refused(error: Exception) -> Problem:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Problem("the workspace was not saved in W&B", why, fix="a key (`wandb login`), then run this again")
 
 
 def waiting_runs(place: Path) -> list[Path]:

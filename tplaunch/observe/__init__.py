@@ -1,1 +1,1 @@
-"""What a run says about itself: `metrics` writes the record, `wandb` mirrors it."""
+"""What a run says about itself: readers of its records, each on a thread of its own, and what they are told beside."""
