@@ -17,7 +17,7 @@ from tplaunch.optim.gradients import GradientFinalizer
 from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.train.batch import Batch
-from tplaunch.train.step import make_pipeline
+from tplaunch.train.step import TrainStep, make_pipeline
 
 
 class StorageCounter(TorchDispatchMode):
@@ -88,3 +88,22 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
             "gradients": gradients,
             "peak": counter.peak,
         }
+
+
+def peaks(values: dict[str, Any], counts: list[int]) -> list[int]:
+    """Run a step of each of so many microbatches on this rank, one after the other, and count.
+
+    Returns:
+        Bytes at each step's fullest moment, without its tokens.
+    """
+    recipe = resolved(values)
+    found = []
+    with StorageCounter() as counter:
+        step = TrainStep(recipe, Mesh.of(recipe, torch.device("cpu")))
+        for count in [counts[0], *counts]:  # the first makes the optimizer's state
+            shape = (count * recipe.training.micro_batch_size, recipe.training.seq_len)
+            tokens = torch.randint(recipe.model.vocab_size, shape)
+            counter.peak = 0
+            step.run(Batch(tokens, tokens))
+            found.append(counter.peak - tokens.nbytes)
+    return found[1:]

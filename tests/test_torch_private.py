@@ -45,6 +45,14 @@ def test_storages_are_told_apart() -> None:
     assert torch_private.storage_id(a) == torch_private.storage_id(a[1:]) != torch_private.storage_id(b)
 
 
+def test_the_number_of_a_storage_stays_its_own_while_it_is_watched() -> None:
+    watched = [(torch_private.storage_id(a), torch_private.weak_storage(a)) for a in map(torch.zeros, range(1, 65))]
+    numbers = {number for number, _ in watched}  # of tensors that are gone
+    others = [torch.zeros(length) for length in range(1, 65)]
+    assert len(numbers) == 64
+    assert not numbers & {torch_private.storage_id(other) for other in others}
+
+
 def test_the_engine_says_which_nodes_a_pass_runs() -> None:
     seen = []
 

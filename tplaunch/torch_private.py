@@ -67,6 +67,14 @@ def storage_id(tensor: Tensor) -> int:
     return _get(tensor.untyped_storage(), "_cdata", "UntypedStorage._cdata")
 
 
+def weak_storage(tensor: Tensor) -> Any:
+    """What keeps the `storage_id` of a tensor from becoming that of another, without keeping its memory."""
+    from torch.multiprocessing import reductions
+
+    weak = _get(reductions, "StorageWeakRef", "torch.multiprocessing.reductions.StorageWeakRef")
+    return weak(tensor.untyped_storage())
+
+
 def _get(owner: Any, name: str, called: str) -> Any:
     try:
         return getattr(owner, name)

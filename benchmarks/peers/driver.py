@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.peers.work import LEARNING_RATE, PEERS, SHAPES, WEIGHT_DECAY, Grid, Shape
+from benchmarks.llama import Shape
+from benchmarks.peers.work import LEARNING_RATE, PEERS, SHAPES, WEIGHT_DECAY, Grid
 
 WARM_UP = 3  # as many as `tplaunch bench` has
 Microbatches = list[tuple[Tensor, Tensor]]

@@ -13,18 +13,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.peers.work import (
-    LEARNING_RATE,
-    NORM_EPS,
-    OURS,
-    ROPE_THETA,
-    SHAPES,
-    WEIGHT_DECAY,
-    Grid,
-    Shape,
-    cannot,
-    threads,
-)
+from benchmarks.llama import Shape
+from benchmarks.peers.work import LEARNING_RATE, OURS, SHAPES, WEIGHT_DECAY, Grid, cannot, threads
 from tplaunch import __version__
 from tplaunch.machine import count_cores
 
@@ -75,30 +65,9 @@ def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str]) -> 
 
 def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
     """The recipe of the work. Gradients are not clipped, nor is the optimizer's state sharded: the others do not."""
-    return {
-        "name": "peers",
-        "model": {
-            "hidden_size": shape.hidden,
-            "num_layers": shape.layers,
-            "num_heads": shape.heads,
-            "num_kv_heads": shape.kv_heads,
-            "ffn_hidden_size": shape.ffn,
-            "vocab_size": shape.vocab,
-            "rope_theta": ROPE_THETA,
-            "norm_eps": NORM_EPS,
-        },
-        "topology": {**grid._asdict(), "zero": 0},
-        "training": {
-            "seq_len": shape.seq,
-            "micro_batch_size": shape.micro,
-            "global_batch_size": shape.batch,
-            "steps": 1,
-            "precision": "fp32",
-            "grad_clip": None,
-        },
-        "optimizer": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-        "data": {"train": "none"},  # a bench draws random tokens
-    }
+    training = {"precision": "fp32", "grad_clip": None}
+    optimizer = {"optimizer": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}}
+    return shape.recipe({**grid._asdict(), "zero": 0}, training) | optimizer
 
 
 def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[str, str], venv: Path) -> dict[str, Any]:

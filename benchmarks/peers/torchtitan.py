@@ -21,7 +21,6 @@ import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 
 from benchmarks.peers.driver import Microbatches, adamw, measure, start
-from benchmarks.peers.work import NORM_EPS, ROPE_THETA
 
 
 class Stub(types.ModuleType):
@@ -42,7 +41,7 @@ utils.device_type, utils.device_module = "cpu", torch.cpu
 from torchtitan.config.job_config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed.pipeline_parallel import pipeline_llm  # noqa: E402
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama  # noqa: E402
+from torchtitan.models.llama3 import Transformer, parallelize_llama  # noqa: E402
 
 for name in stubs:
     del sys.modules[name]
@@ -65,17 +64,7 @@ parallelism.tensor_parallel_degree, parallelism.pipeline_parallel_degree = tp, p
 parallelism.data_parallel_shard_degree = dp
 parallelism.pipeline_parallel_schedule = "1F1B"
 parallelism.pipeline_parallel_microbatch_size = shape.micro
-arguments = TransformerModelArgs(
-    dim=shape.hidden,
-    n_layers=shape.layers,
-    n_heads=shape.heads,
-    n_kv_heads=shape.kv_heads,
-    vocab_size=shape.vocab,
-    multiple_of=8,
-    norm_eps=NORM_EPS,
-    rope_theta=ROPE_THETA,
-    max_seq_len=shape.seq,
-)
+arguments = shape.torchtitan()
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -8,31 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.peers.driver import Microbatches, adamw, measure, start
-from benchmarks.peers.work import NORM_EPS, ROPE_THETA
 
 logging.set_verbosity_error()
 job = start()
 shape, dp = job.shape, job.grid.dp
-model: torch.nn.Module = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.seq,
-        rms_norm_eps=NORM_EPS,
-        tie_word_embeddings=False,
-        use_cache=False,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        attn_implementation="sdpa",
-    )
-)
+model: torch.nn.Module = LlamaForCausalLM(shape.transformers())
 model.train()
 if dp > 1:
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)

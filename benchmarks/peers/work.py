@@ -2,44 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model and the batch of one optimizer step, in fp32.
-
-    Args:
-        micro: sequences in a microbatch.
-        batch: sequences in a step, of all data-parallel ranks together.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    seq: int
-    micro: int
-    batch: int
-
-    @property
-    def tokens(self) -> int:
-        """Of one step."""
-        return self.batch * self.seq
-
-    def microbatches(self, dp: int) -> int:
-        """Of one step on one data-parallel rank."""
-        return self.batch // (self.micro * dp)
-
-    def __str__(self) -> str:
-        return (
-            f"hidden size {self.hidden:,}, {self.layers} layers, {self.heads} heads, {self.kv_heads} key/value heads, "
-            f"ffn {self.ffn:,}, vocabulary {self.vocab:,}, sequence {self.seq:,}, micro batch {self.micro}, "
-            f"batch {self.batch}"
-        )
+from benchmarks.llama import Shape
 
 
 class Grid(NamedTuple):
@@ -73,7 +38,7 @@ SHAPES = {
     "134m": Shape(768, 12, 12, 4, 2048, 32000, 512, micro=1, batch=2),
 }
 GRIDS = [Grid(1, 1, 1), Grid(2, 1, 1), Grid(1, 2, 1), Grid(1, 1, 2), Grid(2, 2, 1), Grid(2, 1, 2)]
-ROPE_THETA, NORM_EPS, LEARNING_RATE, WEIGHT_DECAY = 500_000.0, 1e-5, 3e-4, 0.1
+LEARNING_RATE, WEIGHT_DECAY = 3e-4, 0.1
 
 OURS = "tplaunch"
 # What is installed for each, and which packages' versions are told.

@@ -17,9 +17,10 @@ from statistics import median
 
 import torch
 
+from benchmarks.llama import Shape
 from tests.gpu.alone import alone
 from tests.gpu.machine import choose, take_device
-from tests.gpu.shapes import SHAPES, Shape
+from tests.gpu.shapes import SHAPES
 from tests.gpu.titan import titan
 from tests.recipes import resolved
 from tplaunch.spec.flops import model_flops_per_token
@@ -35,7 +36,7 @@ def ours(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], 
     from tplaunch.train.batch import random_batch
     from tplaunch.train.step import TrainStep
 
-    recipe = resolved(shape.recipe(compile_=compile_))
+    recipe = resolved(shape.recipe({"dp": 1}, {"precision": "bf16", "compile": compile_}))
     step = TrainStep(recipe, Mesh.of(recipe, device))
     batch = random_batch(recipe, 1, True).pinned_for(device)
     return lambda: step.run(batch)
@@ -43,22 +44,12 @@ def ours(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], 
 
 def transformers(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], object]:
     """The step that a reader of transformers' documentation writes, with the fused optimizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
     with device:
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(shape.transformers())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(shape.vocab, (shape.rows, shape.seq_len))
+    tokens = torch.randint(shape.vocab, (shape.batch, shape.seq))
     tokens = tokens.pin_memory() if device.type == "cuda" else tokens
     forward = torch.compile(model) if compile_ else model
 
@@ -109,8 +100,8 @@ def measure(shape: Shape, contender: str) -> dict[str, float]:
     }
     gpu = detect_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is not None:
-        model = resolved(shape.recipe(compile_=False)).model
-        found["mfu"] = rate * model_flops_per_token(model, shape.seq_len) / gpu.peak["bf16"]
+        model = resolved(shape.recipe({"dp": 1}, {})).model
+        found["mfu"] = rate * model_flops_per_token(model, shape.seq) / gpu.peak["bf16"]
     return found
 
 

@@ -17,7 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "one-microbatch": {"global_batch_size": 2},
     "recompute-full": {"recompute": "full"},
-    "selective": {"recompute": "selective"},
+    "cheap": {"recompute": "cheap"},
+    "core": {"recompute": {"again": ["core_attention"]}},
     "compile": {"compile": True},
     "fp32": {"precision": "fp32"},
 }

@@ -8,40 +8,30 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.gpu.shapes import Shape
+from benchmarks.llama import Shape
 
 
 def titan(shape: Shape, device: torch.device) -> Callable[[], object]:
     """A step on random tokens."""
     from torchtitan.config.job_config import JobConfig
     from torchtitan.distributed import ParallelDims
-    from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+    from torchtitan.models.llama3 import Transformer, parallelize_llama
 
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
     dims.build_mesh()
     config = JobConfig()
-    config.training.seq_len = shape.seq_len
+    config.training.seq_len = shape.seq
     config.activation_checkpoint.mode = "none"
     config.compile.enable = device.type == "cuda"
-    arguments = TransformerModelArgs(
-        dim=shape.hidden,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        n_kv_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
-        multiple_of=8,
-        ffn_dim_multiplier=shape.ffn / (8 * shape.hidden // 3),
-        max_seq_len=shape.seq_len,
-    )
     with torch.device("meta"):
-        model = Transformer(arguments)
+        model = Transformer(shape.torchtitan())
     assert model.layers["0"].feed_forward.w1.out_features == shape.ffn
     model = parallelize_llama(model, dims, config)
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights(buffer_device=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(shape.vocab, (shape.rows, shape.seq_len + 1), device=device)
+    tokens = torch.randint(shape.vocab, (shape.batch, shape.seq + 1), device=device)
 
     def step() -> float:
         optimizer.zero_grad()

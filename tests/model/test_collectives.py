@@ -113,9 +113,24 @@ def test_sequence_parallel(world: World) -> None:
 
 
 def test_full_recomputation_repeats_the_forward_pass(world: World) -> None:
-    # The block's last all-reduce is not needed to compute gradients again, but is part of the block.
+    # But for the MLP's last projection and its all-reduce, which no gradient needs.
     repeated = per_block(world, tp=2, training={"recompute": "full"})
-    assert repeated == {("all-reduce", ACTIVATION): 6 * MICROBATCHES}
+    assert repeated == {("all-reduce", ACTIVATION): 5 * MICROBATCHES}
+
+
+def test_parts_repeat_their_own_collectives(world: World) -> None:
+    plain = {("all-gather", ACTIVATION): 6 * MICROBATCHES, ("reduce-scatter", ACTIVATION): 4 * MICROBATCHES}
+    for parts, gathers, scatters in (
+        (["qkv", "rotary"], 1, 0),
+        (["attention_output"], 0, 1),
+        (["norm", "gate_up"], 1, 0),
+    ):
+        repeated = per_block(world, tp=2, sequence_parallel=True, training={"recompute": {"again": parts}})
+        assert repeated == {
+            ("all-gather", ACTIVATION): plain["all-gather", ACTIVATION] + gathers * MICROBATCHES,
+            ("reduce-scatter", ACTIVATION): plain["reduce-scatter", ACTIVATION] + scatters * MICROBATCHES,
+        }
+    assert per_block(world, tp=2, sequence_parallel=True, training={"recompute": "cheap"}) == plain
 
 
 def test_zero(world: World) -> None:

@@ -14,7 +14,7 @@ from tplaunch.cli.main import run
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.recipe.load import load_recipe
-from tplaunch.recipe.schema import Every
+from tplaunch.recipe.schema import Recompute
 from tplaunch.spec.gpu import GPUS, write_gpu
 
 
@@ -23,12 +23,16 @@ def case(*settings: str) -> Case:
 
 
 def test_a_change_is_quoted_for_a_shell_and_read_back() -> None:
-    values = {"training.recompute": Every(every=2), "topology.stage_layers": None, "topology.sequence_parallel": False}
+    values = {
+        "training.recompute": Recompute(every=2),
+        "topology.stage_layers": None,
+        "topology.sequence_parallel": False,
+    }
     change = Change(values)
     words = shlex.split(change.options)
     assert words[::2] == ["--set"] * 3
     recipe = load_recipe("llama3-8b", words[1::2]).recipe
-    assert recipe.training.recompute == Every(every=2)
+    assert recipe.training.recompute == Recompute(every=2)
     assert (recipe.topology.stage_layers, recipe.topology.sequence_parallel) == (None, False)
 
 

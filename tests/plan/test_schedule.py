@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tplaunch.plan.orders import Action, actions_of
 from tplaunch.plan.schedule import StageCost, predict, run_orders, simulate
+from tplaunch.spec.orders import Action, actions_of
 from tplaunch.spec.schedules import SCHEDULES as TABLE
 from tplaunch.spec.schedules import stage_rank, stages_of
 

@@ -166,6 +166,31 @@ TAILS: dict[str, tuple[str, list[str]]] = {
 # The head with something changed: (old, new), what the message must hold.
 CHANGED: dict[str, tuple[str, str, list[str]]] = {
     "name missing": ("name: good", "# name", ["name: is missing", "a name of letters, digits"]),
+    "part of a block, near": (
+        "steps: 20",
+        "steps: 20, recompute: {again: [norm, rotery]}",
+        ["r:3:84: training.recompute.again[1]: expected one of norm, qkv, rotary", "did you mean rotary?"],
+    ),
+    "parts both ways": (
+        "steps: 20",
+        "steps: 20, recompute: {again: [norm], save: [qkv]}",
+        ["r:3:69: training.recompute:", "of every, again and save one must be there, here are again and save"],
+    ),
+    "parts no way": (
+        "steps: 20",
+        "steps: 20, recompute: {}",
+        ["training.recompute:", "one must be there, here are none"],
+    ),
+    "recomputation, near": (
+        "steps: 20",
+        "steps: 20, recompute: chep",
+        ["expected one of none, cheap, full, auto or", "did you mean cheap?"],
+    ),
+    "recomputation in Megatron's words": (
+        "steps: 20",
+        "steps: 20, recompute: selective",
+        ["write {again: [core_attention]}, or cheap"],
+    ),
     "name with a slash": ("name: good", "name: a/b", ["r:1:7: name: expected a name of letters", 'got "a/b"']),
     "name a number": ("name: good", "name: 7", ["r:1:7: name: expected a name", "got 7"]),
     "model missing": ("model: ", "#", ["model: is missing"]),

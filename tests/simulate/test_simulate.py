@@ -206,18 +206,16 @@ def test_sequences_are_gathered_as_often_as_planned(schedule: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_shortened_step_lacks_receive_buffers_only() -> None:
+def test_a_shortened_step_holds_as_much() -> None:
     whole = case("quickstart", "topology={tp: 2, pp: 2, dp: 1}", "training.global_batch_size=64")
     short = shortened(whole)
     assert short.microbatches < whole.microbatches
     with processes() as go:
         jobs = [(of.recipe, rank) for of in (whole, short) for rank in (0, 2)]
         *wholes, first, last = go(simulate_rank, jobs)
-    for pp, (ours, theirs) in enumerate(zip((first, last), wholes, strict=True)):
-        plans = [estimate(of).memory[pp] for of in (whole, short)]
-        buffers = plans[0].pipeline_buffers - plans[1].pipeline_buffers
+    for ours, theirs in zip((first, last), wholes, strict=True):
         tokens = (whole.microbatches - short.microbatches) * whole.tokens * 2 * 8  # the batch itself, int64
-        assert theirs.peak - ours.peak == pytest.approx(buffers + tokens, rel=0.1)
+        assert theirs.peak - tokens == pytest.approx(ours.peak, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -54,4 +54,9 @@ def test_a_block_that_is_recomputed_every_so_often_costs_so_much_more() -> None:
         return layer_cost_ratio(Recipe.model_validate(case(1, 2, training={"recompute": recompute})))
 
     none, half, full = ends("none")[1], ends({"every": 2})[1], ends("full")[1]
-    assert none / half == pytest.approx(3.5 / 3) and none / full == pytest.approx(4 / 3)
+    forward = 2 * 64 * (4 * 16 * 2 + 2 * 16 * 2 + 3 * 96) + 4 * 4 * 16 * 32 / 2
+    again = 1 - 2 * 64 * 96 / forward  # all but the MLP's last projection, which no gradient needs
+    assert none / half == pytest.approx(1 + again / 2 / 3) and none / full == pytest.approx(1 + again / 3)
+    assert ends("cheap")[1] == none
+    core = ends({"again": ["core_attention"]})[1]
+    assert none / core == pytest.approx(1 + 4 * 4 * 16 * 32 / 2 / forward / 3)

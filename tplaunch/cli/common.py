@@ -30,6 +30,12 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
     if warn and loaded.recipe.topology.async_tp and not gpus:
         typer.echo("warning: topology.async_tp is off: its fused matmuls are for CUDA GPUs, and none is here", err=True)
     checked = check_recipe(loaded, gpus=None if shares_gpus() else gpus or None, need_data=need_data)
+    if checked.recipe.training.recompute == "auto":
+        from tplaunch.plan.recomputation import settle
+        from tplaunch.spec.gpu import find_gpu, local_gpu
+
+        name = checked.recipe.hardware.gpu
+        checked = settle(checked, find_gpu(name) if name else local_gpu())
     if 0 < gpus < checked.topology.world_size and checked.topology.pp > 1:
         why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU"
         what = f"pp {checked.topology.pp} by {checked.topology.world_size} ranks on {gpus} GPUs"
@@ -79,6 +85,10 @@ def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Loade
     if hardware is None:
         hardware = find_gpu(_STAND_IN)
         typer.echo(f"no GPU is named or here: planned for {_STAND_IN}, --gpu plans for another", err=True)
+    if checked.recipe.training.recompute == "auto":
+        from tplaunch.plan.recomputation import settle
+
+        checked = settle(checked, hardware)
     return loaded, checked, Case(checked.recipe, hardware)
 
 

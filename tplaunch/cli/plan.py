@@ -61,6 +61,7 @@ def plan(
 
 def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, Any]:
     from tplaunch.data.amounts import amounts, worn_out
+    from tplaunch.plan.recomputation import part_costs
 
     changes = [
         {
@@ -71,9 +72,15 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
         }
         for remedy in found
     ]
-    data = amounts(checked.recipe)
+    data, parts = amounts(checked.recipe), [cost._asdict() for cost in part_costs(result)]
     warnings = [str(problem) for problem in (*checked.warnings, *worn_out(data))]
-    return {**result.as_dict(), "remedies": changes, "data": [asdict(one) for one in data], "warnings": warnings}
+    return {
+        **result.as_dict(),
+        "recompute_parts": parts,
+        "remedies": changes,
+        "data": [asdict(one) for one in data],
+        "warnings": warnings,
+    }
 
 
 def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None) -> None:

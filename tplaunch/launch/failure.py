@@ -31,7 +31,7 @@ _WAITED = re.compile(r".*(Timed out waiting|collective operation timeout).*")
 
 _ADVICE = {
     "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
-    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute: full, or raise topology.tp or pp",
+    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute: auto, or raise topology.tp or pp",
 }
 
 

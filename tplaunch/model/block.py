@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
-from torch.utils.checkpoint import checkpoint
 
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
+from tplaunch.model.recompute import Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import swiglu
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from tplaunch.parallel.mesh import Mesh
-from tplaunch.recipe.schema import Model
+from tplaunch.recipe.schema import Model, Part
+from tplaunch.spec.recompute import effective
 
 
 class Attention(nn.Module):
@@ -23,12 +27,11 @@ class Attention(nn.Module):
     With fewer key/value heads than tp ranks, neighbouring ranks hold copies of one head, as Megatron does.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, *, recompute_core: bool) -> None:
+    def __init__(self, model: Model, mesh: Mesh) -> None:
         super().__init__()
         assert model.num_kv_heads is not None and model.head_dim is not None
         tp = mesh.tp
         self.head_dim = model.head_dim
-        self.recompute_core = recompute_core
         kv_mesh: DeviceMesh = tp.mesh
         kv_placements: tuple[Placement, ...] = (Shard(0),)
         if model.num_kv_heads < tp.size:
@@ -48,33 +51,26 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """[s or s/tp, b, h] -> the same.
+    def project(self, x: Tensor) -> Tensor:
+        """[s or s/tp, b, h] -> queries, keys and values side by side, [s, b, features]."""
+        return column_parallel(x, self.wq, self.wk, self.wv)
 
-        Args:
-            rope: [2, s, 1 or b, 1, head_dim], or None.
-            mask: bool [b, 1, s, s], or None for a causal one.
-            cache: of the tokens before these, which are added to it; then without a mask.
-        """
-        projected = column_parallel(x, self.wq, self.wk, self.wv)
+    def turn(self, projected: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [s, b, heads, head_dim] each, normed and rotated where the model does that."""
         early = rope if self.q_norm is None else None  # norms of heads come before the rotation
         q, k, v = split_heads(projected, self.features, self.head_dim, early)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        if self.recompute_core and self.training:
-            core = checkpoint(_core, q, k, v, mask, use_reentrant=False)
-        else:
-            core = _core(q, k, v, mask)
-        return self.wo(core)
+        return q, k, v
+
+    def leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
+        return x + self.wo(attended)
 
 
-def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d].
 
     A single query is the last token: it attends to all keys.
@@ -95,34 +91,77 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[s or s/tp, b, h] -> the same."""
-        if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(swiglu(column_parallel(x, self.gate, self.up)))
+    def enter(self, x: Tensor) -> Tensor:
+        """[s or s/tp, b, h] -> gate, where there is one, and up side by side, [s, b, ffn/tp or twice that]."""
+        return self.up(x) if self.gate is None else column_parallel(x, self.gate, self.up)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What `enter` gives -> [s, b, ffn/tp]."""
+        return F.gelu(x, approximate="tanh") if self.gate is None else swiglu(x)
+
+    def leave(self, x: Tensor, activated: Tensor) -> Tensor:
+        """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
+        return x + self.down(activated)
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with recompute, its inside is computed again in backward."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, model: Model, mesh: Mesh, *, recompute: bool = False, recompute_core: bool = False) -> None:
+    Args:
+        again: the parts that are made again in the backward pass.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.again = effective(model, again)
+        self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
-        self.attention = Attention(model, mesh, recompute_core=recompute_core)
+        self.attention = Attention(model, mesh)
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
 
     def forward(
         self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """[s or s/tp, b, h] -> the same; rope, mask and cache as for `Attention`."""
-        if self.recompute and self.training:
-            return checkpoint(self._forward, x, rope, mask, use_reentrant=False)
-        return self._forward(x, rope, mask, cache)
+        """[s or s/tp, b, h] -> the same.
+
+        Args:
+            rope: [2, s, 1 or b, 1, head_dim], or None.
+            mask: bool [b, 1, s, s], or None for a causal one.
+            cache: of the tokens before these, which are added to it; then without a mask, and without gradients.
+        """
+        if not self.again or not torch.is_grad_enabled():
+            return self._forward(run_once, x, rope, mask, cache)
+        with Recomputation(self.again, compiled=self.compiled) as run:
+            return self._forward(run, x, rope, mask)
+
+    def compile_parts(self) -> None:
+        """Compile each part by itself. Between them are matmuls, attention and the sum of one residual stream: next to
+        nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
+        again is what was made."""
+        self.compiled = True
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.compile()
+        for owner, names in (
+            (self.attention, ("project", "turn", "leave")),
+            (self.mlp, ("enter", "activate", "leave")),
+        ):
+            for name in names:
+                setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
-        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, run: Run, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        """The steps of `tplaunch.spec.recompute.block_steps`."""
+        attention, mlp = self.attention, self.mlp
+        normed = run("norm", self.attention_norm, x)
+        projected = run("qkv", attention.project, normed)
+        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        attended = run("core_attention", partial(attend, mask=mask), q, k, v)
+        x = run("attention_output", attention.leave, x, attended)
+        normed = run("norm", self.mlp_norm, x)
+        inside = run("gate_up", mlp.enter, normed)
+        activated = run("activation", mlp.activate, inside)
+        return run("down", mlp.leave, x, activated)

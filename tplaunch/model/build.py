@@ -89,8 +89,7 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
     training, zero = recipe.training, recipe.topology.zero
     module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
     if training.compile:
-        for block in module.layers.values():
-            block.compile()
+        module.compile_blocks()
     sharding: Sharding
     if zero >= 2 and mesh.topology.dp > 1:
         sharding = _under_fsdp(recipe, mesh, module, parameters)

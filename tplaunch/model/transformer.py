@@ -20,6 +20,7 @@ from tplaunch.parallel.cross_entropy import output_cross_entropy
 from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
 from tplaunch.parallel.mesh import Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Training
+from tplaunch.spec.recompute import chosen
 
 
 class LearnedPosition(nn.Module):
@@ -98,7 +99,7 @@ class TransformerStage(nn.Module):
         if first and model.position == "learned":
             assert model.max_position is not None
             self.position = LearnedPosition(model.max_position, model.hidden_size, tp=tp)
-        self.layers = nn.ModuleDict({str(i): _block(model, training, i, mesh) for i in layers})
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(model, mesh, again=chosen(training, i)) for i in layers})
         self.norm = make_norm(model, tp=tp) if last else None
         self.output = Output(model, training, tp=tp) if last else None
         self.tied_copy = model.tie_embeddings and last and not first
@@ -117,6 +118,12 @@ class TransformerStage(nn.Module):
         if self.block_done is None or not x.requires_grad:
             return x
         return _Leaving.apply(x, partial(self.block_done, block))
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, part by part."""
+        for block in self.layers.values():
+            assert isinstance(block, TransformerBlock)
+            block.compile_parts()
 
     def place_rope(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
@@ -188,9 +195,3 @@ def document_mask(positions: Tensor) -> Tensor:
     document = (positions == 0).cumsum(dim=1)
     same = document[:, None, :, None] == document[:, None, None, :]
     return same.tril_()
-
-
-def _block(model: Model, training: Training, layer: int, mesh: Mesh) -> TransformerBlock:
-    return TransformerBlock(
-        model, mesh, recompute=training.recomputes(layer), recompute_core=training.recompute == "selective"
-    )

@@ -27,7 +27,7 @@ from tplaunch.parallel.collectives import (
     wait,
 )
 from tplaunch.parallel.mesh import TensorParallel
-from tplaunch.parallel.split_backward import wanted
+from tplaunch.parallel.split_backward import saved, wanted
 from tplaunch.torch_private import as_parameter
 
 
@@ -93,9 +93,9 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tp: TensorParallel = ctx.tp
-        x, *weights = ctx.saved_tensors
-        need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(weights)))
+        need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(ctx.accumulators)))
         need_weights = any(need_each)
+        x, *weights = saved(ctx, activations=need_weights)
         merged = merge(weights)
         grads = grad.split([len(weight) for weight in merged], -1)
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
@@ -142,8 +142,8 @@ class _RowParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, weight = ctx.saved_tensors
         need_x, need_weight = wanted(ctx, 0, 2)
+        x, weight = saved(ctx, activations=need_weight)
         grad_x = None
         if ctx.tp.fused and need_x:
             grad, (grad_x,) = gather_matmul(grad, [weight], ctx.tp)

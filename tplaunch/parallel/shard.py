@@ -42,7 +42,7 @@ class Sharding(Protocol):
         ...
 
     def begin_microbatch(self, *, last: bool) -> None:
-        """Called before the forward pass of each microbatch that we drive ourselves; `last` of the step."""
+        """Called before the forward pass of each microbatch where no two are in flight at once; `last` of the step."""
         ...
 
     def reduce_gradients(self) -> None:

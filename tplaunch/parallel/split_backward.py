@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tplaunch.torch_private import will_execute
 
@@ -28,3 +30,33 @@ def wanted(ctx: Any, *places: int) -> list[bool]:
 def _runs(node: Any) -> bool:
     # The engine does not answer for leaves. None is met here but in tests: weights come through `to_local`.
     return "AccumulateGrad" in node.name() or will_execute(node)
+
+
+class _Pass(threading.local):
+    """What the backward pass that runs on this thread wants of a function's saved tensors."""
+
+    without_activations = False
+
+
+_pass = _Pass()
+
+
+def saved(ctx: Any, *, activations: bool) -> tuple[Tensor, ...]:
+    """A function's saved tensors, in its backward pass.
+
+    Args:
+        activations: whether this pass reads what is not a weight of them. If not, nothing is made again for it
+            (`tplaunch.model.recompute`): there may be any tensor in its place.
+    """
+    if activations or torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    _pass.without_activations = True
+    try:
+        return ctx.saved_tensors
+    finally:
+        _pass.without_activations = False
+
+
+def reads_activations() -> bool:
+    """Whether the function that asks for its saved tensors now reads those that are no weights; see `saved`."""
+    return not _pass.without_activations

@@ -7,9 +7,10 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.recipe.schema import Model, Precision, Recipe
+from tplaunch.recipe.schema import Model, Part, Precision, Recipe
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters
+from tplaunch.spec.recompute import sets
 from tplaunch.spec.schedules import SCHEDULES, stages_of
 from tplaunch.spec.stages import stage_ranges
 from tplaunch.spec.topology import Topology
@@ -198,10 +199,6 @@ class Case:
         sizes = self._sizes.shard
         return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
 
-    def recomputed(self, stage: Stage) -> int:
-        """How many blocks of a stage are computed again in the backward pass."""
-        return sum(map(self.recipe.training.recomputes, stage.layers))
-
-    @property
-    def attention_recomputed(self) -> bool:
-        return self.recipe.training.recompute == "selective"
+    def recomputes(self, stage: Stage) -> dict[frozenset[Part], int]:
+        """How many blocks of a stage make again which parts in the backward pass."""
+        return sets(self.recipe.training, stage.layers)

@@ -7,10 +7,13 @@ node together, as NCCL's rings use them all.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
+from tplaunch.recipe.schema import Part
 from tplaunch.spec.parameters import stage_parameters
 
 Link = Literal["none", "node", "network"]
@@ -117,6 +120,19 @@ class BlockTraffic(NamedTuple):
     size: float
     split: float = 0.0
     split_gathers: int = 0
+
+    def again(self, parts: Iterable[Part]) -> dict[Kind, int]:
+        """The calls of parts that are made again in the backward pass, which nothing hides: those by which they enter
+        or leave a region."""
+        entering: Kind = "all-gather"
+        leaving: Kind = "reduce-scatter" if "reduce-scatter" in self.call_seconds else "all-reduce"
+        kinds: dict[Part, Kind] = {"qkv": entering, "gate_up": entering, "attention_output": leaving, "down": leaving}
+        found = Counter(kinds[part] for part in parts if part in kinds)
+        return {kind: count for kind, count in found.items() if kind in self.call_seconds}
+
+    def again_seconds(self, parts: Iterable[Part]) -> float:
+        """Seconds of these calls."""
+        return sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
 
 
 def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:

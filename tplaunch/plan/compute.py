@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tplaunch.plan.case import Case
 from tplaunch.plan.memory import local_heads
+from tplaunch.recipe.schema import Part
 from tplaunch.spec.flops import attention_flops_per_token
 
 # FlashAttention's backward does five products where the forward does two (Dao 2023, arXiv 2307.08691, section 3.2).
@@ -69,8 +70,7 @@ def attention_core(case: Case) -> Passes:
     gpu, training = case.gpu, case.recipe.training
     flops = case.tokens * attention_flops_per_token(case.model, training.seq_len) / 2 / case.topology.tp
     forward = flops / (gpu.peak[training.precision] * gpu.attention_efficiency) + gpu.kernel_latency
-    again = forward if case.attention_recomputed else 0.0
-    return Passes(forward, _ATTENTION_BACKWARD * forward + again)
+    return Passes(forward, _ATTENTION_BACKWARD * forward)
 
 
 def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Passes:
@@ -83,42 +83,50 @@ def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Pass
     return Passes(move(case, forward * fused) + latency, move(case, backward * fused) + latency)
 
 
-def block(case: Case) -> Passes:
-    """One transformer block on one tensor-parallel rank, without communication and recomputation of the whole."""
+def block_parts(case: Case) -> dict[Part, Passes]:
+    """Each part of a transformer block, at one place of it, on one tensor-parallel rank, without communication. What is
+    made again takes its forward pass once more."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
     queries, keys = heads * model.head_dim, kv_heads * model.head_dim
     swiglu = model.activation == "swiglu"
-    total = (
-        linear(case, tokens, queries, hidden)
-        + linear(case, tokens, keys, hidden) * 2
-        + attention_core(case)
-        + linear(case, tokens, hidden, queries)
-        + linear(case, tokens, ffn, hidden) * (2 if swiglu else 1)
-        + linear(case, tokens, hidden, ffn)
-    )
-    # Hidden states: two norms (read, write; backward: read twice, write) and two residual sums (two reads, a write).
+    # Hidden states: a norm (read, write; backward: read twice, write) and a residual sum (two reads, a write).
     slices = tp if case.sequence_parallel else 1
     states = tokens * hidden * width / slices
-    total += pointwise(case, 2 * (2 + 3) * states, 2 * (3 + 3) * states, kernels=6)
+    residual = pointwise(case, 3 * states, 3 * states, kernels=1)
+    turned = tokens * (queries + keys) * width
+    rotary = Passes(0.0)
     if model.position == "rope":  # widened, turned, narrowed: about four passes over q and k
-        rotated = tokens * (queries + keys) * width
-        total += pointwise(case, 4 * 2 * rotated, 4 * 2 * rotated, kernels=8)
+        rotary += pointwise(case, 4 * 2 * turned, 4 * 2 * turned, kernels=8)
+    if model.qk_norm:
+        rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
     inner = tokens * ffn * width
     reads_and_writes = (5, 8) if swiglu else (2, 3)
-    return total + pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2)
+    return {
+        "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
+        "qkv": linear(case, tokens, queries, hidden) + linear(case, tokens, keys, hidden) * 2,
+        "rotary": rotary,
+        "core_attention": attention_core(case),
+        "attention_output": linear(case, tokens, hidden, queries) + residual,
+        "gate_up": linear(case, tokens, ffn, hidden) * (2 if swiglu else 1),
+        "activation": pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2),
+        "down": linear(case, tokens, hidden, ffn) + residual,
+    }
 
 
 def head(case: Case) -> Passes:
-    """Final norm, output layer and loss; the logits are computed again in the backward pass."""
+    """Final norm, output layer and loss. Where weight gradients are added up in place, the forward pass makes those of
+    the loss, too, while its logits exist; elsewhere the backward pass computes the logits again."""
     model, tp, tokens = case.model, case.topology.tp, case.tokens
     columns = model.padded_vocab_size // tp
     output = linear(case, tokens, columns, model.hidden_size)
     # Widened logits are read and written about four times each way, in fp32.
     fp32_logits = tokens * columns * max(4, case.compute_bytes)
     logits = pointwise(case, 4 * fp32_logits, 5 * fp32_logits, kernels=10)
+    if case.accumulates_in_place:
+        return Passes((output + logits).total)
     return output + logits + Passes(0.0, output.forward)
 
 

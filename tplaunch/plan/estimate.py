@@ -20,7 +20,9 @@ from tplaunch.plan.communication import (
 from tplaunch.plan.compute import Passes
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
-from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, model_flops_per_token
+from tplaunch.recipe.schema import Part
+from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
+from tplaunch.spec.recompute import Kept, block_steps, kept, sets
 
 # Training FLOPs from which the EU's AI Act (article 51) presumes that a general-purpose model carries systemic risk.
 REGULATED_FLOPS = 1e25
@@ -31,7 +33,7 @@ class StageWork(NamedTuple):
 
     Args:
         passes: computation, once.
-        recomputed: forward passes run again in the backward pass, with their communication.
+        recomputed: what is made again in the backward pass, with its communication.
         tensor_parallel: (forward, backward) seconds of communication that nothing hides.
     """
 
@@ -57,7 +59,7 @@ class Breakdown(NamedTuple):
 
     Args:
         compute: forward and backward passes.
-        recompute: forward passes run again.
+        recompute: what is made again.
         tensor_parallel, data_parallel: communication that nothing hides.
         pipeline: waiting for other ranks, and for what they send.
         optimizer: norm and clipping of gradients, the update.
@@ -107,12 +109,10 @@ class Plan:
     def hardware_flops_per_token(self) -> float:
         """With what is computed again, attention counted in full as in the model FLOPs (Korthikanti et al. 2022)."""
         model, training = self.case.model, self.case.recipe.training
-        attention = attention_flops_per_token(model, training.seq_len)
-        again = sum(self.case.recomputed(s) for s in self.case.stages) * (
-            2 * block_matmul_parameters(model) + attention
+        again = sum(
+            count * repeated_flops_per_token(model, training.seq_len, parts)
+            for parts, count in sets(training, range(model.num_layers)).items()
         )
-        if self.case.attention_recomputed:
-            again += model.num_layers * attention
         return self.model_flops_per_token + again
 
     @property
@@ -213,16 +213,24 @@ class Plan:
 
 
 class BlockWork(NamedTuple):
-    """One microbatch through one block: computation, and tensor-parallel communication."""
+    """One microbatch through one block: computation, of it each part's, and tensor-parallel communication. What is made
+    again is not in it."""
 
     passes: Passes
+    parts: dict[Part, Passes]
     traffic: BlockTraffic
+
+    def again(self, kept: Kept) -> float:
+        """Seconds, with communication, of the steps that run again in the backward pass."""
+        made = [step.part for step in kept.made]
+        return sum(self.parts[part].forward for part in made) + self.traffic.again_seconds(made)
 
 
 def block_work(case: Case) -> BlockWork:
     """The work of a block, which depends on tp, the micro batch and sequence parallelism alone."""
-    passes = compute.block(case)
-    return BlockWork(passes, block_traffic(case, passes.input_backward, passes.weight_backward))
+    parts = compute.block_parts(case)
+    passes = sum((parts[step.part] for step in block_steps(case.model)), Passes(0.0))
+    return BlockWork(passes, parts, block_traffic(case, passes.input_backward, passes.weight_backward))
 
 
 class StageWorks:
@@ -235,15 +243,16 @@ class StageWorks:
     def __init__(self, case: Case, block: BlockWork | None = None) -> None:
         self.case = case
         self.block = block or block_work(case)
-        self._known: dict[tuple[int, int, bool, bool], tuple[StageWork, StageCost]] = {}
+        self._known: dict[Any, tuple[StageWork, StageCost]] = {}
 
     def __call__(self, stage: Stage) -> tuple[StageWork, StageCost]:
-        key = (len(stage.layers), self.case.recomputed(stage), stage.first, stage.last)
+        recomputes = self.case.recomputes(stage)
+        key = (frozenset(recomputes.items()), stage.first, stage.last)
         if key not in self._known:
-            self._known[key] = self._work(stage, key[1])
+            self._known[key] = self._work(stage, recomputes)
         return self._known[key]
 
-    def _work(self, stage: Stage, recomputed: int) -> tuple[StageWork, StageCost]:
+    def _work(self, stage: Stage, recomputes: dict[frozenset[Part], int]) -> tuple[StageWork, StageCost]:
         case, layers = self.case, len(stage.layers)
         block, traffic = self.block.passes, self.block.traffic
         passes = block * layers
@@ -256,7 +265,7 @@ class StageWorks:
             forward + layers * traffic.forward,
             backward + layers * (traffic.backward + traffic.split * case.splits_backward(stage)),
         )
-        again = recomputed * (block.forward + traffic.forward)
+        again = sum(n * self.block.again(kept(case.model, parts)) for parts, n in recomputes.items())
         work = StageWork(passes, again, tensor_parallel)
         held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
         gradients = 0.0 if case.flat else memory.gradients(case, [stage])  # flat buffers are always there
@@ -300,9 +309,14 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: Bl
     axis = "sp" if case.sequence_parallel else "tp"
     traffic: list[Traffic] = []
     exposed = m * sum(sum(work.tensor_parallel) for work in mine)
-    exposed += m * sum(case.recomputed(stage) for stage in stages) * per_block.forward
-    blocks, again = sum(len(stage.layers) for stage in stages), sum(case.recomputed(stage) for stage in stages)
-    counts = {kind: m * (blocks * (fwd + bwd) + again * fwd) for kind, fwd, bwd in per_block.calls}
+    blocks = sum(len(stage.layers) for stage in stages)
+    counts = {kind: m * blocks * (fwd + bwd) for kind, fwd, bwd in per_block.calls}
+    for stage in stages:
+        for parts, n in case.recomputes(stage).items():
+            made = [step.part for step in kept(case.model, parts).made]
+            exposed += m * n * per_block.again_seconds(made)
+            for kind, calls in per_block.again(made).items():
+                counts[kind] += m * n * calls
     if per_block.split_gathers:
         split = sum(len(stage.layers) for stage in stages if case.splits_backward(stage))
         counts["all-gather"] += m * split * per_block.split_gathers

@@ -2,8 +2,8 @@
 
 Each function is one term, so that one can be corrected by measurement. What is kept follows the trainer: flat buffers
 of weights and gradients, or FSDP2 with its gathering and reduction where ZeRO 2 or 3 shards gradients; activations as
-in Korthikanti et al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; the buffers of
-`torch.distributed.pipelining`.
+in Korthikanti et al. 2022 (arXiv 2205.05198) with FlashAttention, which keeps no s x s matrix; messages between
+pipeline stages from their receive to their last use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.schedule import Step
+from tplaunch.recipe.schema import Part
+from tplaunch.spec.messages import messages_held
+from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
 
 
@@ -27,7 +30,7 @@ class Memory(NamedTuple):
         loss: logits of a chunk, and the gradients of the head.
         working: temporaries of the block at work: recomputed insides, gradients, gathered sequences.
         data_parallel_buffers: all-gather and reduce-scatter buffers of FSDP2; flat buffers need none.
-        pipeline_buffers: receive buffers, one for every microbatch.
+        pipeline_buffers: what has come from other pipeline stages, or is on its way to them.
         overhead: CUDA context, communicators, workspaces, fragmentation: outside what torch counts as allocated.
     """
 
@@ -58,24 +61,39 @@ def hidden_bytes(case: Case) -> float:
     return case.tokens * case.model.hidden_size * case.compute_bytes / slices
 
 
-def block_activations(case: Case) -> float:
-    """Bytes that one block keeps for its backward pass, for one microbatch, when nothing is recomputed.
-
-    hidden states: input, normed input, middle, normed middle; q, k, v and the attention's output; the MLP's
-    pre-activations and what they become; statistics of norms (fp32) and of the softmax (fp32 each head).
-    """
+def block_tensors(case: Case) -> dict[str, float]:
+    """Bytes of a block's tensors for one microbatch, by their names in `tplaunch.spec.recompute`."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
-    fp32 = max(4, width)
     heads, kv_heads = local_heads(case)
-    attention = tokens * (2 * heads + 2 * kv_heads) * model.head_dim * width
-    if model.qk_norm:  # q and k as they were before their norms
-        attention += tokens * (heads + kv_heads) * (model.head_dim * width + fp32)
-    softmax = 0 if case.attention_recomputed else tokens * heads * fp32
-    ffn_tensors = 3 if model.activation == "swiglu" else 2
-    mlp = tokens * ffn_tensors * (model.ffn_hidden_size // tp) * width
+    head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
+    ffn = tokens * (model.ffn_hidden_size // tp) * width
+    return {
+        "input": hidden,
+        "normed": hidden,
+        "projected": (heads + 2 * kv_heads) * head,
+        "turned": (heads + (1 if model.qk_norm else 2) * kv_heads) * head,
+        "attended": heads * head,
+        "softmax": tokens * heads * max(4, width),
+        "middle": hidden,
+        "middle_normed": hidden,
+        "inside": (2 if model.activation == "swiglu" else 1) * ffn,
+        "activated": ffn,
+    }
+
+
+def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
+    """Bytes that one block keeps for its backward pass, for one microbatch: tensors, and the statistics of norms, which
+    are fp32 numbers for each token, and for each head where heads have norms.
+
+    Args:
+        parts: what it makes again.
+    """
+    tensors = block_tensors(case)
     statistics = 2 * norm_statistics(case)
-    return 4 * hidden_bytes(case) + attention + softmax + mlp + statistics
+    if case.model.qk_norm:
+        statistics += case.tokens * sum(local_heads(case)) * max(4, case.compute_bytes)
+    return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics
 
 
 def local_heads(case: Case) -> tuple[int, int]:
@@ -114,17 +132,11 @@ def document_mask(case: Case) -> float:
 
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
-    hidden = hidden_bytes(case)
-    recomputed = case.recomputed(stage)
-    total = recomputed * hidden + (len(stage.layers) - recomputed) * block_activations(case) + document_mask(case)
+    total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + document_mask(case)
     if stage.first:
         total += embedding_activations(case)
-    elif stage.layers:
-        total -= hidden  # the input lies in its receive buffer
     if stage.last:
         total += head_activations(case)
-    else:
-        total += hidden  # the output waits for its gradient
     return total
 
 
@@ -176,16 +188,29 @@ def loss_working(case: Case) -> float:
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
-def block_working(case: Case) -> float:
+def block_working(case: Case, parts: frozenset[Part]) -> float:
     """Temporaries of a block's backward pass at its fullest, in the MLP: gradients of the MLP's inside, less what was
     kept and is used up by then; the down projection's gradient, where no matmul adds it to the sum by itself; the
-    hidden states' gradient, whole and as a slice."""
+    hidden states' gradient, whole and as a slice; what was made again by then, and its own users await.
+
+    Args:
+        parts: what is made again.
+    """
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
     inside = case.tokens * ffn * (2 if model.activation == "swiglu" else 1)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
-    return (inside + product + whole) * width + hidden_bytes(case)
+    tensors, awaited = block_tensors(case), {name for step in block_steps(model) for name in step.needs}
+
+    def made_for(*names: str) -> float:
+        made = kept(model, parts, frozenset(names)).made
+        return sum(tensors[name] for step in made for name in step.gives if name in awaited)
+
+    # In the backward pass of the activation, or of the first projections, when what these needed is gone.
+    gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, parts).kept)
+    again = max(made_for("inside", "activated"), made_for("middle_normed") - gone)
+    return (inside + product + whole) * width + hidden_bytes(case) + again
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
@@ -214,24 +239,13 @@ def gathering(case: Case) -> float:
     return case.block_weights * case.compute_bytes if case.zero == 3 and not case.flat else 0.0
 
 
-def pipeline_buffers(case: Case, stages: list[Stage], in_flight: float) -> float:
-    """What torch's pipeline stages receive, forward and backward: a buffer for each microbatch, kept from step to step
-    (what the rank's next stage takes over directly is kept as long). And, where a rank has several stages, what it has
-    sent, which torch keeps to the end of the step.
-
-    Args:
-        in_flight: microbatches in flight on the rank, counted once for each of its stages: those not yet sent back.
-    """
+def pipeline_buffers(case: Case, pp_rank: int) -> float:
+    """What passes between stages, apart from the inputs of microbatches in flight (`stage_activations`): inputs that
+    have come early, gradients that a backward pass waits for or begins with, what is being sent."""
     if case.topology.pp == 1:
         return 0.0
-    here = {stage.index for stage in stages}
-    received = sum((not stage.first) + (not stage.last) for stage in stages)
-    sent = 0.0
-    if len(stages) > 1:
-        leaving = sum(not s.first and s.index - 1 not in here for s in stages)
-        leaving += sum(not s.last and s.index + 1 not in here for s in stages)
-        sent = leaving * max(0.0, case.microbatches - in_flight / len(stages))
-    return (received * case.microbatches + sent) * hidden_bytes(case)
+    held = messages_held(case.schedule, case.topology.pp, case.virtual_stages, case.microbatches)
+    return held[pp_rank] * hidden_bytes(case)
 
 
 # NCCL's and cuBLAS's shares, of the order that `nvidia-smi` shows above torch's own reserve on A100 and H100.
@@ -279,9 +293,7 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
             if not case.flat:
-                one = (
-                    hidden_bytes(case) if case.recipe.training.recomputes(stage.layers[-1]) else block_activations(case)
-                )
+                one = block_activations(case, chosen(case.recipe.training, stage.layers[-1]))
                 left = max(0.0, after_head - one)
                 moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
     if ends and not case.flat:
@@ -291,13 +303,17 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
 
 
 def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
-    """The backward pass of a stage's last block, and of the last that is computed again."""
-    moments = [_Moment(held, working=block_working(case), buffers=buffers)]
+    """The backward pass of a stage's last block of each set of parts that are made again."""
+    moments = []
+    unseen = set(case.recomputes(stage))
     for layer in reversed(stage.layers):
-        if case.recipe.training.recomputes(layer):
-            moments.append(_Moment(held, working=block_working(case) + block_activations(case), buffers=buffers))
+        parts = chosen(case.recipe.training, layer)
+        if parts in unseen:
+            moments.append(_Moment(held, working=block_working(case, parts), buffers=buffers))
+            unseen.remove(parts)
+        if not unseen:
             break
-        held = max(0.0, held - block_activations(case))
+        held = max(0.0, held - block_activations(case, parts))
     return moments
 
 
@@ -324,6 +340,6 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         loss=fullest.loss,
         working=fullest.working,
         data_parallel_buffers=fullest.buffers,
-        pipeline_buffers=pipeline_buffers(case, stages, step.in_flight[pp_rank]),
+        pipeline_buffers=pipeline_buffers(case, pp_rank),
         overhead=overhead(case, fullest.total + gradient),
     )

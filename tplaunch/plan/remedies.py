@@ -10,7 +10,7 @@ from typing import Any
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import Plan, estimate
-from tplaunch.recipe.schema import Every
+from tplaunch.plan.recomputation import cheapest_change
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ def single_changes(case: Case) -> Iterator[Change]:
     for zero in range(parallelism.zero + 1, 4):
         if topology.dp > 1:
             yield Change({"topology.zero": zero})
-    if training.recompute in ("none", "selective"):
-        yield Change({"training.recompute": Every(every=2)})
-    if training.recompute != "full":
-        yield Change({"training.recompute": "full"})
+    fitting = cheapest_change(case)
+    if fitting is not None:
+        yield fitting
+    else:  # with other knobs they may do
+        for value in {"none": ("cheap", "full"), "full": ()}.get(str(training.recompute), ("full",)):
+            yield Change({"training.recompute": value})
     if training.micro_batch_size > 1:
         yield Change({"training.micro_batch_size": training.micro_batch_size // 2})
         yield Change({"training.micro_batch_size": 1})
@@ -61,7 +63,8 @@ def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
     """The cheapest changes that make a plan fit: of one knob where that is enough, else of two, then three.
 
     Returns:
-        At most `count`, fewest GPUs first, then fastest; none where nothing within reach fits.
+        At most `count`, fewest GPUs first, then fastest; among them recomputation, where that is enough. None where
+        nothing within reach fits.
     """
     changes = list(single_changes(plan.case))
     found: list[Remedy] = []
@@ -78,7 +81,9 @@ def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
         if len(found) >= count:
             break
     found.sort(key=lambda r: (r.plan.case.topology.world_size, r.price, len(r.change.values)))
-    return found[:count]
+    best, others = found[:count], found[count:]
+    recomputing = [remedy for remedy in others if remedy.change.values.keys() == {"training.recompute"}]
+    return [*best[: count - 1], *recomputing] if recomputing else best
 
 
 def _try(plan: Plan, change: Change) -> Remedy | None:

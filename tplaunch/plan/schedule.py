@@ -1,11 +1,11 @@
-"""The timing of a pipeline schedule for given costs: each rank's order (`plan.orders`) run against the clock."""
+"""The timing of a pipeline schedule for given costs: each rank's order (`spec.orders`) run against the clock."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tplaunch.plan.orders import Action, Kind, actions_of
+from tplaunch.spec.orders import Action, Kind, actions_of
 from tplaunch.spec.schedules import SCHEDULES, stage_rank
 
 
@@ -52,8 +52,8 @@ class Step(NamedTuple):
         held: by rank, the sum of `StageCost.held` and `waiting` over the microbatches in flight, when that and the
             gradients together are at their largest.
         gradients: by rank, the gradients of that moment: those of stages that have had a backward pass.
-        held_at_loss, gradients_at_loss: the same, when both are at their largest as the last stage's backward pass
-            begins; 0 on ranks without that stage.
+        held_at_loss, gradients_at_loss: the same, when both are at their largest as a backward pass of the last stage
+            begins, or a half of one; 0 on ranks without that stage.
         in_flight: by rank, the most microbatches in flight, counted once for each stage of the rank they are in.
     """
 
@@ -241,7 +241,7 @@ def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, floa
     now = gradients = max_held = max_gradients = at_loss = gradients_at_loss = 0.0
     flying = max_flying = 0
     for kind, stage, _ in order:
-        if stage == last and kind in "BI" and now + gradients > at_loss + gradients_at_loss:
+        if stage == last and kind != "F" and now + gradients > at_loss + gradients_at_loss:
             at_loss, gradients_at_loss = now, gradients
         if kind == "F":
             now += held[stage]

@@ -9,8 +9,8 @@ from math import floor, log10
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import StageWorks
-from tplaunch.plan.orders import KIND_NAMES
 from tplaunch.plan.schedule import Timeline, simulate
+from tplaunch.spec.orders import KIND_NAMES
 
 # Fill of each kind, the later chunks of a rank darker (Okabe and Ito's palette, told apart by the colour-blind).
 _FILLS = {"F": "#56b4e9", "B": "#009e73", "I": "#e69f00", "W": "#f0e442"}

@@ -16,17 +16,14 @@ from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_exposed, estimate
+from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Every, Recipe
+from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.schedules import SCHEDULES
 from tplaunch.units import GiB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-RECOMPUTE: tuple[Any, ...] = ("none", Every(every=2), "full")
-# Fraction of GPU memory to leave free, against fragmentation.
-HEADROOM = 0.05
-# As fast as 1f1b, it only holds more. (Selective recomputation is not tried either: with FlashAttention it saves next
-# to nothing.)
+# As fast as 1f1b, it only holds more.
 _NOT_TRIED = ("gpipe",)
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8)
 _KEYS = (
@@ -90,7 +87,8 @@ class Tuning:
 
 
 def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10) -> Tuning:
-    """Rank the topologies of a case's model on `gpus` GPUs by predicted tokens/s.
+    """Rank the topologies of a case's model on `gpus` GPUs by predicted tokens/s, each with the cheapest recomputation
+    with which it fits.
 
     The global batch stays as the recipe has it: it belongs to the training, not to the machine.
 
@@ -99,7 +97,7 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         node_size: GPUs of a node; default: those of a usual node with this GPU.
     """
     per_node = min(gpus, node_size or min(case.gpu.node_size, 8))
-    blocks: dict[tuple[int, int, bool], BlockWork] = {}
+    blocks: dict[tuple[int, int, bool], tuple[BlockWork, list[Option]]] = {}
     legal = 0
     ranked: list[tuple[float, int, Change, Case]] = []
     for change in candidates(case, gpus, per_node):
@@ -109,10 +107,11 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         legal += 1
         key = (candidate.topology.tp, candidate.recipe.training.micro_batch_size, candidate.sequence_parallel)
         if key not in blocks:
-            blocks[key] = block_work(candidate)
-        seconds = quick_look(candidate, blocks[key])
-        if seconds is not None:
-            ranked.append((seconds, len(ranked), change, candidate))
+            work = block_work(candidate)
+            blocks[key] = work, options(candidate, work)
+        best = _with_cheapest_recomputation(case, change, *blocks[key])
+        if best is not None:
+            ranked.append((best[0], len(ranked), *best[1:]))
     ranked.sort(key=lambda item: item[:2])
     choices = []
     for _, _, change, candidate in ranked[: 3 * count]:
@@ -125,8 +124,27 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
     return Tuning(choices, neighbours, legal, len(ranked))
 
 
+def _with_cheapest_recomputation(
+    case: Case, change: Change, block: BlockWork, found: list[Option]
+) -> tuple[float, Change, Case] | None:
+    """Seconds of a topology's step by formula, with the first of the options that makes it fit."""
+    looks: dict[float, tuple[float, Change, Case]] = {}  # by what the option keeps
+
+    def fits(option: Option) -> bool:
+        whole = Change({**change.values, "training.recompute": option.value})
+        candidate = whole.apply(case)
+        assert candidate is not None, "recomputation breaks no rule"
+        seconds = quick_look(candidate, block)
+        if seconds is not None:
+            looks[option.kept] = seconds, whole, candidate
+        return seconds is not None
+
+    best = cheapest(found, fits)
+    return None if best is None else looks[best.kept]
+
+
 def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
-    """Every combination worth a look; `Change.apply` says whether it can run."""
+    """Every topology worth a look, nothing made again; `Change.apply` says whether it can run."""
     model, training = case.model, case.recipe.training
     batch = training.global_batch_size
     for tp in divisors(gpus):
@@ -142,16 +160,15 @@ def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
                 for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
                     shards_gradients = dp > 1 and not SCHEDULES[schedule].splits_backward
                     for zero in (1, 2, 3) if shards_gradients else (1,):
-                        for recompute in RECOMPUTE:
-                            values = (tp, pp, dp, zero, schedule, virtual, micro_batch, recompute)
-                            more = {
-                                "topology.sequence_parallel": tp > 1 and training.seq_len % tp == 0,
-                                "topology.stage_layers": None,
-                                "topology.dp_replicate": 1,
-                                "topology.nodes": -(-gpus // per_node),
-                                "topology.gpus_per_node": per_node,
-                            }
-                            yield Change({**dict(zip(_KEYS, values, strict=True)), **more})
+                        values = (tp, pp, dp, zero, schedule, virtual, micro_batch, "none")
+                        more = {
+                            "topology.sequence_parallel": tp > 1 and training.seq_len % tp == 0,
+                            "topology.stage_layers": None,
+                            "topology.dp_replicate": 1,
+                            "topology.nodes": -(-gpus // per_node),
+                            "topology.gpus_per_node": per_node,
+                        }
+                        yield Change({**dict(zip(_KEYS, values, strict=True)), **more})
 
 
 def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, int]]:
@@ -245,7 +262,8 @@ def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
     """One knob turned one way, everything else as in the best (or as suits it, where pp changes the schedules)."""
     own = best.change.values
     found = []
-    for differing, ways in _steps(own, gpus, case.recipe):
+    recompute = [option.value for option in options(best.plan.case)]
+    for differing, ways in _steps(own, gpus, case.recipe, recompute):
         cases = [Change({**own, **values}).apply(case) for values in ways]
         plans = [estimate(candidate) for candidate in cases if candidate is not None]
         if plans:
@@ -256,8 +274,14 @@ def _neighbours(best: Choice, case: Case, gpus: int) -> list[Neighbour]:
     return found
 
 
-def _steps(own: Mapping[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(what to say, ways to do it) for each knob of the best."""
+def _steps(
+    own: Mapping[str, Any], gpus: int, recipe: Recipe, recompute: list[Any]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(what to say, ways to do it) for each knob of the best.
+
+    Args:
+        recompute: the values worth having, cheapest first.
+    """
     tp, pp, dp = own["topology.tp"], own["topology.pp"], own["topology.dp"]
     layers, compiled = recipe.model.num_layers, recipe.training.compile
     for new in (tp * 2, tp // 2 if tp % 2 == 0 else 0):
@@ -275,9 +299,8 @@ def _steps(own: Mapping[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[
         if micro_batch:
             values = {"training.micro_batch_size": micro_batch}
             yield values, [values]
-    for recompute in RECOMPUTE:
-        if recompute != own["training.recompute"]:
-            yield {"training.recompute": recompute}, [{"training.recompute": recompute}]
+    for value in _beside(recompute, own["training.recompute"]):
+        yield {"training.recompute": value}, [{"training.recompute": value}]
     for zero in (1, 2, 3):
         if zero != own["topology.zero"] and dp > 1:
             yield {"topology.zero": zero}, [{"topology.zero": zero}]
@@ -285,6 +308,12 @@ def _steps(own: Mapping[str, Any], gpus: int, recipe: Recipe) -> Iterator[tuple[
         values = {"topology.schedule": schedule, "topology.virtual_stages": virtual}
         if any(own[key] != value for key, value in values.items()):
             yield values, [values]
+
+
+def _beside(values: list[Any], own: Any) -> list[Any]:
+    """The values before and after one of a list."""
+    place = values.index(own)
+    return values[max(0, place - 1) : place] + values[place + 1 : place + 2]
 
 
 def _why(plan: Plan, best: Plan) -> str:

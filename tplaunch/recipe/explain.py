@@ -53,6 +53,10 @@ SYNONYMS = {
 }
 
 
+# Values of other trainers, or of before, and what they are here.
+VALUES = {("training.recompute", "selective"): "write {again: [core_attention]}, or cheap, which saves more for less"}
+
+
 def explain(error: ValidationError, tree: Tree) -> list[Problem]:
     """One problem for each value of `tree` that `error` is about."""
     schema = _recipe_schema()
@@ -83,7 +87,8 @@ def _problem(path: Path, details: list[ErrorDetails], tree: Tree, schema: dict[s
     value = node.plain()
     why = next((str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"), "")
     what = f"expected {_words(allowed, schema)}, got {show_value(value)}"
-    return Problem(what, why=why, fix=_hint(value, allowed, schema), where=node.origin, key=key)
+    fix = VALUES.get((key, str(value))) or _hint(value, allowed, schema)
+    return Problem(what, why=why, fix=fix, where=node.origin, key=key)
 
 
 def dotted(path: Path) -> str:

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from tplaunch.units import (
@@ -157,10 +165,27 @@ class Parallelism(Section):
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
-class Every(Section):
-    """Recompute every k-th block."""
+Part = Literal["norm", "qkv", "rotary", "core_attention", "attention_output", "gate_up", "activation", "down"]
 
-    every: Small
+
+class Recompute(Section):
+    """What blocks make again in the backward pass instead of keeping it: one of these. `tplaunch.spec.recompute` tells
+    the parts."""
+
+    every: Small | None = Field(None, description="whole blocks, every k-th of them")
+    again: list[Part] | None = Field(None, description="these parts of every block")
+    save: list[Part] | None = Field(None, description="all parts of every block but these")
+
+    @model_validator(mode="after")
+    def _is_said_one_way(self) -> "Recompute":
+        said = [key for key in ("every", "again", "save") if getattr(self, key) is not None]
+        if len(said) != 1:
+            raise ValueError(f"of every, again and save one must be there, here are {' and '.join(said) or 'none'}")
+        return self
+
+    @model_serializer
+    def _as_said(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if value is not None}
 
 
 class BatchRampUp(Section):
@@ -200,7 +225,11 @@ class Training(Section):
     steps: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     precision: Precision = "bf16"
-    recompute: Literal["none", "selective", "full"] | Every = "none"
+    recompute: Literal["none", "cheap", "full", "auto"] | Recompute = Field(
+        "none",
+        description="what blocks make again in their backward passes; cheap: norm, rotary, activation; "
+        "auto: what costs least of all that fits on the GPU",
+    )
     compile: bool = False
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
@@ -213,15 +242,6 @@ class Training(Section):
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
-
-    def recomputes(self, layer: int) -> bool:
-        """Whether a whole block, by its global number, runs forward again in the backward pass."""
-        return layer % self.recompute.every == 0 if isinstance(self.recompute, Every) else self.recompute == "full"
-
-    @property
-    def recomputed_share(self) -> float:
-        """Share of the blocks that `recomputes` names."""
-        return 1 / self.recompute.every if isinstance(self.recompute, Every) else float(self.recompute == "full")
 
 
 class Optimizer(Section):

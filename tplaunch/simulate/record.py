@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
 
-from tplaunch.torch_private import CollectiveOp, OpOverload, storage_id, tree_leaves
+from tplaunch.spec.messages import Transfer
+from tplaunch.torch_private import CollectiveOp, OpOverload, tree_leaves
+from tplaunch.train.exchange import Exchange
 
 KINDS = {
     "all_reduce": "all-reduce",
@@ -64,9 +65,8 @@ class Recorder:
     active: bool = False
     collectives: list[Collective] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    _names: dict[int, str] = field(default_factory=dict)  # storage -> what it holds
+    _what: str = "set-up"  # the tensor that is sent or received now
     _batch: int = 0
-    _in_batch: bool = False
 
     def record(self, func: OpOverload, args: tuple[Any, ...], result: Any) -> None:
         """Note one operation."""
@@ -82,51 +82,21 @@ class Recorder:
             self.collectives.append(Collective(KINDS.get(name, name), ranks, max(sizes)))
 
     def _message(self, kind: str, tensor: Tensor, peer: int) -> None:
-        if not self._in_batch:
-            self._batch += 1
-        what = self._names.get(storage_id(tensor), "set-up")
-        self.messages.append(Message(kind, peer, tensor.nbytes, what, self._batch))
+        self._batch += 1
+        self.messages.append(Message(kind, peer, tensor.nbytes, self._what, self._batch))
 
     @contextmanager
     def watching_pipeline(self) -> Iterator[None]:
-        """Know which stage and microbatch a message belongs to, and which go together."""
-        with ExitStack() as stack:
-            for method, tensor, shift in _TENSORS_OF:
-                naming = self._naming(getattr(PipelineStage, method), tensor, shift)
-                stack.enter_context(replaced(PipelineStage, method, naming))
-            together = self._together(dist.batch_isend_irecv)
-            stack.enter_context(replaced(dist, "batch_isend_irecv", together))
+        """Know which stage and microbatch a message belongs to."""
+        with replaced(Exchange, "move", self._naming(Exchange.move)):
             yield
 
-    def _naming(self, method: Callable[..., Any], tensor: str, shift: int) -> Callable[..., Any]:
-        def named(stage: PipelineStage, microbatch: int) -> Any:
-            operations = method(stage, microbatch)
-            for operation in operations:
-                what = f"{tensor} of stage {stage.stage_index + shift}, microbatch {microbatch}"
-                self._names[storage_id(operation.tensor)] = what
-            return operations
+    def _naming(self, move: Callable[[Exchange, Transfer], None]) -> Callable[[Exchange, Transfer], None]:
+        def named(exchange: Exchange, transfer: Transfer) -> None:
+            self._what = str(transfer.message)
+            move(exchange, transfer)
 
         return named
-
-    def _together(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def grouped(operations: Any) -> Any:
-            self._batch += 1
-            self._in_batch = True
-            try:
-                return function(operations)
-            finally:
-                self._in_batch = False
-
-        return grouped
-
-
-# Which tensor a pipeline stage's messages hold: by its method, and the stage that computed it (this, or the next one).
-_TENSORS_OF = (
-    ("get_fwd_recv_ops", "output", -1),
-    ("get_fwd_send_ops", "output", 0),
-    ("get_bwd_recv_ops", "input gradient", 1),
-    ("get_bwd_send_ops", "input gradient", 0),
-)
 
 
 @contextmanager

@@ -30,8 +30,7 @@ class Simulation:
 
 
 def shortened(case: Case) -> Case:
-    """The same step cut to 2 microbatches (2 per pipeline rank): later ones repeat the pattern. Only the buffers for
-    what a stage receives grow, by one with each microbatch."""
+    """The same step cut to 2 microbatches (2 per pipeline rank): later ones repeat the pattern."""
     few = min(case.microbatches, 2 * case.topology.pp)
     training = case.recipe.training.model_copy(
         update={"global_batch_size": few * case.recipe.training.micro_batch_size * case.topology.dp, "compile": False}

@@ -12,12 +12,14 @@ from pathlib import Path
 from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.launch.prepare import Ready, check_resume, make_ready, write_ready
+from tplaunch.plan.recomputation import settle
 from tplaunch.recipe.load import LoadedRecipe, load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Submitted
 from tplaunch.slurm import client
 from tplaunch.slurm.cluster import cluster_problems, read_cluster
 from tplaunch.slurm.script import data_folders, write_script
+from tplaunch.spec.gpu import find_gpu
 
 # What a sweep cannot vary: the tasks of an array share one script and one shape of allocation.
 _SHARED = ("name", "launch", "topology.nodes", "topology.gpus_per_node")
@@ -102,7 +104,7 @@ def plan_submission(
         raise RecipeError(Problem("auto cannot fill nodes of unknown size", why, fix, where, "topology.dp"))
     root = (run_dir or Path("runs") / name).absolute()
     if not sweep:
-        return Submission(name, root, [Member(check_recipe(loaded, need_data=need_data), RunDir(root))], loaded)
+        return Submission(name, root, [Member(_checked(loaded, need_data=need_data), RunDir(root))], loaded)
     if RunDir(root).recipe.exists():
         raise TplaunchError(Problem(f"{root} is a single run", fix="another place for the sweep: --run-dir DIR"))
     group = loaded.recipe.logging.wandb.group or name
@@ -114,7 +116,7 @@ def plan_submission(
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:64]
         more = [f"{key}={value}" for key, value in settings]
         more += [f"name={name[:60]}-{label}", f"logging.wandb.group={group}", *job_type]
-        checked = check_recipe(load_recipe(recipe, [*overrides, *more]), need_data=need_data)
+        checked = _checked(load_recipe(recipe, [*overrides, *more]), need_data=need_data)
         members.append(Member(checked, RunDir(root / label)))
     shapes = {(m.checked.topology.nodes, m.checked.topology.ranks_per_node) for m in members}
     if len(shapes) > 1:
@@ -123,6 +125,16 @@ def plan_submission(
         fix = "topology.dp=auto with nodes and gpus_per_node given, or one sweep for each shape"
         raise TplaunchError(Problem(f"the members of the sweep need {text}", why=why, fix=fix))
     return Submission(name, root, members, loaded)
+
+
+def _checked(loaded: LoadedRecipe, *, need_data: bool) -> Checked:
+    """A recipe that can run; recomputation is decided for the GPU that it names, not for one of this machine."""
+    checked = check_recipe(loaded, need_data=need_data)
+    gpu, key = checked.recipe.hardware.gpu, "training.recompute"
+    if checked.recipe.training.recompute == "auto" and gpu is None:
+        why = "auto goes by the memory of the GPUs that the job will get, and they are not named"
+        raise RecipeError(Problem("is auto", why, "hardware.gpu: h100-80gb, say", loaded.where(key) or "", key))
+    return settle(checked, find_gpu(gpu) if gpu else None)
 
 
 def _settings(sweep: Sequence[str]) -> Iterator[list[tuple[str, str]]]:

@@ -6,8 +6,9 @@ appendix, and Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
-from tplaunch.recipe.schema import Model
+from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.parameters import block_parameters
+from tplaunch.spec.recompute import kept
 
 
 def block_matmul_parameters(model: Model) -> int:
@@ -23,10 +24,23 @@ def matmul_parameters(model: Model) -> int:
     return model.num_layers * block_matmul_parameters(model) + model.vocab_size * model.hidden_size
 
 
-def attention_flops_per_token(model: Model, seq_len: int) -> float:
+def attention_flops_per_token(model: Model, seq_len: float) -> float:
     """FLOPs of one block's two attention products, forward, for one token that sees all `seq_len` positions."""
     assert model.head_dim is not None
     return 4.0 * model.num_heads * model.head_dim * seq_len
+
+
+def repeated_flops_per_token(model: Model, seq_len: float, parts: frozenset[Part]) -> float:
+    """FLOPs of what one block makes again for one token, where these parts are made again."""
+    matrices: dict[Part, tuple[str, ...]] = {
+        "qkv": ("attention.wq", "attention.wk", "attention.wv"),
+        "attention_output": ("attention.wo",),
+        "gate_up": ("mlp.gate", "mlp.up"),
+    }
+    made = {step.part for step in kept(model, parts).made}
+    names = tuple(f"{name}.weight" for part in made for name in matrices.get(part, ()))
+    weights = sum(p.count for p in block_parameters(model) if p.name.endswith(names)) if names else 0
+    return 2.0 * weights + (attention_flops_per_token(model, seq_len) if "core_attention" in made else 0.0)
 
 
 def model_flops_per_token(model: Model, seq_len: int) -> float:

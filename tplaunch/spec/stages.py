@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters
+from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, repeated_flops_per_token
+from tplaunch.spec.recompute import sets
 
 # FLOPs that a GPU does in the time it moves one byte of its memory (A100 153, H100 295, B200 281): turns the cost of
 # the embedding, which only moves bytes, into that of a block.
@@ -18,12 +19,14 @@ _EMBEDDING_BYTES = 14
 def layer_cost_ratio(recipe: Recipe) -> tuple[float, float]:
     """Cost in time of the embedding and of the output layer with its loss, in blocks: (first, last).
 
-    What runs is counted: causal attention is half; a recomputed block runs forward twice; the loss computes its
+    What runs is counted: causal attention is half; what is made again runs forward twice; the loss computes its
     logits twice (once more in backward), so that fp32 logits never exist whole.
     """
     model, training = recipe.model, recipe.training
     forward = 2.0 * block_matmul_parameters(model) + attention_flops_per_token(model, training.seq_len) / 2
-    block = (3 + training.recomputed_share) * forward
+    blocks = sets(training, range(model.num_layers))
+    again = sum(n * repeated_flops_per_token(model, training.seq_len / 2, parts) for parts, n in blocks.items())
+    block = 3 * forward + again / model.num_layers
     embedding = float(_EMBEDDING_BYTES * _FLOPS_PER_BYTE * model.hidden_size)
     output = 4 * 2.0 * model.padded_vocab_size * model.hidden_size
     return embedding / block, output / block

@@ -60,7 +60,7 @@ class Pipeline:
     def evaluate(self, batch: Batch, loss_scale: float) -> Tensor:
         """As `train`, forward only: each microbatch through the stages in order, one behind the other.
 
-        Not by the schedule: torch's V schedules cannot run without their backward passes.
+        Not by the schedule, whose order is that of forward and backward passes.
         """
         self.set_training(False)
         losses = []

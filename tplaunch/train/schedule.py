@@ -1,35 +1,26 @@
-"""Microbatches through several pipeline stages, by a schedule of `torch.distributed.pipelining`."""
+"""Microbatches through several pipeline stages, in the order that a schedule states (`spec.orders`).
+
+What a rank holds depends on the microbatches in flight, never on their number:
+
+    a stage's input      from the receive that was posted for it to its backward pass
+    its output           until it is sent; the backward pass needs its place in the graph alone
+    a gradient received  from the receive that was posted for it to the end of the backward pass that it begins
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch import Tensor
 
 from tplaunch.model.build import Stage
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.messages import Transfer, made, needed, with_messages
+from tplaunch.spec.orders import Action, actions_of
+from tplaunch.train.backward import Pass
 from tplaunch.train.batch import Batch
+from tplaunch.train.exchange import Exchange
 from tplaunch.train.pipeline import Pipeline, hidden_states
-
-
-class _Unmanaged(nn.Module):
-    """Hides FSDP2 from the schedule: torch would defer every gradient reduction to the end of the step, but ZeRO 2
-    and 3 reduce after every microbatch."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def forward(
-        self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0
-    ) -> Tensor:
-        return self.stage(x, labels, positions, loss_scale)
 
 
 class ScheduledPipeline(Pipeline):
@@ -37,57 +28,81 @@ class ScheduledPipeline(Pipeline):
 
     def __init__(self, stages: list[Stage], mesh: Mesh, recipe: Recipe) -> None:
         super().__init__(stages, mesh, recipe)
-        self._schedules: dict[int, Any] = {}
+        self._like = hidden_states(recipe, mesh)
+        self._program: list[Action | Transfer] = []
+        self._microbatches = 0  # of the program
 
     def train(self, batch: Batch, loss_scale: float) -> Tensor:
         """See `Pipeline.train`."""
         self.set_training(True)
-        microbatches = len(batch.tokens) // self.recipe.training.micro_batch_size
-        schedule = self._schedule(microbatches)
+        parts = batch.split(self.recipe.training.micro_batch_size)
+        if len(parts) != self._microbatches:
+            self._program, self._microbatches = self._make_program(len(parts)), len(parts)
         for stage in self.stages:
-            stage.sharding.begin_step(microbatches)
-        losses: list[Tensor] = []
-        inputs = (batch.tokens,) if any(s.index == 0 for s in self.stages) else ()
-        schedule.step(*inputs, **self._keywords(batch, loss_scale, losses), return_outputs=False)
+            stage.sharding.begin_step(len(parts))
+        step = _Step(self.stages, self.num_stages, Exchange(self.group, self._like, self.mesh.device))
+        for item in self._program:
+            if isinstance(item, Transfer):
+                step.exchange.move(item)
+            elif item.kind == "F":
+                step.forward(item, parts[item.microbatch], loss_scale)
+            else:
+                step.backward(item)
+        step.exchange.finish()
         self.reshard()
-        return self.sum_losses(losses)
+        return self.sum_losses(step.losses)
 
-    def limit(self, timeout_s: float) -> None:
-        """See `Pipeline.limit`; schedules are made anew over the new group."""
-        super().limit(timeout_s)
-        self._schedules.clear()
+    def _make_program(self, microbatches: int) -> list[Action | Transfer]:
+        """This rank's passes, sends and receives."""
+        layout = self.recipe.topology
+        orders = [
+            actions_of(layout.schedule, rank, layout.pp, layout.virtual_stages, microbatches)
+            for rank in range(layout.pp)
+        ]
+        return with_messages(orders, layout.schedule, self.num_stages)[self.mesh.coordinates.pp]
 
-    def _keywords(self, batch: Batch, loss_scale: float, losses: list[Tensor]) -> dict[str, object]:
-        found: dict[str, object] = {} if batch.positions is None else {"positions": batch.positions}
-        if self.has_loss:
-            # `target` and `losses` are the schedule's own, which fills the list; the others go to the stage.
-            found |= {"target": batch.labels, "losses": losses, "labels": batch.labels, "loss_scale": loss_scale}
-        return found
 
-    def _schedule(self, microbatches: int) -> Any:
-        """The schedule for so many microbatches; made once for each count (a batch ramp-up has several)."""
-        if microbatches not in self._schedules:
-            kind: Callable[..., Any] = get_schedule_class(self.recipe.topology.schedule)
-            stages = [self._pipeline_stage(stage) for stage in self.stages]
-            first = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages  # type: ignore[arg-type]
-            # The last stage returns its loss, so the schedule has nothing to compute of its own.
-            schedule = kind(first, n_microbatches=microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
-            self._schedules[microbatches] = schedule
-        return self._schedules[microbatches]
+class _Step:
+    """The microbatches in flight.
 
-    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
-        training = self.recipe.training
-        tokens = torch.empty(training.micro_batch_size, training.seq_len, dtype=torch.int64, device="meta")
-        hidden = hidden_states(self.recipe, self.mesh).requires_grad_()
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.empty(1, dtype=dtype, device="meta", requires_grad=True)
-        first, last = stage.index == 0, stage.index == self.num_stages - 1
-        return PipelineStage(
-            _Unmanaged(stage.module) if isinstance(stage.module, FSDPModule) else stage.module,
-            stage.index,
-            self.num_stages,
-            self.mesh.device,
-            input_args=tokens if first else hidden,
-            output_args=loss if last else hidden,
-            group=self.group,
-        )
+    Args:
+        stages: this rank's.
+        num_stages: of all ranks.
+        exchange: what goes between stages.
+    """
+
+    def __init__(self, stages: list[Stage], num_stages: int, exchange: Exchange) -> None:
+        self.modules = {stage.index: stage.module for stage in stages}
+        self.last = num_stages - 1
+        self.exchange = exchange
+        self.losses: list[Tensor] = []
+        self._passes: dict[tuple[int, int], Pass] = {}  # (stage, microbatch) -> in flight
+
+    def forward(self, action: Action, part: Batch, loss_scale: float) -> None:
+        """Run a forward pass."""
+        need = needed(action, self.last)
+        x = part.tokens if need is None else self.exchange.take(need).requires_grad_()
+        output = self.modules[action.stage](x, part.labels, part.positions, loss_scale)
+        self._passes[action.stage, action.microbatch] = Pass(x, output)
+        message = made(action, self.last)
+        if message is None:
+            self.losses.append(output.detach())
+        else:
+            self.exchange.put(message, output.detach())
+
+    def backward(self, action: Action) -> None:
+        """Run a backward pass, or a half of one."""
+        place = action.stage, action.microbatch
+        if action.kind == "W":
+            self._passes.pop(place).weight_half()
+            return
+        need = needed(action, self.last)
+        grad = torch.ones_like(self.losses[action.microbatch]) if need is None else self.exchange.take(need)
+        if action.kind == "B":
+            grad_x = self._passes.pop(place).whole(grad)
+        else:
+            grad_x = self._passes[place].input_half(grad)
+        message = made(action, self.last)
+        if message is not None:
+            assert grad_x is not None
+            self.exchange.put(message, grad_x)

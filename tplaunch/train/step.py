@@ -26,16 +26,13 @@ from tplaunch.spec.batches import batch_size
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.train.batch import Batch
 from tplaunch.train.pipeline import Pipeline
+from tplaunch.train.schedule import ScheduledPipeline
 
 
 def make_pipeline(stages: list[Stage], mesh: Mesh, recipe: Recipe) -> Pipeline:
-    """The pipeline of a recipe; `torch.distributed.pipelining`, which takes half a second to import, only where it
-    has more than one stage."""
-    if recipe.topology.pp == 1:
-        return Pipeline(stages, mesh, recipe)
-    from tplaunch.train.schedule import ScheduledPipeline
-
-    return ScheduledPipeline(stages, mesh, recipe)
+    """The pipeline of a recipe."""
+    kind = Pipeline if recipe.topology.pp == 1 else ScheduledPipeline
+    return kind(stages, mesh, recipe)
 
 
 @dataclass(frozen=True)

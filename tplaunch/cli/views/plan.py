@@ -12,6 +12,8 @@ from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import Memory
+from tplaunch.plan.recomputation import part_costs
+from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def plan_text(
         _headline(case),
         _memory_table(plan),
         _verdict(plan, remedies),
+        _recompute_table(plan),
         _traffic_table(plan, busiest),
         _time_table(plan),
         _run_line(plan),
@@ -82,7 +85,12 @@ def _headline(case: Case) -> str:
 
 def recompute_text(case: Case) -> str:
     recompute = case.recipe.training.recompute
-    return recompute if isinstance(recompute, str) else f"every {recompute.every}"
+    if isinstance(recompute, str):
+        return recompute
+    if recompute.every is not None:
+        return f"every {recompute.every}"
+    parts = recompute.again if recompute.save is None else recompute.save
+    return f"{'again' if recompute.save is None else 'all but'} {', '.join(parts or ['nothing'])}"
 
 
 def _transient(memory: Memory) -> float:
@@ -157,6 +165,26 @@ def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
     lines = [style(said, fg="red", bold=True), f"  {_inference(plan)}"]
     lines += [f"  fix: {line}" for line in remedy_lines(plan, remedies)]
     return "\n".join(lines)
+
+
+def _recompute_table(plan: Plan) -> str:
+    """What each part of a block would save and cost if it were made again in the backward pass."""
+    now = {
+        part for parts in sets(plan.case.recipe.training, plan.case.stages_on(plan.fullest)[0].layers) for part in parts
+    }
+    rows: list[list[str]] = [
+        [
+            ", ".join(cost.parts),
+            format_bytes(cost.block_bytes),
+            format_bytes(cost.rank_bytes),
+            _seconds(cost.seconds),
+            "made again" if now.issuperset(cost.parts) else "kept",
+        ]
+        for cost in part_costs(plan)
+    ]
+    where = f" of pp rank {plan.fullest}" if plan.case.topology.pp > 1 else ""
+    title = f"Parts of a block{where}: what each saves by itself if it is made again, and costs a step"
+    return columns(title, ["part", "block", "rank", "time", "now"], rows, frozenset({0, 4}))
 
 
 def _inference(plan: Plan) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typer import style
 
-from tplaunch.plan.orders import KIND_NAMES
 from tplaunch.plan.schedule import Timeline
+from tplaunch.spec.orders import KIND_NAMES
 
 KIND_COLOURS = {"F": "blue", "B": "green", "I": "cyan", "W": "yellow"}
 

@@ -1,4 +1,4 @@
-"""The order of each pipeline rank's work in a step.
+"""The order of each pipeline rank's work in a step, for the trainer and the planner.
 
 The orders are those of `torch.distributed.pipelining` (a test compares every action). Sources: GPipe (Huang et al.
 2018, arXiv 1811.06965), 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473), zero bubble and ZB-V (Qi

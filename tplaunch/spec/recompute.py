@@ -1,0 +1,146 @@
+"""What a transformer block makes again in its backward pass instead of keeping it, part by part.
+
+A part that is made again hands on what it gives without keeping it; where the backward pass needs that, the part runs
+once more, on what it read. Parts that are made again and follow each other are made again as a chain. (Megatron's
+--recompute-modules with output-discarding checkpoints; Chen et al. 2016, arXiv 1604.06174.)
+
+`block_steps` is a block as the trainer runs it, `kept` what follows from it for a set of parts: the planner counts by
+it, and the trainer's block is held to it by test.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import NamedTuple
+
+from tplaunch.recipe.schema import Model, Part, Training
+
+# In the order of a block.
+PARTS: dict[Part, str] = {
+    "norm": "both norms of the block; what they read is kept, and a number or two a token",
+    "qkv": "the projection to queries, keys and values; in a model that rotates, but has no norms of heads, it saves "
+    "nothing by itself: what is kept are the rotated ones",
+    "rotary": "norms of heads and rotation; without norms of heads it saves nothing by itself, but with qkv: the "
+    "projection would be kept instead",
+    "core_attention": "softmax(q k^T) v, and the statistics of its softmax",
+    "attention_output": "the projection after attention, and its sum with the block's input",
+    "gate_up": "the MLP's first projections",
+    "activation": "SwiGLU or GELU",
+    "down": "the MLP's last projection, and its sum; nothing is saved: the next block's input is always kept",
+}
+ALL: frozenset[Part] = frozenset(PARTS)
+CHEAP: frozenset[Part] = frozenset(("norm", "rotary", "activation"))  # element-wise: no matmul, no communication
+
+
+class Step(NamedTuple):
+    """A part at one place of a block, by the names of tensors.
+
+    Args:
+        part: which.
+        reads: what it is computed from.
+        gives: what it makes; `softmax` are the statistics of attention's.
+        needs: of these, what its backward pass needs, but for norms' statistics.
+    """
+
+    part: Part
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+def chosen(training: Training, layer: int) -> frozenset[Part]:
+    """The parts that a recipe has a block, by its global number, make again; none while `auto` is not decided
+    (`tplaunch.plan.recomputation`)."""
+    recompute = training.recompute
+    if isinstance(recompute, str):
+        return {"none": frozenset[Part](), "cheap": CHEAP, "full": ALL, "auto": frozenset[Part]()}[recompute]
+    if recompute.every is not None:
+        return ALL if layer % recompute.every == 0 else frozenset()
+    if recompute.again is not None:
+        return frozenset(recompute.again)
+    return ALL - frozenset(recompute.save or ())
+
+
+def sets(training: Training, layers: range) -> dict[frozenset[Part], int]:
+    """How many of some blocks make again which parts."""
+    if layers and (isinstance(training.recompute, str) or training.recompute.every is None):
+        return {chosen(training, layers[0]): len(layers)}
+    return Counter(chosen(training, layer) for layer in layers)
+
+
+def effective(model: Model, parts: frozenset[Part]) -> frozenset[Part]:
+    """Of these parts those that save something, see `PARTS`; the others are not made again."""
+    return _effective(model.qk_norm, model.position == "rope", parts)
+
+
+def _effective(norms_heads: bool, rotates: bool, parts: frozenset[Part]) -> frozenset[Part]:
+    without: set[Part] = {"down"}
+    if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
+        without |= {"qkv", "rotary"} if rotates else {"rotary"}
+    return parts - without
+
+
+def block_steps(model: Model) -> tuple[Step, ...]:
+    """The parts of a block in order, from `input` to `output`.
+
+    `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
+    and norms of heads attends with what was `projected`.
+    """
+    return _steps(model.qk_norm, model.position == "rope")
+
+
+@cache
+def _steps(norms_heads: bool, rotates: bool) -> tuple[Step, ...]:
+    turns = norms_heads or rotates
+    heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
+    rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
+    return (
+        Step("norm", ("input",), ("normed",), ("input",)),
+        Step("qkv", ("normed",), ("projected",), ("normed",)),
+        *rotary,
+        Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
+        Step("attention_output", ("input", "attended"), ("middle",), ("attended",)),
+        Step("norm", ("middle",), ("middle_normed",), ("middle",)),
+        Step("gate_up", ("middle_normed",), ("inside",), ("middle_normed",)),
+        Step("activation", ("inside",), ("activated",), ("inside",)),
+        Step("down", ("middle", "activated"), ("output",), ("activated",)),
+    )
+
+
+class Kept(NamedTuple):
+    """What becomes of a block's tensors.
+
+    Args:
+        kept: names of those that are kept, `input` among them.
+        made: the steps that run again, in order.
+    """
+
+    kept: frozenset[str]
+    made: tuple[Step, ...]
+
+
+def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = None) -> Kept:
+    """What a block keeps for its backward pass, and what runs again there.
+
+    Args:
+        parts: what is made again.
+        needed: tensors to be had; default: all that the backward pass needs.
+    """
+    return _kept(model.qk_norm, model.position == "rope", parts, needed)
+
+
+@cache
+def _kept(norms_heads: bool, rotates: bool, parts: frozenset[Part], needed: frozenset[str] | None) -> Kept:
+    steps, parts = _steps(norms_heads, rotates), _effective(norms_heads, rotates, parts)
+    again = {name: step for step in steps if step.part in parts for name in step.gives}
+    open_ = list(needed or {name for step in steps for name in step.needs})
+    stays, made = set(), set()
+    while open_:
+        name = open_.pop()
+        if name not in again:
+            stays.add(name)
+        elif again[name] not in made:
+            made.add(again[name])
+            open_ += again[name].reads
+    return Kept(frozenset(stays), tuple(step for step in steps if step in made))
