@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.observe.fake_wandb import KEY, Server, serving
 from tests.recipes import case
+from tests.world import World
 from tplaunch.observe.mirror import Entry
 from tplaunch.observe.wandb import WandbLog
 from tplaunch.recipe.schema import Recipe
@@ -135,37 +137,35 @@ def test_a_run_and_its_resume(tmp_path: Path, server: Server) -> None:
     assert "rank 3: tp 1 dp 1 pp 0: 63" in pages[0]
 
 
-# stdin: {recipe, root}; a second node of a run whose first node has opened it.
-NODE = """
-import json, sys
-from pathlib import Path
-from tplaunch.observe.node_system import NodeSystem
-from tplaunch.recipe.schema import Recipe
-from tplaunch.run.directory import RunDir
+def train(raw: dict[str, Any], root: str, url: str) -> None:
+    """A rank of a short run by the real loop, sent to a server."""
+    from tests.training import batch, trainer
 
-given = json.load(sys.stdin)
-node = NodeSystem(Recipe.model_validate(given["recipe"]), RunDir(Path(given["root"])), 1, "n2")
-node.finish(60.0)
-"""
+    os.environ |= {"NETRC": os.devnull, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+    made = trainer(raw, root)
+    made._batches = lambda: (batch(made) for _ in repeat(None))
+    made.faults.at_step = lambda step: 1.0
+    made.resume("none")
+    made.run()
 
 
-def test_system_metrics_of_every_node_go_into_one_run(tmp_path: Path, server: Server) -> None:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    recipe = stated({**RECIPE, "logging": {"wandb": {**WANDB, "system": "every_node"}}})
-    attempt(run.root, server.url, 1, first=1, exit_code=0, recipe=recipe)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment = {**kept, "NETRC": os.devnull, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-    before = len(server.sent.streams)
-    given = json.dumps({"recipe": recipe, "root": str(run.root)})
-    subprocess.run([sys.executable, "-c", NODE], input=given, env=environment, text=True, timeout=120, check=True)
+def test_system_metrics_of_every_node_go_into_one_run(world: World, tmp_path: Path, server: Server) -> None:
+    raw = case(2, training={"steps": 3}, gpus_per_node=1, nodes=2)
+    raw["logging"] = {"every": 1, "per_rank_every": 3, "wandb": {**WANDB, "system": "every_node"}}
+    world.run(2, train, raw, str(tmp_path / "run"), server.url)
     sent = server.sent
     assert len({one["name"] for one in sent.runs}) == 1
-    steps = [line["train/step"] for line in sent.lines("wandb-history.jsonl")]
-    assert steps == [1, 2, 3]
+    assert [line["train/step"] for line in sent.lines("wandb-history.jsonl")] == [1, 2, 3]
     labels = {key.split("/l:")[-1] for line in sent.lines("wandb-events.jsonl") for key in line if "/l:" in key}
-    assert labels == {"node-0-n1", "node-1-n2"}
-    assert not any("exitcode" in body for body in sent.streams[before:]), "only the first node ends the run"
+    assert labels == {f"node-{node}-{os.uname().nodename}" for node in (0, 1)}
+    assert sent.exit_codes == [0], "only the first node ends the run"
+
+
+def test_other_nodes_are_left_alone_unless_asked(world: World, tmp_path: Path, server: Server) -> None:
+    raw = case(2, training={"steps": 1}, gpus_per_node=1, nodes=2)
+    world.run(2, train, {**raw, "logging": {"wandb": WANDB}}, str(tmp_path / "run"), server.url)
+    assert not any("/l:" in key for line in server.sent.lines("wandb-events.jsonl") for key in line)
+    assert not (tmp_path / "run/wandb/node-1").exists()
 
 
 def test_alerts_do_not_wait_for_records_to_end(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ watched cost anything, and of these one all-reduce.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -103,43 +103,72 @@ class Norms:
             mine = {id(weight) for _, shard, weight in self.optimizer.shards if id(shard) in self._owned}
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for group in optimizer.param_groups:
-                for weight in group["params"]:
-                    if id(weight) in mine:
-                        for change in _changes(optimizer, group, weight):
-                            total += square_sum([change]).to(self.device)
+                weights = [weight for weight in group["params"] if id(weight) in mine]
+                if weights:
+                    total += _update_square(optimizer, group, weights).to(self.device)
             self._update = total
 
 
 @torch.no_grad()
-def _changes(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor) -> Iterator[Tensor]:
-    """What the last update took from a weight, piece by piece."""
-    state, lr, decay = optimizer.state[weight], group["lr"], group["weight_decay"]
-    size = _GPU_PIECE if weight.is_cuda else _PIECE
-
-    def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.detach().reshape(-1).split(size)
-
+def _update_square(optimizer: torch.optim.Optimizer, group: dict[str, Any], weights: list[Tensor]) -> Tensor:
+    """Square of the norm of what the last update took from some weights of a group, fp64 []."""
+    lr, decay = group["lr"], group["weight_decay"]
+    # The decay was of the weights before: w = (w_now + lr * direction) / (1 - lr * decay).
     if isinstance(optimizer, torch.optim.AdamW):
         first, second = group["betas"]
-        updates = state["step"].to(weight.device, torch.float64)
-        step_size, root = lr / (1 - first**updates), (1 - second**updates).sqrt()
-        for now, mean, square in zip(
-            pieces(weight), pieces(state["exp_avg"]), pieces(state["exp_avg_sq"]), strict=True
-        ):
-            change = mean / square.sqrt().div_(root).add_(group["eps"])
-            change.mul_(step_size)
-            if decay:
-                change.add_(now, alpha=lr * decay).div_(1 - lr * decay)
-            yield change
+        updates = optimizer.state[weights[0]]["step"].double()
+        root = (1 - second**updates).sqrt()
+        factor = root / (1 - first**updates)
+        changes = _adamw_directions(optimizer, weights, decay / factor, group["eps"] * root)
+        scale = factor * lr / (1 - lr * decay)
     elif isinstance(optimizer, torch.optim.SGD):
-        if group["momentum"]:
-            yield from (buffer * lr for buffer in pieces(state["momentum_buffer"]))
-            return
-        assert weight.grad is not None
-        for now, gradient in zip(pieces(weight), pieces(weight.grad), strict=True):
-            yield (gradient + decay * now).mul_(lr).div_(1 - lr * decay)
+        changes = _sgd_directions(optimizer, weights, decay, momentum=bool(group["momentum"]))
+        scale = torch.tensor(lr if group["momentum"] else lr / (1 - lr * decay), dtype=torch.float64)
     else:
         raise TypeError(f"what {type(optimizer).__name__} does to a weight is not known")
+    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+    for some in _batches(changes, _piece(weights[0])):
+        total += square_sum(some)
+    return total * scale.to(total.device).square()
+
+
+def _adamw_directions(
+    optimizer: torch.optim.Optimizer, weights: list[Tensor], decay: Tensor, eps: Tensor
+) -> Iterator[Tensor]:
+    """mean / (sqrt(mean of squares) + eps) + decay * weight, piece by piece; means without bias correction."""
+    for weight in weights:
+        state, size = optimizer.state[weight], _piece(weight)
+        tensors = (weight.detach(), state["exp_avg"], state["exp_avg_sq"])
+        for now, mean, square in zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True):
+            yield now.mul(decay).addcdiv_(mean, square.sqrt().add_(eps))
+
+
+def _sgd_directions(
+    optimizer: torch.optim.Optimizer, weights: list[Tensor], decay: float, *, momentum: bool
+) -> Iterator[Tensor]:
+    """The momentum, which has the decay in it; else gradient + decay * weight."""
+    for weight in weights:
+        if momentum:
+            yield optimizer.state[weight]["momentum_buffer"]
+        else:
+            assert weight.grad is not None
+            yield weight.grad.add(weight.detach(), alpha=decay)
+
+
+def _piece(tensor: Tensor) -> int:
+    return _GPU_PIECE if tensor.is_cuda else _PIECE
+
+
+def _batches(tensors: Iterable[Tensor], elements: int) -> Iterator[list[Tensor]]:
+    """Tensors in lists of so many elements, or a little more: one call sums the squares of many small ones."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        some.append(tensor)
+        if sum(one.numel() for one in some) >= elements:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _root(square: float) -> float:
