@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,7 +59,12 @@ def to_line(record: Mapping[str, Any]) -> bytes:
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record by one `write` on an O_APPEND file, so that several processes may append at once."""
-    line = to_line(record)
+    append_lines(path, [record])
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records, all by one `write`; see `append_line`."""
+    line = b"".join(map(to_line, records))
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         end = os.fstat(descriptor).st_size

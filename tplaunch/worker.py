@@ -86,7 +86,16 @@ class Worker:
         # Weights that a checkpoint will overwrite are not drawn.
         saved = source != "none" and (source != "auto" or list_checkpoints(self.run_dir.checkpoints))
         draw = not saved and recipe.checkpoint.initial is None
-        trainer = Trainer(recipe, mesh, self.run_dir, stop, self.heartbeat, draw=draw, stopwatch=self.stopwatch)
+        trainer = Trainer(
+            recipe,
+            mesh,
+            self.run_dir,
+            stop,
+            self.heartbeat,
+            draw=draw,
+            stopwatch=self.stopwatch,
+            attempt=self.attempt,
+        )
         self.trainer = trainer
         self.stopwatch.lap("model")
         return trainer
@@ -113,7 +122,7 @@ class Worker:
         if record:
             self.run_dir.rank_flight(self.attempt, self.rank).write_bytes(record)
         if self.trainer is not None:
-            self.trainer.fail()
+            self.trainer.fail(f"rank {self.rank}: {type(error).__name__}: {error}"[:500])
 
 
 def describe_error(error: BaseException, beat: Beat, recipe: Recipe | None, collective: str) -> dict[str, Any]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.observe.fake_wandb import KEY, Server, serving
 from tplaunch.files import read_lines
-from tplaunch.observe.wandb import grouped, has_credentials, run_id
+from tplaunch.observe.mirror import grouped
+from tplaunch.observe.wandb import has_credentials, run_id
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 
-KEY = "0123456789abcdef" * 2 + "01234567"
 STEPS = 20
 
 RECIPE = {
@@ -111,74 +109,10 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-class Server(ThreadingHTTPServer):
-    """As much of a W&B server as the client needs to open a run and stream rows to it."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.streamed = threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client drops its connections at its end; that is no error."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def reply(self, answer: object) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.reply({})
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply({})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        if "file_stream" in self.path and b"train/loss" in body:
-            self.server.streamed.set()
-        if self.path != "/graphql":
-            return self.reply({})
-        asked = json.loads(body)
-        values = asked.get("variables", {})
-        data: dict[str, Any] = {}
-        if "upsertBucket" in asked["query"]:
-            project = {"id": "P", "name": "tplaunch", "entity": {"id": "E", "name": "e"}}
-            bucket = {"id": "Qg==", "name": values["name"], "displayName": "d", "config": "{}", "project": project}
-            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
-        elif "createRunFiles" in asked["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.server.url}/{name}"} for name in values["files"]]
-            data = {"createRunFiles": {"runID": "Qg==", "uploadHeaders": [], "files": files}}
-        elif "viewer" in asked["query"]:
-            data = {"viewer": {"id": "V", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
-        return self.reply({"data": data})
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """No access log."""
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def test_groups() -> None:
@@ -225,7 +159,8 @@ def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:
     assert config["model"]["hidden_size"] == 64 and config["topology"]["tp"] == 2
     assert config["world_size"] == 2 and config["parameters"] == 12345
     assert opened["project"] == "tplaunch" and opened["display_name"] == "tiny" and opened["tags"] == ["a"]
-    assert {m.get("step_metric") for m in records["metric"] if m.get("glob_name")} == {"train/tokens"}
+    axes = {m["glob_name"]: m["step_metric"] for m in records["metric"] if m.get("glob_name")}
+    assert axes["train/*"] == axes["validation/*"] == "train/tokens" and axes["throughput/*"] == "train/step"
     assert [exit["exit_code"] for exit in records["exit"]] == [0]
     assert files_holding(run.root, "hunter2hunter2") == []
 
@@ -239,7 +174,10 @@ def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:
 
 def test_online(run: RunDir, server: Server) -> None:
     end(start(run, "auto", WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url))
-    assert server.streamed.is_set()
+    assert [line["train/loss"] for line in server.sent.lines("wandb-history.jsonl")] == [
+        1 / step for step in range(1, STEPS + 1)
+    ]
+    assert server.sent.exit_codes == [0]
     assert wandb_event(run)["mode"] == "online"
     (directory,) = run.wandb.glob("run-*-*")
     assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))

@@ -19,6 +19,7 @@ class TrainingProgress:
         step: steps done.
         updates: steps whose update was made; the others had a non-finite loss or gradient.
         nonfinite: such others in a row, up to now.
+        skipped: such others in all.
         samples: consumed, also by steps whose update was not made: the place in the data.
         tokens: trained on.
         flops: model FLOPs spent.
@@ -30,6 +31,7 @@ class TrainingProgress:
     step: int = 0
     updates: int = 0
     nonfinite: int = 0
+    skipped: int = 0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0

@@ -29,6 +29,7 @@ from tplaunch.run.events import (
     Skipped,
     Started,
     Straggled,
+    TensorboardFailed,
     WandbOpened,
     parse_event,
 )
@@ -165,6 +166,8 @@ def _in_words(event: Event) -> str:
             return f"a further epoch begins with step {step}: {_epochs(corpora)}"
         case Straggled(rank=rank, node=node, ratio=ratio):
             return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
+        case TensorboardFailed(why=why):
+            return f"TensorBoard's files could not be written: {why}"
         case WandbOpened(mode=mode, problem=str(problem)):
             return f"W&B is {mode}: {problem}"
     return ""

@@ -120,9 +120,16 @@ class LocalLaunch:
         Returns:
             DONE, STOPPED (a complete checkpoint is there) or FAILED (the cause has been shown).
         """
-        began, limit = time.monotonic(), self.checked.recipe.launch.max_restarts
+        began, recipe = time.monotonic(), self.checked.recipe
         with self.stop.listening():
-            verdict = supervise(self.run_dir, self._attempt, self._decide, self._again, max_restarts=limit)
+            verdict = supervise(
+                self.run_dir,
+                self._attempt,
+                self._decide,
+                self._again,
+                max_restarts=recipe.launch.max_restarts,
+                on_event=recipe.logging.on_event if self.module == WORKER else None,
+            )
         if verdict.code is not Exit.FAILED:
             if verdict.code is Exit.STOPPED:
                 self.console.print(f"stopped; {self._next_launch()}", soft_wrap=True)

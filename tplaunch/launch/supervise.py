@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tplaunch.errors import Exit
+from tplaunch.launch.hook import telling
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import AttemptBegan, AttemptEnded
 from tplaunch.run.history import History
@@ -91,6 +92,7 @@ def supervise(
     max_restarts: int,
     job: str = "",
     nodes: Sequence[str] = (),
+    on_event: str | None = None,
 ) -> Verdict:
     """Run attempts until one's verdict is not to try again here.
 
@@ -102,20 +104,22 @@ def supervise(
             new checkpoint.
         max_restarts: restarts without a new checkpoint in between.
         job, nodes: where it runs, for the events.
+        on_event: the recipe's `logging.on_event`.
 
     Returns:
         The last verdict.
     """
     restarts = 0
-    while True:
-        attempt = run_dir.next_attempt()
-        run_dir.append(AttemptBegan(attempt, job, list(nodes)))
-        run_attempt(attempt)
-        history = run_dir.history()
-        restarts = restarts if history.failures_since_progress else 0
-        verdict = decide(history, restarts < max_restarts)
-        run_dir.append(AttemptEnded(int(verdict.code), attempt, job, verdict.why))
-        if verdict.then != "again":
-            return verdict
-        restarts += 1
-        again(verdict, attempt, restarts)
+    with telling(run_dir, on_event):
+        while True:
+            attempt = run_dir.next_attempt()
+            run_dir.append(AttemptBegan(attempt, job, list(nodes)))
+            run_attempt(attempt)
+            history = run_dir.history()
+            restarts = restarts if history.failures_since_progress else 0
+            verdict = decide(history, restarts < max_restarts)
+            run_dir.append(AttemptEnded(int(verdict.code), attempt, job, verdict.why))
+            if verdict.then != "again":
+                return verdict
+            restarts += 1
+            again(verdict, attempt, restarts)

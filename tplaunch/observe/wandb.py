@@ -9,41 +9,34 @@ from __future__ import annotations
 
 import netrc
 import os
-import threading
+import sys
 import uuid
-from collections.abc import Mapping
-from queue import SimpleQueue
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tplaunch.files import write_atomic
+from tplaunch.files import Tail, parse_lines, write_atomic
+from tplaunch.observe.git import git_state
+from tplaunch.observe.heatmap import heat_maps
+from tplaunch.observe.mirror import Empty, Entry, Mirror, grouped
+from tplaunch.observe.prediction import predictions
 from tplaunch.recipe.schema import Recipe
+from tplaunch.run.alerts import Alert, alert_of
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import WandbOpened
+from tplaunch.run.events import WandbOpened, parse_event
 
 if TYPE_CHECKING:
     import wandb
 
 INIT_TIMEOUT_S = 10.0
 FINISH_TIMEOUT_S = 20.0
+EVENTS_S = 2.0  # between looks at the run's events, for alerts
+QUIET_S = 3600.0  # that W&B keeps back a further alert of the same kind
 
-_NAMES = {
-    **{key: f"throughput/{key}" for key in ("tokens_per_s", "tokens_per_s_per_gpu", "step_time_s", "data_time_s")},
-    **{key: f"throughput/{key}" for key in ("tflops_per_gpu", "mfu")},
-    "memory_peak_gib": "memory/peak_gib",
-}
-
-
-def grouped(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A metrics record under W&B's groups: `throughput/`, `memory/`, else `train/`.
-
-    Names that have a group already, such as `validation/loss`, keep it; `step` and `time` are W&B's own.
-    """
-    return {
-        key if "/" in key else _NAMES.get(key, f"train/{key}"): value
-        for key, value in record.items()
-        if key not in ("step", "time")
-    }
+# The x-axis of each group of metrics: what is learnt goes by tokens, so that batch sizes compare; the rest by step.
+_BY_TOKENS = ("train/*", "validation/*", "grad_norm/*")
+_BY_STEP = ("throughput/*", "time/*", "memory/*", "checkpoint/*", "rank/*")
 
 
 def has_credentials() -> bool:
@@ -66,88 +59,169 @@ def run_id(run_dir: RunDir) -> str:
     return path.read_text().strip()
 
 
-class WandbLog:
+def wanted_mode(recipe: Recipe) -> str:
+    """online, offline or disabled: what the recipe asks for, auto decided by whether there is a key."""
+    mode = recipe.logging.wandb.mode
+    return ("online" if has_credentials() else "offline") if mode == "auto" else mode
+
+
+def init_run(
+    recipe: Recipe, run_dir: RunDir, *, folder: Path, mode: str, config: dict[str, Any] | None = None, **more: Any
+) -> wandb.Run:
+    """Open the run's W&B run, the same one in each attempt, or raise after `INIT_TIMEOUT_S`.
+
+    Args:
+        folder: where its files go.
+        mode: of W&B.
+        config: of the run.
+        more: further settings.
+    """
+    import wandb
+
+    wanted = recipe.logging.wandb
+    return wandb.init(
+        mode=mode,  # type: ignore[arg-type]
+        project=wanted.project,
+        entity=wanted.entity,
+        group=wanted.group,
+        job_type=wanted.job_type,
+        notes=wanted.notes,
+        tags=wanted.tags,
+        name=recipe.name,
+        id=run_id(run_dir),
+        resume="allow",
+        dir=folder,
+        config=config,
+        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S, **more),
+    )
+
+
+def watches_every_node(recipe: Recipe) -> bool:
+    """Whether the system metrics of all nodes go into the run: by W&B's shared mode, which needs its server."""
+    return recipe.logging.wandb.system == "every_node" and wanted_mode(recipe) == "online"
+
+
+def label_of(node: int, host: str) -> str:
+    """What W&B calls the system metrics of a node."""
+    return f"node-{node}-{host}"
+
+
+class WandbLog(Mirror):
     """Mirrors metric records to W&B; used by one rank. No method raises or waits for a server.
 
     When the run is open (or cannot be) the event `wandb` {mode, id, and problem where there was one} is appended.
+    Events that people should hear of (`run.alerts`) become W&B alerts.
 
     Args:
-        recipe: the resolved recipe; its `logging.wandb` says where to, the rest becomes the run's config,
-            except `launch`, whose environment may hold secrets.
+        recipe: the resolved recipe; its `logging.wandb` says where to, the rest becomes the run's config, except
+            `launch` and `logging.on_event`, which may hold secrets.
         run_dir: an existing run directory; all files lie under its `wandb/`.
         facts: more of the config: topology, world size, parameter count, ...
+        label: what this node's system metrics are called, where those of others join them.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, facts: Mapping[str, Any]) -> None:
-        self._recipe, self._run_dir, self._facts = recipe, run_dir, facts
-        self._records: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
-        self._exit_code = 0
-        self._thread: threading.Thread | None = None
-        mode = recipe.logging.wandb.mode
-        if mode == "auto":
-            mode = "online" if has_credentials() else "offline"
-        if mode != "disabled":
-            self._thread = threading.Thread(target=self._mirror, args=(mode,), name="wandb", daemon=True)
-            self._thread.start()
+    def __init__(self, recipe: Recipe, run_dir: RunDir, facts: Mapping[str, Any], label: str = "main") -> None:
+        super().__init__()
+        self._recipe, self._run_dir, self._facts, self._label = recipe, run_dir, facts, label
+        self._exit_code, self._why = 0, ""
+        self._events = Tail(run_dir.events)
+        self._events.read()  # those before this attempt
+        self._mode = wanted_mode(recipe)
+        if self._mode != "disabled":
+            self._start("wandb")
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Queue the record of one step; holds `step`."""
-        if self._thread is not None:
-            self._records.put(dict(record))
-
-    def finish(self, exit_code: int = 0, timeout_s: float = FINISH_TIMEOUT_S) -> None:
+    def finish(self, exit_code: int = 0, timeout_s: float = FINISH_TIMEOUT_S, why: str = "") -> None:
         """End the W&B run, which is shown as failed unless `exit_code` is 0.
 
         What is not sent within `timeout_s` stays in the run directory, for `wandb sync`.
-        """
-        if self._thread is not None:
-            self._exit_code = exit_code
-            self._records.put(None)
-            self._thread.join(timeout_s)
 
-    def _mirror(self, mode: str) -> None:
-        run = self._open(mode)
+        Args:
+            why: of a failure, for its alert.
+        """
+        self._exit_code, self._why = exit_code, why
+        self._end(timeout_s)
+
+    def _mirror(self) -> None:
+        run = self._open()
         if run is None:
             return
         try:
-            while (record := self._records.get()) is not None:
+            while (entry := self._next_entry(run)) is not None:
+                step = None if run.settings.mode == "shared" else entry.record["step"]  # there W&B counts itself
+                _log_ranks(run, entry.ranks, step)
                 # Without commit=True, a row that names its step is held back until the next one comes.
-                run.log(grouped(record), step=record["step"], commit=True)
+                run.log({**grouped(entry.record), "train/step": entry.record["step"]}, step=step, commit=True)
+            self._send_alerts(run)
+            if self._exit_code:
+                _send(run, Alert("run failed", self._why or "a rank has failed", "ERROR"))
             run.finish(exit_code=self._exit_code)
         except Exception as error:  # a mirror must never bring the trainer down
             self._run_dir.append(WandbOpened("broken", run.id, _reason(error)))
 
-    def _open(self, mode: str) -> wandb.Run | None:
+    def _next_entry(self, run: wandb.Run) -> Entry | None:
+        while True:
+            try:
+                return self._next(EVENTS_S)
+            except Empty:
+                self._send_alerts(run)
+
+    def _send_alerts(self, run: wandb.Run) -> None:
+        for line in parse_lines(self._events.read(whole_lines=True)):
+            event = parse_event(line)
+            if event is not None and (alert := alert_of(event)) is not None:
+                _send(run, alert)
+
+    def _open(self) -> wandb.Run | None:
         import wandb
 
-        wanted = self._recipe.logging.wandb
         problem: str | None = None
-        for attempt in dict.fromkeys((mode, "offline")):
+        shared = {"x_label": self._label, "x_primary": True}
+        first = "shared" if watches_every_node(self._recipe) else self._mode
+        for mode in dict.fromkeys((first, "offline")):
             try:
-                run = wandb.init(
-                    mode=attempt,  # type: ignore[arg-type]
-                    project=wanted.project,
-                    entity=wanted.entity,
-                    group=wanted.group,
-                    tags=wanted.tags,
-                    name=self._recipe.name,
-                    id=run_id(self._run_dir),
-                    resume="allow",
-                    dir=self._run_dir.root,
-                    config={**self._recipe.model_dump(mode="json", by_alias=True, exclude={"launch"}), **self._facts},
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
-                )
-                run.define_metric("train/tokens")
-                for group in ("train/*", "validation/*"):
-                    run.define_metric(group, step_metric="train/tokens")
+                more = shared if mode == "shared" else {}
+                config = self._config()
+                run = init_run(self._recipe, self._run_dir, folder=self._run_dir.root, mode=mode, config=config, **more)
+                _define_axes(run)
             except Exception as error:  # an unreachable server, a wrong key, a full disk: train on without
                 problem = _reason(error)
                 wandb.teardown()  # else its service holds the id and refuses the offline run
             else:
-                self._run_dir.append(WandbOpened(attempt, run.id, problem))
+                self._run_dir.append(WandbOpened("online" if mode == "shared" else mode, run.id, problem))
                 return run
         self._run_dir.append(WandbOpened("disabled", problem=problem))
         return None
+
+    def _config(self) -> dict[str, Any]:
+        recipe = self._recipe.model_dump(mode="json", by_alias=True, exclude={"launch": True, "logging": {"on_event"}})
+        plan, git = predictions(self._run_dir), git_state(Path.cwd())
+        return {**recipe, **self._facts, **({"plan": plan} if plan else {}), **({"git": git} if git else {})}
+
+
+def _define_axes(run: wandb.Run) -> None:
+    for axis, groups in (("train/tokens", _BY_TOKENS), ("train/step", _BY_STEP)):
+        run.define_metric(axis)
+        for group in groups:
+            run.define_metric(group, step_metric=axis)
+
+
+def _log_ranks(run: wandb.Run, ranks: Sequence[dict[str, Any]], step: int | None) -> None:
+    """Add what the ranks measured, as table and heat maps, to the row that is written next."""
+    if not ranks:
+        return
+    import wandb
+
+    columns: list[str | int] = [*ranks[0]]
+    table = wandb.Table(columns=columns, data=[[*rank.values()] for rank in ranks])
+    page = wandb.Html(heat_maps(ranks), inject=False)
+    try:
+        run.log({"rank/table": table, "rank/heat_maps": page}, step=step, commit=False)
+    except Exception as error:  # a table asks the server about artifacts, at once: the curves go on without
+        print(f"W&B has no table of the ranks: {_reason(error)}", file=sys.stderr, flush=True)
+
+
+def _send(run: wandb.Run, alert: Alert) -> None:
+    run.alert(alert.title, alert.text, level=alert.level, wait_duration=QUIET_S)
 
 
 def _reason(error: Exception) -> str:

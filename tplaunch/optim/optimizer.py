@@ -39,7 +39,12 @@ class ShardedOptimizer:
                     groups[shard.parameter.role in _DECAYED].append(weight)
         self.shardings = [stage.sharding for stage in stages]
         decays = {True: settings.weight_decay, False: 0.0}
-        params = [{"params": shards, "weight_decay": decays[key]} for key, shards in groups.items() if shards]
+        names = {True: "decay", False: "no_decay"}
+        params = [
+            {"params": shards, "weight_decay": decays[key], "name": names[key]}
+            for key, shards in groups.items()
+            if shards
+        ]
         if settings.name == "adamw":
             first, second = settings.betas
             self.inner: torch.optim.Optimizer = torch.optim.AdamW(
@@ -56,6 +61,11 @@ class ShardedOptimizer:
             group["lr"] = lr
         self.inner.step()
         self.publish()
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of the last update, by the name of the group of parameters."""
+        return {group["name"]: group["lr"] for group in self.inner.param_groups}
 
     def settle(self) -> None:
         """Make ready for weights to be read from a file into the shards, or for the world's end."""

@@ -35,10 +35,14 @@ def own_view(environ: Mapping[str, str] = os.environ) -> View:
     return View(
         rank=int(environ["RANK"]),
         local_rank=int(environ["LOCAL_RANK"]),
-        # Slurm's name first: nodes of a simulated cluster share one hostname.
-        node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        node=host_name(environ),
         node_rank=int(environ.get("GROUP_RANK", "0")),
     )
+
+
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """This node's name. Slurm's first: nodes of a simulated cluster share one hostname."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_placement(topology: Topology, views: Sequence[View]) -> list[Problem]:

@@ -325,11 +325,25 @@ class Wandb(Section):
     project: str = "tplaunch"
     entity: str | None = None
     group: str | None = None
+    job_type: str = Field("train", description="what W&B lists the run as; members of a sweep are sweep, unless said")
+    notes: str | None = Field(None, description="a longer text about the run")
     tags: list[str] = []
+    system: Literal["main", "every_node"] = Field(
+        "main", description="whose CPUs, memory, disks and GPUs are watched: rank 0's node, or all (online runs)"
+    )
 
 
 class Logging(Section):
+    """What a run records of itself, and who reads it."""
+
     every: Small = Field(10, description="steps between metric records")
+    per_rank_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between records of each rank and of the gradients of each block; 0: never"
+    )
+    tensorboard: bool = Field(False, description="write the metric records for TensorBoard, too")
+    on_event: Text | None = Field(
+        None, description="a command, run without a shell for each event of the run, which it reads as JSON from stdin"
+    )
     wandb: Wandb = Field({}, validate_default=True)
 
 

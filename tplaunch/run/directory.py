@@ -41,6 +41,16 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def ranks(self) -> Path:
+        """What each rank measured, a line a rank (`run.ranks`)."""
+        return self.root / "ranks.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        """What was predicted of the run (`plan.estimate.Plan.as_dict`), where the table has its GPU."""
+        return self.root / "plan.json"
+
+    @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
 
@@ -51,6 +61,10 @@ class RunDir:
     @property
     def wandb(self) -> Path:
         return self.root / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
     @property
     def slurm(self) -> Path:
@@ -94,6 +108,11 @@ class RunDir:
     def launch_log(self) -> Path:
         """What a launch had to say after the reader of its output was gone."""
         return self.logs / "launch.log"
+
+    @property
+    def hook_log(self) -> Path:
+        """What the command of `logging.on_event` printed."""
+        return self.logs / "on_event.log"
 
     @property
     def lock_file(self) -> Path:

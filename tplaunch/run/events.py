@@ -317,6 +317,14 @@ class WandbOpened(Event):
 
 
 @dataclass(frozen=True)
+class TensorboardFailed(Event):
+    """TensorBoard's files could not be written; training goes on without."""
+
+    name = "tensorboard_failed"
+    why: str
+
+
+@dataclass(frozen=True)
 class Stopped(Event):
     """Training ended on request, with a complete checkpoint.
 

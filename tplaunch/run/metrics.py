@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tplaunch.files import append_line, parse_lines, to_line, write_atomic
@@ -34,11 +35,15 @@ class MetricsLog:
         Torn lines, and those without a step, go too. The file is replaced in one rename, so that a crash leaves the old
         or the new one.
         """
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        records = (record for record in parse_lines(data) if is_step(record.get("step")))
-        kept = b"".join(to_line(record) for record in records if record["step"] <= step)
-        if kept == data:
-            return
-        write_atomic(self.path, kept)
+        drop_after(self.path, step)
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop the lines of a file of records that are of later steps, torn, or without a step."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    records = (record for record in parse_lines(data) if is_step(record.get("step")))
+    kept = b"".join(to_line(record) for record in records if record["step"] <= step)
+    if kept != data:
+        write_atomic(path, kept)

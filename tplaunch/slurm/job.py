@@ -91,6 +91,7 @@ class JobLaunch:
             max_restarts=self.launch.max_restarts,
             job=self.job_id,
             nodes=self.nodes,
+            on_event=self.checked.recipe.logging.on_event,
         )
         say(verdict.why)
         return verdict

@@ -108,12 +108,14 @@ def plan_submission(
     if RunDir(root).recipe.exists():
         raise TplaunchError(Problem(f"{root} is a single run", fix="another place for the sweep: --run-dir DIR"))
     group = loaded.recipe.logging.wandb.group or name
+    said = "job_type" in loaded.recipe.logging.wandb.model_fields_set
+    job_type = [] if said else ["logging.wandb.job_type=sweep"]
     members = []
     for number, settings in enumerate(_settings(sweep)):
         label = "-".join([str(number), *(f"{key.split('.')[-1]}-{value}" for key, value in settings)])
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:64]
         more = [f"{key}={value}" for key, value in settings]
-        more += [f"name={name[:60]}-{label}", f"logging.wandb.group={group}"]
+        more += [f"name={name[:60]}-{label}", f"logging.wandb.group={group}", *job_type]
         checked = _checked(load_recipe(recipe, [*overrides, *more]), need_data=need_data)
         members.append(Member(checked, RunDir(root / label)))
     shapes = {(m.checked.topology.nodes, m.checked.topology.ranks_per_node) for m in members}

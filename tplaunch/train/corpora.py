@@ -31,6 +31,7 @@ class CorpusLog:
         self.run_dir = run_dir
         self.paths = [one.path for one in found]
         # A corpus that cannot be counted is refused by those that read it.
+        self.countable = all(one.samples for one in found)
         self.sizes = np.maximum(1, [one.samples or 0 for one in found])
         self.mixture = Mixture(tuple(source.weight for source in recipe.data.sources("train")))
         self.read = self.mixture.counts(samples)
@@ -69,6 +70,19 @@ class CorpusLog:
         """Samples that each corpus has given when the run has consumed so many."""
         given: NDArray[np.int64] = self.before + self.past.counts(self.mixture, samples)
         return given
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the data were read by now, for a metrics record.
+
+        Returns:
+            `epochs`, of all corpora together, and of several `epochs_most`, of the one that is read most often; {}
+            where a corpus cannot be counted.
+        """
+        if not self.countable:
+            return {}
+        read = self._given(samples)
+        found = {"epochs": float(read.sum() / self.sizes.sum())}
+        return found if len(read) == 1 else {**found, "epochs_most": float((read / self.sizes).max())}
 
     def close(self, step: int, samples: int) -> None:
         """The launch ends: what was read so far, beside what the weights ask for."""

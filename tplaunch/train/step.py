@@ -118,7 +118,7 @@ class TrainStep:
             self.optimizer.step(learning_rate(recipe, step))
             progress.updates, progress.nonfinite = progress.updates + 1, 0
         else:
-            progress.nonfinite += 1
+            progress.nonfinite, progress.skipped = progress.nonfinite + 1, progress.skipped + 1
         if self.loss_scale is not None:
             self.loss_scale.update(result.finite)
         self.optimizer.zero_grad()

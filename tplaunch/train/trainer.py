@@ -58,6 +58,7 @@ class Trainer:
         heartbeat: told which part of which step this rank is in.
         draw: fill the model with initial weights; not needed when `resume` will find a checkpoint.
         stopwatch: times the start.
+        attempt: number of the attempt.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Trainer:
         *,
         draw: bool = True,
         stopwatch: Stopwatch | None = None,
+        attempt: int = 1,
     ) -> None:
         self.recipe = recipe
         self.mesh = mesh
@@ -77,7 +79,7 @@ class Trainer:
         self.stop = stop
         self.heartbeat = heartbeat
         self.main = dist.get_rank() == 0
-        self.step = TrainStep(recipe, mesh, heartbeat.mark, lambda: stop.requested, draw=draw)
+        self.step = TrainStep(recipe, mesh, self._mark, lambda: stop.requested, draw=draw)
         self.faults = FaultInjector.from_environment(dist.get_rank(), mesh.topology.world_size, run_dir, mesh.device)
         logs_wandb = self.main and recipe.logging.wandb.mode != "disabled"
         self.checkpoints = CheckpointManager(
@@ -93,7 +95,7 @@ class Trainer:
             files={str(path): run_dir.root / path for path in text_files(run_dir.root)},
             before_commit=self.faults.in_save,
         )
-        self.log = TrainingLog(self.step, run_dir)
+        self.log = TrainingLog(self.step, run_dir, attempt)
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
 
@@ -140,7 +142,7 @@ class Trainer:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
                 window.start()
-                self.heartbeat.mark(progress.step + 1, "data")
+                self._mark(progress.step + 1, "data")
                 batch = next(batches)
                 if "data" not in self.stopwatch.laps:
                     self.stopwatch.lap("data")
@@ -148,6 +150,7 @@ class Trainer:
                 window.got_data()
                 result = self.step.run(batch, poison)
                 window.end(self.step.tokens_of(progress.step))
+                self.log.mark(progress.step, "")
                 self._note_start()
                 self.log.add(result)
                 if corpora is not None:
@@ -156,8 +159,9 @@ class Trainer:
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
                 validation = self.validate() if self._due(recipe.training.eval_every, last) else None
-                if validation is not None or self._due(recipe.logging.every, last) or progress.step == 1:
-                    self._write_record(result, window, validation)
+                if self.log.due(progress.step):
+                    epochs = {} if corpora is None else corpora.epochs(progress.samples)
+                    self._write_record(result, window, validation, epochs)
                     window = Window()
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
@@ -224,14 +228,25 @@ class Trainer:
         state = {"progress": asdict(self.progress), "loss_scale": asdict(scale) if scale else None}
         self.checkpoints.save(self.progress.step, state, wait=wait)
 
-    def fail(self) -> None:
-        """Mark the W&B run as failed."""
-        self.log.fail()
+    def fail(self, why: str) -> None:
+        """Mark the W&B run as failed.
 
-    def _write_record(self, result: StepResult, window: Window, validation: float | None) -> None:
+        Args:
+            why: in words.
+        """
+        self.log.fail(why)
+
+    def _mark(self, step: int, part: str) -> None:
+        """This rank enters a part of a step."""
+        self.heartbeat.mark(step, part)
+        self.log.mark(step, part)
+
+    def _write_record(
+        self, result: StepResult, window: Window, validation: float | None, epochs: dict[str, float]
+    ) -> None:
         self.heartbeat.mark(self.progress.step, "metrics")
         measured = {} if validation is None else {"validation/loss": validation}
-        self.log.write(result, window, {**self.checkpoints.take_timings(), **measured})
+        self.log.write(result, window, {**epochs, **self.checkpoints.take_timings(), **measured})
 
     def _note_start(self) -> None:
         """Write how long the start took, part by part, once the first step has ended."""
@@ -279,6 +294,6 @@ class Trainer:
             step = self.progress.step
             if self.checkpoints.saved_step != step:
                 raise RuntimeError(f"the checkpoint of step {step}, the last, could not be written: see events.jsonl")
-            self.log.close()
             self.run_dir.append(Stopped(step, self.stop.by) if stopped else Done(step))
+        self.log.close()
         return not stopped

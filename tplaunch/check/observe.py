@@ -1,0 +1,47 @@
+"""What watches a run: commands and packages that are not there."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from tplaunch.errors import Problem
+from tplaunch.recipe.schema import Recipe
+
+
+def hook_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with the text of `logging.on_event`."""
+    command = recipe.logging.on_event
+    if command is None:
+        return
+    try:
+        why = "" if shlex.split(command) else "it names no program"
+    except ValueError as error:
+        why = str(error)
+    if why:
+        fix = "a program and its arguments, quoted as for a shell; for a shell's own words: sh -c '...'"
+        yield Problem(f"{command!r} is no command", why, fix, key="logging.on_event")
+
+
+def hook_warnings(recipe: Recipe) -> Iterator[Problem]:
+    """A command whose program is not on this machine."""
+    command = recipe.logging.on_event
+    if command is None or any(hook_problems(recipe)):
+        return
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        yield Problem(
+            f"no program {program} is here; it is started where `train`, or the job, runs", key="logging.on_event"
+        )
+
+
+def missing_packages(recipe: Recipe) -> Iterator[Problem]:
+    """Packages that the recipe needs, to train, and that are not installed."""
+    if recipe.logging.tensorboard and find_spec("tensorboard") is None:
+        yield Problem(
+            "needs the package tensorboard, which is not installed",
+            fix="pip install 'tplaunch[tensorboard]', or tensorboard: false",
+            key="logging.tensorboard",
+        )
