@@ -22,6 +22,8 @@ from tplaunch.run.events import (
     EpochBegan,
     Event,
     LossSpiked,
+    Profiled,
+    ProfileFailed,
     Resumed,
     RolledBack,
     Saved,
@@ -166,6 +168,12 @@ def _in_words(event: Event) -> str:
             return f"a further epoch begins with step {step}: {_epochs(corpora)}"
         case Straggled(rank=rank, node=node, ratio=ratio):
             return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
+        case Profiled(first=first, last=last, rank=rank, trace=trace, memory=memory):
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
+            more = f"; memory {memory} (docs.pytorch.org/memory_viz)" if memory else ""
+            return f"profile of {steps} of rank {rank}: {trace} (ui.perfetto.dev){more}"
+        case ProfileFailed(rank=rank, why=why):
+            return f"rank {rank} could not be profiled, training goes on: {why}"
         case TensorboardFailed(why=why):
             return f"TensorBoard's files could not be written: {why}"
         case WandbOpened(mode=mode, problem=str(problem)):
