@@ -234,7 +234,7 @@ class LocalLaunch:
         self._print_cause(attempt, f"restart {restarts} of at most {limit} without a new checkpoint")
 
     def _print_cause(self, attempt: int, next_step: str) -> None:
-        failure.print_cause(self.errors, failure.find_cause(self.run_dir, attempt), self.checked.topology, next_step)
+        failure.print_cause(self.errors, failure.find_cause(self.run_dir, attempt), self.checked.recipe, next_step)
 
     def _next_launch(self) -> str:
         saved = self.run_dir.history().newest_checkpoint

@@ -46,7 +46,7 @@ def ranks_of(launch_id: str, torchrun: int) -> dict[int, int]:
     Args:
         torchrun: the id of their parent.
     """
-    found = {}
+    found: dict[int, int] = {}
     for pid, environment in _environments(launch_id):
         try:
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

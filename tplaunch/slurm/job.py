@@ -113,7 +113,7 @@ class JobLaunch:
             srun = subprocess.Popen(self.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             self._attend(srun, RunView(self.checked, run_dir, self.console), run_dir.attempt_dir(attempt))
         if run_dir.history().ending == "failed":
-            failure.print_cause(self.console, failure.find_cause(run_dir, attempt), self.checked.topology, "")
+            failure.print_cause(self.console, failure.find_cause(run_dir, attempt), self.checked.recipe, "")
 
     def _attend(self, srun: subprocess.Popen[bytes], view: RunView, attempt_dir: Path) -> None:
         """Show progress, and hand on what the job is told, until srun ends."""
