@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -70,6 +71,23 @@ def test_the_engine_says_which_nodes_a_pass_runs() -> None:
     a, b = x * 1, y * 1
     torch.autograd.grad(Ask.apply(a, b), [a])
     assert seen == [[True, False]]
+
+
+def test_what_gpu_memory_holds_is_remembered_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names and their arguments; with a GPU, tests/gpu/test_memory.py does it."""
+    calls = []
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        takes = inspect.signature(getattr(torch.cuda.memory, name))
+        monkeypatch.setattr(
+            torch.cuda.memory,
+            name,
+            lambda *args, _takes=takes, _name=name, **more: calls.append((_name, _takes.bind(*args, **more).arguments)),
+        )
+    torch_private.record_memory()
+    torch_private.write_memory("file")
+    torch_private.write_memory(None)
+    ends = ("_record_memory_history", {"enabled": None})
+    assert calls == [("_record_memory_history", {}), ("_dump_snapshot", {"filename": "file"}), ends, ends]
 
 
 def test_collectives_and_fused_matmuls_are_registered() -> None:

@@ -167,6 +167,19 @@ def as_parameter(data: DTensor) -> nn.Parameter:
     return data  # type: ignore[return-value]
 
 
+def record_memory() -> None:
+    """From now on, remember where each block of this process's GPU memory was asked for and given back."""
+    _get(torch.cuda.memory, "_record_memory_history", "torch.cuda.memory._record_memory_history")()
+
+
+def write_memory(path: str | None) -> None:
+    """Forget what `record_memory` remembers, after writing it to a file (a pickle, for
+    https://docs.pytorch.org/memory_viz), if any."""
+    if path is not None:
+        _get(torch.cuda.memory, "_dump_snapshot", "torch.cuda.memory._dump_snapshot")(path)
+    _get(torch.cuda.memory, "_record_memory_history", "torch.cuda.memory._record_memory_history")(enabled=None)
+
+
 def zero_in_place(tensors: list[Tensor]) -> None:
     """Set tensors, if any, to zero in one call."""
     if tensors:

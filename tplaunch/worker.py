@@ -24,7 +24,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import LOCKED, RunDir
 from tplaunch.run.flight import collectives, last_collective, remember_collectives
 from tplaunch.run.heartbeat import Beat, Heartbeat
-from tplaunch.run.processes import die_with_parent
+from tplaunch.run.processes import die_with_parent, ignore_profile_signal
 from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
@@ -149,6 +149,7 @@ def describe_error(error: BaseException, beat: Beat, recipe: Recipe | None, coll
 
 def main(run_dir: RunDir) -> None:
     """One rank, from start to end. Ends the process."""
+    ignore_profile_signal()
     die_with_parent()
     attempt, rank = int(os.environ["TPLAUNCH_ATTEMPT"]), int(os.environ["RANK"])
     _redirect(run_dir.rank_log(attempt, rank))

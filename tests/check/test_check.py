@@ -42,6 +42,15 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
+    (["logging.profile.steps=[3,2]"], "logging.profile.steps", "steps 3 to 2 are none", "[2, 3]"),
+    (["logging.profile.steps=[19,21]"], "logging.profile.steps", "the run has no step 21", "at most 20"),
+    (["logging.profile.ranks=[1,4]"], "logging.profile.ranks", "there is no rank 1, 4: the world has 1", "ranks: 0"),
+    (
+        ["topology.tp=2", "topology.dp=2", "logging.profile.ranks=[3,4]"],
+        "logging.profile.ranks",
+        "there is no rank 4: the world has 4",
+        "of 0 to 3",
+    ),
     (["topology.tp=3"], "topology.tp", "8 heads cannot be shared by tp = 3", "tp: 2 or 4"),
     (["topology.tp=16"], "topology.tp", "8 heads cannot be shared by tp = 16", "tp: 8"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich.console import Console
 from tplaunch.check.recipe import Checked
 from tplaunch.files import append_line
 from tplaunch.launch.console import RunView, print_summary
+from tplaunch.launch.sparkline import sparkline
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Saved, SaveFailed
+from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Saved, SaveFailed, Skipped, Straggled
 from tplaunch.run.metrics import MetricsLog
 from tplaunch.spec.resolve import resolve
 
@@ -108,6 +110,57 @@ def test_live_on_a_terminal(run: RunDir) -> None:
     last = out.getvalue()[out.getvalue().rindex("tiny") :]
     for text in ("step 25/100", "25 %", "2m30s left", "loss 0.4000", "validation 3.2500 (step 25)", "checkpoint 25"):
         assert text in last
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_curve_and_what_is_unusual_on_a_terminal_of_any_width(run: RunDir, width: int) -> None:
+    out = io.StringIO()
+    to = Console(file=out, force_terminal=True, width=width, markup=False, highlight=False, color_system=None)
+    view, log = RunView(CHECKED, run, to), MetricsLog(run)
+    for step in range(1, 65):
+        more = {"mfu": 0.412, "tflops_per_gpu": 407.5, "memory_peak_gib": 61.23, "validation/loss": 4.0}
+        log.append(record(step, at=view.started + step, **more))
+    run.append(Resumed(step=50))
+    for event in (Skipped(41), Skipped(44), Straggled(60, 3, 0, 1, 1, 0, 1.62), SaveFailed(60, "full")):
+        run.append(event)
+    view.update()
+    run.append(Saved(step=61, path="p"))
+    view.close()
+    picture = out.getvalue()[out.getvalue().rindex("step 64/100") :].splitlines()
+    assert all(len(line) <= width for line in picture)
+    assert picture[1].startswith("loss 0.1562 \u2588") and picture[1].count("\u2581") > 8
+    shown = " ".join(picture[1:])
+    for text in ("\u2581  validation 4.0000 (step 64)  grad_norm", "MFU 41.2%  memory 61.2 GiB", "checkpoint 61"):
+        assert text in shown
+    assert "TFLOP" not in shown
+    unusual = "unusual: 2 steps skipped, the last 44; rank 3 (node 0) slow, 1.62 x the median at step 60"
+    assert unusual in re.sub(r"\s+", " ", shown), "the checkpoint that failed has been made up for"
+    assert len(picture) - 1 == (5 if width == 80 else 3), "and the cursor, shown again"
+
+
+def test_a_line_names_what_a_gpu_does_where_its_peak_is_not_known(run: RunDir) -> None:
+    to, out = console(terminal=False)
+    view = RunView(CHECKED, run, to)
+    append_line(run.metrics, record(5, at=view.started + 5, tflops_per_gpu=0.01234, memory_peak_gib=2.04))
+    view.close()
+    line = out.getvalue().splitlines()[-1]
+    assert line.startswith("step 5/100") and "1.23K tokens/s  0.0123 TFLOP/s a rank  memory 2.0 GiB  " in line
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "line"),
+    [
+        ([], 8, ""),
+        ([3.0], 8, "\u2581"),
+        ([7.0, 6, 5, 4, 3, 2, 1, 0], 8, "".join(map(chr, range(0x2588, 0x2580, -1)))),
+        ([0.0, 2.0, 7.0, 7.0], 2, "\u2581\u2588"),
+        ([0.0, None, 7.0], 8, "\u2581\u00d7\u2588"),
+        ([0.0, 1.0, float("nan"), 7.0, 5.0, 5.0], 3, "\u2581\u00d7\u2588"),
+        ([2.0, 2.0], 8, "\u2581\u2581"),
+    ],
+)
+def test_sparkline(values: list[float | None], width: int, line: str) -> None:
+    assert sparkline(values, width) == line
 
 
 def test_summary(run: RunDir) -> None:

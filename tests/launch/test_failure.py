@@ -5,15 +5,22 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.recipes import case, resolved
+from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.launch.failure import Cause, find_cause, print_cause
+from tplaunch.plan.case import Case
+from tplaunch.plan.estimate import estimate
+from tplaunch.recipe.load import load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.heartbeat import Heartbeat
-from tplaunch.spec.topology import Topology
+from tplaunch.spec.gpu import find_gpu
+from tplaunch.units import GiB
 
 
 class Attempt:
@@ -167,7 +174,7 @@ def test_print(attempt: Attempt, terminal: bool) -> None:
     attempt.raised(3, time=1.0, kind="OutOfMemoryError", message="tried to allocate [red] 2 GiB")
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=160, markup=False, highlight=False, color_system=None)
-    print_cause(console, attempt.cause(), Topology(tp=2, pp=2, dp=2), "the same command goes on after step 5")
+    print_cause(console, attempt.cause(), resolved(case(2, 2, 2)), "the same command goes on after step 5")
     text = out.getvalue()
     assert "Rank 3 failed (tp=1 dp=1 pp=0, node1)" in text
     assert "OutOfMemoryError: tried to allocate [red] 2 GiB" in text
@@ -176,3 +183,63 @@ def test_print(attempt: Attempt, terminal: bool) -> None:
     assert ("╭" in text) == terminal
     if not terminal:
         assert f"log   {attempt.run.rank_log(1, 3)}\n" in text
+
+
+def out_of_memory(attempt: Attempt, recipe: str, *settings: str, rank: int) -> tuple[Checked, list[str]]:
+    """The checked recipe, and what is said of a rank of it that had not enough memory, from the log's line on."""
+    checked = check_recipe(load_recipe(recipe, settings), need_data=False)
+    attempt.ended(rank, 1)
+    attempt.raised(rank, time=1.0, kind="OutOfMemoryError", message="CUDA out of memory. Tried to allocate 2.00 GiB")
+    out = io.StringIO()
+    console = Console(file=out, markup=False, highlight=False, color_system=None)
+    print_cause(console, attempt.cause(), checked.recipe, "go on")
+    lines = out.getvalue().splitlines()
+    return checked, lines[next(n for n, line in enumerate(lines) if line.startswith("log ")) + 1 :]
+
+
+def setting(line: str) -> list[str]:
+    """The settings that a line offers, as a shell would read them."""
+    words = shlex.split(line[6:].partition("  (")[0])
+    return words[1::2]
+
+
+def test_a_rank_without_memory_is_told_what_was_expected_and_what_would_fit(attempt: Attempt) -> None:
+    """On GPUs that are too small: the planner's bytes of that rank, and changes that fit when they are made."""
+    small = ("hardware.gpu=a100-40gb", "training.micro_batch_size=8", "training.recompute=none")
+    checked, lines = out_of_memory(attempt, "llama3-8b", "topology.tp=4", "topology.pp=2", *small, rank=5)
+    memory = estimate(Case(checked.recipe, find_gpu("a100-40gb"))).memory[1]
+    assert lines[0].startswith(f"plan  rank 5 (pp 1) was to take {memory.total / GiB:.1f} GiB of a100-40gb's 39.4, ")
+    assert lines[0].endswith(" more than there is")
+    assert (
+        f"activations {memory.activations / GiB:.1f}, " in lines[1]
+        and f"optimizer {memory.optimizer / GiB:.1f}" in lines[1]
+    )
+    fixes = lines[2:-1]
+    assert fixes[0].startswith("fix   --set ") and lines[-1] == "next  go on"
+    assert any("training.recompute" in line for line in fixes)
+    for fix in fixes:
+        mended = ["topology.tp=4", "topology.pp=2", *small, *setting(fix)]
+        recipe = check_recipe(load_recipe("llama3-8b", mended), need_data=False).recipe
+        assert estimate(Case(recipe, find_gpu("a100-40gb"))).fits, fix
+
+
+def test_a_rank_without_memory_that_the_plan_had_given_enough(attempt: Attempt) -> None:
+    checked, lines = out_of_memory(attempt, "llama3-8b", "training.recompute=none", rank=0)
+    gpu = find_gpu("h100-80gb")
+    planned = estimate(Case(checked.recipe, gpu))
+    assert planned.fits
+    assert "which leaves" in lines[0] and "took more than planned" in lines[2]
+    fixes = lines[3:-1]
+    assert any("training.recompute" in line for line in fixes)
+    for fix in fixes:
+        recipe = check_recipe(
+            load_recipe("llama3-8b", ["training.recompute=none", *setting(fix)]), need_data=False
+        ).recipe
+        then = estimate(Case(recipe, gpu))
+        assert then.memory[then.fullest].total < 0.951 * planned.memory[0].total, fix
+
+
+def test_a_gpu_that_the_table_lacks_has_no_account(attempt: Attempt) -> None:
+    _, lines = out_of_memory(attempt, "llama3-8b", "hardware.gpu=null", rank=0)
+    assert lines[0].startswith("next  lower training.micro_batch_size")
+    assert lines[1:] == ["next  go on"]

@@ -70,6 +70,10 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 def mine() -> set[int]:
     """Processes of any launch of this test: torchrun, workers and what they have started."""
     marked = set()
@@ -165,6 +169,37 @@ def test_a_second_interrupt_ends_at_once(launch: Callable[..., Launch]) -> None:
     assert mine() == set()
 
 
+def test_a_profile_is_asked_of_the_ranks_that_the_recipe_lists(launch: Callable[..., Launch]) -> None:
+    """SIGUSR2 ends neither launcher, nor torchrun, nor ranks, before they are ready for it or after."""
+    started = launch({"steps": 10_000, "profiles": True})
+    started.wait_for(lambda: started.run.torchrun_log(1).exists())
+    time.sleep(0.3)
+    started.process.send_signal(signal.SIGUSR2)
+    started.wait_for_step(2)
+    agent = parent(started.worker_pids()[0])
+    os.kill(agent, signal.SIGUSR2)
+    started.process.send_signal(signal.SIGUSR2)
+    started.wait_for(lambda: "profiled" in read(started.run.events))
+    started.wait_for_step(started.run.read_metrics()[-1]["step"] + 3)
+    started.process.send_signal(signal.SIGINT)
+    code, out, err = started.end()
+    assert (code, err) == (Exit.STOPPED, "")
+    assert [event["rank"] for event in read_lines(started.run.events) if event["event"] == "profiled"] == [0]
+    assert "no profile yet: the ranks are still starting; SIGUSR2 asks again\n" in out
+    assert "asked rank 0 for a profile\n" in out
+    assert "profile of steps 1 to 2 of rank 0: t.json.gz (ui.perfetto.dev)\n" in out
+
+
+def test_ranks_that_are_not_ready_for_a_profile_ignore_the_signal(launch: Callable[..., Launch]) -> None:
+    started = launch({"steps": 10_000})
+    started.wait_for_step(2)
+    for pid in started.worker_pids():
+        os.kill(pid, signal.SIGUSR2)
+    started.wait_for_step(4)
+    started.process.send_signal(signal.SIGINT)
+    assert started.end()[0] == Exit.STOPPED
+
+
 def test_nothing_is_left_when_the_launcher_is_killed(launch: Callable[..., Launch]) -> None:
     started = launch({"steps": 10_000, "1": "never stops"})
     started.wait_for_step(2)
@@ -250,8 +285,7 @@ def test_other_ends(launch: Callable[..., Launch], how: str, what: str) -> None:
 def test_a_torchrun_that_is_killed_takes_its_workers_along(launch: Callable[..., Launch]) -> None:
     started = launch({"steps": 10_000})
     started.wait_for_step(2)
-    parent = int(Path(f"/proc/{started.worker_pids()[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    os.kill(parent, signal.SIGKILL)
+    os.kill(parent(started.worker_pids()[0]), signal.SIGKILL)
     code, _, err = started.end()
     assert code == Exit.FAILED
     assert "torchrun failed" in err

@@ -18,6 +18,7 @@ from tplaunch.files import read_lines
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Done, Submitted
+from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.slurm.job import judge_job
 from tplaunch.slurm.nodes import order_nodes
 from tplaunch.slurm.own_job import own_job_id
@@ -110,6 +111,11 @@ if kind == "done":
     say("checkpoint", step=8); say("done", step=8)
 elif kind == "fail":
     sys.exit(7)
+elif kind == "profile":
+    signal.signal(signal.SIGUSR2, lambda *_: (
+        say("profiled", first=3, last=4, rank=0, trace="t"), say("checkpoint", step=8), say("done", step=8), sys.exit(0)
+    ))
+    print("ready", flush=True); time.sleep(60)
 elif kind == "late":  # the first signal comes too early
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     print("ready", flush=True)
@@ -222,6 +228,20 @@ def test_slurms_warning_reaches_the_ranks_and_the_job_is_requeued(desk: Desk) ->
     errors = errors_of_a_warned_job(desk, "train")
     assert "the time limit is near" in errors
     assert desk.calls() == ["scontrol requeue 7"]
+
+
+def test_a_profile_is_asked_of_the_ranks_once_they_train(desk: Desk) -> None:
+    """USR2, as `scancel --batch --signal=USR2` sends it; before the ranks train, it waits for them."""
+    program = desk.ranks("profile")
+    desk.wait_for_ranks()
+    program.send_signal(signal.SIGUSR2)
+    time.sleep(1.5)
+    assert "profiled" not in desk.run_dir.events.read_text()
+    Heartbeat(desk.run_dir.beat(1, 0), 0).mark(1, "data")
+    output, errors = program.communicate(timeout=60)
+    assert program.returncode == Exit.DONE, errors
+    assert "asked for a profile" in errors
+    assert "profile of steps 3 to 4 of rank 0: t" in output
 
 
 def test_ranks_that_miss_the_first_signal_get_another(desk: Desk) -> None:

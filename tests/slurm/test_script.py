@@ -353,13 +353,14 @@ def test_each_node_runs_one_torchrun_in_node_order(bench: Bench) -> None:
 
 
 def test_torchrun_ignores_the_signals_that_are_meant_for_the_ranks(bench: Bench) -> None:
-    """`trap ""` is inherited through exec: bits 10 (USR1) and 15 (TERM) of the kernel's mask of ignored signals."""
+    """`trap ""` is inherited through exec: bits 10 (USR1), 12 (USR2) and 15 (TERM) of the kernel's mask of ignored
+    signals."""
     (bench.bin / "python").write_text(PYTHON.replace("env -0", "grep SigIgn /proc/$$/status >&2; env -0"))
     (bench.bin / "srun").write_text(SRUN.replace('"$@"\n', '"$@" 2>>"$RECORD/srun-stderr"\n'))
     run = bench.folder / "run"
     bench.run(script_of(recipe_of(), runs=[run], python=str(bench.python)), [run])
     mask = int((bench.folder / "record-1" / "srun-stderr").read_text().split("SigIgn:")[1].split()[0], 16)
-    assert mask & (1 << 9) and mask & (1 << 14)
+    assert mask & (1 << 9) and mask & (1 << 11) and mask & (1 << 14)
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])

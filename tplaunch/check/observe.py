@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.topology import Topology
 
 
 def hook_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -23,6 +24,28 @@ def hook_problems(recipe: Recipe) -> Iterator[Problem]:
     if why:
         fix = "a program and its arguments, quoted as for a shell; for a shell's own words: sh -c '...'"
         yield Problem(f"{command!r} is no command", why, fix, key="logging.on_event")
+
+
+def profile_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Steps and ranks of `logging.profile` that the run does not have; its dp is known."""
+    asked, steps, world = recipe.logging.profile, recipe.training.steps, Topology.of(recipe).world_size
+    if asked.steps is not None:
+        first, last = asked.steps
+        if first > last:
+            fix = f"[{last}, {first}]: the first and the last step"
+            yield Problem(f"steps {first} to {last} are none", fix=fix, key="logging.profile.steps")
+        elif last > steps:
+            yield Problem(
+                f"the run has no step {last}: it ends after step {steps}",
+                fix=f"[first, last], at most {steps}",
+                key="logging.profile.steps",
+            )
+    if beyond := sorted({rank for rank in asked.ranks if rank >= world}):
+        yield Problem(
+            f"there is no rank {', '.join(map(str, beyond))}: the world has {world}",
+            fix=f"ranks: {'0' if world == 1 else f'of 0 to {world - 1}'}",
+            key="logging.profile.ranks",
+        )
 
 
 def observe_warnings(recipe: Recipe) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tplaunch.check.data import missing_files, tokenizer_problems
 from tplaunch.check.model import model_problems
-from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings
+from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
 from tplaunch.check.rules import batch, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.world import data_parallel, placement_warnings
@@ -66,7 +66,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     problems += dp_problems
     if dp is not None:
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
-        problems += [*batch(recipe, dp)]
+        problems += [*batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *hook_problems(recipe), *tokenizer_problems(recipe)]
     warnings = [*run_warnings(recipe), *observe_warnings(recipe)]
     (problems if need_data else warnings).extend([*missing_files(recipe), *missing_packages(recipe)])

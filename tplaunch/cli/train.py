@@ -30,7 +30,9 @@ def train(
 
     Example: tplaunch train recipes/quickstart.yaml --set training.steps=20
     """
-    with steady_streams() as lost:  # who watches may leave; the run goes on
+    from tplaunch.run.processes import ignoring_profile_signal
+
+    with steady_streams() as lost, ignoring_profile_signal():  # who watches may leave; the run goes on
         code = _train(recipe, set_, run_dir, resume, allow or [], lost, dry_run=dry_run)
     raise typer.Exit(code)
 

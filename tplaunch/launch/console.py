@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,10 +12,12 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.files import Record, Tail, parse_lines
+from tplaunch.launch.sparkline import sparkline
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     CheckpointDamaged,
@@ -22,6 +25,8 @@ from tplaunch.run.events import (
     EpochBegan,
     Event,
     LossSpiked,
+    Profiled,
+    ProfileFailed,
     Resumed,
     RolledBack,
     Saved,
@@ -60,6 +65,9 @@ class RunView:
         self.last: Record = {}
         self.validation: tuple[int, float] | None = None
         self.checkpoint: int | None = None
+        self.losses: list[float | None] = []
+        self.skipped = 0  # steps of this launch
+        self.unusual: dict[type[Event], str] = {}  # the latest of each kind
         self.drawn = 0.0
         self.live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
@@ -94,15 +102,32 @@ class RunView:
             self.live.stop()
 
     def _event(self, event: Event) -> None:
-        if isinstance(event, Saved):
+        if isinstance(event, (Saved, Resumed)):
             self.checkpoint = event.step
+        self._note_unusual(event)
         if isinstance(event, (Started, Resumed)):
             self.phase = "running the first step"
         if (text := in_words(event)) and not (self.live and isinstance(event, Saved)):
             self.say(text)
 
+    def _note_unusual(self, event: Event) -> None:
+        match event:
+            case Skipped(step=step):
+                self.skipped += 1
+                steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
+                self.unusual[Skipped] = f"{steps} skipped, the last {step}"
+            case Straggled(step=step, rank=rank, node=node, ratio=ratio):
+                self.unusual[Straggled] = f"rank {rank} (node {node}) slow, {ratio} x the median at step {step}"
+            case LossSpiked(step=step):
+                self.unusual[LossSpiked] = f"loss spike at step {step}"
+            case SaveFailed(step=step):
+                self.unusual[SaveFailed] = f"checkpoint {step} failed"
+            case Saved():
+                self.unusual.pop(SaveFailed, None)
+
     def _record(self, record: Record) -> None:
         self.shown_until = record["time"]
+        self.losses.append(record.get("loss"))
         self.last = record
         self.first = self.first or record
         if record.get("validation/loss") is not None:
@@ -127,20 +152,35 @@ class RunView:
         panel = Panel(self.checked.describe(), title=self.checked.recipe.name, title_align="left", expand=False)
         if not self.last:
             return Group(panel, f"{self.phase} ({format_duration(time.time() - self.started)})")
+        width, step = self.console.width, self.last["step"]
         bar = Table.grid(padding=(0, 2))
-        step = self.last["step"]
         bar.add_row(
-            ProgressBar(total=self._steps, completed=step, width=40),
+            ProgressBar(total=self._steps, completed=step, width=min(60, max(10, width - 46))),
             f"step {step}/{self._steps}",
             f"{100 * step / self._steps:.0f} %",
             *self._time_left(),
         )
         figures = _figures({k: v for k, v in self.last.items() if k != "validation/loss"})
+        if "loss" in self.last and len(self.losses) > 1:
+            figures[0] += f" {sparkline(self.losses, min(60, width // 4))}"
         if self.validation:
-            figures.append(f"validation {_number(self.validation[1])} (step {self.validation[0]})")
+            figures.insert(1, f"validation {_number(self.validation[1])} (step {self.validation[0]})")
         if self.checkpoint is not None:
             figures.append(f"checkpoint {self.checkpoint}")
-        return Group(panel, bar, "  ".join(figures))
+        lines = _lines(figures, width)
+        unusual = [Text(f"unusual: {'; '.join(self.unusual.values())}", "yellow")] if self.unusual else []
+        return Group(panel, bar, *lines, *unusual)
+
+
+def _lines(items: Sequence[str], width: int) -> list[str]:
+    """Items side by side, as many in a line as it holds: none is broken in two that fits in one."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + 2 + len(item) <= width:
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(item)
+    return lines
 
 
 def in_words(event: Event) -> str:
@@ -166,6 +206,12 @@ def in_words(event: Event) -> str:
             return f"a further epoch begins with step {step}: {_epochs(corpora)}"
         case Straggled(rank=rank, node=node, ratio=ratio):
             return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
+        case Profiled(first=first, last=last, rank=rank, trace=trace, memory=memory):
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
+            more = f"; memory {memory} (docs.pytorch.org/memory_viz)" if memory else ""
+            return f"profile of {steps} of rank {rank}: {trace} (ui.perfetto.dev){more}"
+        case ProfileFailed(rank=rank, why=why):
+            return f"rank {rank} could not be profiled, training goes on: {why}"
         case TensorboardFailed(why=why):
             return f"TensorBoard's files could not be written: {why}"
         case WandbOpened(mode=mode, problem=str(problem)):
@@ -218,6 +264,8 @@ def _figures(record: Record) -> list[str]:
         ("lr", "lr {}", "{:.2e}".format),
         ("tokens_per_s", "{} tokens/s", format_count),
         ("mfu", "MFU {}", "{:.1%}".format),
+        *([("tflops_per_gpu", "{} TFLOP/s a rank", "{:.3g}".format)] if record.get("mfu") is None else []),
+        *([("memory_peak_gib", "memory {} GiB", "{:.1f}".format)] if record.get("memory_peak_gib") else []),
     ]
     there = [item for item in shown if item[0] in record and (record[item[0]] is not None or item[2] is _number)]
     return [text.format(form(record[key])) for key, text, form in there]

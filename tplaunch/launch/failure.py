@@ -19,6 +19,8 @@ from tplaunch.spec.topology import Topology
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tplaunch.recipe.schema import Recipe
+
 TRACEBACK_LINES = 14
 LOG_LINES = 14
 
@@ -29,9 +31,10 @@ _ENDED = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: (-?\d+) 
 # What gloo raises, and what NCCL's watchdog logs before it aborts the process, when a peer does not come.
 _WAITED = re.compile(r".*(Timed out waiting|collective operation timeout).*")
 
+OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
 _ADVICE = {
     "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
-    "OutOfMemoryError": "lower training.micro_batch_size, set training.recompute: auto, or raise topology.tp or pp",
+    OUT_OF_MEMORY: "lower training.micro_batch_size, set training.recompute: auto, or raise topology.tp or pp",
 }
 
 
@@ -59,6 +62,7 @@ class Cause:
         detail: the last lines of its traceback or of its log.
         log: where to read on.
         advice: what helps against this kind of failure, "" where nothing general does.
+        kind: the type of the exception, "" where there was none.
     """
 
     rank: int | None
@@ -67,6 +71,7 @@ class Cause:
     detail: str
     log: Path
     advice: str = ""
+    kind: str = ""
 
 
 def workers_told_to_end(log: str) -> set[int]:
@@ -167,7 +172,8 @@ def _raised(error: dict[str, Any], run_dir: RunDir, attempt: int) -> Cause:
     message = f"{error['type']}: {error['message']}"
     detail = "\n".join(traceback[-TRACEBACK_LINES:]).removesuffix(message).rstrip() + f"\nin {_where(error)}"
     log = run_dir.rank_log(attempt, error["rank"])
-    return Cause(error["rank"], error["host"], message, detail, log, _ADVICE.get(error["type"], ""))
+    kind = error["type"]
+    return Cause(error["rank"], error["host"], message, detail, log, _ADVICE.get(kind, ""), kind)
 
 
 def _signal_name(number: int) -> str:
@@ -185,23 +191,31 @@ def _tail(text: str) -> str:
     return "\n".join(text.rstrip().splitlines()[-LOG_LINES:])
 
 
-def print_cause(console: Console, cause: Cause, topology: Topology, next_step: str) -> None:
-    """Show a cause: a panel on a terminal, the same text elsewhere, where boxes and line breaks hinder search.
+def print_cause(console: Console, cause: Cause, recipe: Recipe, next_step: str) -> None:
+    """Show a cause: a panel on a terminal, the same text elsewhere, where boxes and line breaks hinder search. Of a GPU
+    without memory, with what the planner knows of it.
 
     Args:
+        recipe: resolved.
         next_step: what the user can do now.
     """
     from rich.panel import Panel
     from rich.text import Text
 
+    topology, lines = Topology.of(recipe), [("next", cause.advice)]
+    if cause.kind == OUT_OF_MEMORY and cause.rank is not None:
+        from tplaunch.launch.memory_account import memory_account
+
+        lines = memory_account(recipe, cause.rank) or lines
     title = "torchrun failed"
     if cause.rank is not None:
         host = f", {cause.host}" if cause.host else ""
         title = f"Rank {cause.rank} failed ({topology.coordinates(cause.rank)}{host})"
     detail = Text(f"{cause.detail}\n\n" if cause.detail else "", "dim")
     body = Text.assemble((cause.what, "bold red"), "\n\n", detail, ("log   ", "bold"), str(cause.log))
-    for line in filter(None, (cause.advice, next_step)):
-        body.append("\nnext  ", "bold").append(line)
+    for label, line in [*lines, ("next", next_step)]:
+        if line:
+            body.append(f"\n{label:<6}", "bold").append(line)
     if console.is_terminal:
         console.print(Panel(body, title=title, title_align="left", border_style="red"))
     else:

@@ -25,14 +25,29 @@ from tplaunch.launch.console import RunView, print_summary
 from tplaunch.launch.supervise import Verdict, judge, supervise
 from tplaunch.launch.torchrun import WORKER, torchrun_argv, torchrun_environment
 from tplaunch.run.directory import LOCKED, RunDir
+from tplaunch.run.heartbeat import trains
 from tplaunch.run.history import History
-from tplaunch.run.processes import LAUNCH_ID, die_with_parent, end_launch, kill, processes_of
+from tplaunch.run.processes import (
+    LAUNCH_ID,
+    die_with_parent,
+    end_launch,
+    ignore_profile_signal,
+    kill,
+    processes_of,
+    ranks_of,
+)
 
 POLL_S = 0.1
 PEERS_S = 4.0  # that workers have to end after one has failed, and torchrun after they have
 TORCHRUN_S = 10.0  # that torchrun has to end after its workers' grace is over
 LEFTOVERS_S = 5.0  # that helpers of workers, such as W&B's, have to end after torchrun has
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm's usual warning
+
+
+def _prepare_torchrun(launcher: int) -> None:
+    """In the process that becomes torchrun."""
+    ignore_profile_signal()  # which the launcher handles: its child would be ended by it
+    die_with_parent(launcher)
 
 
 class StopSignals:
@@ -43,15 +58,20 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.soon = self.now = False
+        self.profile = False  # asked for, by SIGUSR2
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.now = self.now or (self.soon and number == signal.SIGINT)
         self.soon = True
 
+    def _note_profile(self, number: int, frame: FrameType | None) -> None:
+        self.profile = True
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals within the block. Main thread only."""
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._note_profile)
         try:
             yield
         finally:
@@ -115,7 +135,8 @@ class LocalLaunch:
         A failed run is started again, as a new attempt, up to `launch.max_restarts` times without a new checkpoint.
 
         SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop it in good order: the workers finish their step and save, for which
-        they have the recipe's `launch.slurm.grace`. A second Ctrl-C ends it at once.
+        they have the recipe's `launch.slurm.grace`. A second Ctrl-C ends it at once. SIGUSR2 asks the ranks of
+        `logging.profile` for a profile.
 
         Returns:
             DONE, STOPPED (a complete checkpoint is there) or FAILED (the cause has been shown).
@@ -162,7 +183,7 @@ class LocalLaunch:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the terminal's Ctrl-C reaches the launcher only
-                preexec_fn=partial(die_with_parent, os.getpid()),
+                preexec_fn=partial(_prepare_torchrun, os.getpid()),
             )
             try:
                 self._attend(process, view, PeerWatch(run_dir, attempt, launch_id, process.pid), grace_s)
@@ -182,6 +203,9 @@ class LocalLaunch:
         while process.poll() is None and not self.stop.now:
             view.update()
             peers.look(stopping=stop_by is not None)
+            if self.stop.profile:
+                self.stop.profile = False
+                view.say(self._ask_for_profile(peers))
             if stop_by is None and self.stop.soon:
                 view.say(f"stopping after this step and a checkpoint, at most {grace_s:.0f} s; Ctrl-C ends it now")
                 process.terminate()
@@ -189,6 +213,15 @@ class LocalLaunch:
             if stop_by is not None and time.monotonic() > stop_by:
                 return
             time.sleep(POLL_S)
+
+    def _ask_for_profile(self, launch: PeerWatch) -> str:
+        """Hand SIGUSR2 on to the ranks that the recipe lists, once they train; returns what to say of it."""
+        if not trains(self.run_dir.attempt_dir(launch.attempt)):
+            return "no profile yet: the ranks are still starting; SIGUSR2 asks again"
+        listed = self.checked.recipe.logging.profile.ranks
+        pids = ranks_of(launch.launch_id, launch.torchrun)
+        kill((pids[rank] for rank in listed if rank in pids), signal.SIGUSR2)
+        return f"asked rank {', '.join(map(str, listed))} for a profile"
 
     def _decide(self, history: History, may_restart: bool) -> Verdict:
         if self.stop.soon and history.ending == "failed" and not history.trained:
@@ -201,7 +234,7 @@ class LocalLaunch:
         self._print_cause(attempt, f"restart {restarts} of at most {limit} without a new checkpoint")
 
     def _print_cause(self, attempt: int, next_step: str) -> None:
-        failure.print_cause(self.errors, failure.find_cause(self.run_dir, attempt), self.checked.topology, next_step)
+        failure.print_cause(self.errors, failure.find_cause(self.run_dir, attempt), self.checked.recipe, next_step)
 
     def _next_launch(self) -> str:
         saved = self.run_dir.history().newest_checkpoint

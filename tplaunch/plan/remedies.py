@@ -11,6 +11,7 @@ from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import Plan, estimate
 from tplaunch.plan.recomputation import cheapest_change
+from tplaunch.units import GiB
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,19 @@ def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
     best, others = found[:count], found[count:]
     recomputing = [remedy for remedy in others if remedy.change.values.keys() == {"training.recompute"}]
     return [*best[: count - 1], *recomputing] if recomputing else best
+
+
+def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
+    """One line for each remedy, with its price."""
+    lines = []
+    for remedy in remedies:
+        then = remedy.plan
+        world, old = then.case.topology.world_size, plan.case.topology.world_size
+        gpus = f", on {world} GPUs" if world != old else ""
+        price = f"{abs(remedy.price):.0%} {'slower' if remedy.price >= 0 else 'faster'} a GPU"
+        used = f"{then.memory[then.fullest].total / GiB:.1f} GiB"
+        lines.append(f"{remedy.change.options}  ({price}{gpus}; {used})")
+    return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
 
 
 def _try(plan: Plan, change: Change) -> Remedy | None:

@@ -333,6 +333,18 @@ class Wandb(Section):
     )
 
 
+class Profile(Section):
+    """A trace of some steps by torch's profiler, on a GPU with what its memory held, written to the run's profile/.
+    SIGUSR2 asks a live run for another."""
+
+    steps: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="the first and the last; else none until a signal asks"
+    )
+    ranks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        [0], description="whose steps, also when a signal asks"
+    )
+
+
 class Logging(Section):
     """What a run records of itself, and who reads it."""
 
@@ -344,6 +356,7 @@ class Logging(Section):
     on_event: Text | None = Field(
         None, description="a command, run without a shell for each event of the run, which it reads as JSON from stdin"
     )
+    profile: Profile = Field({}, validate_default=True)
     wandb: Wandb = Field({}, validate_default=True)
 
 

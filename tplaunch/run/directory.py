@@ -67,6 +67,11 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """Traces of steps, and snapshots of GPU memory (`logging.profile`)."""
+        return self.root / "profile"
+
+    @property
     def slurm(self) -> Path:
         return self.root / "slurm"
 

@@ -325,6 +325,33 @@ class TensorboardFailed(Event):
 
 
 @dataclass(frozen=True)
+class Profiled(Event):
+    """Steps of a rank were profiled.
+
+    Args:
+        first, last: the steps.
+        trace: a file for Perfetto or chrome://tracing.
+        memory: a snapshot of a GPU's memory, for https://docs.pytorch.org/memory_viz.
+    """
+
+    name = "profiled"
+    first: int
+    last: int
+    rank: int
+    trace: str
+    memory: str | None = None
+
+
+@dataclass(frozen=True)
+class ProfileFailed(Event):
+    """Steps of a rank could not be profiled; training goes on."""
+
+    name = "profile_failed"
+    rank: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Stopped(Event):
     """Training ended on request, with a complete checkpoint.
 

@@ -65,3 +65,8 @@ def read_beats(attempt_dir: Path) -> list[Beat]:
         if name and len(words) == 3:
             found.append(Beat(int(name[1]), int(words[0]), float(words[1]), words[2].strip()))
     return sorted(found, key=lambda beat: beat.rank)
+
+
+def trains(attempt_dir: Path) -> bool:
+    """Whether a rank of an attempt has begun its first step."""
+    return any(beat.step for beat in read_beats(attempt_dir))

@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LAUNCH_ID = "TPLAUNCH_LAUNCH_ID"
@@ -35,25 +37,61 @@ def die_with_parent(parent: int | None = None) -> None:
 
 def processes_of(launch_id: str) -> set[int]:
     """Ids of the living processes that carry a launch id."""
+    return {pid for pid, _ in _environments(launch_id)}
+
+
+def ranks_of(launch_id: str, torchrun: int) -> dict[int, int]:
+    """Rank -> process id of the living ranks of a launch, without what the ranks have started.
+
+    Args:
+        torchrun: the id of their parent.
+    """
+    found: dict[int, int] = {}
+    for pid, environment in _environments(launch_id):
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # ended meanwhile
+            continue
+        if parent == torchrun:
+            found |= {int(word[5:]): pid for word in environment if word.startswith(b"RANK=")}
+    return found
+
+
+def _environments(launch_id: str) -> Iterator[tuple[int, list[bytes]]]:
+    """Id and environment of each living process that carries a launch id."""
     mark = f"{LAUNCH_ID}={launch_id}".encode()
-    found = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
-            environment = (entry / "environ").read_bytes()
+            environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:  # ended meanwhile, or another user's
             continue
-        if mark in environment.split(b"\0"):
-            found.add(int(entry.name))
-    return found
+        if mark in environment:
+            yield int(entry.name), environment
 
 
-def kill(pids: set[int]) -> None:
-    """SIGKILL processes; those that have ended meanwhile are left out."""
+def ignore_profile_signal() -> None:
+    """Let SIGUSR2, which asks a rank that trains for a profile, do nothing to this process and to what it starts,
+    until they handle it: by default it would end them."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+@contextmanager
+def ignoring_profile_signal() -> Iterator[None]:
+    """The same within a block. Main thread only."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
+    """Send processes a signal; those that have ended meanwhile are left out."""
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
 

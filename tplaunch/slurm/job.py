@@ -39,7 +39,9 @@ from tplaunch.launch.console import RunView
 from tplaunch.launch.supervise import Verdict, judge, supervise
 from tplaunch.recipe.load import load_recipe
 from tplaunch.run.directory import LOCKED, RunDir
+from tplaunch.run.heartbeat import trains
 from tplaunch.run.history import History
+from tplaunch.run.processes import ignore_profile_signal
 from tplaunch.slurm.nodes import check_nodes
 from tplaunch.slurm.own_job import GIVE_UP, cancel_rest, own_job, own_job_id, requeue, say
 from tplaunch.slurm.prepare import prepare
@@ -50,18 +52,24 @@ REPEAT_S = 3.0  # between signals to the ranks: those that had not started yet h
 
 
 class StopSignals:
-    """The last stop signal received. A user's SIGTERM overrides Slurm's USR1 warning."""
+    """The last stop signal received, and whether a profile is asked for. A user's SIGTERM overrides Slurm's USR1
+    warning."""
 
     def __init__(self) -> None:
         self.told: Literal["USR1", "TERM"] | None = None
+        self.profile = False  # asked for, by USR2
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGUSR2, self._note_profile)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
             self.told = "TERM"
         elif self.told is None:
             self.told = "USR1"
+
+    def _note_profile(self, number: int, frame: FrameType | None) -> None:
+        self.profile = True
 
 
 class JobLaunch:
@@ -103,11 +111,11 @@ class JobLaunch:
         environment = {**os.environ, "TPLAUNCH_ATTEMPT": str(attempt), LOCKED: "1"}
         with run_dir.torchrun_log(attempt).open("wb") as log:
             srun = subprocess.Popen(self.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            self._attend(srun, RunView(self.checked, run_dir, self.console))
+            self._attend(srun, RunView(self.checked, run_dir, self.console), run_dir.attempt_dir(attempt))
         if run_dir.history().ending == "failed":
-            failure.print_cause(self.console, failure.find_cause(run_dir, attempt), self.checked.topology, "")
+            failure.print_cause(self.console, failure.find_cause(run_dir, attempt), self.checked.recipe, "")
 
-    def _attend(self, srun: subprocess.Popen[bytes], view: RunView) -> None:
+    def _attend(self, srun: subprocess.Popen[bytes], view: RunView, attempt_dir: Path) -> None:
         """Show progress, and hand on what the job is told, until srun ends."""
         repeat_at = 0.0
         while srun.poll() is None:
@@ -116,6 +124,10 @@ class JobLaunch:
                     say(f"told to stop ({self.signals.told}): the ranks finish their step and save")
                 srun.send_signal(signal.SIGUSR1)  # srun hands it to every rank
                 repeat_at = time.monotonic() + REPEAT_S
+            if self.signals.profile and trains(attempt_dir):  # srun itself may be ended by it at its start
+                self.signals.profile = False
+                say("asked for a profile (USR2)")
+                srun.send_signal(signal.SIGUSR2)  # as above; those that logging.profile does not list ignore it
             view.update()
             time.sleep(POLL_S)
         view.close()
@@ -191,6 +203,7 @@ def run(run_dir: RunDir, command: Sequence[str]) -> Exit:
 
 def main(argv: Sequence[str]) -> Exit:
     """Run one verb."""
+    ignore_profile_signal()  # until the ranks run
     verb, *rest = argv
     try:
         if verb == "prepare":

@@ -224,6 +224,7 @@ def how_it_runs(runtime: str | None) -> str:
         "apptainer": ("", '"${CONTAINER[@]}" ', "python3"),
     }[runtime]
     return rf"""# ---- the nodes: each is checked, a bad one is left out of the next attempt; ranks follow the switches
+trap "" USR2                                   # asks ranks that train for a profile, and must end nothing else
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > WORKERS ? SLURM_CPUS_PER_TASK / WORKERS : 1))
 EACH_NODE=(
     --ntasks-per-node=1
@@ -243,7 +244,7 @@ export MASTER_ADDR MASTER_PORT
 # shellcheck disable=SC2016 # expanded on each node, not here
 exec "$PYTHON" -m tplaunch.slurm.job run "$RUN_DIR" \
     srun "${{EACH_NODE[@]}}" --distribution=arbitrary{options} {prefix}bash -c '
-        trap "" TERM USR1  # Slurm sends these to the ranks too: they save and stop, and torchrun waits for them
+        trap "" TERM USR1 USR2  # Slurm sends these to the ranks too, which act on them; torchrun waits
         exec {python} -m torch.distributed.run \
             --nnodes="$SLURM_NNODES" --node-rank="$SLURM_PROCID" --nproc-per-node="$WORKERS" \
             --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \

@@ -41,6 +41,7 @@ from tplaunch.train.batch import Batch, make_batch, share
 from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.log import TrainingLog, Window
+from tplaunch.train.profile import StepProfile
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
@@ -96,6 +97,7 @@ class Trainer:
             before_commit=self.faults.in_save,
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
+        self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
 
@@ -138,9 +140,12 @@ class Trainer:
         corpora = CorpusLog(recipe, self.run_dir, progress.step, progress.samples) if self.main else None
         stopped = False
         self._limit(recipe.launch.first_step_timeout)
+        self.profile.listen()
         with closing(self._batches()) as batches:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
+                if progress.step + 1 >= self.profile.due:
+                    self.profile.turn(progress.step + 1)
                 window.start()
                 self._mark(progress.step + 1, "data")
                 batch = next(batches)
@@ -166,6 +171,7 @@ class Trainer:
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
                     self.save(wait=stopped or last)
+        self.profile.end(progress.step)
         self.step.optimizer.settle()
         if corpora is not None:
             corpora.close(progress.step, progress.samples)

@@ -2,7 +2,7 @@
 
 FAKE_WORKER, JSON: rank -> what it does at step FAIL_AT; the other ranks train. With "peers": "hang" they take no
 notice of SIGTERM once that has happened, as in a hung collective. "in attempts": "1" lets all go well after a restart;
-"saves in attempts": "2" is a checkpoint before the failure.
+"saves in attempts": "2" is a checkpoint before the failure. With "profiles" they note an event at SIGUSR2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tplaunch.files import append_line, read_lines
 from tplaunch.run.directory import RunDir
+from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.processes import die_with_parent
 
 STEPS, FAIL_AT = 6, 3
@@ -31,6 +32,7 @@ def main(run: RunDir) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     asked: list[int] = []
+    heartbeat = Heartbeat(run.beat(attempt, rank), rank)
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}"))
     mine = plan.get(str(rank), "train")
@@ -42,8 +44,12 @@ def main(run: RunDir) -> None:
             append_line(run.events, {"event": "checkpoint", "step": attempt, "path": "p"})
     while not any(event["event"] == "start" and event["attempt"] == attempt for event in read_lines(run.events)):
         time.sleep(0.02)  # as the ranks of a real world wait for one another
+    if plan.get("profiles"):
+        told = {"event": "profiled", "first": 1, "last": 2, "rank": rank, "trace": "t.json.gz"}
+        signal.signal(signal.SIGUSR2, lambda number, frame: append_line(run.events, told))
     try:
         for step in range(1, plan.get("steps", STEPS) + 1):
+            heartbeat.mark(step, "data")
             time.sleep(0.1)
             if step == FAIL_AT and str(attempt) in plan.get("in attempts", "123456789"):
                 misbehave(mine, run.rank_error(attempt, 1))

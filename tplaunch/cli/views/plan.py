@@ -13,11 +13,11 @@ from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
+from tplaunch.plan.remedies import Remedy, remedy_lines
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
-    from tplaunch.plan.remedies import Remedy
     from tplaunch.plan.schedule import Timeline
 
 # One colour for each pipeline rank, in turn.
@@ -198,19 +198,6 @@ def _inference(plan: Plan) -> str:
         f"for inference alone the {case.recipe.training.precision} weights take {whole / 1e9:.0f} GB, "
         f"{share / 1e9:.1f} GB a GPU: {fits}"
     )
-
-
-def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
-    """One line for each remedy, with its price."""
-    lines = []
-    for remedy in remedies:
-        then = remedy.plan
-        world, old = then.case.topology.world_size, plan.case.topology.world_size
-        gpus = f", on {world} GPUs" if world != old else ""
-        price = f"{abs(remedy.price):.0%} {'slower' if remedy.price >= 0 else 'faster'} a GPU"
-        used = f"{then.memory[then.fullest].total / GiB:.1f} GiB"
-        lines.append(f"{remedy.change.options}  ({price}{gpus}; {used})")
-    return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
 
 
 def _traffic_table(plan: Plan, pp_rank: int) -> str:
