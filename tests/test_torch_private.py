@@ -74,7 +74,7 @@ def test_the_engine_says_which_nodes_a_pass_runs() -> None:
 
 
 def test_what_gpu_memory_holds_is_remembered_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names and their arguments; with a GPU, tests/gpu/test_memory.py does it."""
+    """The names and their arguments; with a GPU, tests/gpu/test_launch.py does it."""
     calls = []
     for name in ("_record_memory_history", "_dump_snapshot"):
         takes = inspect.signature(getattr(torch.cuda.memory, name))
@@ -87,7 +87,12 @@ def test_what_gpu_memory_holds_is_remembered_until_it_is_written(monkeypatch: py
     torch_private.write_memory("file")
     torch_private.write_memory(None)
     ends = ("_record_memory_history", {"enabled": None})
-    assert calls == [("_record_memory_history", {}), ("_dump_snapshot", {"filename": "file"}), ends, ends]
+    assert calls == [
+        ("_record_memory_history", {"stacks": "python"}),
+        ("_dump_snapshot", {"filename": "file"}),
+        ends,
+        ends,
+    ]
 
 
 def test_collectives_and_fused_matmuls_are_registered() -> None:

@@ -168,8 +168,9 @@ def as_parameter(data: DTensor) -> nn.Parameter:
 
 
 def record_memory() -> None:
-    """From now on, remember where each block of this process's GPU memory was asked for and given back."""
-    _get(torch.cuda.memory, "_record_memory_history", "torch.cuda.memory._record_memory_history")()
+    """From now on, remember where each block of this process's GPU memory was asked for and given back, in Python's
+    frames alone: C++'s are slow to name."""
+    _get(torch.cuda.memory, "_record_memory_history", "torch.cuda.memory._record_memory_history")(stacks="python")
 
 
 def write_memory(path: str | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from tests.train.test_torchrun import command, curve, environment, shape
 from tplaunch.errors import Exit
 from tplaunch.machine import SHARE_GPUS
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import Profiled
 
 pytestmark = pytest.mark.gpu
 STEPS = 8
@@ -61,6 +64,21 @@ def test_one_rank_over_nccl_and_two_on_a_gpu_follow_the_cpu(
     note(**worst)
     assert len(cpu) == STEPS
     assert max(worst.values()) < 1e-4
+
+
+def test_a_profile_holds_kernels_and_memory(tmp_path: Path, cache: Path) -> None:
+    code, said = train(tmp_path, cache, [*shape(1, 1, 1), "logging.profile.steps=[3,4]"])
+    assert code == Exit.DONE, said
+    (event,) = [event for event in RunDir(tmp_path).history().events if isinstance(event, Profiled)]
+    trace = json.loads(gzip.decompress(Path(event.trace).read_bytes()))
+    kinds = {entry.get("cat") for entry in trace["traceEvents"]}
+    assert "cpu_op" in kinds and ("kernel" in kinds) != on_cpu()
+    assert (event.memory is None) == on_cpu()
+    if event.memory is not None:
+        snapshot = pickle.loads(Path(event.memory).read_bytes())
+        actions = [entry for device in snapshot["device_traces"] for entry in device]
+        assert {"alloc", "free_completed"} <= {entry["action"] for entry in actions}
+        assert any("tplaunch" in frame["filename"] for entry in actions for frame in entry["frames"])
 
 
 def test_an_error_leaves_the_collectives_before_it(tmp_path: Path, cache: Path) -> None:

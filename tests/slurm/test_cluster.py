@@ -309,6 +309,20 @@ def test_a_chain_goes_on_without_requeue_and_cancels_its_rest(site: Site, uninte
     assert site.status()[0]["state"] == "done"
 
 
+@pytest.mark.parametrize("options", [[], ["--batch"]], ids=["ranks", "batch"])
+def test_a_profile_is_asked_for_by_a_signal(site: Site, options: list[str]) -> None:
+    """Slurm gives it to torchrun and to every rank, or to the batch script, which hands it on; the job goes on."""
+    job = site.submit()
+    site.hold_at(3)
+    slurm.call("scancel", *options, "--signal=USR2", job)
+    wait_until("the signal to rank 0", lambda: any(has_pending(pid, signal.SIGUSR2) for pid in site.ranks()))
+    site.signal_ranks(signal.SIGCONT)
+    assert site.wait_for_state(job, "COMPLETED").exit_code == Exit.DONE
+    (event,) = [event for event in read_lines(site.run_dir.events) if event["event"] == "profiled"]
+    assert event["rank"] == 0 and Path(event["trace"]).is_file()
+    assert "of rank 0: " in site.log()
+
+
 def test_a_run_that_cannot_progress_is_given_up(site: Site) -> None:
     # The job is held until its data are gone.
     slurm.call("scontrol", "update", "PartitionName=main", "State=DOWN")
