@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from benchmarks.llama import NORM_EPS, ROPE_THETA
 from benchmarks.peers.driver import Microbatches, adamw, measure, start
-from benchmarks.peers.work import NORM_EPS, ROPE_THETA
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 warnings.filterwarnings("ignore")
