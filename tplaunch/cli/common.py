@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tplaunch.plan.case import Case
     from tplaunch.recipe.load import LoadedRecipe
     from tplaunch.recipe.schema import Recipe
+    from tplaunch.spec.gpu import Gpu
 
 _STAND_IN = "h100-80gb"
 
@@ -32,10 +33,8 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
     checked = check_recipe(loaded, gpus=None if shares_gpus() else gpus or None, need_data=need_data)
     if checked.recipe.training.recompute == "auto":
         from tplaunch.plan.recomputation import settle
-        from tplaunch.spec.gpu import find_gpu, local_gpu
 
-        name = checked.recipe.hardware.gpu
-        checked = settle(checked, find_gpu(name) if name else local_gpu())
+        checked = settle(checked, _gpu_of(checked.recipe))
     if 0 < gpus < checked.topology.world_size and checked.topology.pp > 1:
         why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU"
         what = f"pp {checked.topology.pp} by {checked.topology.world_size} ranks on {gpus} GPUs"
@@ -75,13 +74,12 @@ def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Loade
     from tplaunch.check.recipe import check_recipe
     from tplaunch.plan.case import Case
     from tplaunch.recipe.load import load_recipe
-    from tplaunch.spec.gpu import find_gpu, local_gpu
+    from tplaunch.spec.gpu import find_gpu
 
     overrides = [*(set_ or ()), *([f"hardware.gpu={gpu}"] if gpu else [])]
     loaded = load_recipe(recipe, overrides)
     checked = check_recipe(loaded, need_data=False)
-    name = checked.recipe.hardware.gpu
-    hardware = find_gpu(name) if name else local_gpu()
+    hardware = _gpu_of(checked.recipe)
     if hardware is None:
         hardware = find_gpu(_STAND_IN)
         typer.echo(f"no GPU is named or here: planned for {_STAND_IN}, --gpu plans for another", err=True)
@@ -90,6 +88,14 @@ def planned(recipe: str, set_: list[str] | None, gpu: str | None) -> tuple[Loade
 
         checked = settle(checked, hardware)
     return loaded, checked, Case(checked.recipe, hardware)
+
+
+def _gpu_of(recipe: Recipe) -> Gpu | None:
+    """The GPU that a recipe names, else this machine's; None where the table has neither."""
+    from tplaunch.spec.gpu import find_gpu, local_gpu
+
+    name = recipe.hardware.gpu
+    return find_gpu(name) if name else local_gpu()
 
 
 def check_rank(rank: int | None, case: Case) -> None:

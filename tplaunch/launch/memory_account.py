@@ -23,7 +23,7 @@ def memory_account(recipe: Recipe, rank: int) -> list[tuple[str, str]]:
         recipe: resolved.
 
     Returns:
-        None where the table has neither GPU.
+        [] where the table has neither GPU.
     """
     gpu = local_gpu() or _named(recipe)
     if gpu is None:

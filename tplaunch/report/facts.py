@@ -121,7 +121,7 @@ def _environment(run: RunDir, found: Sequence[Attempt], plan: Record | None) -> 
         values |= {
             name: text for name, text in (("Slurm job", last.job), ("nodes", ", ".join(map(str, last.nodes)))) if text
         }
-    hosts = {str(row["host"]) for row in read_lines(run.root / "ranks.jsonl") if row.get("host")}
+    hosts = {str(row["host"]) for row in read_lines(run.ranks) if row.get("host")}
     if hosts and "nodes" not in values:
         values["nodes"] = ", ".join(sorted(hosts))
     holder = next(iter(read_lines(run.lock_file)), {})

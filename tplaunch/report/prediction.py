@@ -49,7 +49,7 @@ def read_plan(run: RunDir) -> tuple[Record | None, str]:
         The plan, and why there is none.
     """
     try:
-        plan = json.loads((run.root / "plan.json").read_bytes())
+        plan = json.loads(run.plan.read_bytes())
         if _is_plan(plan):
             return plan, ""
     except (OSError, ValueError, RecursionError):
