@@ -37,7 +37,7 @@ def dashboard(run: RunDir, *options: str, **environ: str) -> subprocess.Complete
         env={**kept, "NETRC": os.devnull, **environ},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,  # W&B's own tries go on for many minutes
     )
 
 

@@ -12,6 +12,8 @@ import typer
 from tplaunch.errors import Exit, Problem, TplaunchError
 
 _SERVER_S = 20  # to answer
+# Twenty tries, W&B's default, go on behind a process that wants to end, for many minutes.
+_TRIES = {"x_graphql_retry_max": 3, "x_graphql_retry_wait_min_seconds": 0.5, "x_graphql_retry_wait_max_seconds": 2.0}
 
 app = typer.Typer(help="Send offline W&B runs; make a W&B workspace.", no_args_is_help=True)
 
@@ -79,6 +81,7 @@ def dashboard(
     if push:
         import wandb
 
+        wandb.setup(settings=wandb.Settings(**_TRIES))
         try:
             workspace.entity = workspace.entity or wandb.Api(timeout=_SERVER_S).default_entity or ""
             typer.echo(workspace.save().url)
