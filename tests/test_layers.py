@@ -20,7 +20,20 @@ WITHOUT_TORCH = {
     *("checkpoint.store", "checkpoint.fit", "checkpoint.origin", "optim.lr", "bench.run", "generate.run"),
     *("train.straggler", "train.spike"),
 }
-FRONT = ("errors", "units", "files", "machine", "streams", "recipe", "spec", "run", "check", "plan", "launch")
+FRONT = (
+    "errors",
+    "units",
+    "files",
+    "machine",
+    "streams",
+    "sparkline",
+    "recipe",
+    "spec",
+    "run",
+    "check",
+    "plan",
+    "launch",
+)
 FRONT += ("slurm", "report", "cli")
 
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from tplaunch.check.recipe import Checked
 from tplaunch.files import append_line
 from tplaunch.launch.console import RunView, print_summary
-from tplaunch.launch.sparkline import sparkline
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Saved, SaveFailed, Skipped, Straggled
 from tplaunch.run.metrics import MetricsLog
+from tplaunch.sparkline import sparkline
 from tplaunch.spec.resolve import resolve
 
 RECIPE = {

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.made_runs import make_run
 from tplaunch.report.curves import Curves, running_medians, thin
-from tplaunch.report.spark import sparkline
 
 
 def test_bad_lines_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -62,10 +61,3 @@ def test_equal_step_and_tokens(tmp_path: Path) -> None:
     assert curves.at("loss", 23) == curves.at("loss", 20) != curves.at("loss", 25)
     assert curves.at("loss", 4) is None
     assert curves.at("loss", 20 * 524_288, "tokens") == curves.at("loss", 20)
-
-
-def test_sparklines() -> None:
-    assert sparkline([], 10) == ""
-    assert sparkline([1, 2, 3, 4], 10) == "▁▃▆█"
-    assert sparkline([2.0] * 100, 5) == "▄▄▄▄▄"
-    assert len(sparkline(list(range(1000)), 16)) == 16

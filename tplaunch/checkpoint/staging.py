@@ -28,12 +28,14 @@ class HostCopies:
             tensors: by name, any dtype; of DTensors this rank's part is copied.
         """
         copies: dict[str, Tensor] = {}
+        under_way = False
         for name, tensor in tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if name not in self._kept:
                 self._kept[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             kept = self._kept[name].copy_(local, non_blocking=True)
+            under_way = under_way or local.is_cuda
             copies[name] = with_local(tensor, kept) if isinstance(tensor, DTensor) else kept
-        if torch.cuda.is_available():
+        if under_way:
             torch.cuda.synchronize()
         return copies

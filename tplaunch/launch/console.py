@@ -17,7 +17,6 @@ from rich.text import Text
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.files import Record, Tail, parse_lines
-from tplaunch.launch.sparkline import sparkline
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     CheckpointDamaged,
@@ -39,6 +38,7 @@ from tplaunch.run.events import (
     parse_event,
 )
 from tplaunch.run.records import parse_records
+from tplaunch.sparkline import sparkline
 from tplaunch.units import format_count, format_duration
 
 REDRAW_S = 0.25

@@ -15,7 +15,7 @@ class LossScale:
         good: good steps since the last change.
     """
 
-    value: float = 1.0
+    value: float
     interval: int = 1000
     good: int = 0
 

@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tplaunch.report.spark import sparkline
 from tplaunch.report.watch import Watched
+from tplaunch.sparkline import sparkline
 from tplaunch.units import format_count, format_duration
 
 _STYLES = {"running": "green", "failed": "red", "gone": "red", "done": "blue"}
