@@ -36,7 +36,7 @@ def case(recipe: str, *overrides: str) -> Case:
 def save(name: str, svg: str, scale: float = 1.0) -> None:
     """Write a picture as PNG of few colours."""
     image = Image.open(io.BytesIO(vl_convert.svg_to_png(svg, scale=scale))).convert("RGB")
-    path = HERE / f"{name}.png"
+    path = HERE / "pictures" / f"{name}.png"
     image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size // 1024} KiB")
 
