@@ -20,8 +20,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", folder]
         subprocess.run(build, cwd=HERE.parent, check=True)
-        shot(Path(folder) / "guides/topology/index.html", "site-guide", (1280, 1600), 0.6)
-        shot(Path(folder) / "reference/recipe/index.html", "site-recipe", (1280, 1100), 0.6)
+        shot(Path(folder) / "guides/topology/index.html", "site-guide", (1500, 1700), 0.55)
+        shot(Path(folder) / "reference/recipe/index.html", "site-recipe", (1500, 1200), 0.55)
 
 
 if __name__ == "__main__":

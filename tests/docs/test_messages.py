@@ -35,11 +35,12 @@ def texts() -> list[tuple[str, ...]]:
 
 def is_said(message: str) -> bool:
     """Does the code have a text that becomes this message, with some values in it?"""
-    for words in texts():
-        if sum(map(len, words)) >= _SHARE * len(message) and all(part in message for part in words):
-            if re.fullmatch(".*?".join(map(re.escape, words)), message, re.S):
-                return True
-    return False
+    near = [
+        words
+        for words in texts()
+        if sum(map(len, words)) >= _SHARE * len(message) and all(part in message for part in words)
+    ]
+    return any(re.fullmatch(".*?".join(map(re.escape, words)), message, re.S) for words in near)
 
 
 def quoted() -> list[str]:
