@@ -42,8 +42,10 @@ def save(name: str, svg: str, scale: float = 1.0) -> None:
 
 
 def terminal_picture(name: str, title: str, text: str) -> None:
-    console = Console(record=True, width=128, file=io.StringIO(), force_terminal=True, highlight=False)
-    console.print(Text.from_ansi(text), soft_wrap=True)
+    drawn = Text.from_ansi(text)
+    width = max(128, *(line.cell_len for line in drawn.split()))
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(drawn, soft_wrap=True)
     save(name, console.export_svg(title=title))
 
 

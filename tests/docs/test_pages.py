@@ -1,4 +1,4 @@
-"""Keys and parts of recipes in README and docs are those of the schema; links lead somewhere."""
+"""Keys and parts of recipes in README and docs are those of the schema; links lead somewhere, pictures are shown."""
 
 from __future__ import annotations
 
@@ -111,3 +111,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         if "://" not in target and (not file.exists() or (anchor and anchor not in anchors(file))):
             wrong.append(target)
     assert wrong == []
+
+
+def test_every_picture_is_shown_and_small() -> None:
+    texts = "".join(page.read_text() for page in [*pages(), ROOT / "CONTRIBUTING.md"])
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs/pictures").iterdir()}
+    assert [name for name in sizes if f"pictures/{name})" not in texts] == []
+    assert max(sizes.values()) < 300_000 and sum(sizes.values()) < 2_000_000
