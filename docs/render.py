@@ -36,14 +36,16 @@ def case(recipe: str, *overrides: str) -> Case:
 def save(name: str, svg: str, scale: float = 1.0) -> None:
     """Write a picture as PNG of few colours."""
     image = Image.open(io.BytesIO(vl_convert.svg_to_png(svg, scale=scale))).convert("RGB")
-    path = HERE / f"{name}.png"
+    path = HERE / "pictures" / f"{name}.png"
     image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size // 1024} KiB")
 
 
 def terminal_picture(name: str, title: str, text: str) -> None:
-    console = Console(record=True, width=128, file=io.StringIO(), force_terminal=True, highlight=False)
-    console.print(Text.from_ansi(text), soft_wrap=True)
+    drawn = Text.from_ansi(text)
+    width = max(128, *(line.cell_len for line in drawn.split()))
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(drawn, soft_wrap=True)
     save(name, console.export_svg(title=title))
 
 

@@ -1,10 +1,13 @@
-"""Make the pictures of `docs/runs.md` again, of runs that are made up: python docs/render_runs.py
+"""Make the pictures of runs again, and of the console of one that goes on. The runs are made up.
+
+python docs/render_runs.py
 
 Needs the extra `plots`, and Debian's chromium and fonts-dejavu-core.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,10 +23,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from terminal import draw_terminal  # noqa: E402
 
-from tests.made_runs import make_run  # noqa: E402
+from tests.made_runs import made_records, make_run  # noqa: E402
 from tplaunch.check.recipe import check_recipe  # noqa: E402
+from tplaunch.launch.console import RunView  # noqa: E402
 from tplaunch.recipe.load import load_recipe  # noqa: E402
 from tplaunch.run.directory import RunDir  # noqa: E402
 
@@ -106,8 +111,8 @@ def stretch(run: RunDir) -> None:
         record = json.loads(line)
         share = record["tokens_per_s"] / 524_288
         record |= {"tokens_per_s": 402_000 * share, "step_time_s": 10.43 / share, "tflops_per_gpu": 378 * share}
-        record |= {"mfu": 0.382 * share, "memory_peak_gib": 47.9, "tokens": record["step"] * 4_194_304}
-        record |= {f"memory/pp{rank}_peak_gib": peak for rank, peak in enumerate((47.1, 47.9, 42.0, 38.8))}
+        record |= {"mfu": 0.382 * share, "memory_peak_gib": 31.9, "tokens": record["step"] * 4_194_304}
+        record |= {f"memory/pp{rank}_peak_gib": peak for rank, peak in enumerate((31.9, 31.2, 27.5, 26.6))}
         lines.append(json.dumps(record))
     run.metrics.write_text("\n".join(lines) + "\n")
 
@@ -126,9 +131,34 @@ def terminal(name: str, folder: Path, width: int, *arguments: str) -> None:
     done = subprocess.run(
         ["script", "-qec", command, "/dev/null"], cwd=folder, env=environment, capture_output=True, text=True
     )
-    # Of what was drawn over, the last.
-    text = re.split(r"(?:\x1b\[1A\x1b\[2K)+", done.stdout.replace("\r", ""))[-1].rstrip("\n")
-    save(draw_terminal(f"$ tplaunch {' '.join(arguments)}\n{text}", width), name)
+    save(draw_terminal(f"$ tplaunch {' '.join(arguments)}\n{last_drawn(done.stdout)}", width), name)
+
+
+def console(name: str, folder: Path, width: int) -> None:
+    """What `tplaunch train` shows of a run that goes on, on a terminal of so many columns."""
+    run = RunDir(folder / name)
+    run.create()
+    out = io.StringIO()
+    checked = check_recipe(load_recipe("llama3-8b"), need_data=False)
+    view = RunView(checked, run, Console(file=out, width=width, force_terminal=True, markup=False, highlight=False))
+    records = made_records(1240, 10, 3e-4, 0, None, time.time())
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    events = story(
+        NOW,
+        ("start", 1, {"attempt": 1, "world_size": 8}),
+        ("checkpoint", 2, {"step": 12_000, "seconds": 9}),
+        ("skipped", 3, {"step": 8412}),
+        ("straggler", 4, dict(step=12_390, rank=5, node=0, tp=5, dp=0, pp=0, ratio=1.31)),
+    )
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    view.close()
+    save(draw_terminal(f"$ tplaunch train llama3-8b\n{last_drawn(out.getvalue())}", width), name)
+
+
+def last_drawn(output: str) -> str:
+    """Of what a terminal was sent, what is left of that which was drawn over."""
+    lines = re.split(r"\r?(?:\x1b\[1A\x1b\[2K)+", output.replace("\r", ""))[-1]
+    return re.sub(r"\x1b\[(\?25[lh]|2K)", "", lines).rstrip("\n")
 
 
 def report(folder: Path) -> None:
@@ -159,6 +189,8 @@ def shot(file: Path, name: str, size: tuple[int, int], scale: float, *options: s
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as held:
         folder = Path(temporary)
+        console("console-80", folder, 80)
+        console("console-200", folder, 200)
         held.enter_context(make_runs(folder / "runs").lock())
         terminal("runs-list-80", folder, 80, "runs", "list")
         terminal("runs-list-wide", folder, 140, "runs", "list", "--filter", "'loss<3'", "--sort", "loss")

@@ -19,6 +19,7 @@ _THEME = TerminalTheme(
     [(110, 118, 130), (250, 130, 120), (100, 215, 150), (245, 190, 100), (92, 179, 240), (221, 148, 198)]
     + [(110, 215, 225), (255, 255, 255)],
 )
+_ROUND = str.maketrans("╭╮╰╯", "┌┐└┘")
 _DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))  # of the bits of a braille character
 
 
@@ -50,6 +51,7 @@ def _draw_sign(
     draw: ImageDraw.ImageDraw, font: Any, sign: str, x: int, y: int, colour: tuple[int, ...], *, bold: bool
 ) -> None:
     wide, high = _CELL
+    sign = sign.translate(_ROUND)
     bits = ord(sign) - 0x2800
     if 0 <= bits < 256:
         for bit, (across, down) in enumerate(_DOTS):
@@ -58,11 +60,13 @@ def _draw_sign(
                 draw.rectangle((left, top, left + 2, top + 2), fill=colour)
     elif "▁" <= sign <= "█":
         draw.rectangle((x, y + high - 2 * (ord(sign) - 0x2580), x + wide - 2, y + high - 1), fill=colour)
-    elif sign in "─━┌┐└┘├┤┬┴│":
-        cx, cy, thick = x + wide // 2, y + high // 2, 1 + (sign == "━")
+    elif sign in "─━╸╺┌┐└┘├┤┬┴│":
+        cx, cy, thick = x + wide // 2, y + high // 2, 1 + (sign in "━╸╺")
         if sign != "│":
-            draw.line((cx if sign in "┌└├" else x, cy, cx if sign in "┐┘┤" else x + wide, cy), fill=colour, width=thick)
-        if sign not in "─━":
+            draw.line(
+                (cx if sign in "┌└├╺" else x, cy, cx if sign in "┐┘┤╸" else x + wide, cy), fill=colour, width=thick
+            )
+        if sign not in "─━╸╺":
             top, bottom = (cy if sign in "┌┐┬" else y), (cy if sign in "└┘┴" else y + high)
             draw.line((cx, top, cx, bottom), fill=colour)
     else:

@@ -12,7 +12,22 @@ class Exit(IntEnum):
     DONE = 0
     FAILED = 1
     USAGE = 2
-    STOPPED = 75  # stopped on request or preempted, with a complete checkpoint: run again to go on
+    STOPPED = 75
+    INTERRUPTED = 130
+
+    @property
+    def meaning(self) -> str:
+        """What the code says, in words."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Exit.DONE: "done",
+    Exit.FAILED: "training failed, or what was looked at is damaged",
+    Exit.USAGE: "a mistake in recipe or usage, nothing was started",
+    Exit.STOPPED: "stopped on request or preempted, with a complete checkpoint: run it again to go on",
+    Exit.INTERRUPTED: "interrupted (Ctrl-C); training stops with 75 instead",
+}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return int(error.code)
     except KeyboardInterrupt:
-        return 130
+        return int(Exit.INTERRUPTED)
     except Exception as error:
         if os.environ.get("TPLAUNCH_DEBUG") == "1":
             raise

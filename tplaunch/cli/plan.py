@@ -24,7 +24,9 @@ def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
     gpu: GpuOption = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Also show this rank: its place, groups, stages.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="Also show this rank: its place, groups, stages.")
+    ] = None,
     timeline: Annotated[
         Path | None,
         typer.Option("--timeline", metavar="FILE.svg|.json", help="Write the pipeline's step as picture or trace."),

@@ -17,7 +17,10 @@ def simulate(
     set_: SetOption = None,
     gpu: GpuOption = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="This rank. Default: one of the first, middle and last pipeline rank.")
+        int | None,
+        typer.Option(
+            "--rank", metavar="N", help="This rank. Default: one of the first, middle and last pipeline rank."
+        ),
     ] = None,
 ) -> None:
     """Run the real trainer for a few ranks of any world.

@@ -79,14 +79,14 @@ def _problem(path: Path, details: list[ErrorDetails], tree: Tree, schema: dict[s
     allowed = _schema_at(path, schema)
     if node is None:
         section = _node(path[:-1], tree) or tree
-        return Problem("is missing", fix=f"add it: {_words(allowed, schema)}", where=section.key_origin, key=key)
+        return Problem("is missing", fix=f"add it: {in_words(allowed, schema)}", where=section.key_origin, key=key)
     if node.value is BROKEN:
         return None
     if "extra_forbidden" in kinds:
         return Problem("no such key", fix=_nearest(path, schema), where=node.key_origin, key=key)
     value = node.plain()
     why = next((str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"), "")
-    what = f"expected {_words(allowed, schema)}, got {show_value(value)}"
+    what = f"expected {in_words(allowed, schema)}, got {show_value(value)}"
     fix = VALUES.get((key, str(value))) or _hint(value, allowed, schema)
     return Problem(what, why=why, fix=fix, where=node.origin, key=key)
 
@@ -179,7 +179,7 @@ def _child(field: dict[str, Any], part: str | int) -> dict[str, Any] | None:
     return field.get("properties", {}).get(part) or (values if isinstance(values, dict) else None)
 
 
-def _words(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def in_words(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a field takes, in words."""
     said = dict.fromkeys(_word(member, schema) for member in _members(field, schema))
     return " or ".join(said)
@@ -198,7 +198,7 @@ def _word(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if kind == "array":
         count = field.get("minItems")
         exactly = f" of {count}" if count is not None and count == field.get("maxItems") else ""
-        return f"a list{exactly}, each {_words(field.get('items', {}), schema)}"
+        return f"a list{exactly}, each {in_words(field.get('items', {}), schema)}"
     if kind == "object":
         names = ", ".join(field.get("properties", {}))
         return f"a mapping ({names})" if names else "a mapping of names to text"

@@ -94,36 +94,51 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """Llama 3 frequency scaling (transformers `rope_type: llama3`)."""
 
-    factor: Annotated[float, Field(gt=0)] = 8.0
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    original_max_position: Small = 8192
+    factor: Annotated[float, Field(gt=0)] = Field(8.0, description="low frequencies are divided by it")
+    low_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="wavelengths longer than original_max_position over this are scaled"
+    )
+    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="wavelengths shorter than original_max_position over this stay"
+    )
+    original_max_position: Small = Field(8192, description="tokens of the sequences that the model began with")
 
 
 class Model(Section):
     """A decoder-only transformer, in Hugging Face and Megatron terms."""
 
-    preset: str | None = None
-    hidden_size: Small
-    num_layers: Small
-    num_heads: Small
+    preset: str | None = Field(
+        None, description="sizes of a published model, a name of `tplaunch recipe list`; keys beside it change them"
+    )
+    hidden_size: Small = Field(description="width of the residual stream")
+    num_layers: Small = Field(description="transformer blocks")
+    num_heads: Small = Field(description="query heads of each block")
     num_kv_heads: Small | None = Field(None, description="key/value heads (GQA); default num_heads")
     head_dim: Small | None = Field(None, description="default hidden_size / num_heads")
-    ffn_hidden_size: Small
-    vocab_size: Small
+    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls")
+    vocab_size: Small = Field(description="tokens of the tokenizer, or more")
     make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    position: Literal["rope", "learned"] = "rope"
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="kind of the norms")
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="added to the mean square, or the variance, before its root"
+    )
+    activation: Literal["swiglu", "gelu"] = Field(
+        "swiglu", description="of the MLP; swiglu has a gate beside its first matmul"
+    )
+    position: Literal["rope", "learned"] = Field("rope", description="rotary embeddings, or a learned table")
     max_position: Small | None = Field(None, description="rows of the learned position table")
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    rope_scaling: RopeScaling | None = None
-    qkv_bias: bool = False
+    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="rotary frequencies for longer sequences; null: as they are"
+    )
+    qkv_bias: bool = Field(False, description="biases on queries, keys and values (Qwen2)")
     linear_bias: bool = Field(False, description="biases on the attention output and on the MLP (GPT-2)")
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys (Qwen3)")
-    tie_embeddings: bool = False
-    init_std: Annotated[float, Field(gt=0, lt=10)] = 0.02
+    tie_embeddings: bool = Field(False, description="the output layer is the embedding table")
+    init_std: Annotated[float, Field(gt=0, lt=10)] = Field(
+        0.02,
+        description="standard deviation of initial weights; those that end a block have it over sqrt(2 num_layers)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -154,14 +169,16 @@ class Parallelism(Section):
     dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
     zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
-    sequence_parallel: bool = False
+    sequence_parallel: bool = Field(
+        False, description="activations between layers are split along the sequence over tp (Korthikanti et al. 2022)"
+    )
     async_tp: bool = Field(False, description="fuse matmuls with the collectives of sequence parallelism (CUDA)")
-    schedule: Schedule = "1f1b"
+    schedule: Schedule = Field("1f1b", description="order of the pipeline's passes")
     virtual_stages: Small = Field(1, description="model chunks a pipeline rank (interleaved and V schedules)")
     stage_layers: list[Annotated[int, Field(ge=0, le=10**6)]] | None = Field(
         None, description="layers of each stage, in order; default: balanced by cost"
     )
-    nodes: Small = 1
+    nodes: Small = Field(1, description="machines")
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
@@ -191,8 +208,8 @@ class Recompute(Section):
 class BatchRampUp(Section):
     """Global batch size that grows linearly (Megatron `--rampup-batch-size`)."""
 
-    start: Small
-    increment: Small
+    start: Small = Field(description="samples of the first steps")
+    increment: Small = Field(description="samples that are added at each size")
     steps: Small = Field(description="steps at each size")
 
 
@@ -218,24 +235,30 @@ class LossSpike(Section):
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
-    seq_len: Annotated[int, Field(ge=1, le=2**24)]
-    micro_batch_size: Small = 1
-    global_batch_size: Small
-    batch_ramp_up: BatchRampUp | None = None
-    steps: Count
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    precision: Precision = "bf16"
+    seq_len: Annotated[int, Field(ge=1, le=2**24)] = Field(description="tokens of a sample")
+    micro_batch_size: Small = Field(1, description="samples of one pass through the model")
+    global_batch_size: Small = Field(description="samples of one step, over all replicas")
+    batch_ramp_up: BatchRampUp | None = Field(None, description="a smaller global batch at first; null: none")
+    steps: Count = Field(description="optimizer updates of the whole run")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        1234, description="of initial weights and of the order of samples"
+    )
+    precision: Precision = Field("bf16", description="of the matmuls; weights are kept in fp32 (fp64: in fp64)")
     recompute: Literal["none", "cheap", "full", "auto"] | Recompute = Field(
         "none",
         description="what blocks make again in their backward passes; cheap: norm, rotary, activation; "
         "auto: what costs least of all that fits on the GPU",
     )
-    compile: bool = False
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    compile: bool = Field(False, description="torch.compile of the parts of each block")
+    grad_clip: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="largest 2-norm of all gradients together; null: no limit"
+    )
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
     document_mask: bool = Field(False, description="attention and positions restart at each document")
-    nonfinite: NonFinite = Field({}, validate_default=True)
+    nonfinite: NonFinite = Field(
+        {}, validate_default=True, description="what is done where a loss or gradient is not finite"
+    )
     loss_spike: LossSpike | None = Field(
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
@@ -247,36 +270,42 @@ class Training(Section):
 class Optimizer(Section):
     """AdamW (decoupled decay, on matrices only) or plain SGD."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    name: Literal["adamw", "sgd"] = Field("adamw", description="kind")
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="highest learning rate")
+    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="decay of the running means of gradients and of their squares, adamw only"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the mean square, adamw only")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="decoupled, of matrices: not of norms and biases"
+    )
     momentum: Probability = Field(0.0, description="sgd only")
 
 
 class LrSchedule(Section):
     """Linear warmup, then a decay to `min_lr`."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps from 0 to lr")
+    decay: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="from lr to min_lr; wsd: constant, then a decay at the end"
+    )
     decay_steps: Count | None = Field(
         None, description="last steps of the run, over which lr decays; default: all after the warmup, of wsd a tenth"
     )
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate of the last step")
 
 
 class Source(Section):
     """One corpus of a blend."""
 
     path: Text = Field(description="a file of text, a folder or pattern of them, or the prefix of a .bin/.idx pair")
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="samples of this corpus, in relation to the others'")
 
 
 class TrainTokenizer(Section):
     """Train a byte-level BPE on the training text."""
 
-    vocab_size: Annotated[int, Field(ge=257, le=10**6)]
+    vocab_size: Annotated[int, Field(ge=257, le=10**6)] = Field(description="tokens")
 
 
 class Data(Section):
@@ -286,7 +315,9 @@ class Data(Section):
         description="a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a list of these, "
         "each with its weight or 1"
     )
-    validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = None
+    validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = Field(
+        None, description="the same, of text that is not trained on"
+    )
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
     )
@@ -312,7 +343,7 @@ class Checkpoint(Section):
     every: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves; 0: only at the end")
     keep: Small = Field(3, description="newest checkpoints that stay")
     keep_every: Count | None = Field(None, description="steps whose multiples stay for ever")
-    async_: bool = Field(True, alias="async")
+    async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
         None, description="a checkpoint, of another run or imported, whose weights a new run starts from"
     )
@@ -321,13 +352,15 @@ class Checkpoint(Section):
 class Wandb(Section):
     """Weights & Biases. auto: online with a key, else offline."""
 
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "tplaunch"
-    entity: str | None = None
-    group: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a key, else offline"
+    )
+    project: str = Field("tplaunch", description="the W&B project")
+    entity: str | None = Field(None, description="the W&B user or team; null: the account's own")
+    group: str | None = Field(None, description="runs of one group stand together; default: of a sweep, its name")
     job_type: str = Field("train", description="what W&B lists the run as; members of a sweep are sweep, unless said")
     notes: str | None = Field(None, description="a longer text about the run")
-    tags: list[str] = []
+    tags: list[str] = Field([], description="labels to filter by")
     system: Literal["main", "every_node"] = Field(
         "main", description="whose CPUs, memory, disks and GPUs are watched: rank 0's node, or all (online runs)"
     )
@@ -356,47 +389,49 @@ class Logging(Section):
     on_event: Text | None = Field(
         None, description="a command, run without a shell for each event of the run, which it reads as JSON from stdin"
     )
-    profile: Profile = Field({}, validate_default=True)
-    wandb: Wandb = Field({}, validate_default=True)
+    profile: Profile = Field({}, validate_default=True, description="traces by torch's profiler")
+    wandb: Wandb = Field({}, validate_default=True, description="Weights & Biases")
 
 
 class Container(Section):
     """A container for every Slurm task."""
 
-    image: str
-    runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    mounts: list[str] = []
+    image: str = Field(description="name or file of the image")
+    runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="what starts it")
+    mounts: list[str] = Field([], description="folders, as SOURCE:TARGET")
 
 
 class Slurm(Section):
     """The job, in sbatch's own words."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    constraint: str | None = None
+    partition: str | None = Field(None, description="sbatch --partition")
+    account: str | None = Field(None, description="sbatch --account")
+    qos: str | None = Field(None, description="sbatch --qos")
+    reservation: str | None = Field(None, description="sbatch --reservation")
+    constraint: str | None = Field(None, description="features that the nodes must have")
     nodelist: str | None = Field(None, description="nodes that must be among the job's")
-    exclude: str | None = None
-    time: SlurmTime | None = None
+    exclude: str | None = Field(None, description="nodes that must not be among the job's")
+    time: SlurmTime | None = Field(None, description="limit of the job")
     mem: SlurmMemory | None = Field(None, description="of each node; 0: all of it")
-    cpus_per_task: Small | None = None
+    cpus_per_task: Small | None = Field(None, description="CPU cores of each node's task")
     gpus: bool = Field(True, description="ask for gpus_per_node GPUs on each node")
     gpu_type: str | None = Field(None, description="their type, as the cluster's gres names it: h100")
     exclusive: bool | Literal["user", "mcs"] = Field(False, description="share the nodes with no other job")
-    licenses: str | None = None
+    licenses: str | None = Field(None, description="sbatch --licenses")
     switches: Small | str | None = Field(None, description="most leaf switches, and how long to wait: 1@2:00:00")
     dependency: str | None = Field(None, description="jobs to wait for: afterok:123")
     mail_type: str | None = Field(None, description="what to write a mail about: END,FAIL")
-    mail_user: str | None = None
-    comment: str | None = None
+    mail_user: str | None = Field(None, description="who gets them")
+    comment: str | None = Field(None, description="sbatch --comment")
     sbatch: list[str] = Field([], description="any other option of sbatch, whole: --wckey=x")
-    requeue: bool = True
+    requeue: bool = Field(
+        True, description="the job goes back into the queue when it is preempted or ends at its limit"
+    )
     grace: Seconds = Field(120.0, description="seconds before the limit at which the job is told to save")
-    container: Container | None = None
-    modules: list[str] = []
+    container: Container | None = Field(None, description="a container for every task")
+    modules: list[str] = Field([], description="environment modules that are loaded first")
     setup: list[str] = Field([], description="shell lines run before the workers, e.g. activating a venv")
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field({}, description="environment variables of the workers")
 
 
 class Launch(Section):
@@ -405,13 +440,15 @@ class Launch(Section):
     )
     timeout: Seconds = Field(600.0, description="seconds a collective may take")
     first_step_timeout: Seconds = Field(1800.0, description="the same for set-up and the first step")
-    slurm: Slurm = Field({}, validate_default=True)
+    slurm: Slurm = Field({}, validate_default=True, description="the job, for `tplaunch submit`")
 
 
 class Hardware(Section):
     """What to plan for. Detected when absent."""
 
-    gpu: str | None = None
+    gpu: str | None = Field(
+        None, description="a name of the table, such as h100-80gb, or a .json file that describes one"
+    )
 
 
 class Recipe(Section):
@@ -421,13 +458,13 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="a name of letters, digits, dots, dashes and underscores",
     )
-    model: Model
-    topology: Parallelism = Field({}, validate_default=True)
-    training: Training
-    optimizer: Optimizer = Field({}, validate_default=True)
-    lr_schedule: LrSchedule = Field({}, validate_default=True)
-    data: Data
-    checkpoint: Checkpoint = Field({}, validate_default=True)
-    logging: Logging = Field({}, validate_default=True)
-    launch: Launch = Field({}, validate_default=True)
-    hardware: Hardware = Field({}, validate_default=True)
+    model: Model = Field(description="the transformer")
+    topology: Parallelism = Field({}, validate_default=True, description="TP x PP x DP")
+    training: Training = Field(description="length, batch, numerics")
+    optimizer: Optimizer = Field({}, validate_default=True, description="what updates the weights")
+    lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
+    data: Data = Field(description="corpora and tokenizer")
+    checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
+    logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
+    launch: Launch = Field({}, validate_default=True, description="how processes are started")
+    hardware: Hardware = Field({}, validate_default=True, description="the GPU to plan for")
