@@ -42,6 +42,14 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
+    (["logging.samples.every=5"], "logging.samples", "there is no prompt to continue", "every: 0"),
+    (["logging.samples={every: 5, prompts: [a, '']}"], "logging.samples.prompts[1]", "is empty", "leave it out"),
+    (
+        ["logging.samples={every: 5, prompts: [a], max_tokens: 64}"],
+        "logging.samples.max_tokens",
+        "64 leaves no room for a prompt in training.seq_len 64",
+        "max_tokens: at most 63",
+    ),
     (["logging.profile.steps=[3,2]"], "logging.profile.steps", "steps 3 to 2 are none", "[2, 3]"),
     (["logging.profile.steps=[19,21]"], "logging.profile.steps", "the run has no step 21", "at most 20"),
     (["logging.profile.ranks=[1,4]"], "logging.profile.ranks", "there is no rank 1, 4: the world has 1", "ranks: 0"),

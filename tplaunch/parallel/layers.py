@@ -270,11 +270,12 @@ class _Lookup(torch.autograd.Function):
 @contextmanager
 def whole_sequences(module: nn.Module) -> Iterator[None]:
     """Run the layers of a module without sequence parallelism within a `with` block: one token cannot be split."""
-    kept = [(part, part.tp) for part in module.modules() if isinstance(getattr(part, "tp", None), TensorParallel)]
+    parts = [(part, getattr(part, "tp", None)) for part in module.modules()]
+    kept = [(part, tp) for part, tp in parts if isinstance(tp, TensorParallel)]
     for part, tp in kept:
-        part.tp = replace(tp, sequence_parallel=False, fused=False)
+        part.tp = replace(tp, sequence_parallel=False, fused=False)  # type: ignore[assignment]
     try:
         yield
     finally:
         for part, tp in kept:  # the very same: compiled code asks for it
-            part.tp = tp
+            part.tp = tp  # type: ignore[assignment]
