@@ -355,6 +355,44 @@ class TestData:
         assert [(warning.key, warning.where) for warning in checked.warnings] == [("data.train", "--set")]
 
 
+class TestSamples:
+    @pytest.fixture
+    def tokenizer(self, recipe: Path) -> Path:
+        from tplaunch.data.tokenizer import train_bpe
+
+        train_bpe(["abc"], 300, path := recipe.parent / "t.json")
+        return path
+
+    @pytest.mark.parametrize("beside", [False, True], ids=["named", "beside"])
+    def test_a_prompt_that_is_too_long(self, recipe: Path, tokenizer: Path, beside: bool) -> None:
+        """64 tokens are the sequence: as many as its bytes, where the tokenizer knows no longer ones."""
+        named = ["data.train=pair", "data.tokenizer=null"] if beside else [f"data.tokenizer={tokenizer}"]
+        if beside:
+            for name in ("pair.bin", "pair.idx"):
+                (recipe.parent / name).touch()
+            tokenizer.rename(recipe.parent / "pair.tokenizer.json")
+        asked = "logging.samples={every: 5, prompts: [a, " + "xy" * 20 + "], max_tokens: 25}"
+        (problem,) = problems(recipe, *named, asked)
+        assert (problem.key, problem.where) == ("logging.samples.prompts[1]", "--set")
+        assert problem.what == "40 tokens, and max_tokens 25 after them, exceed training.seq_len 64"
+        assert problem.fix == "a prompt of at most 39 tokens, or max_tokens: 24"
+        check(recipe, *named, asked.replace("25", "24"))
+
+    def test_data_without_a_tokenizer(self, recipe: Path) -> None:
+        for name in ("pair.bin", "pair.idx"):
+            (recipe.parent / name).touch()
+        text = RECIPE.replace("train: text.txt, tokenizer: {vocab_size: 300}", "train: pair")
+        recipe.write_text(text + "logging:\n  samples: {every: 5, prompts: [a], max_tokens: 8}\n")
+        (problem,) = problems(recipe)
+        assert problem.key == "logging.samples" and problem.where.endswith("r.yaml:6:3")
+        assert problem.what == "needs a tokenizer" and "data.tokenizer" in problem.fix
+        check(recipe, "logging.samples.every=0")
+
+    def test_prompts_alone_are_warned_of(self, recipe: Path) -> None:
+        (warning,) = check(recipe, "logging.samples.prompts=[a]").warnings
+        assert warning.key == "logging.samples.prompts" and "every" in warning.fix
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
