@@ -366,7 +366,9 @@ class TestSamples:
     @pytest.mark.parametrize("beside", [False, True], ids=["named", "beside"])
     def test_a_prompt_that_is_too_long(self, recipe: Path, tokenizer: Path, beside: bool) -> None:
         """64 tokens are the sequence: as many as its bytes, where the tokenizer knows no longer ones."""
-        named = ["data.train=pair", "data.tokenizer=null"] if beside else [f"data.tokenizer={tokenizer}"]
+        named = (
+            [f"data.train={recipe.parent}/pair", "data.tokenizer=null"] if beside else [f"data.tokenizer={tokenizer}"]
+        )
         if beside:
             for name in ("pair.bin", "pair.idx"):
                 (recipe.parent / name).touch()
