@@ -82,7 +82,7 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
     assert lines[6] == f"step 8 writes: ROMEO: | [2J{soft}... (2 more in samples.jsonl)"
     assert lines[4] == "loss 9.0000 at step 8 is a spike: the median before it is 2.2500"
     assert lines[5] == "back to the state of step 6 after step 8; its data are skipped"
-    assert lines[6].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
+    assert lines[7].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
     assert "MFU 41.2%" in lines[6]
     assert len(lines) == 7
 
