@@ -78,13 +78,13 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
         "step 5/100  loss 2.0000  grad_norm 0.5000  lr 1.00e-03  1.23K tokens/s  3m10s left",
     ]
     assert lines[2:4] == ["checkpoint of step 6", "checkpoint of step 7 failed, training goes on: disk full"]
-    soft = "But, soft! " + "a " * 36 + "a"
-    assert lines[6] == f"step 8 writes: ROMEO: | [2J{soft}... (2 more in samples.jsonl)"
     assert lines[4] == "loss 9.0000 at step 8 is a spike: the median before it is 2.2500"
     assert lines[5] == "back to the state of step 6 after step 8; its data are skipped"
+    soft = "But, soft! " + "a " * 36 + "a"
+    assert lines[6] == f"step 8 writes: ROMEO: | [2J{soft}... (2 more in samples.jsonl)"
     assert lines[7].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
-    assert "MFU 41.2%" in lines[6]
-    assert len(lines) == 7
+    assert "MFU 41.2%" in lines[7]
+    assert len(lines) == 8
 
 
 def test_steps_that_are_trained_again_are_shown_again(run: RunDir) -> None:
