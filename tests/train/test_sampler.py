@@ -22,6 +22,7 @@ from tplaunch.data.indexed import IndexedWriter
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Exit
 from tplaunch.files import read_lines
+from tplaunch.run.ranks import MEASURED
 
 STEPS, EVERY, MOST = 10, 4, 12
 PROMPTS = ["to be", "that is the"]
@@ -79,8 +80,8 @@ def train(raw: dict[str, Any], root: str, tokenizer: str, slow: bool = False) ->
         before = state()
         texts: list[str] = real()
         same.append(state() == before)
-        if slow and made.main:
-            time.sleep(2.0)
+        if slow and made.main and len(same) == 1:
+            time.sleep(4.0)
         return texts
 
     made.sampler.write = write
@@ -150,13 +151,15 @@ def test_any_topology_writes_the_same_and_trains_as_without(
 
 
 def test_nobody_is_charged_for_it(world: World, tmp_path: Path, folder: Path) -> None:
-    """Rank 0 takes 2 s more to write than the others: no part of a step has them, and it is no straggler."""
-    raw = recipe(folder, SAMPLES, dp=2, zero=1, logging={"per_rank_every": 1})
+    """Rank 0 takes 4 s more to write than the other: no part of a step, on no rank, has them. So it cannot be taken
+    for a straggler, which is found by the time that it waits for its data. They come after step 4; a record, for which
+    the ranks wait for each other, is of steps 4 and 5."""
+    raw = recipe(folder, SAMPLES, dp=2, zero=1, logging={"every": 3, "per_rank_every": 5})
     world.run(2, train, raw, str(tmp_path), str(folder / "tokenizer.json"), True)
     rows = read_lines(tmp_path / "ranks.jsonl")
-    assert len(rows) == 2 * STEPS and max(row["step_time_s"] for row in rows) < 1.5
-    assert max(row["forward_backward_s"] for row in rows) < 1.5
-    assert events(tmp_path, "straggler") == [] or max(e["ratio"] for e in events(tmp_path, "straggler")) < 5
+    assert [row["step"] for row in rows] == [5, 5, STEPS, STEPS]
+    assert max(row[key] for row in rows for key in MEASURED if key.endswith("_s")) < 1.5
+    assert events(tmp_path, "samples")[0]["seconds"] >= 4
 
 
 def test_a_resumed_run_writes_each_text_once(world: World, tmp_path: Path, folder: Path) -> None:
