@@ -42,6 +42,14 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
+    (["logging.samples.every=5"], "logging.samples", "there is no prompt to continue", "every: 0"),
+    (["logging.samples={every: 5, prompts: [a, '']}"], "logging.samples.prompts[1]", "is empty", "leave it out"),
+    (
+        ["logging.samples={every: 5, prompts: [a], max_tokens: 64}"],
+        "logging.samples.max_tokens",
+        "64 leaves no room for a prompt in training.seq_len 64",
+        "max_tokens: at most 63",
+    ),
     (["logging.profile.steps=[3,2]"], "logging.profile.steps", "steps 3 to 2 are none", "[2, 3]"),
     (["logging.profile.steps=[19,21]"], "logging.profile.steps", "the run has no step 21", "at most 20"),
     (["logging.profile.ranks=[1,4]"], "logging.profile.ranks", "there is no rank 1, 4: the world has 1", "ranks: 0"),
@@ -345,6 +353,46 @@ class TestData:
     def test_is_only_warned_of_where_it_is_not_needed(self, recipe: Path) -> None:
         checked = check(recipe, "data.train=gone.txt", need_data=False)
         assert [(warning.key, warning.where) for warning in checked.warnings] == [("data.train", "--set")]
+
+
+class TestSamples:
+    @pytest.fixture
+    def tokenizer(self, recipe: Path) -> Path:
+        from tplaunch.data.tokenizer import train_bpe
+
+        train_bpe(["abc"], 300, path := recipe.parent / "t.json")
+        return path
+
+    @pytest.mark.parametrize("beside", [False, True], ids=["named", "beside"])
+    def test_a_prompt_that_is_too_long(self, recipe: Path, tokenizer: Path, beside: bool) -> None:
+        """64 tokens are the sequence: as many as its bytes, where the tokenizer knows no longer ones."""
+        named = (
+            [f"data.train={recipe.parent}/pair", "data.tokenizer=null"] if beside else [f"data.tokenizer={tokenizer}"]
+        )
+        if beside:
+            for name in ("pair.bin", "pair.idx"):
+                (recipe.parent / name).touch()
+            tokenizer.rename(recipe.parent / "pair.tokenizer.json")
+        asked = "logging.samples={every: 5, prompts: [a, " + "xy" * 20 + "], max_tokens: 25}"
+        (problem,) = problems(recipe, *named, asked)
+        assert (problem.key, problem.where) == ("logging.samples.prompts[1]", "--set")
+        assert problem.what == "40 tokens, and max_tokens 25 after them, exceed training.seq_len 64"
+        assert problem.fix == "a prompt of at most 39 tokens, or max_tokens: 24"
+        check(recipe, *named, asked.replace("25", "24"))
+
+    def test_data_without_a_tokenizer(self, recipe: Path) -> None:
+        for name in ("pair.bin", "pair.idx"):
+            (recipe.parent / name).touch()
+        text = RECIPE.replace("train: text.txt, tokenizer: {vocab_size: 300}", "train: pair")
+        recipe.write_text(text + "logging:\n  samples: {every: 5, prompts: [a], max_tokens: 8}\n")
+        (problem,) = problems(recipe)
+        assert problem.key == "logging.samples" and problem.where.endswith("r.yaml:6:3")
+        assert problem.what == "needs a tokenizer" and "data.tokenizer" in problem.fix
+        check(recipe, "logging.samples.every=0")
+
+    def test_prompts_alone_are_warned_of(self, recipe: Path) -> None:
+        (warning,) = check(recipe, "logging.samples.prompts=[a]").warnings
+        assert warning.key == "logging.samples.prompts" and "every" in warning.fix
 
 
 @pytest.mark.parametrize(

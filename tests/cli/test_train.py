@@ -169,3 +169,14 @@ def test_missing_data_starts_nothing(here: Path, capsys: pytest.CaptureFixture[s
     assert tplaunch(["train", "tiny.yaml"]) == Exit.USAGE
     assert "text.txt" in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+def test_a_prompt_is_measured_by_the_tokenizer_that_is_trained_first(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["command", "tiny.yaml", "--set"]
+    assert tplaunch([*line, "logging.samples={every: 2, prompts: [To be, xyxyxyxy], max_tokens: 9}"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "logging.samples.prompts[1]: 8 tokens, and max_tokens 9 after them, exceed training.seq_len 16" in said
+    assert "max_tokens: 8" in said and not (here / "runs").exists()
+    assert tplaunch([*line, "logging.samples={every: 2, prompts: [To be, xyxyxyxy], max_tokens: 8}"]) == Exit.DONE

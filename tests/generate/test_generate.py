@@ -38,14 +38,13 @@ def _recipe(family: str, tp: int, pp: int) -> Any:
 def _generate(family: str, tp: int, pp: int, checkpoint: str) -> tuple[list[int], list[float]]:
     """Greedy tokens on this rank; on the last pipeline rank also the logits after them, cached less whole."""
     from tplaunch.generate.decode import Decoder, generate
-    from tplaunch.generate.load import load_stage
+    from tplaunch.generate.load import load_model
     from tplaunch.parallel.mesh import Mesh
 
     recipe = _recipe(family, tp, pp)
-    mesh = Mesh.of(recipe, torch.device("cpu"))
-    stage = load_stage(recipe, mesh, Path(checkpoint), len(PROMPT) + MOST)
-    tokens = list(generate(stage, mesh, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
-    cached, whole = (Decoder(stage, mesh, len(PROMPT) + MOST) for _ in range(2))
+    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint), len(PROMPT) + MOST)
+    tokens = list(generate(model, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
+    cached, whole = (Decoder(model, len(PROMPT) + MOST) for _ in range(2))
     step = cached.logits(torch.tensor([PROMPT]))
     for token in tokens:
         step = cached.logits(torch.tensor([[token]]))

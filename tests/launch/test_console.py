@@ -16,7 +16,7 @@ from tplaunch.files import append_line
 from tplaunch.launch.console import RunView, print_summary
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Saved, SaveFailed, Skipped, Straggled
+from tplaunch.run.events import LossSpiked, Resumed, RolledBack, Sampled, Saved, SaveFailed, Skipped, Straggled
 from tplaunch.run.metrics import MetricsLog
 from tplaunch.sparkline import sparkline
 from tplaunch.spec.resolve import resolve
@@ -69,6 +69,7 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
     run.append(SaveFailed(step=7, why="disk full"))
     run.append(LossSpiked(step=8, loss=9.0, median=2.25))
     run.append(RolledBack(step=8, checkpoint=6))
+    run.append(Sampled(step=8, count=3, seconds=1.5, prompt="ROMEO:", text="\n\x1b[2JBut, \u202esoft!  " + "a " * 80))
     view.update()
     view.close()
     _, _, *lines = out.getvalue().splitlines()
@@ -79,9 +80,11 @@ def test_a_line_a_record_where_there_is_no_terminal(run: RunDir) -> None:
     assert lines[2:4] == ["checkpoint of step 6", "checkpoint of step 7 failed, training goes on: disk full"]
     assert lines[4] == "loss 9.0000 at step 8 is a spike: the median before it is 2.2500"
     assert lines[5] == "back to the state of step 6 after step 8; its data are skipped"
-    assert lines[6].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
-    assert "MFU 41.2%" in lines[6]
-    assert len(lines) == 7
+    soft = "But, soft! " + "a " * 36 + "a"
+    assert lines[6] == f"step 8 writes: ROMEO: | [2J{soft}... (2 more in samples.jsonl)"
+    assert lines[7].startswith("step 6/100  loss 1.6667  validation 2.5000  grad_norm 0.5000")
+    assert "MFU 41.2%" in lines[7]
+    assert len(lines) == 8
 
 
 def test_steps_that_are_trained_again_are_shown_again(run: RunDir) -> None:

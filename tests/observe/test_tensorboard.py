@@ -38,6 +38,18 @@ def test_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     assert read_lines(run.events) == []
 
 
+def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    log = TensorboardLog(run, 0)
+    log.log_texts([{"step": 3, "prompt": p, "text": " *be*\n# or"} for p in ("to", "not")])
+    log.finish()
+    reader = accumulator.EventAccumulator(str(run.tensorboard))
+    reader.Reload()
+    (second,) = reader.Tensors("samples/1/text_summary")
+    assert (second.step, second.tensor_proto.string_val[0]) == (3, b"    not *be*\n    # or")
+
+
 def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.create()

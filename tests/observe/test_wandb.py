@@ -172,6 +172,32 @@ def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:
     assert [e["mode"] for e in read_lines(run.events)] == ["offline", "offline"]
 
 
+def test_texts_are_a_table_in_the_row_of_their_step(run: RunDir) -> None:
+    """Step 2 has no record of its own, step 4 has one."""
+    script = f"""
+import json, sys
+from pathlib import Path
+from tplaunch.observe.wandb import WandbLog
+from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+
+log = WandbLog(Recipe.model_validate(json.loads({json.dumps(json.dumps(RECIPE))})), RunDir(Path(sys.argv[1])), {{}})
+for step in range(1, 6):
+    if step % 2 == 0:
+        log.log_texts([{{"step": step, "prompt": "to be", "text": f" or not {{step}}"}}])
+    if step != 2:
+        log.log({{"step": step, "time": 1e9, "loss": 1 / step, "tokens": step}})
+log.finish(timeout_s=60.0)
+"""
+    subprocess.run([sys.executable, "-c", script, str(run.root)], env=environment(), timeout=120, check=True)
+    (folder,) = run.wandb.glob("offline-run-*")
+    found = rows(read_back(folder))
+    assert [step for step in sorted(found) if any("samples/table" in key for key in found[step])] == [2, 4]
+    assert [step for step in sorted(found) if "train/loss" in found[step]] == [1, 3, 4, 5]
+    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    assert sorted(table["data"] for table in tables) == [[[2, "to be", " or not 2"]], [[4, "to be", " or not 4"]]]
+
+
 def test_online(run: RunDir, server: Server) -> None:
     end(start(run, "auto", WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url))
     assert [line["train/loss"] for line in server.sent.lines("wandb-history.jsonl")] == [

@@ -10,6 +10,7 @@ from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
 from tplaunch.check.rules import batch, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
+from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
 from tplaunch.check.world import data_parallel, placement_warnings
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
@@ -67,9 +68,12 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     if dp is not None:
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*batch(recipe, dp), *profile_problems(recipe)]
-    problems += [*run_problems(recipe), *hook_problems(recipe), *tokenizer_problems(recipe)]
-    warnings = [*run_warnings(recipe), *observe_warnings(recipe)]
-    (problems if need_data else warnings).extend([*missing_files(recipe), *missing_packages(recipe)])
+    problems += [*run_problems(recipe), *hook_problems(recipe), *sample_problems(recipe), *tokenizer_problems(recipe)]
+    warnings = [*run_warnings(recipe), *observe_warnings(recipe), *sample_warnings(recipe)]
+    missing = [*missing_files(recipe), *missing_packages(recipe)]
+    (problems if need_data else warnings).extend(missing)
+    if need_data and not missing:
+        problems += prompt_problems(recipe)
 
     def placed(found: list[Problem]) -> list[Problem]:
         return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,23 +13,48 @@ from tplaunch.generate.sample import Sampling, pick
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import COMPUTE_DTYPE
+from tplaunch.parallel.relay import Relay
+from tplaunch.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """A model on the ranks of a mesh.
+
+    Args:
+        recipe: resolved.
+        mesh: the mesh.
+        stages: those of this rank, by number, in order; without sequence parallelism (`whole_sequences`).
+        group: of the pipeline's ranks, for what goes between stages.
+    """
+
+    recipe: Recipe
+    mesh: Mesh
+    stages: Mapping[int, TransformerStage]
+    group: dist.ProcessGroup
 
 
 class Decoder:
-    """One sequence, on this rank's stage.
+    """One sequence.
 
     Args:
-        stage: from `load_stage`.
-        mesh: the mesh, without sequence parallelism.
+        model: the model.
         max_tokens: tokens of the sequence, prompt and all.
     """
 
-    def __init__(self, stage: TransformerStage, mesh: Mesh, max_tokens: int) -> None:
-        self.stage = stage
-        self.mesh = mesh
+    def __init__(self, model: StagedModel, max_tokens: int) -> None:
+        self.model = model
         self.length = 0
-        self._caches = [KeyValueCache(max_tokens) for _ in stage.layers]
-        self._weight = next(stage.parameters())
+        self.relay = Relay(model.recipe, model.mesh, model.group)
+        self._caches = {
+            number: [KeyValueCache(max_tokens) for _ in stage.layers] for number, stage in model.stages.items()
+        }
+
+    @property
+    def last(self) -> int:
+        """The pipeline rank that gets the logits."""
+        return self.relay.ranks[-1]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor | None:
@@ -38,37 +64,22 @@ class Decoder:
             tokens: int64 [1, s]; s is 1 but for the first call.
 
         Returns:
-            [vocab], of what follows the last of them; None before the last pipeline rank.
+            [vocab], of what follows the last of them; None on pipeline ranks without the last stage.
         """
-        rank, last, group = self.mesh.coordinates.pp, self.mesh.topology.pp - 1, self.mesh.pp_group
-        x = tokens.to(self.mesh.device)
-        if rank > 0:
-            shape = (tokens.shape[1], 1, self.stage.spec.hidden_size)
-            x = torch.empty(shape, dtype=self._weight.dtype, device=self.mesh.device)
-            dist.recv(x, group=group, group_src=rank - 1)
-        x = self._run(x, tokens.shape[1])
-        self.length += tokens.shape[1]
-        if rank < last:
-            dist.send(x.contiguous(), group=group, group_dst=rank + 1)
-            return None
-        return x[0, 0]
-
-    def _run(self, x: Tensor, count: int) -> Tensor:
-        """Tokens [1, s] or hidden states [s, 1, h] -> hidden states, or logits [1, 1, vocab] of the last one."""
-        stage, here = self.stage, slice(self.length, self.length + count)
-        if stage.embedding is not None:
-            x = stage.embedding(x)
-            if stage.position is not None:
-                x = stage.position(x, torch.arange(here.start, here.stop, device=x.device)[None])
-        rope = None if stage.rope is None else stage.rope[:, here]
-        for block, cache in zip(stage.layers.values(), self._caches, strict=True):
-            x = block(x, rope, None, cache)
-        return x if stage.norm is None or stage.output is None else stage.output(stage.norm(x[-1:]), None)
+        recipe, mesh = self.model.recipe, self.model.mesh
+        count, dtype = tokens.shape[1], COMPUTE_DTYPE[recipe.training.precision]
+        shape = torch.Size((count, 1, recipe.model.hidden_size))
+        x = tokens.to(mesh.device)
+        for number, stage in self.model.stages.items():
+            x = self.relay.receive(number, x, shape, dtype)
+            x = stage.extend(x, self._caches[number], self.length)
+            self.relay.send(number, x)
+        self.length += count
+        return x[0, 0] if mesh.coordinates.pp == self.last else None
 
 
 def generate(
-    stage: TransformerStage,
-    mesh: Mesh,
+    model: StagedModel,
     prompt: Sequence[int],
     *,
     max_tokens: int,
@@ -79,13 +90,15 @@ def generate(
     """Continue a prompt, on every rank alike.
 
     Args:
+        model: whose words they are.
         prompt: at least one token.
         max_tokens: tokens to make.
         sampling: how each is chosen.
         seed: of the choice.
         ends: tokens after which there are no more.
     """
-    decoder = Decoder(stage, mesh, len(prompt) + max_tokens)
+    decoder, mesh = Decoder(model, len(prompt) + max_tokens), model.mesh
+    chooser = mesh.topology.rank(pp=decoder.last)
     random = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([prompt])
     chosen = torch.zeros(1, dtype=torch.int64, device=mesh.device)
@@ -93,8 +106,8 @@ def generate(
         logits = decoder.logits(tokens)
         if logits is not None:
             chosen.fill_(pick(logits, sampling, random))
-        if mesh.topology.pp > 1:
-            dist.broadcast(chosen, group=mesh.pp_group, group_src=mesh.topology.pp - 1)
+        if mesh.topology.world_size > 1:  # all go on with one choice: ranks that stop apart would hang
+            dist.broadcast(chosen, src=chooser)
         token = int(chosen)
         yield token
         if token in ends:

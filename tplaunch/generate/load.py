@@ -1,4 +1,4 @@
-"""A checkpoint's weights in the stage of one rank, in the compute dtype, without FSDP2: nothing is trained."""
+"""A checkpoint's weights in a model, one stage a rank, in the compute dtype, without FSDP2: nothing is trained."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.checkpoint.load import load_tensors
+from tplaunch.generate.decode import StagedModel
 from tplaunch.model.build import outline
-from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.stages import stage_ranges
 
 
-def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> TransformerStage:
-    """This rank's stage, filled; every rank calls it.
+def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> StagedModel:
+    """The model with this rank's stage, filled; every rank calls it.
 
     Args:
         recipe: with one stage on each pipeline rank.
@@ -37,4 +37,4 @@ def load_stage(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> 
     }
     load_tensors(wanted, checkpoint)
     module.place_rope(positions, mesh.device)
-    return module.eval().requires_grad_(False)
+    return StagedModel(recipe, mesh, {rank: module.eval().requires_grad_(False)}, mesh.pp_group)

@@ -10,6 +10,7 @@ from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.checkpoint.origin import Origin
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.generate.prompts import ends_of, prompt_ids
 from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.launch.helper import run_module
 from tplaunch.machine import count_gpus
@@ -35,7 +36,7 @@ class Prompts:
 
 
 def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
-    """Prompts as token ids, as transformers makes them; one that would be empty begins a document.
+    """Prompts as token ids.
 
     Raises:
         TplaunchError: there is no tokenizer, it has more tokens than the model, or a prompt leaves the model no room.
@@ -47,7 +48,7 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
     if tokenizer.vocab_size > origin.model.vocab_size:
         what = f"{origin.tokenizer} has {tokenizer.vocab_size} tokens, the model {origin.model.vocab_size}"
         raise TplaunchError(Problem(what, fix="give the tokenizer that it was trained with"))
-    found = [tokenizer.encode_prompt(prompt) or [tokenizer.eod] for prompt in prompts]
+    found = prompt_ids(tokenizer, prompts)
     limit, longest = origin.model.max_position, max(map(len, found)) + max_tokens
     if limit is not None and longest > limit:
         what = f"{longest} tokens, prompt and all, are more than the {limit} positions of the model"
@@ -60,7 +61,7 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
         )
     if settings.other:
         warnings.append(f"of generation_config.json, {', '.join(settings.other)} is not followed")
-    return Prompts(found, settings, settings.ends or (tokenizer.eod,), warnings)
+    return Prompts(found, settings, ends_of(tokenizer, settings), warnings)
 
 
 def check(origin: Origin, tp: int, pp: int) -> Checked:

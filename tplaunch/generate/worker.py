@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.tokenizer import Tokenizer
-from tplaunch.generate.decode import generate
-from tplaunch.generate.load import load_stage
+from tplaunch.generate.decode import StagedModel, generate
+from tplaunch.generate.load import load_model
 from tplaunch.generate.sample import Sampling
 from tplaunch.generate.stream import TextStream
-from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.rank import helper_rank
 from tplaunch.streams import adapt_encoding
@@ -54,22 +53,20 @@ def main(folder: str) -> None:
     adapt_encoding()
     with helper_rank(folder) as rank:
         request = Request(**rank.request)
-        mesh = Mesh.of(rank.recipe, rank.device)
         positions = max(map(len, request.prompts)) + request.max_tokens
-        stage = load_stage(rank.recipe, mesh, Path(request.checkpoint), positions)
+        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint), positions)
         tokenizer = Tokenizer(request.tokenizer)
-        rank.answer([_continue(stage, mesh, tokenizer, prompt, request, show=rank.main) for prompt in request.prompts])
+        rank.answer([_continue(model, tokenizer, prompt, request, show=rank.main) for prompt in request.prompts])
 
 
 def _continue(
-    stage: TransformerStage, mesh: Mesh, tokenizer: Tokenizer, prompt: list[int], request: Request, *, show: bool
+    model: StagedModel, tokenizer: Tokenizer, prompt: list[int], request: Request, *, show: bool
 ) -> dict[str, Any]:
     """Continue one prompt; its text is printed as it comes where it is to be shown."""
     began = time.perf_counter()
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     tokens = generate(
-        stage,
-        mesh,
+        model,
         prompt,
         max_tokens=request.max_tokens,
         sampling=sampling,

@@ -28,6 +28,7 @@ from tplaunch.run.events import (
     ProfileFailed,
     Resumed,
     RolledBack,
+    Sampled,
     Saved,
     SaveFailed,
     Skipped,
@@ -43,6 +44,7 @@ from tplaunch.units import format_count, format_duration
 
 REDRAW_S = 0.25
 _NAMED = 3  # corpora in a line
+_PROMPT, _WRITTEN = 30, 90  # characters of a prompt, and of what the model adds, in a line
 
 
 class RunView:
@@ -204,6 +206,9 @@ def in_words(event: Event) -> str:
             return f"back to the state of step {checkpoint} after step {step}; its data are skipped"
         case EpochBegan(step=step, corpora=corpora):
             return f"a further epoch begins with step {step}: {_epochs(corpora)}"
+        case Sampled(step=step, count=count, prompt=prompt, text=text):
+            more = f" ({count - 1} more in samples.jsonl)" if count > 1 else ""
+            return f"step {step} writes: {_one_line(prompt, _PROMPT)} | {_one_line(text, _WRITTEN)}{more}"
         case Straggled(rank=rank, node=node, ratio=ratio):
             return f"rank {rank} (node {node}) holds the others up: {ratio} x the median"
         case Profiled(first=first, last=last, rank=rank, trace=trace, memory=memory):
@@ -217,6 +222,12 @@ def in_words(event: Event) -> str:
         case WandbOpened(mode=mode, problem=str(problem)):
             return f"W&B is {mode}: {problem}"
     return ""
+
+
+def _one_line(text: str, most: int) -> str:
+    """The beginning of a text that a model may have written: no line breaks, nothing that a terminal would obey."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
 
 
 def _epochs(corpora: list[Any]) -> str:

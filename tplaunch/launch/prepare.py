@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.check.recipe import Checked
+from tplaunch.check.samples import check_prompts
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
@@ -102,7 +103,8 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
         allow: keys whose change is allowed (--allow-change).
 
     Raises:
-        RecipeError: see `check_resume`; or holds every problem of the data, or every change that is not allowed.
+        RecipeError: see `check_resume`; or holds every problem of the data, every change that is not allowed, or
+            every prompt that is too long.
     """
     from tplaunch.data.fingerprint import data_facts
     from tplaunch.data.prepare import prepare_recipe_data
@@ -123,6 +125,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
         facts |= past(before, known, recipe, changes)
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
+    check_prompts(recipe, tokenizer)
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 from tplaunch.model.block import TransformerBlock
+from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table
 from tplaunch.parallel.collectives import enter_region
@@ -146,18 +147,47 @@ class TransformerStage(nn.Module):
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
-        if self.embedding is not None:
-            self.block_begins("embedding")
-            x = self.embedding(x)
-            if self.position is not None:
-                self.block_begins("position")
-                x = self.position(x, positions)
+        x = self._embed(x, positions)
         rope, mask = self.rope, None
         if positions is not None:
             mask = document_mask(positions)
             rope = None if rope is None else rope[:, positions.t(), 0]
         for number, block in self.layers.items():
             x = block(self._entering(x, number), rope, mask)
+        return self._head(x, labels, loss_scale)
+
+    def extend(self, x: Tensor, caches: Sequence[KeyValueCache], first: int) -> Tensor:
+        """Run the stage on further tokens of one sequence, without gradients and without sequence parallelism.
+
+        Args:
+            x: int64 tokens [1, s] on the first stage, else the previous stage's output [s, 1, h]; s is 1 but for the
+                first call.
+            caches: of the tokens before these, one a block.
+            first: how many those are.
+
+        Returns:
+            [s, 1, h]; on the last stage the logits of what follows the last token, [1, 1, vocab].
+        """
+        count = x.shape[0 if self.embedding is None else 1]
+        x = self._embed(x, torch.arange(first, first + count, device=x.device)[None])
+        rope = None if self.rope is None else self.rope[:, first : first + count]
+        for (number, block), cache in zip(self.layers.items(), caches, strict=True):
+            x = block(self._entering(x, number), rope, None, cache)
+        return self._head(x[-1:] if self.output is not None else x, None)
+
+    def _embed(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """On the first stage tokens -> what the blocks read."""
+        if self.embedding is None:
+            return x
+        self.block_begins("embedding")
+        x = self.embedding(x)
+        if self.position is not None:
+            self.block_begins("position")
+            x = self.position(x, positions)
+        return x
+
+    def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
+        """On the last stage what the blocks give -> loss or logits."""
         if self.norm is None or self.output is None:
             return x
         self.block_begins("norm")

@@ -35,10 +35,12 @@ class Entry:
     Args:
         record: its metrics record.
         ranks: the rows of all ranks (`run.ranks`), where they were measured.
+        texts: that the model wrote (`run.samples`); then the record is but their step.
     """
 
     record: dict[str, Any]
     ranks: Sequence[dict[str, Any]] = ()
+    texts: Sequence[dict[str, Any]] = ()
 
 
 class Mirror:
@@ -52,6 +54,11 @@ class Mirror:
         """Queue the record of one step; holds `step`."""
         if self._thread is not None:
             self._entries.put(Entry(dict(record), ranks))
+
+    def log_texts(self, texts: Sequence[dict[str, Any]]) -> None:
+        """Queue the texts of one step, before its record where it has one."""
+        if self._thread is not None:
+            self._entries.put(Entry({"step": texts[0]["step"]}, texts=texts))
 
     def _start(self, name: str) -> None:
         self._thread = threading.Thread(target=self._mirror, name=name, daemon=True)

@@ -11,7 +11,7 @@ FLUSH_S = 10  # that a record may wait in memory
 
 
 class TensorboardLog(Mirror):
-    """Writes the figures of records as scalars; used by one rank. No method raises.
+    """Writes the figures of records as scalars, and texts; used by one rank. No method raises.
 
     Args:
         run_dir: an existing run directory.
@@ -36,9 +36,16 @@ class TensorboardLog(Mirror):
             writer = SummaryWriter(self._folder, purge_step=purge, flush_secs=FLUSH_S)
             while (entry := self._next()) is not None:
                 record = entry.record
+                for number, text in enumerate(entry.texts):
+                    writer.add_text(f"samples/{number}", _verbatim(text["prompt"] + text["text"]), record["step"])
                 for name, value in grouped(record).items():
                     if isinstance(value, (int, float)):
                         writer.add_scalar(name, value, record["step"], record.get("time"))
             writer.close()
         except Exception as error:  # a full disk: a mirror must never bring the trainer down
             self._run_dir.append(TensorboardFailed(f"{type(error).__name__}: {error}"[:500]))
+
+
+def _verbatim(text: str) -> str:
+    """A text as Markdown that shows it as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -152,7 +152,10 @@ class WandbLog(Mirror):
         try:
             while (entry := self._next_entry(run)) is not None:
                 step = None if run.settings.mode == "shared" else entry.record["step"]  # there W&B counts itself
-                _log_ranks(run, entry.ranks, step)
+                if entry.texts:
+                    _add_texts(run, entry.texts, step)
+                    continue
+                _add_ranks(run, entry.ranks, step)
                 # Without commit=True, a row that names its step is held back until the next one comes.
                 row = {**grouped(entry.record), **planned, "train/step": entry.record["step"]}
                 run.log(row, step=step, commit=True)
@@ -220,19 +223,34 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _log_ranks(run: wandb.Run, ranks: Sequence[dict[str, Any]], step: int | None) -> None:
+def _add_ranks(run: wandb.Run, ranks: Sequence[dict[str, Any]], step: int | None) -> None:
     """Add what the ranks measured, as table and heat maps, to the row that is written next."""
     if not ranks:
         return
     import wandb
 
-    columns: list[str | int] = [*ranks[0]]
-    table = wandb.Table(columns=columns, data=[[*rank.values()] for rank in ranks])
     page = wandb.Html(heat_maps(ranks), inject=False)
+    _add(run, {"rank/table": _table(ranks), "rank/heat_maps": page}, step, "the ranks")
+
+
+def _add_texts(run: wandb.Run, texts: Sequence[dict[str, Any]], step: int | None) -> None:
+    """Add what the model wrote to the row of its step: the one that is written next, or one of its own."""
+    _add(run, {"samples/table": _table(texts)}, step, "samples")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:
+    import wandb
+
+    columns: list[str | int] = [*rows[0]]
+    return wandb.Table(columns=columns, data=[[*row.values()] for row in rows])
+
+
+def _add(run: wandb.Run, found: dict[str, Any], step: int | None, of: str) -> None:
+    """Keep tables for the row of a step; W&B writes it when it comes to one that is committed, or to another step."""
     try:
-        run.log({"rank/table": table, "rank/heat_maps": page}, step=step, commit=False)
+        run.log(found, step=step, commit=False)
     except Exception as error:  # a table asks the server about artifacts, at once: the curves go on without
-        print(f"W&B has no table of the ranks: {_reason(error)}", file=sys.stderr, flush=True)
+        print(f"W&B has no table of {of}: {_reason(error)}", file=sys.stderr, flush=True)
 
 
 def _send(run: wandb.Run, alert: Alert) -> None:

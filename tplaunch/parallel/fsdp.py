@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE
@@ -21,12 +21,15 @@ from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int, precision: Precision, root: bool = False) -> None:
+def shard(
+    module: nn.Module, mesh: DeviceMesh, *, zero: int, precision: Precision, root: bool = False, also: str = ""
+) -> None:
     """Put one unit under FSDP2: a block, or the stage (`root`) with what its blocks have left.
 
     Args:
         mesh: 1-D, or (replicate, shard).
         root: the outermost unit, whose few parameters stay gathered from the first use to the end of the step.
+        also: a method that runs the unit, as `forward` does.
     """
     storage, compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
     policy = MixedPrecisionPolicy(
@@ -36,6 +39,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int, precision: Precisio
     )
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3 and not root)
     assert isinstance(module, FSDPModule)
+    if also:
+        register_fsdp_forward_method(module, also)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and ours is scaled by one
 

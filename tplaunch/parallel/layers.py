@@ -8,6 +8,9 @@ between a row-parallel layer and the next column-parallel one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -262,3 +265,17 @@ class _Lookup(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         ctx.total.add_rows(tokens.flatten(), grad.flatten(0, -2))
         return None, None, None
+
+
+@contextmanager
+def whole_sequences(module: nn.Module) -> Iterator[None]:
+    """Run the layers of a module without sequence parallelism within a `with` block: one token cannot be split."""
+    parts = [(part, getattr(part, "tp", None)) for part in module.modules()]
+    kept = [(part, tp) for part, tp in parts if isinstance(tp, TensorParallel)]
+    for part, tp in kept:
+        part.tp = replace(tp, sequence_parallel=False, fused=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, tp in kept:  # the very same: compiled code asks for it
+            part.tp = tp  # type: ignore[assignment]

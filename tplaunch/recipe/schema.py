@@ -378,6 +378,15 @@ class Profile(Section):
     )
 
 
+class Samples(Section):
+    """Texts that the model writes while it is trained, to the run's samples.jsonl: the likeliest continuations of some
+    prompts."""
+
+    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between them; 0: never")
+    prompts: list[str] = Field([], description="beginnings of texts")
+    max_tokens: Small = Field(64, description="tokens to add to each")
+
+
 class Logging(Section):
     """What a run records of itself, and who reads it."""
 
@@ -390,6 +399,7 @@ class Logging(Section):
         None, description="a command, run without a shell for each event of the run, which it reads as JSON from stdin"
     )
     profile: Profile = Field({}, validate_default=True, description="traces by torch's profiler")
+    samples: Samples = Field({}, validate_default=True, description="texts that the model writes while it is trained")
     wandb: Wandb = Field({}, validate_default=True, description="Weights & Biases")
 
 

@@ -14,6 +14,7 @@ from tplaunch.report.prediction import Figure, figures, memory_by_stage, read_pl
 from tplaunch.report.rows import Row, rows_of
 from tplaunch.report.story import Attempt, Mark, attempts, marks
 from tplaunch.run.directory import RunDir
+from tplaunch.run.samples import read_samples
 
 _SAMPLES = 12  # texts that are shown: the newest
 
@@ -71,7 +72,7 @@ class RunFacts:
             marks=marks(history, curves),
             checkpoints=_checkpoints(run),
             environment=_environment(run, found, plan),
-            samples=_samples(run),
+            samples=read_samples(run)[-_SAMPLES:],
             recipe=_text(run.recipe),
         )
 
@@ -128,12 +129,6 @@ def _environment(run: RunDir, found: Sequence[Attempt], plan: Record | None) -> 
     if holder.get("host"):
         values["launched on"] = str(holder["host"])
     return values
-
-
-def _samples(run: RunDir) -> list[Record]:
-    """Texts that the run generated: lines of `samples.jsonl` with step, prompt and text."""
-    lines = read_lines(run.root / "samples.jsonl")
-    return [line for line in lines if isinstance(line.get("text"), str)][-_SAMPLES:]
 
 
 def _text(path: Path) -> str:

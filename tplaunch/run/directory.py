@@ -46,6 +46,11 @@ class RunDir:
         return self.root / "ranks.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """Texts that the model wrote while it was trained, a line a prompt (`run.samples`)."""
+        return self.root / "samples.jsonl"
+
+    @property
     def plan(self) -> Path:
         """What was predicted of the run (`plan.estimate.Plan.as_dict`), where the table has its GPU."""
         return self.root / "plan.json"

@@ -240,6 +240,24 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class Sampled(Event):
+    """The model has continued the prompts of `logging.samples`; training waited meanwhile.
+
+    Args:
+        count: prompts.
+        seconds: that it took.
+        prompt, text: the first of them, cut; all are in `samples.jsonl`.
+    """
+
+    name = "samples"
+    step: int
+    count: int
+    seconds: float
+    prompt: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class DataPlanned(Event):
     """What an attempt will have read of each corpus of the training data at its end, as the recipe says.
 

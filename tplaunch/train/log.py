@@ -18,9 +18,10 @@ from tplaunch.optim.lr import learning_rate
 from tplaunch.optim.norms import Norms
 from tplaunch.parallel.placement import host_name
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import Straggled
+from tplaunch.run.events import Sampled, Straggled
 from tplaunch.run.metrics import MetricsLog
 from tplaunch.run.ranks import MEASURED, PLACE, RanksLog
+from tplaunch.run.samples import COLUMNS, SamplesLog
 from tplaunch.spec.batches import batch_size
 from tplaunch.spec.gpu import detect_gpu
 from tplaunch.spec.parameters import parameter_count
@@ -32,6 +33,7 @@ from tplaunch.train.straggler import find_stragglers
 from tplaunch.units import GiB
 
 FAILED_WANDB_S = 3.0  # for W&B to note that the run has failed
+_CUT = 200  # characters of a text in an event
 # The parts of a step as records name them, in the clock's order.
 _PART_KEYS = ("data_s", "forward_backward_s", "gradients_s", "update_s")
 
@@ -101,7 +103,7 @@ class TrainingLog:
         self.gpu = detect_gpu(self.device_name) if device.type == "cuda" else None
         self.clock = StepClock(device)
         self.norms = Norms(step.gradients, step.optimizer, step.recipe.model)
-        self.metrics, self.ranks = MetricsLog(run_dir), RanksLog(run_dir)
+        self.metrics, self.ranks, self.samples = MetricsLog(run_dir), RanksLog(run_dir), SamplesLog(run_dir)
         self.hosts: list[str] = []  # by rank
         self.wandb: WandbLog | None = None
         self.tensorboard: TensorboardLog | None = None
@@ -117,6 +119,7 @@ class TrainingLog:
         if self.main:
             self.metrics.truncate_after(step)
             self.ranks.truncate_after(step)
+            self.samples.truncate_after(step)
             write_plan(recipe, self.gpu, self.run_dir)
             facts = {**self._facts(), **machines(self.hosts, [device for _, device in places])}
             self.wandb = WandbLog(recipe, self.run_dir, facts, label_of(node, self.hosts[0]))
@@ -184,6 +187,24 @@ class TrainingLog:
             self.wandb.log(record, rows)
         if self.tensorboard is not None:
             self.tensorboard.log(record)
+
+    def write_samples(self, texts: list[str], seconds: float) -> None:
+        """Write what the model wrote after the last step, before the record of that step.
+
+        Args:
+            texts: of each prompt what follows it; read on rank 0 only.
+            seconds: that it took.
+        """
+        if not self.main:
+            return
+        step, prompts = self.step.progress.step, self.step.recipe.logging.samples.prompts
+        rows = [dict(zip(COLUMNS, (step, *pair), strict=True)) for pair in zip(prompts, texts, strict=True)]
+        self.samples.append(rows)
+        self.run_dir.append(Sampled(step, len(rows), round(seconds, 3), prompts[0][:_CUT], texts[0][:_CUT]))
+        if self.wandb is not None:
+            self.wandb.log_texts(rows)
+        if self.tensorboard is not None:
+            self.tensorboard.log_texts(rows)
 
     def close(self) -> None:
         """End the W&B run and the others."""

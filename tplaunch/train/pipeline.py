@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tplaunch.model.build import Stage
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.precision import COMPUTE_DTYPE
+from tplaunch.parallel.relay import Relay
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.schedules import stage_rank
 from tplaunch.train.batch import Batch
 
 
@@ -64,12 +63,13 @@ class Pipeline:
         """
         self.set_training(False)
         losses = []
+        relay, like = Relay(self.recipe, self.mesh, self.group), hidden_states(self.recipe, self.mesh)
         for part in batch.split(self.recipe.training.micro_batch_size):
             carried = part.tokens
             for stage in self.stages:
-                carried = self._receive(stage.index, carried)
+                carried = relay.receive(stage.index, carried, like.shape, like.dtype)
                 carried = stage.module(carried, part.labels, part.positions, loss_scale)
-                self._send(stage.index, carried)
+                relay.send(stage.index, carried)
             if self.has_loss:
                 losses.append(carried)
         self.reshard()
@@ -96,21 +96,6 @@ class Pipeline:
         """Let go of the weights that the stages have gathered."""
         for stage in self.stages:
             stage.sharding.release()
-
-    def _rank_of(self, stage: int) -> int:
-        return stage_rank(stage, self.recipe.topology.pp, self.recipe.topology.schedule)
-
-    def _receive(self, stage: int, carried: Tensor) -> Tensor:
-        """The input of a stage: from the rank of the stage before it, or `carried` when that is this one."""
-        if stage == 0 or self._rank_of(stage - 1) == self.mesh.coordinates.pp:
-            return carried
-        carried = torch.empty_like(hidden_states(self.recipe, self.mesh), device=self.mesh.device)
-        dist.recv(carried, group=self.group, group_src=self._rank_of(stage - 1))
-        return carried
-
-    def _send(self, stage: int, carried: Tensor) -> None:
-        if stage + 1 < self.num_stages and self._rank_of(stage + 1) != self.mesh.coordinates.pp:
-            dist.send(carried, group=self.group, group_dst=self._rank_of(stage + 1))
 
 
 def hidden_states(recipe: Recipe, mesh: Mesh) -> Tensor:

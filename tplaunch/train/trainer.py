@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.log import TrainingLog, Window
 from tplaunch.train.profile import StepProfile
+from tplaunch.train.sampler import TextSampler
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
@@ -97,6 +99,7 @@ class Trainer:
             before_commit=self.faults.in_save,
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
+        self.sampler = TextSampler(self.step, run_dir)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
@@ -141,6 +144,7 @@ class Trainer:
         stopped = False
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
+        self.sampler.open()
         with closing(self._batches()) as batches:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
@@ -164,6 +168,8 @@ class Trainer:
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
                 validation = self.validate() if self._due(recipe.training.eval_every, last) else None
+                if self.sampler.due(progress.step):
+                    self._sample()
                 if self.log.due(progress.step):
                     epochs = {} if corpora is None else corpora.epochs(progress.samples)
                     self._write_record(result, window, validation, epochs)
@@ -226,6 +232,14 @@ class Trainer:
         if self.main and loss is not None:
             self.run_dir.append(Validated(self.progress.step, loss))
         return loss
+
+    def _sample(self) -> None:
+        """Let the model continue the recipe's prompts."""
+        self.heartbeat.mark(self.progress.step, "samples")
+        began = time.perf_counter()
+        texts = self.sampler.write()
+        self.log.write_samples(texts, time.perf_counter() - began)
+        dist.barrier()  # the next step is not charged for what rank 0 has written
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the state after the last step."""
