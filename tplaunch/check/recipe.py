@@ -43,7 +43,7 @@ class Checked(NamedTuple):
         layers = "+".join(map(str, recipe.topology.stage_layers or ()))
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
         return (
-            f"tp {topology.tp} x pp {topology.pp} x dp {topology.dp} = {topology.world_size} ranks{where}{split}; "
+            f"{topology.sizes} = {topology.world_size} ranks{where}{split}; "
             f"{format_count(parameter_count(recipe.model))} parameters in {training.precision}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )

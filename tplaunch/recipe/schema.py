@@ -147,9 +147,13 @@ class Model(Section):
 
 
 class Parallelism(Section):
-    """TP x PP x DP, and how each is done: the section `topology`."""
+    """TP x CP x PP x DP, and how each is done: the section `topology`."""
 
     tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
+    cp: Small = Field(1, description="context parallel: GPUs that share each sequence")
+    cp_kind: Literal["allgather", "ulysses"] = Field(
+        "allgather", description="what they exchange: keys and values gathered, or heads for tokens"
+    )
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
     dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")

@@ -267,14 +267,15 @@ def _energy(kwh: float) -> str:
 
 
 def rank_map(case: Case, max_nodes: int = 8) -> str:
-    """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
+    """Ranks by node, each with its place on the axes, coloured by pipeline rank."""
     topology = case.topology
     per_node = topology.ranks_per_node
     count = topology.nodes
     nodes: list[int | None] = list(range(min(count, max_nodes)))
     if count > max_nodes:
         nodes = [*range(max_nodes - 1), None, count - 1]
-    widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
+    last = topology.world_size - 1
+    widest = len(f"{last} {_slashed(topology.place(last))}")
     per_line = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
     rows: list[list[str]] = []
     for node in nodes:
@@ -285,18 +286,22 @@ def rank_map(case: Case, max_nodes: int = 8) -> str:
         for start in range(0, min(len(ranks), 4 * per_line), per_line):
             cells = [f"node {node}" if start == 0 else ""]
             for rank in ranks[start : start + per_line]:
-                at = topology.coordinates(rank)
-                colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
-                cells.append(style(f"{rank} ", dim=True) + style(f"{at.tp}/{at.dp}/{at.pp}", fg=colour))
+                colour = STAGE_COLOURS[topology.coordinates(rank).pp % len(STAGE_COLOURS)]
+                cells.append(style(f"{rank} ", dim=True) + style(_slashed(topology.place(rank)), fg=colour))
             rows.append(cells + [""] * (per_line + 1 - len(cells)))
-    return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (per_line + 1), rows, frozenset({0}))
+    title = f"Ranks by node ({per_node} each), as {'/'.join(topology.axes)}"
+    return columns(title, [""] * (per_line + 1), rows, frozenset({0}))
+
+
+def _slashed(place: dict[str, int]) -> str:
+    return "/".join(map(str, place.values()))
 
 
 def _rank_lines(case: Case, rank: int) -> str:
     topology = case.topology
     at = topology.coordinates(rank)
-    lines = [f"rank {rank}: {at}, node {topology.node(rank)}"]
-    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in ("tp", "dp", "pp")]
+    lines = [f"rank {rank}: {topology.describe(rank)}, node {topology.node(rank)}"]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes]
     for stage in case.stages_on(at.pp):
         ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
         blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"
