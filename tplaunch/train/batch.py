@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,8 @@ def share(recipe: Recipe, step: int, dp_rank: int, dp: int, *, ahead: int = 0) -
 class Batch:
     """This rank's share of a global batch, on its device.
 
+    Rows are whole, until `cut` for a rank that shares them with others.
+
     Args:
         tokens, labels: int64 [n, s]; a label may be `IGNORE`. Empty on ranks whose stages read neither.
         positions: int64 [n, s], each token's place in its document; None: documents are not told apart.
@@ -45,6 +47,17 @@ class Batch:
         positions = self.positions.split(size) if self.positions is not None else None
         pairs = zip(self.tokens.split(size), self.labels.split(size), strict=True)
         return [Batch(x, y, positions[i] if positions else None) for i, (x, y) in enumerate(pairs)]
+
+    def cut(self, pieces: Sequence[range]) -> Batch:
+        """What a context-parallel rank has of the rows: these pieces of tokens and labels, one after the other.
+
+        Positions stay whole: of a token's document a part, and its beginning, may lie in another rank's pieces.
+        """
+        tokens, labels = (
+            torch.cat([rows[:, piece.start : piece.stop] for piece in pieces], 1)
+            for rows in (self.tokens, self.labels)
+        )
+        return Batch(tokens, labels, self.positions)
 
     def pinned_for(self, device: torch.device) -> Batch:
         """The batch in memory from which a GPU copies while the host goes on. Pinning takes long: not for the thread
