@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
 from tplaunch.model.recompute import Recomputation, Run, run_once
@@ -27,11 +28,12 @@ class Attention(nn.Module):
     With fewer key/value heads than tp ranks, neighbouring ranks hold copies of one head, as Megatron does.
     """
 
-    def __init__(self, model: Model, mesh: Mesh) -> None:
+    def __init__(self, model: Model, mesh: Mesh, *, layer: int) -> None:
         super().__init__()
         assert model.num_kv_heads is not None and model.head_dim is not None
         tp = mesh.tp
         self.head_dim = model.head_dim
+        self.how = Attending(model.window_of(layer), model.attention_softcap, model.attention_scale)
         kv_mesh: DeviceMesh = tp.mesh
         kv_placements: tuple[Placement, ...] = (Shard(0),)
         if model.num_kv_heads < tp.size:
@@ -70,17 +72,6 @@ class Attention(nn.Module):
         return x + self.wo(attended)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d].
-
-    A single query is the last token: it attends to all keys.
-    """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.permute(2, 0, 1, 3).flatten(2)
-
-
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
 
@@ -108,32 +99,33 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
+        layer: its global number.
         again: the parts that are made again in the backward pass.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, *, again: frozenset[Part] = frozenset()) -> None:
+    def __init__(self, model: Model, mesh: Mesh, layer: int, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
         self.again = effective(model, again)
         self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
-        self.attention = Attention(model, mesh)
+        self.attention = Attention(model, mesh, layer=layer)
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
 
     def forward(
-        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """[s or s/tp, b, h] -> the same.
 
         Args:
             rope: [2, s, 1 or b, 1, head_dim], or None.
-            mask: bool [b, 1, s, s], or None for a causal one.
-            cache: of the tokens before these, which are added to it; then without a mask, and without gradients.
+            starts: int64 [b, s], the place where each token's document begins; None: one document a sample.
+            cache: of the tokens before these, which are added to it; then without `starts`, and without gradients.
         """
         if not self.again or not torch.is_grad_enabled():
-            return self._forward(run_once, x, rope, mask, cache)
+            return self._forward(run_once, x, rope, starts, cache)
         with Recomputation(self.again, compiled=self.compiled) as run:
-            return self._forward(run, x, rope, mask)
+            return self._forward(run, x, rope, starts)
 
     def compile_parts(self) -> None:
         """Compile each part by itself. Between them are matmuls, attention and the sum of one residual stream: next to
@@ -150,16 +142,19 @@ class TransformerBlock(nn.Module):
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
-        self, run: Run, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
         attention, mlp = self.attention, self.mlp
         normed = run("norm", self.attention_norm, x)
         projected = run("qkv", attention.project, normed)
         q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
+        first = 0
         if cache is not None:
             k, v = cache.append(k, v)
-        attended = run("core_attention", partial(attend, mask=mask), q, k, v)
+            first = len(k) - len(q)
+        core = partial(attend, how=attention.how, starts=starts, first_query=first)
+        attended = run("core_attention", core, q, k, v)
         x = run("attention_output", attention.leave, x, attended)
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
 from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table
@@ -99,7 +100,9 @@ class TransformerStage(nn.Module):
         if first and model.position == "learned":
             assert model.max_position is not None
             self.position = LearnedPosition(model.max_position, model.hidden_size, tp=tp)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(model, mesh, again=chosen(training, i)) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(model, mesh, i, again=chosen(training, i)) for i in layers}
+        )
         self.norm = make_norm(model, tp=tp) if last else None
         self.output = Output(model, training, tp=tp) if last else None
         self.tied_copy = model.tie_embeddings and last and not first
@@ -152,12 +155,12 @@ class TransformerStage(nn.Module):
             if self.position is not None:
                 self.block_begins("position")
                 x = self.position(x, positions)
-        rope, mask = self.rope, None
+        rope, starts = self.rope, None
         if positions is not None:
-            mask = document_mask(positions)
+            starts = document_starts(positions)
             rope = None if rope is None else rope[:, positions.t(), 0]
         for number, block in self.layers.items():
-            x = block(self._entering(x, number), rope, mask)
+            x = block(self._entering(x, number), rope, starts)
         if self.norm is None or self.output is None:
             return x
         self.block_begins("norm")
@@ -181,17 +184,3 @@ class _Leaving(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.call()
         return grad, None
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Which tokens a token attends to: itself and those before it in its document.
-
-    Args:
-        positions: int64 [b, s]; 0 starts a document.
-
-    Returns:
-        bool [b, 1, s, s].
-    """
-    document = (positions == 0).cumsum(dim=1)
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same.tril_()

@@ -92,12 +92,36 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama 3 frequency scaling (transformers `rope_type: llama3`)."""
+    """Rotary frequencies for longer sequences than those that the model began with (transformers' `rope_type`).
 
+    llama3: low frequencies are divided by `factor`. linear: all are. yarn: those that turn less than `beta_slow` times
+    within `original_max_position` are, those that turn more than `beta_fast` times stay (Peng et al. 2023, arXiv
+    2309.00071).
+    """
+
+    type: Literal["llama3", "linear", "yarn"] = "llama3"
     factor: Annotated[float, Field(gt=0)] = 8.0
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    original_max_position: Small = 8192
+    low_freq_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="llama3")
+    high_freq_factor: Annotated[float, Field(gt=0)] = Field(4.0, description="llama3")
+    original_max_position: Small = Field(8192, description="llama3 and yarn")
+    beta_fast: Annotated[float, Field(gt=0)] = Field(32.0, description="yarn")
+    beta_slow: Annotated[float, Field(gt=0)] = Field(1.0, description="yarn")
+    truncate: bool = Field(True, description="yarn: whole numbers of frequencies at both ends")
+    attention_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="yarn: factor of cos and sin; default: from factor, mscale and mscale_all_dim"
+    )
+    mscale: Annotated[float, Field(gt=0)] | None = Field(None, description="yarn (DeepSeek)")
+    mscale_all_dim: Annotated[float, Field(gt=0)] | None = Field(None, description="yarn (DeepSeek)")
+
+    @model_validator(mode="after")
+    def _has_what_its_type_reads(self) -> "RopeScaling":
+        yarn = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+        llama3 = ("low_freq_factor", "high_freq_factor")
+        unread = {"llama3": yarn, "yarn": llama3, "linear": (*llama3, *yarn, "original_max_position")}[self.type]
+        fields = type(self).model_fields
+        if other := [name for name in unread if getattr(self, name) != fields[name].default]:
+            raise ValueError(f"{self.type} scaling has no {other[0]}")
+        return self
 
 
 class Model(Section):
@@ -114,15 +138,35 @@ class Model(Section):
     make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    norm_plus_one: bool = Field(False, description="norms multiply by 1 + weight (Gemma)")
+    post_norms: bool = Field(False, description="norms of what attention and MLP give, too (Gemma 2)")
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     position: Literal["rope", "learned"] = "rope"
     max_position: Small | None = Field(None, description="rows of the learned position table")
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    window: Small | None = Field(None, description="tokens that a token attends to, itself included; default: all")
+    window_layers: Annotated[list[Literal["window", "full"]], Field(min_length=1)] | None = Field(
+        None, description="which layers have the window, repeated over them; default: all"
+    )
+    window_rope_theta: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="rope_theta of layers with a window, which then have no rope_scaling (Gemma 3)"
+    )
+    attention_softcap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="c: scores are c tanh(score / c) (Gemma 2)"
+    )
+    logit_softcap: Annotated[float, Field(gt=0)] | None = Field(None, description="the same, of logits")
+    attention_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="factor of q k^T; default 1 / sqrt(head_dim)"
+    )
+    attention_sinks: bool = Field(
+        False, description="each head has a score that takes part in its softmax and brings no value (gpt-oss)"
+    )
     qkv_bias: bool = False
     linear_bias: bool = Field(False, description="biases on the attention output and on the MLP (GPT-2)")
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys (Qwen3)")
     tie_embeddings: bool = False
+    scale_embeddings: bool = Field(False, description="embeddings are multiplied by sqrt(hidden_size) (Gemma)")
     init_std: Annotated[float, Field(gt=0, lt=10)] = 0.02
 
     @model_validator(mode="before")
@@ -144,6 +188,11 @@ class Model(Section):
         """Rows of the embedding table; does not depend on tp, so that any topology loads any checkpoint."""
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer, by its global number, attends to; None: all before."""
+        kinds = self.window_layers or ["window"]
+        return self.window if kinds[layer % len(kinds)] == "window" else None
 
 
 ContextKind = Literal["allgather", "ulysses"]
