@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tplaunch.machine import SHARE_GPUS, shares_gpus
@@ -74,6 +75,11 @@ class ContextParallel:
     def pieces(self, seq_len: int, rank: int | None = None) -> list[range]:
         """The places in a sequence of what a rank holds, by default this one."""
         return pieces(self.kind, self.size, self.rank if rank is None else rank, seq_len)
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """This rank's pieces, one after the other, of what there is of each token of whole sequences: [n, s] ->
+        [n, s/cp]."""
+        return torch.cat([rows[:, piece.start : piece.stop] for piece in self.pieces(rows.shape[1])], 1)
 
 
 class Mesh:

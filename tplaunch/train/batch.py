@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tplaunch.data.dataset import TokenDataset
 from tplaunch.parallel.cross_entropy import IGNORE
+from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import batch_size, first_sample
 
@@ -48,16 +49,12 @@ class Batch:
         pairs = zip(self.tokens.split(size), self.labels.split(size), strict=True)
         return [Batch(x, y, positions[i] if positions else None) for i, (x, y) in enumerate(pairs)]
 
-    def cut(self, pieces: Sequence[range]) -> Batch:
-        """What a context-parallel rank has of the rows: these pieces of tokens and labels, one after the other.
+    def cut(self, cp: ContextParallel) -> Batch:
+        """What a context-parallel rank has of the rows: its pieces of tokens and labels.
 
         Positions stay whole: of a token's document a part, and its beginning, may lie in another rank's pieces.
         """
-        tokens, labels = (
-            torch.cat([rows[:, piece.start : piece.stop] for piece in pieces], 1)
-            for rows in (self.tokens, self.labels)
-        )
-        return Batch(tokens, labels, self.positions)
+        return Batch(cp.cut(self.tokens), cp.cut(self.labels), self.positions)
 
     def pinned_for(self, device: torch.device) -> Batch:
         """The batch in memory from which a GPU copies while the host goes on. Pinning takes long: not for the thread

@@ -83,10 +83,7 @@ class Pipeline:
     def microbatches(self, batch: Batch) -> list[Batch]:
         """The microbatches of a share, and of each the part that this rank computes."""
         parts, cp = batch.split(self.recipe.training.micro_batch_size), self.mesh.cp
-        if cp is None:
-            return parts
-        pieces = cp.pieces(self.recipe.training.seq_len)
-        return [part.cut(pieces) for part in parts]
+        return parts if cp is None else [part.cut(cp) for part in parts]
 
     def set_training(self, training: bool) -> None:
         """Put the stages into training or evaluation mode."""
