@@ -249,6 +249,7 @@ def _losses(plan: Plan) -> str:
     names = {
         "recompute": "recomputation",
         "tensor_parallel": "tp",
+        "context_parallel": "cp",
         "pipeline": "pipeline",
         "data_parallel": "dp",
         "optimizer": "optimizer",
@@ -327,6 +328,7 @@ def _why(plan: Plan, best: Plan) -> str:
         "compute": "compute (smaller matmuls)",
         "recompute": "recomputation",
         "tensor_parallel": "tensor-parallel communication",
+        "context_parallel": "context-parallel communication",
         "pipeline": "pipeline waiting",
         "data_parallel": "data-parallel communication",
         "optimizer": "the optimizer",

@@ -75,8 +75,9 @@ def _headline(case: Case) -> str:
     schedule = f", {parallelism.schedule}" if topology.pp > 1 else ""
     schedule += f" x {parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
     sequence = ", sequence parallel" if case.sequence_parallel else ""
+    context = f", cp {topology.cp} ({parallelism.cp_kind})" if topology.cp > 1 else ""
     return (
-        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, "
+        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
         f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}\n"
         f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
         f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
@@ -233,6 +234,7 @@ def _time_table(plan: Plan) -> str:
         "compute": "compute",
         "recompute": "recomputation",
         "tensor_parallel": "tp, not hidden",
+        "context_parallel": "cp, not hidden",
         "pipeline": "pipeline waiting",
         "data_parallel": "dp, not hidden",
         "optimizer": "optimizer",
