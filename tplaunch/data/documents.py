@@ -47,10 +47,10 @@ def _lengths(index: mmap, size: int) -> Iterator[int]:
 
 
 def with_document_length(recipe: Recipe) -> Recipe:
-    """The recipe with `data.document_length` stated, where documents are kept apart, prepared, and it does not state it
-    itself: the length that all documents would have, if they took the same attention."""
+    """The recipe with `data.document_length` as in its prepared data, where there are any and documents are kept apart:
+    the length that all documents would have, if they took the same attention."""
     data = recipe.data
-    if not recipe.training.document_mask or data.document_length is not None:
+    if not recipe.training.document_mask:
         return recipe
     weights, found = [], []  # a weight: how often each document counts, by what is read of its corpus
     for source, prefix in zip(data.sources("train"), prefixes(recipe), strict=True):

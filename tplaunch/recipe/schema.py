@@ -349,8 +349,8 @@ class Data(Section):
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
     document_length: Count | None = Field(
         None,
-        description="tokens of a document, by which the FLOPs of training.document_mask are counted; "
-        "default: as in the training data, where it is prepared, else 2048",
+        description="tokens of a document, by which the FLOPs of training.document_mask are counted while the training "
+        "data are not prepared; default 2048",
     )
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
