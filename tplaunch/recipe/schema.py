@@ -350,6 +350,11 @@ class Data(Section):
         None, description="the token that ends documents; default: what the tokenizer's folder says, else a known name"
     )
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
+    document_length: Count | None = Field(
+        None,
+        description="tokens of a document, by which the FLOPs of training.document_mask are counted while the training "
+        "data are not prepared; default 2048",
+    )
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+SHORTEST, FEWEST = 16384, 4096  # tokens: of a sequence that is worth sharing, and of a rank's part of it
+
 
 def pieces(cp_kind: str, cp: int, rank: int, seq_len: int) -> list[range]:
     """The places in the sequence of a cp rank's tokens, as runs in the order in which it holds them.
@@ -21,6 +23,12 @@ def pieces(cp_kind: str, cp: int, rank: int, seq_len: int) -> list[range]:
         raise ValueError(f"a sequence of {seq_len} tokens has no {count} equal pieces")
     held = [rank] if cp_kind == "ulysses" else [rank, count - 1 - rank]
     return [range(piece * length, (piece + 1) * length) for piece in held]
+
+
+def pays(cp: int, seq_len: int) -> bool:
+    """Whether sequences are long enough for so many ranks to share each: below, what they exchange costs more than
+    what they compute, and tensor parallelism with sequence parallelism divides the same activations."""
+    return cp == 1 or (seq_len >= SHORTEST and seq_len // cp >= FEWEST)
 
 
 def piece_count(cp_kind: str, cp: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from typer import style
@@ -10,10 +10,12 @@ from typer import style
 from tplaunch.cli.views.table import columns
 from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.communication import axis_group
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
+from tplaunch.spec.attention import UNKNOWN_DOCUMENT
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
@@ -57,6 +59,7 @@ def plan_text(
         _verdict(plan, remedies),
         _recompute_table(plan),
         _traffic_table(plan, busiest),
+        *_notes(case),
         _time_table(plan),
         _run_line(plan),
     ]
@@ -75,8 +78,9 @@ def _headline(case: Case) -> str:
     schedule = f", {parallelism.schedule}" if topology.pp > 1 else ""
     schedule += f" x {parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
     sequence = ", sequence parallel" if case.sequence_parallel else ""
+    context = f", cp {topology.cp} ({parallelism.cp_kind})" if topology.cp > 1 else ""
     return (
-        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, "
+        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
         f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}\n"
         f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
         f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
@@ -224,6 +228,22 @@ def _traffic_table(plan: Plan, pp_rank: int) -> str:
     return columns(f"Communication{where} in a step", headings, rows, frozenset(range(4)))
 
 
+def _notes(case: Case) -> Iterator[str]:
+    """What a rank has of each sequence, and how attention was counted."""
+    topology, parallelism, training = case.topology, case.recipe.topology, case.recipe.training
+    if topology.cp > 1:
+        nodes = axis_group(case, "cp").nodes
+        held = training.seq_len // topology.cp
+        sent = "heads are exchanged" if parallelism.cp_kind == "ulysses" else "keys and values are gathered"
+        where = f"over the network, between {nodes} nodes" if nodes > 1 else "inside a node"
+        yield f"context parallel: a rank holds {held:,} tokens of each sequence; {sent} {where}"
+    if training.document_mask:
+        length, why = case.recipe.data.document_length, ""
+        if length is None:
+            length, why = UNKNOWN_DOCUMENT, ": no data are at hand, and data.document_length is not given"
+        yield f"attention within documents, which are taken to be {length:,} tokens long{why}"
+
+
 def _seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -233,6 +253,7 @@ def _time_table(plan: Plan) -> str:
         "compute": "compute",
         "recompute": "recomputation",
         "tensor_parallel": "tp, not hidden",
+        "context_parallel": "cp, not hidden",
         "pipeline": "pipeline waiting",
         "data_parallel": "dp, not hidden",
         "optimizer": "optimizer",
