@@ -24,9 +24,10 @@ from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
 
-# What ranks that share a sequence have of each other, among a block's parts: keys and values of the whole sequence; and
-# with Ulysses heads of the whole sequence, and the way back from what attention makes of them.
-GATHERED, HEADS, TOKENS = "gathered", "heads", "tokens"
+# What a block does beside its parts where ranks share a sequence: it gathers keys and values, attends with one piece of
+# the sequence after the other, and joins what that gives; with Ulysses it exchanges tokens for heads and, behind
+# attention, heads for tokens.
+GATHERED, JOINED, HEADS, TOKENS = "gathered", "joined", "heads", "tokens"
 
 
 class Attention(nn.Module):
@@ -227,37 +228,39 @@ class TransformerBlock(nn.Module):
         gathered = None
         if isinstance(run, Recomputation):
             gathered = run.gathered(begin, end, mine)
-            gathering = on_backward(gathering, gathered.stop)
-        k, v = end(gathering)
-        if gathered is not None:
+            k, v = end(gathering, gradients_there=gathered.stop)
             run.enter(gathered, (k, v))
+        else:
+            k, v = end(gathering)
         core = partial(_attend_pieces, how=attention.how, starts=starts, pieces=cp.pieces(len(k)))
-        return run("core_attention", core, q, k, v), gathered
+        return run(JOINED, _join, *run("core_attention", core, q, k, v)), gathered
 
 
 def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
     """The parts that are made again, and with them the exchanges whose outcome is not kept.
 
-    What is gathered is as long as the sequence whatever cp is: it is never kept. What Ulysses exchanges takes as much
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What Ulysses exchanges takes as much
     memory as what it is made of: it is kept, or not, like that.
     """
     if cp is None:
         return frozenset(again)
     if cp.kind == "allgather":
-        return again | {GATHERED}
+        return again | {GATHERED, JOINED}
     turned: Part = "rotary" if model.qk_norm or model.position == "rope" else "qkv"
     return again | {name for name, part in ((HEADS, turned), (TOKENS, "core_attention")) if part in again}
 
 
 def _attend_pieces(
     q: Tensor, k: Tensor, v: Tensor, *, how: Attending, starts: Tensor | None, pieces: list[range]
-) -> Tensor:
-    """`attend` with the queries of some pieces of the sequence, one piece after the other."""
-    parts = q.split([len(piece) for piece in pieces])
-    begins = [None] * len(pieces) if starts is None else starts.split([len(piece) for piece in pieces], 1)
-    return torch.cat(
-        [
-            attend(part, k, v, how, starts=begin, first_query=piece.start)
-            for part, begin, piece in zip(parts, begins, pieces, strict=True)
-        ]
+) -> tuple[Tensor, ...]:
+    """`attend` with the queries of each of some pieces of the sequence, which follow each other in q and `starts`."""
+    sizes = [len(piece) for piece in pieces]
+    begins = [None] * len(pieces) if starts is None else starts.split(sizes, 1)
+    return tuple(
+        attend(part, k, v, how, starts=begin, first_query=piece.start)
+        for part, begin, piece in zip(q.split(sizes), begins, pieces, strict=True)
     )
+
+
+def _join(*pieces: Tensor) -> Tensor:
+    return torch.cat(pieces)
