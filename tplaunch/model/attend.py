@@ -1,12 +1,21 @@
-"""Attention's core behind one interface: causal, with documents, a window, a soft cap, a scale of its own and sinks."""
+"""Attention's core behind one interface: causal, with documents, a window, a soft cap, a scale of its own and sinks.
+
+What computes it is chosen here. On no device and by none of them is a tensor made that is as large as the square of the
+sequence.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Kernel = Literal["sdpa", "blocked", "flash_attn", "varlen", "flex"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ def attend(
     sinks: Tensor | None = None,
     first_query: int = 0,
 ) -> Tensor:
-    """softmax(q k^T) v over what each query may see.
+    """softmax(q k^T) v over what each query sees.
 
     Query i stands at place p = first_query + i among the keys, and sees those from max(starts[b, i], p - window + 1)
     to p.
@@ -49,40 +58,82 @@ def attend(
     Returns:
         [sq, b, heads * d].
     """
-    if first_query + len(q) < len(k):
-        k, v = k[: first_query + len(q)], v[: first_query + len(q)]
-    plain = how == Attending(scale=how.scale) and starts is None and sinks is None
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    if plain and (q.shape[2] == 1 or not first_query):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1], scale=how.scale
-        )
+    first, last = 0, first_query + len(q)  # of the keys that some query sees
+    if how.window is not None and starts is None:
+        first = max(0, first_query - how.window + 1)
+    if first or last < len(k):
+        k, v, first_query = k[first:last], v[first:last], first_query - first
+    window = None if how.window is None or how.window >= len(k) else how.window
+    kernel = choose(
+        Attending(window, how.softcap, how.scale),
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        queries=len(q),
+        first_query=first_query,
+        documents=starts is not None,
+        sinks=sinks is not None,
+    )
+    if kernel == "sdpa":
+        return _sdpa(q, k, v, how.scale)
+    if kernel == "blocked":
+        from tplaunch.model.attend_blocked import attend_blocked
+
+        out = attend_blocked(q, k, v, starts, sinks, first_query, window, how.softcap, how.scale)
+    elif kernel == "flex":
+        from tplaunch.model.attend_flex import attend_flex
+
+        out = attend_flex(q, k, v, starts, sinks, first_query, window, how.softcap, how.scale)
     else:
-        out = _dense(q, k, v, how, starts, sinks, first_query)
+        from tplaunch.model.attend_packed import attend_packed
+
+        out = attend_packed(kernel, q, k, v, starts, first_query, window, how.softcap, how.scale)
+    return out.flatten(2)
+
+
+def choose(
+    how: Attending,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: int,
+    first_query: int,
+    documents: bool,
+    sinks: bool,
+) -> Kernel:
+    """What computes it.
+
+    Args:
+        how: its window is None where all keys are in it.
+    """
+    on_gpu = device == "cuda"
+    narrow = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    causal = how.window is None and how.softcap is None and not (documents or sinks)
+    if causal and (queries == 1 or not first_query) and (not on_gpu or narrow or dtype == torch.float32):
+        return "sdpa"
+    if not on_gpu or queries == 1 or dtype == torch.float64:
+        return "blocked"
+    if narrow and not sinks and _has_flash_attn():
+        return "flash_attn"
+    if narrow and not sinks and how.softcap is None:
+        return "varlen"
+    return "flex"
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal from the first key on, or of one query that sees all keys."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and q.dtype == torch.float32:  # torch's linear kernel for fp32 takes no shared heads
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=shared > 1, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, how: Attending, starts: Tensor | None, sinks: Tensor | None, first_query: int
-) -> Tensor:
-    """[b, heads, sq, d] of [b, heads, sq, d] and [b, kv heads, sk, d] twice, by the formula."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(dtype) * (how.scale or q.shape[-1] ** -0.5)
-    if how.softcap is not None:
-        scores = how.softcap * (scores / how.softcap).tanh()
-    places = torch.arange(first_query, first_query + q.shape[2], device=q.device)
-    first = torch.zeros_like(places)[None] if starts is None else starts
-    if how.window is not None:
-        first = torch.maximum(first, places - how.window + 1)
-    keys = torch.arange(k.shape[2], device=q.device)
-    seen = (keys >= first[..., None]) & (keys <= places[:, None])
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    if sinks is not None:
-        column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], -1)
-    return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 def document_starts(positions: Tensor) -> Tensor:

@@ -195,12 +195,15 @@ class Model(Section):
         return self.window if kinds[layer % len(kinds)] == "window" else None
 
 
+ContextKind = Literal["allgather", "ulysses"]
+
+
 class Parallelism(Section):
     """TP x CP x PP x DP, and how each is done: the section `topology`."""
 
     tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
     cp: Small = Field(1, description="context parallel: GPUs that share each sequence")
-    cp_kind: Literal["allgather", "ulysses"] = Field(
+    cp_kind: ContextKind = Field(
         "allgather", description="what they exchange: keys and values gathered, or heads for tokens"
     )
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")

@@ -138,6 +138,8 @@ class TrainStep:
         if not self.recipe.training.eod_mask_loss:
             return tokens
         total = (batch.labels != IGNORE).sum()
+        if self.mesh.coordinates.cp:  # the ranks that share these rows count them once
+            total.zero_()
         for axis in ("dp_replicate", "dp_shard"):
             dist.all_reduce(total, group=self.mesh.world.get_group(axis))
         return max(1, int(total))
