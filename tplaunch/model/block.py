@@ -23,7 +23,6 @@ from tplaunch.parallel.mesh import ContextParallel, Mesh
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
-
 # What ranks that share a sequence have of each other, among a block's parts: keys and values of the whole sequence; and
 # with Ulysses heads of the whole sequence, and the way back from what attention makes of them.
 GATHERED, HEADS, TOKENS = "gathered", "heads", "tokens"

@@ -8,6 +8,7 @@ pipeline stages from their receive to their last use.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
@@ -107,6 +108,13 @@ def head_bytes(case: Case) -> int:
     """Bytes of a token in one head."""
     assert case.model.head_dim is not None
     return case.model.head_dim * case.compute_bytes
+
+
+def exchanged_heads(case: Case) -> int:
+    """Heads of queries, keys and values that a rank gives for tokens: Ulysses repeats keys and values until each of cp
+    ranks gets as many."""
+    heads, kv_heads = local_heads(case)
+    return heads + 2 * lcm(kv_heads, case.topology.cp)
 
 
 def gathered_keys(case: Case) -> float:
