@@ -23,7 +23,6 @@ from tplaunch.parallel.mesh import ContextParallel, Mesh
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
-
 # What a block does beside its parts where ranks share a sequence: it gathers keys and values, attends with one piece of
 # the sequence after the other, and joins what that gives; with Ulysses it exchanges tokens for heads and, behind
 # attention, heads for tokens.

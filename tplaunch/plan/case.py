@@ -185,7 +185,8 @@ class Case:
 
     @cached_property
     def _sizes(self) -> _Sizes:
-        return _sizes(self.model, self.topology.tp, self.shards)
+        hashable = self.model.model_copy(update={"window_layers": None}) if self.model.window_layers else self.model
+        return _sizes(hashable, self.topology.tp, self.shards)
 
     @property
     def block_weights(self) -> int:

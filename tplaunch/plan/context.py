@@ -1,18 +1,21 @@
-"""What context parallelism exchanges for the attention of a block, and how long that takes.
+"""What context parallelism exchanges for the attention of a block (`tplaunch.parallel.context`), and how long that
+takes.
 
 All-gather: keys and values are gathered in the forward pass, while queries are projected, and again in the backward
-pass, which then reduces and scatters their gradients (Llama 3, arXiv 2407.21783, section 3.3.2). Ulysses: queries,
-keys, values and the output change hands from tokens to heads and back, in all-to-alls, and so do their gradients
-(arXiv 2309.14509).
+pass, beside the gradients of the output projection; their gradients go back beside those of the queries' projection
+(Llama 3, arXiv 2407.21783, section 3.3.2). Ulysses: heads change hands for tokens, and back (arXiv 2309.14509).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import Kind, axis_group, collective_seconds
-from tplaunch.plan.memory import gathered_keys, head_bytes, local_heads
+from tplaunch.plan.compute import Passes
+from tplaunch.plan.memory import exchanged_heads, gathered_keys, head_bytes, local_heads
+from tplaunch.recipe.schema import Part
 
 
 class Exchange(NamedTuple):
@@ -24,7 +27,8 @@ class Exchange(NamedTuple):
         bytes: of one call (`communication.Traffic`).
         seconds: of one call.
         forward, backward: calls in each pass.
-        again: calls where attention is made again in the backward pass.
+        hidden: seconds of them all that computation hides.
+        again: the part with which it is made again in the backward pass; None: it never is.
     """
 
     what: str
@@ -33,59 +37,64 @@ class Exchange(NamedTuple):
     seconds: float
     forward: int
     backward: int
-    again: int
+    hidden: tuple[float, float] = (0.0, 0.0)
+    again: Part | None = None
+
+    def exposed(self) -> tuple[float, float]:
+        """Seconds that nothing hides, forward and backward."""
+        return self.forward * self.seconds - self.hidden[0], self.backward * self.seconds - self.hidden[1]
 
 
 class ContextTraffic(NamedTuple):
-    """The exchanges of a block for one microbatch, and the seconds of them that no computation hides.
-
-    Args:
-        exchanges: each kind.
-        forward, backward: seconds that are not hidden.
-        again: seconds that attention costs if it is made again.
-    """
+    """The exchanges of a block for one microbatch."""
 
     exchanges: tuple[Exchange, ...] = ()
-    forward: float = 0.0
-    backward: float = 0.0
-    again: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """Seconds that nothing hides."""
+        return sum(exchange.exposed()[0] for exchange in self.exchanges)
+
+    @property
+    def backward(self) -> float:
+        """Seconds that nothing hides."""
+        return sum(exchange.exposed()[1] for exchange in self.exchanges)
+
+    def again_seconds(self, made: Collection[Part]) -> float:
+        """Seconds of those that parts bring with them when they are made again, which nothing hides."""
+        return sum(exchange.seconds for exchange in self.exchanges if exchange.again in made)
 
 
-def context_traffic(case: Case, beside_gather: float) -> ContextTraffic:
+def context_traffic(case: Case, queries: Passes, output: Passes) -> ContextTraffic:
     """The exchanges of a block.
 
     Args:
-        beside_gather: seconds of the queries' projection, which hides the gathering of keys and values.
+        queries, output: the projections before and after attention, which hide what is gathered.
     """
-    cp = case.topology.cp
-    if cp == 1:
+    if case.topology.cp == 1:
         return ContextTraffic()
-    exchanges = _heads_for_tokens(case) if case.recipe.topology.cp_kind == "ulysses" else _keys_and_values(case)
-    forward, backward, again = (
-        sum(getattr(exchange, when) * exchange.seconds for exchange in exchanges)
-        for when in ("forward", "backward", "again")
-    )
-    if case.recipe.topology.cp_kind == "allgather":
-        forward = max(0.0, forward - beside_gather)
-    return ContextTraffic(exchanges, forward, backward, again)
+    if case.recipe.topology.cp_kind == "ulysses":
+        return ContextTraffic(_heads_for_tokens(case))
+    return ContextTraffic(_keys_and_values(case, queries, output))
 
 
-def _keys_and_values(case: Case) -> tuple[Exchange, ...]:
-    size = gathered_keys(case)
-    group = axis_group(case, "cp")
-    gather, scatter = (collective_seconds(case, group, kind, size) for kind in ("all-gather", "reduce-scatter"))
+def _keys_and_values(case: Case, queries: Passes, output: Passes) -> tuple[Exchange, ...]:
+    size, group = gathered_keys(case), axis_group(case, "cp")
+    gather, scatter = (collective_seconds(case, group, kind, size) for kind in ("all-gather", "all-to-all"))
+    hidden = min(gather, queries.forward), min(gather, output.total - output.forward)
+    back = 0.0, min(scatter, queries.total - queries.forward)
     return (
-        Exchange("keys and values", "all-gather", size, gather, 1, 1, 1),
-        Exchange("their gradients", "reduce-scatter", size, scatter, 0, 1, 0),
+        Exchange("keys and values", "all-gather", size, gather, 1, 1, hidden),
+        Exchange("their gradients", "all-to-all", size, scatter, 0, 1, back),
     )
 
 
 def _heads_for_tokens(case: Case) -> tuple[Exchange, ...]:
-    group, (heads, kv_heads) = axis_group(case, "cp"), local_heads(case)
-    sizes = {"queries, outputs": heads, "keys and values": max(kv_heads, case.topology.cp)}
+    group, heads = axis_group(case, "cp"), local_heads(case)[0]
+    turned: Part = "rotary" if case.model.qk_norm or case.model.position == "rope" else "qkv"
     found = []
-    for what, held in sizes.items():
-        size = case.tokens * held * head_bytes(case)
+    for what, count, again in (("heads", exchanged_heads(case), turned), ("tokens", heads, "core_attention")):
+        size = case.tokens * count * head_bytes(case)
         seconds = collective_seconds(case, group, "all-to-all", size)
-        found.append(Exchange(what, "all-to-all", size, seconds, 2, 2, 2))
+        found.append(Exchange(what, "all-to-all", size, seconds, 1, 1, again=again))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -226,7 +227,7 @@ class BlockWork(NamedTuple):
         """Seconds, with communication, of the steps that run again in the backward pass."""
         made = [step.part for step in kept.made]
         seconds = sum(self.parts[part].forward for part in made) + self.traffic.again_seconds(made)
-        return seconds + self.context.again * made.count("core_attention")
+        return seconds + self.context.again_seconds(made)
 
     def attending(self, attention: Passes) -> BlockWork:
         """A block like this one but for its attention."""
@@ -239,7 +240,7 @@ def block_work(case: Case) -> BlockWork:
     parts = compute.block_parts(case)
     passes = sum((parts[step.part] for step in block_steps(case.model)), Passes(0.0))
     traffic = block_traffic(case, passes.input_backward, passes.weight_backward)
-    return BlockWork(passes, parts, traffic, context_traffic(case, compute.queries(case).forward))
+    return BlockWork(passes, parts, traffic, context_traffic(case, compute.queries(case), parts["attention_output"]))
 
 
 class StageWorks:
@@ -339,31 +340,25 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], block: BlockW
         traffic.append(
             Traffic(axis, "activations", kind, count, per_block.size, group.link, group.size, seconds, exposed * share)
         )
-    traffic += _context_parallel(case, stages, mine, block.context)
+    traffic += _context_parallel(case, stages, block.context)
     traffic += _sends(case, pp_rank, stages)
     return traffic + _data_parallel(case, stages, mine)
 
 
-def _context_parallel(
-    case: Case, stages: list[Stage], works: list[StageWork], context: ContextTraffic
-) -> list[Traffic]:
+def _context_parallel(case: Case, stages: list[Stage], context: ContextTraffic) -> list[Traffic]:
     m, group = case.microbatches, axis_group(case, "cp")
     blocks = sum(len(stage.layers) for stage in stages)
-    again = sum(
-        n * sum(step.part == "core_attention" for step in kept(case.model, parts).made)
-        for stage in stages
-        for parts, n in case.recomputes(stage).items()
-    )
-    exposed = m * (sum(sum(work.context_parallel) for work in works) + again * context.again)
-    calls = [m * (blocks * (one.forward + one.backward) + again * one.again) for one in context.exchanges]
-    seconds = [count * one.seconds for count, one in zip(calls, context.exchanges, strict=True)]
-    return [
-        Traffic(
-            *("cp", one.what, one.kind, count, one.bytes, group.link, group.size, time),
-            exposed=exposed * time / sum(seconds),
-        )
-        for one, count, time in zip(context.exchanges, calls, seconds, strict=True)
-    ]
+    again: Counter[Part] = Counter()
+    for stage in stages:
+        for parts, n in case.recomputes(stage).items():
+            again.update({step.part: n for step in kept(case.model, parts).made})
+    traffic = []
+    for one in context.exchanges:
+        more = again[one.again] if one.again else 0
+        calls, exposed = m * (blocks * (one.forward + one.backward) + more), blocks * sum(one.exposed())
+        seconds = (calls * one.seconds, m * (exposed + more * one.seconds))
+        traffic.append(Traffic("cp", one.what, one.kind, calls, one.bytes, group.link, group.size, *seconds))
+    return traffic
 
 
 def _data_parallel(case: Case, stages: list[Stage], works: list[StageWork]) -> list[Traffic]:

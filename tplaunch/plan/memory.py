@@ -8,6 +8,7 @@ pipeline stages from their receive to their last use.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
@@ -68,7 +69,7 @@ def block_tensors(case: Case) -> dict[str, float]:
     heads, kv_heads = local_heads(case)
     head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
     ffn = tokens * (model.ffn_hidden_size // tp) * width
-    return {
+    tensors = {
         "input": hidden,
         "normed": hidden,
         "projected": (heads + 2 * kv_heads) * head,
@@ -80,6 +81,11 @@ def block_tensors(case: Case) -> dict[str, float]:
         "inside": (1 if model.activation == "gelu" else 2) * ffn,
         "activated": ffn,
     }
+    if case.topology.cp > 1 and case.recipe.topology.cp_kind == "ulysses":
+        # What attention reads is what was exchanged; what it gives is kept before and after the way back.
+        tensors["turned" if model.qk_norm or model.position == "rope" else "projected"] = exchanged_heads(case) * head
+        tensors["attended"] *= 2
+    return tensors
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
@@ -107,6 +113,13 @@ def head_bytes(case: Case) -> int:
     """Bytes of a token in one head."""
     assert case.model.head_dim is not None
     return case.model.head_dim * case.compute_bytes
+
+
+def exchanged_heads(case: Case) -> int:
+    """Heads of queries, keys and values that a rank gives for tokens: Ulysses repeats keys and values until each of cp
+    ranks gets as many."""
+    heads, kv_heads = local_heads(case)
+    return heads + 2 * lcm(kv_heads, case.topology.cp)
 
 
 def gathered_keys(case: Case) -> float:
