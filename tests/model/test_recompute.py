@@ -181,7 +181,9 @@ def test_a_block_keeps_what_is_planned(
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize(("kind", "cp", "tp"), [("allgather", 2, 1), ("allgather", 2, 2), ("ulysses", 2, 1), ("ulysses", 4, 1)])
+@pytest.mark.parametrize(
+    ("kind", "cp", "tp"), [("allgather", 2, 1), ("allgather", 2, 2), ("ulysses", 2, 1), ("ulysses", 4, 1)]
+)
 def test_a_block_keeps_what_is_planned_of_a_shared_sequence(
     world: World, model: str, kind: str, cp: int, tp: int
 ) -> None:
