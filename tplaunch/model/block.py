@@ -238,8 +238,8 @@ class TransformerBlock(nn.Module):
 def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
     """The parts that are made again, and with them the exchanges whose outcome is not kept.
 
-    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What Ulysses exchanges takes as much
-    memory as what it is made of: it is kept, or not, like that.
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What
+    Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
     """
     if cp is None:
         return frozenset(again)

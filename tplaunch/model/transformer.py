@@ -155,21 +155,21 @@ class TransformerStage(nn.Module):
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
-        rope, starts, mine = self.rope, None, positions
+        rope, starts, cp = self.rope, None, self.cp
         if positions is not None:
             starts = document_starts(positions)
-            if self.cp is not None:
-                mine = self.cp.cut(positions)
-                starts = self.cp.cut(starts) if self.cp.kind == "allgather" else starts
-            rope = None if rope is None else rope[:, mine.t(), 0]
-        elif self.cp is not None and self.position is not None:
-            mine = self.cp.cut(torch.arange(self.cp.size * x.shape[1], device=x.device)[None])
+            if cp is not None:
+                positions = cp.cut(positions)
+                starts = cp.cut(starts) if cp.kind == "allgather" else starts
+            rope = None if rope is None else rope[:, positions.t(), 0]
+        elif cp is not None and self.position is not None:
+            positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
             self.block_begins("embedding")
             x = self.embedding(x)
             if self.position is not None:
                 self.block_begins("position")
-                x = self.position(x, mine)
+                x = self.position(x, positions)
         for number, block in self.layers.items():
             x = block(self._entering(x, number), rope, starts)
         if self.norm is None or self.output is None:
