@@ -15,9 +15,9 @@ from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
 from tplaunch.model.recompute import Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import swiglu
-from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
-from tplaunch.parallel.mesh import Mesh
+from tplaunch.model.swiglu import geglu, swiglu
+from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel, local, parameter
+from tplaunch.parallel.mesh import Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
@@ -49,8 +49,9 @@ class Attention(nn.Module):
             )
             for _ in range(2)
         )
-        self.q_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
-        self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
+        self.q_norm = _head_norm(model, tp=tp)
+        self.k_norm = _head_norm(model, tp=tp)
+        self.sinks = parameter((model.num_heads,), tp.mesh, (Shard(0),)) if model.attention_sinks else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
     def project(self, x: Tensor) -> Tensor:
@@ -67,18 +68,30 @@ class Attention(nn.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, starts: Tensor | None, first_query: int
+    ) -> Tensor:
+        """See `tplaunch.model.attend.attend`."""
+        return attend(q, k, v, self.how, starts=starts, sinks=sinks, first_query=first_query)
+
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
         return x + self.wo(attended)
 
 
+def _head_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | None:
+    assert model.head_dim is not None
+    return RMSNorm(model.head_dim, model.norm_eps, plus_one=model.norm_plus_one, tp=tp) if model.qk_norm else None
+
+
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
 
     def __init__(self, model: Model, mesh: Mesh) -> None:
         super().__init__()
         hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.linear_bias, mesh.tp
-        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.activation == "swiglu" else None
+        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
+        self.glu = geglu if model.activation == "geglu" else swiglu
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
 
@@ -88,7 +101,7 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate="tanh") if self.gate is None else swiglu(x)
+        return F.gelu(x, approximate="tanh") if self.gate is None else self.glu(x)
 
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
@@ -96,7 +109,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added where the model has them.
 
     Args:
         layer: its global number.
@@ -109,8 +122,10 @@ class TransformerBlock(nn.Module):
         self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
         self.attention = Attention(model, mesh, layer=layer)
+        self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
+        self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
     def forward(
         self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
@@ -132,8 +147,9 @@ class TransformerBlock(nn.Module):
         nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
         again is what was made."""
         self.compiled = True
-        for norm in (self.attention_norm, self.mlp_norm):
-            norm.compile()
+        for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
+            if norm is not None:
+                norm.compile()
         for owner, names in (
             (self.attention, ("project", "turn", "leave")),
             (self.mlp, ("enter", "activate", "leave")),
@@ -153,10 +169,22 @@ class TransformerBlock(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             first = len(k) - len(q)
-        core = partial(attend, how=attention.how, starts=starts, first_query=first)
-        attended = run("core_attention", core, q, k, v)
-        x = run("attention_output", attention.leave, x, attended)
+        core = partial(attention.attend, starts=starts, first_query=first)
+        attended = run("core_attention", core, q, k, v, *([] if attention.sinks is None else [local(attention.sinks)]))
+        if self.attention_post_norm is None:
+            x = run("attention_output", attention.leave, x, attended)
+        else:
+            made = run("attention_output", attention.wo, attended)
+            x = run("norm", partial(_add_normed, self.attention_post_norm), x, made)
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
-        return run("down", mlp.leave, x, activated)
+        if self.mlp_post_norm is None:
+            return run("down", mlp.leave, x, activated)
+        made = run("down", mlp.down, activated)
+        return run("norm", partial(_add_normed, self.mlp_post_norm), x, made)
+
+
+def _add_normed(norm: nn.Module, x: Tensor, made: Tensor) -> Tensor:
+    total: Tensor = x + norm(made)
+    return total

@@ -16,16 +16,25 @@ from tplaunch.recipe.schema import Model
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    def __init__(self, size: int, eps: float, *, tp: TensorParallel) -> None:
+    Args:
+        plus_one: it multiplies by 1 + weight, in fp32 (Gemma).
+    """
+
+    def __init__(self, size: int, eps: float, *, plus_one: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
+        self.plus_one = plus_one
         self.weight = parameter((size,), tp.mesh, (Replicate(),))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local(self.weight)
+        if self.plus_one:
+            weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
         if x.is_cuda or torch.compiler.is_compiling():  # which have kernels of their own
+            if self.plus_one:
+                return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
         return _RMSNorm.apply(x, weight, self.eps)
 
@@ -71,5 +80,6 @@ class LayerNorm(nn.Module):
 
 def make_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | LayerNorm:
     """The norm of the model over its hidden size."""
-    kind = RMSNorm if model.norm == "rmsnorm" else LayerNorm
-    return kind(model.hidden_size, model.norm_eps, tp=tp)
+    if model.norm == "layernorm":
+        return LayerNorm(model.hidden_size, model.norm_eps, tp=tp)
+    return RMSNorm(model.hidden_size, model.norm_eps, plus_one=model.norm_plus_one, tp=tp)

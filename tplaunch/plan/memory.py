@@ -75,10 +75,12 @@ def block_tensors(case: Case) -> dict[str, float]:
         "turned": (heads + (1 if model.qk_norm else 2) * kv_heads) * head,
         "attended": heads * head,
         "softmax": tokens * heads * max(4, width),
+        "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
         "inside": (2 if model.activation == "swiglu" else 1) * ffn,
         "activated": ffn,
+        "mlp_made": hidden,
     }
 
 
@@ -90,7 +92,7 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float
         parts: what it makes again.
     """
     tensors = block_tensors(case)
-    statistics = 2 * norm_statistics(case)
+    statistics = (4 if case.model.post_norms else 2) * norm_statistics(case)
     if case.model.qk_norm:
         statistics += case.tokens * sum(local_heads(case)) * max(4, case.compute_bytes)
     return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics
