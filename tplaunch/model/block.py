@@ -13,13 +13,27 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
-from tplaunch.model.recompute import Recomputation, Run, run_once
+from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import geglu, swiglu
-from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel, local, parameter
-from tplaunch.parallel.mesh import Mesh, TensorParallel
+from tplaunch.model.watch import on_backward
+from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
+from tplaunch.parallel.layers import (
+    ColumnPair,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    local,
+    parameter,
+)
+from tplaunch.parallel.mesh import ContextParallel, Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
+
+# What a block does beside its parts where ranks share a sequence: it gathers keys and values, attends with one piece of
+# the sequence after the other, and joins what that gives; with Ulysses it exchanges tokens for heads and, behind
+# attention, heads for tokens.
+GATHERED, JOINED, HEADS, TOKENS = "gathered", "joined", "heads", "tokens"
 
 
 class Attention(nn.Module):
@@ -68,11 +82,29 @@ class Attention(nn.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, starts: Tensor | None, first_query: int
-    ) -> Tensor:
-        """See `tplaunch.model.attend.attend`."""
-        return attend(q, k, v, self.how, starts=starts, sinks=sinks, first_query=first_query)
+    def project_key_value(self, x: Tensor, pair: ColumnPair) -> tuple[Tensor, Tensor]:
+        """`project` without queries, and what ties `project_query` to it."""
+        return pair.first(x, self.wk, self.wv)
+
+    def project_query(self, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:
+        """The rest of `project`, of the same x."""
+        return pair.second(x, link, self.wq)
+
+    def turn_key_value(self, projected: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
+        """`turn` of what `project_key_value` gives."""
+        k, v = split_heads(projected, self.features[1:], self.head_dim, rope if self.k_norm is None else None)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+            if rope is not None:
+                k = apply_rope(k, rope)
+        return k, v
+
+    def turn_query(self, projected: Tensor, rope: Tensor | None) -> Tensor:
+        """`turn` of what `project_query` gives."""
+        q = projected.unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return q if rope is None else apply_rope(q, rope)
 
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
@@ -118,7 +150,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, model: Model, mesh: Mesh, layer: int, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
-        self.again = effective(model, again)
+        self.cp = mesh.cp
+        self.again = _with_exchanges(model, effective(model, again), mesh.cp)
         self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
         self.attention = Attention(model, mesh, layer=layer)
@@ -134,7 +167,8 @@ class TransformerBlock(nn.Module):
 
         Args:
             rope: [2, s, 1 or b, 1, head_dim], or None.
-            starts: int64 [b, s], the place where each token's document begins; None: one document a sample.
+            starts: int64 [b, s], the place in the whole sequence where the document of each token begins, of those that
+                this rank attends with; None: one document a sample.
             cache: of the tokens before these, which are added to it; then without `starts`, and without gradients.
         """
         if not self.again or not torch.is_grad_enabled():
@@ -150,8 +184,11 @@ class TransformerBlock(nn.Module):
         for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
             if norm is not None:
                 norm.compile()
+        turns = ("project", "turn")
+        if self.cp is not None and self.cp.kind == "allgather":
+            turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
         for owner, names in (
-            (self.attention, ("project", "turn", "leave")),
+            (self.attention, (*turns, "leave")),
             (self.mlp, ("enter", "activate", "leave")),
         ):
             for name in names:
@@ -161,21 +198,16 @@ class TransformerBlock(nn.Module):
         self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
-        attention, mlp = self.attention, self.mlp
+        mlp = self.mlp
         normed = run("norm", self.attention_norm, x)
-        projected = run("qkv", attention.project, normed)
-        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
-        first = 0
-        if cache is not None:
-            k, v = cache.append(k, v)
-            first = len(k) - len(q)
-        core = partial(attention.attend, starts=starts, first_query=first)
-        attended = run("core_attention", core, q, k, v, *([] if attention.sinks is None else [local(attention.sinks)]))
+        attended, gathered = self._attend(run, normed, rope, starts, cache)
         if self.attention_post_norm is None:
-            x = run("attention_output", attention.leave, x, attended)
+            x = run("attention_output", self.attention.leave, x, attended)
         else:
-            made = run("attention_output", attention.wo, attended)
+            made = run("attention_output", self.attention.wo, attended)
             x = run("norm", partial(_add_normed, self.attention_post_norm), x, made)
+        if gathered is not None:
+            x = on_backward(x, gathered.start)  # while the projection's gradients are computed
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
@@ -184,7 +216,108 @@ class TransformerBlock(nn.Module):
         made = run("down", mlp.down, activated)
         return run("norm", partial(_add_normed, self.mlp_post_norm), x, made)
 
+    def _attend(
+        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Gathered | None]:
+        """[s or s/tp, b, h] -> what `Attention.leave` projects, [s, b, features], and what must be told when to be
+        gathered again."""
+        attention, cp = self.attention, self.cp
+        if cp is not None and cp.kind == "allgather":
+            return self._attend_to_gathered(run, normed, rope, starts, cp)
+        projected = run("qkv", attention.project, normed)
+        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
+        first = 0
+        if cp is not None:
+            q, k, v = run(HEADS, partial(to_heads, cp=cp), q, k, v)
+        if cache is not None:
+            k, v = cache.append(k, v)
+            first = len(k) - len(q)
+        core = partial(_attend_whole, how=attention.how, starts=starts, first_query=first)
+        attended = run("core_attention", core, q, k, v, *self._sinks())
+        return attended if cp is None else run(TOKENS, partial(to_tokens, cp=cp), attended), None
+
+    def _attend_to_gathered(
+        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cp: ContextParallel
+    ) -> tuple[Tensor, Gathered | None]:
+        """See `_attend`: keys and values come first, and are gathered while queries are projected. In the backward pass
+        their gradients are exchanged while that of this projection is computed."""
+        attention, pair = self.attention, ColumnPair(self.attention.wq.tp)
+        projected, link = run("qkv", partial(attention.project_key_value, pair=pair), normed)
+        mine = run("rotary", partial(attention.turn_key_value, rope=rope), projected)
+        begin, end = partial(begin_gather, cp=cp), partial(end_gather, cp=cp, kv_heads=mine[0].shape[2])
+        gathering = begin(*mine)
+        projected = run("qkv", partial(attention.project_query, pair=pair), normed, link)
+        q = run("rotary", partial(attention.turn_query, rope=rope), projected)
+        gathered = None
+        if isinstance(run, Recomputation):
+            gathered = run.gathered(begin, end, mine)
+            k, v = end(gathering, gradients_there=gathered.stop)
+            run.enter(gathered, (k, v))
+        else:
+            k, v = end(gathering)
+        core = partial(_attend_pieces, how=attention.how, starts=starts, pieces=cp.pieces(len(k)))
+        return run(JOINED, _join, *run("core_attention", core, q, k, v, *self._sinks())), gathered
+
+    def _sinks(self) -> tuple[Tensor, ...]:
+        """Those of the heads that this rank attends with, if any."""
+        if self.attention.sinks is None:
+            return ()
+        sinks = local(self.attention.sinks)
+        shared = self.cp is not None and self.cp.kind == "ulysses"
+        return (sinks.chunk(self.cp.size)[self.cp.rank] if self.cp is not None and shared else sinks,)
+
+
+def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
+    """The parts that are made again, and with them the exchanges whose outcome is not kept.
+
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in
+    pieces. What Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
+    """
+    if cp is None:
+        return frozenset(again)
+    if cp.kind == "allgather":
+        return again | {GATHERED, JOINED}
+    turned: Part = "rotary" if model.qk_norm or model.position == "rope" else "qkv"
+    return again | {name for name, part in ((HEADS, turned), (TOKENS, "core_attention")) if part in again}
+
+
+def _attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    first_query: int,
+) -> Tensor:
+    """`attend` as a part that is run: every tensor with a gradient is one that it reads."""
+    return attend(q, k, v, how, starts=starts, sinks=sinks, first_query=first_query)
+
+
+def _attend_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    pieces: list[range],
+) -> tuple[Tensor, ...]:
+    """`attend` with the queries of each of some pieces of the sequence, which follow each other in q and `starts`."""
+    sizes = [len(piece) for piece in pieces]
+    begins = [None] * len(pieces) if starts is None else starts.split(sizes, 1)
+    return tuple(
+        attend(part, k, v, how, starts=begin, sinks=sinks, first_query=piece.start)
+        for part, begin, piece in zip(q.split(sizes), begins, pieces, strict=True)
+    )
+
 
 def _add_normed(norm: nn.Module, x: Tensor, made: Tensor) -> Tensor:
     total: Tensor = x + norm(made)
     return total
+
+
+def _join(*pieces: Tensor) -> Tensor:
+    return torch.cat(pieces)

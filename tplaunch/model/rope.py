@@ -95,18 +95,19 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
 
 def split_heads(projected: Tensor, sizes: list[int], head_dim: int, table: Tensor | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values out of their common projection; queries and keys rotated where there is a table.
+    """Queries, keys and values, or some of them, out of their common projection; all but the last, the values, rotated
+    where there is a table.
 
     One function instead of a split and two rotations: the backward pass writes each gradient to its place in the
     gradient of the projection.
 
     Args:
         projected: [s, b, features].
-        sizes: features of queries, keys and values.
+        sizes: features of each.
         table: as for `apply_rope`, or None.
 
     Returns:
-        [s, b, heads, head_dim] three times.
+        [s, b, heads, head_dim] of each.
     """
     return _SplitHeads.apply(projected, sizes, head_dim, table)
 
@@ -156,9 +157,9 @@ class _SplitHeads(torch.autograd.Function):
             return tuple(heads)
         out = torch.empty_like(projected)
         places = [part.unflatten(-1, (-1, head_dim)) for part in out.split(sizes, -1)]
-        for head, place in zip(heads[:2], places[:2], strict=True):
+        for head, place in zip(heads[:-1], places[:-1], strict=True):
             _rotate(head, table, place, back=False)
-        places[2].copy_(heads[2])
+        places[-1].copy_(heads[-1])
         return tuple(places)
 
     @staticmethod
@@ -170,7 +171,7 @@ class _SplitHeads(torch.autograd.Function):
             part.unflatten(-1, grad.shape[2:]) for part, grad in zip(out.split(ctx.sizes, -1), grads, strict=True)
         ]
         for number, (grad, place) in enumerate(zip(grads, places, strict=True)):
-            if tables and number < 2:
+            if tables and number < len(places) - 1:
                 _rotate(grad, tables[0], place, back=True)
             else:
                 place.copy_(grad)

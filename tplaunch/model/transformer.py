@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
 from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table
+from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
 from tplaunch.parallel.cross_entropy import output_cross_entropy
 from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
@@ -33,7 +33,8 @@ class LearnedPosition(nn.Module):
         self.weight = parameter((rows, hidden_size), tp.mesh, (Replicate(),))
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same, each position's vector added; positions: int64 [b, s], or None for 0..s-1."""
+        """[s or s/tp, b, h] -> the same, each position's vector added; positions: int64 [b or 1, s], or None for
+        0..s-1."""
         first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
         mine = slice(first, first + x.shape[0])
         weight = local(self.weight)
@@ -99,6 +100,7 @@ class TransformerStage(nn.Module):
         super().__init__()
         self.spec = model
         self.tp = mesh.tp
+        self.cp = mesh.cp
         tp = mesh.tp
         self.embedding = VocabParallelEmbedding(model.padded_vocab_size, model.hidden_size, tp=tp) if first else None
         self.position = None
@@ -114,6 +116,7 @@ class TransformerStage(nn.Module):
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
         self.rope = self.window_rope = None
+        self._tells_documents = training.document_mask
         # Told a block's name as a forward pass enters it and as a backward pass leaves it, if anybody wants to know.
         # What stands before and after the blocks is entered by its own name.
         self.block_begins: Callable[[str], None] = _ignore
@@ -125,7 +128,7 @@ class TransformerStage(nn.Module):
         self.block_begins(block)
         if self.block_done is None or not x.requires_grad:
             return x
-        return _Leaving.apply(x, partial(self.block_done, block))
+        return on_backward(x, partial(self.block_done, block))
 
     def compile_blocks(self) -> None:
         """Compile the blocks, part by part."""
@@ -137,10 +140,12 @@ class TransformerStage(nn.Module):
         """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
         if self.spec.position == "rope":
             dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
-            positions = torch.arange(seq_len, device=device)
-            self.rope = rope_table(self.spec, positions, dtype)
+            places = torch.arange(seq_len, device=device)
+            if self.cp is not None and not self._tells_documents:  # else any place may be that of a token here
+                places = self.cp.cut(places[None])[0]
+            self.rope = rope_table(self.spec, places, dtype)
             if self.spec.window_rope_theta is not None:
-                self.window_rope = rope_table(self.spec, positions, dtype, window=True)
+                self.window_rope = rope_table(self.spec, places, dtype, window=True)
 
     def _own_rope(self, number: str) -> bool:
         """Whether a block has the windows' rotary table."""
@@ -171,18 +176,24 @@ class TransformerStage(nn.Module):
             x: int64 tokens [b, s] on the first stage, else the previous stage's output [s or s/tp, b, h].
             labels: int64 [b, s], read by the last stage only.
             positions: int64 [b, s], each token's place in its document, to keep documents of a sample apart; None
-                for one document a sample.
+                for one document a sample. Of whole sequences, where x and labels are of this rank's pieces of them.
             loss_scale: factor of the summed loss; 1 / (tokens of the global batch) makes it that batch's mean.
 
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
+        ropes, starts, mine = [self.rope, self.window_rope], None, positions
+        if mine is not None:
+            starts = document_starts(mine)
+            if self.cp is not None:
+                mine = self.cp.cut(mine)
+                starts = self.cp.cut(starts) if self.cp.kind == "allgather" else starts
+            places = mine.t()
+            ropes = [None if rope is None else rope[:, places, 0] for rope in ropes]
+        elif self.cp is not None and self.position is not None:
+            mine = self.cp.cut(torch.arange(self.cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
-            x = self.embed(x, positions)
-        ropes, starts = [self.rope, self.window_rope], None
-        if positions is not None:
-            starts = document_starts(positions)
-            ropes = [None if rope is None else rope[:, positions.t(), 0] for rope in ropes]
+            x = self.embed(x, mine)
         for number, block in self.layers.items():
             x = block(self._entering(x, number), ropes[self._own_rope(number)], starts)
         if self.norm is None or self.output is None:
@@ -194,17 +205,3 @@ class TransformerStage(nn.Module):
 
 def _ignore(block: str) -> None:
     """Nobody wants to know."""
-
-
-class _Leaving(torch.autograd.Function):
-    """Nothing, but for a call as the backward pass comes by."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
-        ctx.call = call
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.call()
-        return grad, None

@@ -8,6 +8,7 @@ pipeline stages from their receive to their last use.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
@@ -68,7 +69,7 @@ def block_tensors(case: Case) -> dict[str, float]:
     heads, kv_heads = local_heads(case)
     head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
     ffn = tokens * (model.ffn_hidden_size // tp) * width
-    return {
+    tensors = {
         "input": hidden,
         "normed": hidden,
         "projected": (heads + 2 * kv_heads) * head,
@@ -78,10 +79,15 @@ def block_tensors(case: Case) -> dict[str, float]:
         "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
-        "inside": (2 if model.activation == "swiglu" else 1) * ffn,
+        "inside": (1 if model.activation == "gelu" else 2) * ffn,
         "activated": ffn,
         "mlp_made": hidden,
     }
+    if case.topology.cp > 1 and case.recipe.topology.cp_kind == "ulysses":
+        # What attention reads is what was exchanged; what it gives is kept before and after the way back.
+        tensors["turned" if model.qk_norm or model.position == "rope" else "projected"] = exchanged_heads(case) * head
+        tensors["attended"] *= 2
+    return tensors
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
@@ -105,6 +111,24 @@ def local_heads(case: Case) -> tuple[int, int]:
     return model.num_heads // tp, max(1, model.num_kv_heads // tp)
 
 
+def head_bytes(case: Case) -> int:
+    """Bytes of a token in one head."""
+    assert case.model.head_dim is not None
+    return case.model.head_dim * case.compute_bytes
+
+
+def exchanged_heads(case: Case) -> int:
+    """Heads of queries, keys and values that a rank gives for tokens: Ulysses repeats keys and values until each of cp
+    ranks gets as many."""
+    heads, kv_heads = local_heads(case)
+    return heads + 2 * lcm(kv_heads, case.topology.cp)
+
+
+def gathered_keys(case: Case) -> float:
+    """Bytes of the keys and values of whole sequences, of one microbatch and a rank's heads."""
+    return case.tokens * case.topology.cp * 2 * local_heads(case)[1] * head_bytes(case)
+
+
 def norm_statistics(case: Case) -> float:
     """Bytes of one norm's saved statistics: 1/rms, or mean and 1/std, of each token."""
     slices = case.topology.tp if case.sequence_parallel else 1
@@ -122,19 +146,19 @@ def embedding_activations(case: Case) -> float:
     return case.tokens * (8 if case.topology.tp == 1 else 9)
 
 
-def document_mask(case: Case) -> float:
-    """Bytes of a microbatch's attention mask (a byte for each pair of positions) and of its own rotary table, where
-    documents are kept apart."""
+def documents(case: Case) -> float:
+    """Bytes of where each token's document begins, in whole sequences, and of a microbatch's own rotary table, where
+    documents are kept apart. No mask of all pairs is ever made."""
     if not case.recipe.training.document_mask:
         return 0.0
     assert case.model.head_dim is not None
     rope = 2 * case.model.head_dim * max(4, case.compute_bytes) if case.model.position == "rope" else 0
-    return case.tokens * (case.recipe.training.seq_len + rope)
+    return case.tokens * (8 * case.topology.cp + rope)
 
 
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
-    total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + document_mask(case)
+    total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + documents(case)
     if stage.first:
         total += embedding_activations(case)
     if stage.last:
@@ -200,7 +224,7 @@ def block_working(case: Case, parts: frozenset[Part]) -> float:
     """
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
-    inside = case.tokens * ffn * (2 if model.activation == "swiglu" else 1)
+    inside = case.tokens * ffn * (1 if model.activation == "gelu" else 2)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
     tensors, awaited = block_tensors(case), {name for step in block_steps(model) for name in step.needs}
@@ -223,7 +247,7 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     model, tp = case.model, case.topology.tp
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
-    inside = (2 if model.activation == "swiglu" else 1) * (model.ffn_hidden_size // tp)
+    inside = (1 if model.activation == "gelu" else 2) * (model.ffn_hidden_size // tp)
     outputs = (heads + 2 * kv_heads) * model.head_dim + inside + 2 * model.hidden_size
     return len(stage.layers) * case.tokens * outputs * case.compute_bytes
 

@@ -200,10 +200,17 @@ class Model(Section):
         return self.window if kinds[layer % len(kinds)] == "window" else None
 
 
+ContextKind = Literal["allgather", "ulysses"]
+
+
 class Parallelism(Section):
-    """TP x PP x DP, and how each is done: the section `topology`."""
+    """TP x CP x PP x DP, and how each is done: the section `topology`."""
 
     tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
+    cp: Small = Field(1, description="context parallel: GPUs that share each sequence")
+    cp_kind: ContextKind = Field(
+        "allgather", description="what they exchange: keys and values gathered, or heads for tokens"
+    )
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
     dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
@@ -348,6 +355,11 @@ class Data(Section):
         None, description="the token that ends documents; default: what the tokenizer's folder says, else a known name"
     )
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
+    document_length: Count | None = Field(
+        None,
+        description="tokens of a document, by which the FLOPs of training.document_mask are counted while the training "
+        "data are not prepared; default 2048",
+    )
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""
