@@ -30,6 +30,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "gpt2": GPT2,
+    "gemma, sinks": {
+        "activation": "geglu",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "window": SEQ // 3,
+        "attention_softcap": 2.0,
+        "attention_sinks": True,
+    },
     "gpt2, norms of heads": {**GPT2, "qk_norm": True},
 }
 # Each part alone, each two, all but one: chains of all lengths.
@@ -107,6 +115,7 @@ WORLDS = {
     "zero-bubble": case(1, 2, schedule="interleavedzerobubble", model=MODELS["qwen3"]),
     "zero-bubble-tp2-sp": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True),
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
+    "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
     "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
     "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),

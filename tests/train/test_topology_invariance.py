@@ -82,6 +82,23 @@ CASES: dict[str, dict[str, Any]] = {
     "documents": case(2, 2, 2, sequence_parallel=True, training={"document_mask": True, "eod_mask_loss": True}),
     "documents-gpt2-kv": case(4, 1, 2, sequence_parallel=True, model=GPT2, training={"document_mask": True}),
     "documents-pp4-full": case(1, 4, 2, training={"document_mask": True, "recompute": "full"}),
+    "documents-windows": case(
+        2,
+        1,
+        2,
+        zero=3,
+        sequence_parallel=True,
+        model={"window": SEQ // 4, "window_layers": ["window", "full"]},
+        training={"document_mask": True},
+    ),
+    "ulysses-sinks": case(cp=2, cp_kind="ulysses", model={"attention_sinks": True}, training={"recompute": "full"}),
+    "cp2-sinks": case(cp=2, model={"attention_sinks": True, "window": SEQ // 4}, training={"document_mask": True}),
+    "sinks-soft-caps": case(
+        2,
+        2,
+        schedule="interleavedzerobubble",
+        model={"attention_sinks": True, "attention_softcap": 2.0, "logit_softcap": 4.0, "window": SEQ // 2},
+    ),
     "batch-ramp-up": case(
         1,
         2,
