@@ -124,7 +124,12 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize("name", WORLDS)
+MANY = {"cp2-tp2-sp", "ulysses2-tp2-sp", "ulysses4-gpt2"}  # processes, for what others show part by part
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MANY else []) for name in WORLDS]
+)
 def test_gradients_are_those_without_on_the_same_topology(world: World, name: str) -> None:
     raw = WORLDS[name]
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)

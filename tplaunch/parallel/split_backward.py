@@ -63,8 +63,8 @@ def reads_activations() -> bool:
 
 
 def read_once(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight for several functions of x: a backward pass that is split looks for weights beside the way to the stage's
-    input, each in one place."""
+    """Give a weight to several functions of x: a backward pass that is split in two looks for weights beside the way to
+    the stage's input, each in one place."""
     return _ReadOnce.apply(weight, x)
 
 
