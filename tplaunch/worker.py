@@ -132,7 +132,7 @@ def describe_error(error: BaseException, beat: Beat, recipe: Recipe | None, coll
         recipe: None when it could not be read; then the rank's place is not known.
         collective: the last that it began.
     """
-    place = Topology.of(recipe).coordinates(beat.rank)._asdict() if recipe is not None else {}
+    place = Topology.of(recipe).place(beat.rank) if recipe is not None else {}
     return {
         "rank": beat.rank,
         **place,

@@ -96,6 +96,36 @@ REFUSED = [
         "seq_len 62 is not divisible by tp = 4",
         "seq_len: 60 or 64",
     ),
+    (
+        ["topology.cp=4", "training.seq_len=60"],
+        "training.seq_len",
+        "seq_len 60 is not divisible by 2 x cp 4 = 8",
+        "seq_len: 56 or 64, or cp: 3 or 5",
+    ),
+    (
+        ["topology.cp=4", "topology.tp=4", "topology.sequence_parallel=true", "training.seq_len=48"],
+        "training.seq_len",
+        "seq_len 48 is not divisible by 2 x cp 4 x tp 4 = 32",
+        "seq_len: 32 or 64, or cp: 3 or 6",
+    ),
+    (
+        ["topology.cp=4", "topology.cp_kind=ulysses", "topology.tp=2", "training.seq_len=54"],
+        "training.seq_len",
+        "seq_len 54 is not divisible by cp 4",
+        "seq_len: 52 or 56",
+    ),
+    (
+        ["topology.cp=4", "topology.cp_kind=ulysses", "topology.tp=4"],
+        "topology.cp",
+        "2 heads of a tp rank cannot be shared by cp = 4",
+        "cp: 2, or cp_kind: allgather",
+    ),
+    (
+        ["topology.cp=6", "topology.cp_kind=ulysses", "model.num_heads=12", "model.num_kv_heads=4", "model.head_dim=8"],
+        "topology.cp",
+        "4 key/value heads cannot be shared by cp = 6",
+        "cp: 4 or 12",
+    ),
     (["model.position=learned"], "model.max_position", "learned positions need a table size", "max_position: 64"),
     (
         ["model.position=learned", "model.max_position=32"],

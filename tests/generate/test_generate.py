@@ -42,7 +42,7 @@ def _generate(family: str, tp: int, pp: int, checkpoint: str) -> tuple[list[int]
     from tplaunch.parallel.mesh import Mesh
 
     recipe = _recipe(family, tp, pp)
-    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint), len(PROMPT) + MOST)
+    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
     tokens = list(generate(model, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
     cached, whole = (Decoder(model, len(PROMPT) + MOST) for _ in range(2))
     step = cached.logits(torch.tensor([PROMPT]))
@@ -73,6 +73,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama-tied", 1, 3),
         ("qwen3", 1, 2),
         ("gpt2", 2, 2),
+        ("mistral-window", 1, 1),  # it goes beyond its window
+        ("gemma2", 2, 2),
+        ("gemma3", 1, 2),
     ],
 )
 def test_tokens_are_those_of_transformers(

@@ -51,10 +51,10 @@ def test_small_differences_stay_pale() -> None:
 
 
 def test_a_slow_node_is_the_darkest() -> None:
-    topology = Topology(2, 2, 2, gpus_per_node=4)
+    topology = Topology(tp=2, dp=2, pp=2, gpus_per_node=4)
     rows = []
     for rank in range(topology.world_size):
-        place = topology.coordinates(rank)._asdict()
+        place = topology.place(rank)
         figures = {"memory_peak_gib": 50.0 + rank, "forward_backward_s": 1.0, "data_s": 5.0 if rank == 6 else 0.1}
         rows.append({"step": 1, "rank": rank, "host": "<n&>", "node": topology.node(rank), **place, **figures})
     page = heat_maps(rows)

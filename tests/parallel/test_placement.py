@@ -19,8 +19,10 @@ def views_of(topology: Topology) -> list[View]:
     ]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 2), (2, 2, 2, 4), (8, 16, 4, 8), (8, 64, 16, 8)])
-def test_ranks_in_node_order_are_well_placed(sizes: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1), (2, 1, 2, 2, 2), (2, 2, 2, 2, 4), (8, 1, 16, 4, 8), (8, 2, 64, 16, 8)]
+)
+def test_ranks_in_node_order_are_well_placed(sizes: tuple[int, int, int, int, int]) -> None:
     topology = Topology(*sizes)
     assert check_placement(topology, views_of(topology)) == []
     assert check_placement(topology, views_of(topology)[::-1]) == []

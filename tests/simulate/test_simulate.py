@@ -152,7 +152,7 @@ def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "quickstart", "--gpu", "h100-80gb"]) == Exit.DONE
     out = capsys.readouterr().out
-    assert "2 tp x 2 pp x 2 dp = 8 ranks" in out
+    assert "tp 2 x pp 2 x dp 2 = 8 ranks" in out
     assert "fit together" in out
 
 
@@ -168,8 +168,8 @@ def test_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_ranks_of_the_ends_and_the_middle() -> None:
-    assert ends_and_middle(Topology(8, 128, 16)) == [0, 8192, 15360]
-    assert ends_and_middle(Topology(8, 2, 1)) == [0]
+    assert ends_and_middle(Topology(tp=8, dp=128, pp=16)) == [0, 8192, 15360]
+    assert ends_and_middle(Topology(tp=8, dp=2)) == [0]
 
 
 @pytest.mark.slow

@@ -13,21 +13,22 @@ from tplaunch.spec.stages import layer_ranges, split_layers
 from tplaunch.spec.topology import AXES, Coordinates, Topology
 
 sizes = st.integers(1, 6)
-topologies = st.builds(Topology, tp=sizes, dp=sizes, pp=sizes, gpus_per_node=st.integers(0, 9))
+topologies = st.builds(Topology, tp=sizes, cp=sizes, dp=sizes, pp=sizes, gpus_per_node=st.integers(0, 9))
 
 
 @given(topologies)
 def test_ranks_and_coordinates_are_a_bijection(topology: Topology) -> None:
     coordinates = [topology.coordinates(rank) for rank in range(topology.world_size)]
-    assert len(set(coordinates)) == topology.world_size == topology.tp * topology.dp * topology.pp
+    assert len(set(coordinates)) == topology.world_size == topology.tp * topology.cp * topology.dp * topology.pp
     for rank, place in enumerate(coordinates):
-        assert topology.rank(tp=place.tp, dp=place.dp, pp=place.pp) == rank
+        assert topology.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=place.pp) == rank
 
 
 @given(topologies)
 def test_the_order_is_megatrons(topology: Topology) -> None:
     order = [
-        Coordinates(tp, dp, pp) for pp, dp, tp in product(range(topology.pp), range(topology.dp), range(topology.tp))
+        Coordinates(tp, cp, dp, pp)
+        for pp, dp, cp, tp in product(*(range(topology.size(axis)) for axis in ("pp", "dp", "cp", "tp")))
     ]
     assert [topology.coordinates(rank) for rank in range(topology.world_size)] == order
 
@@ -69,7 +70,7 @@ def test_a_pipeline_of_megatrons_paper() -> None:
     assert topology.group("tp", 9) == list(range(8, 16))
     assert topology.group("dp", 1) == [1, 9, 17, 25, 33, 41]
     assert topology.group("pp", 0)[:3] == [0, 48, 96]
-    assert str(topology.coordinates(57)) == "tp=1 dp=1 pp=1"
+    assert topology.describe(57) == "tp=1 dp=1 pp=1"
     assert topology.nodes_of_group("dp", 0) == 6
 
 

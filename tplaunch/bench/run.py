@@ -9,6 +9,7 @@ from tplaunch.check.recipe import Checked
 from tplaunch.launch.helper import run_module
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import Plan, estimate
+from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.spec.gpu import Gpu, local_gpu
 
@@ -43,7 +44,7 @@ class Bench:
     @property
     def flops_per_gpu(self) -> float:
         """Model FLOP/s of one rank."""
-        per_token = model_flops_per_token(self.checked.recipe.model, self.checked.recipe.training.seq_len)
+        per_token = model_flops_per_token(self.checked.recipe.model, attended_positions(self.checked.recipe))
         return self.tokens_per_second * per_token / self.checked.topology.world_size
 
     def plan(self) -> Plan | None:

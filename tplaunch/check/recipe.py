@@ -8,10 +8,11 @@ from typing import NamedTuple
 from tplaunch.check.data import missing_files, tokenizer_problems
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
-from tplaunch.check.rules import batch, pipeline, tensor_parallel
+from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
 from tplaunch.check.world import data_parallel, placement_warnings
+from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
@@ -44,7 +45,7 @@ class Checked(NamedTuple):
         layers = "+".join(map(str, recipe.topology.stage_layers or ()))
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
         return (
-            f"tp {topology.tp} x pp {topology.pp} x dp {topology.dp} = {topology.world_size} ranks{where}{split}; "
+            f"{topology.sizes} = {topology.world_size} ranks{where}{split}; "
             f"{format_count(parameter_count(recipe.model))} parameters in {training.precision}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
@@ -62,7 +63,12 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         RecipeError: holds every problem that was found.
     """
     recipe = loaded.recipe
-    problems = [*model_problems(recipe.model, recipe.training.seq_len), *tensor_parallel(recipe), *pipeline(recipe)]
+    problems = [
+        *model_problems(recipe.model, recipe.training.seq_len),
+        *tensor_parallel(recipe),
+        *context_parallel(recipe),
+        *pipeline(recipe),
+    ]
     dp, dp_problems = data_parallel(recipe, gpus)
     problems += dp_problems
     if dp is not None:
@@ -80,7 +86,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
 
     if problems or dp is None:
         raise RecipeError(*placed(problems))
-    recipe = resolve(recipe)
+    recipe = resolve(with_document_length(recipe))
     warnings += [*placement_warnings(Topology.of(recipe), recipe.topology.async_tp)]
     return Checked(recipe, placed(warnings))
 

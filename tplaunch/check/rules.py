@@ -11,6 +11,7 @@ from math import lcm
 from tplaunch.check.choices import choices, divisors, multiples, nearest
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.context import piece_count
 from tplaunch.spec.schedules import SCHEDULES
 
 
@@ -22,6 +23,7 @@ def can_run(recipe: Recipe) -> bool:
 def _problems(recipe: Recipe) -> Iterator[Problem]:
     assert isinstance(recipe.topology.dp, int)
     yield from tensor_parallel(recipe)
+    yield from context_parallel(recipe)
     yield from replicas(recipe, recipe.topology.dp)
     yield from pipeline(recipe)
     yield from batch(recipe, recipe.topology.dp)
@@ -57,7 +59,7 @@ def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
             fix=f"make_vocab_size_divisible_by: {multiple}, which pads to {padded}",
             key="model.make_vocab_size_divisible_by",
         )
-    if recipe.topology.sequence_parallel and recipe.training.seq_len % tp:
+    if recipe.topology.cp == 1 and recipe.topology.sequence_parallel and recipe.training.seq_len % tp:
         seq_len = recipe.training.seq_len
         yield Problem(
             f"seq_len {seq_len} is not divisible by tp = {tp}",
@@ -65,6 +67,49 @@ def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
             fix=f"seq_len: {choices(multiples(tp, seq_len), seq_len)}, or sequence_parallel: false",
             key="training.seq_len",
         )
+
+
+_HELD = {
+    "allgather": "each cp rank holds two of 2 cp equal pieces of a sequence, an early and a late one",
+    "ulysses": "each cp rank holds an equal part of a sequence",
+}
+
+
+def context_parallel(recipe: Recipe) -> Iterator[Problem]:
+    """Whether the sequence has equal pieces for all that share it, and the heads suit their exchange."""
+    parallelism, model, seq_len = recipe.topology, recipe.model, recipe.training.seq_len
+    cp, kind, tp = parallelism.cp, parallelism.cp_kind, parallelism.tp
+    if cp == 1:
+        return
+    slices = tp if parallelism.sequence_parallel else 1
+
+    def parts(size: int) -> int:
+        return piece_count(kind, size) * slices
+
+    if seq_len % parts(cp):
+        equation = "2 x " * (kind == "allgather") + f"cp {cp}" + f" x tp {tp}" * (slices > 1)
+        fitting = [size for size in range(1, 2 * cp) if seq_len % parts(size) == 0]
+        yield Problem(
+            f"seq_len {seq_len} is not divisible by {equation} = {parts(cp)}",
+            why=_HELD[kind] + ", and each of its tp ranks an equal part of that" * (slices > 1),
+            fix=f"seq_len: {choices(multiples(parts(cp), seq_len), seq_len)}"
+            + (f", or cp: {choices(fitting, cp)}" if fitting else ""),
+            key="training.seq_len",
+        )
+    if kind == "ulysses" and model.num_heads % tp == 0:
+        heads, kv_heads = model.num_heads // tp, max(1, (model.num_kv_heads or model.num_heads) // tp)
+
+        def heads_fit(size: int) -> bool:
+            return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+        if not heads_fit(cp):
+            what = f"{heads} heads" if heads % cp else f"{kv_heads} key/value heads"
+            yield Problem(
+                f"{what}{' of a tp rank' * (tp > 1)} cannot be shared by cp = {cp}",
+                why="ulysses gives each cp rank some of the heads, and whole sequences of them",
+                fix=f"cp: {choices(filter(heads_fit, divisors(heads)), cp)}, or cp_kind: allgather",
+                key="topology.cp",
+            )
 
 
 def pipeline(recipe: Recipe) -> Iterator[Problem]:

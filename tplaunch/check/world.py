@@ -14,7 +14,10 @@ from tplaunch.spec.topology import Topology
 def data_parallel(recipe: Recipe, gpus: int | None) -> tuple[int | None, list[Problem]]:
     """dp as a number (None where it cannot be told), and what is wrong with the size of the world."""
     parallelism = recipe.topology
-    replica, nodes, per_node = parallelism.tp * parallelism.pp, parallelism.nodes, parallelism.gpus_per_node
+    nodes, per_node = parallelism.nodes, parallelism.gpus_per_node
+    replica = parallelism.tp * parallelism.cp * parallelism.pp
+    shown = [axis for axis in ("tp", "cp", "pp") if axis != "cp" or parallelism.cp > 1]
+    product, axes = " x ".join(shown), " x ".join(f"{axis} {getattr(parallelism, axis)}" for axis in shown)
     problems: list[Problem] = []
     stated = nodes * per_node if per_node else None
     fill = stated or gpus or replica
@@ -23,16 +26,16 @@ def data_parallel(recipe: Recipe, gpus: int | None) -> tuple[int | None, list[Pr
     elif fill % replica == 0:
         dp = fill // replica
     else:
-        axes, sizes = f"tp {parallelism.tp} x pp {parallelism.pp}", choices(divisors(fill), replica)
+        sizes = choices(divisors(fill), replica)
         if fill < replica:
             what, key = f"one replica needs {replica} GPUs ({axes}), there are {fill}", "topology.tp"
-            return None, [Problem(what, fix=f"make tp x pp {sizes}", key=key)]
+            return None, [Problem(what, fix=f"make {product} {sizes}", key=key)]
         what, key = f"auto cannot fill {fill} GPUs with replicas of {replica} ({axes})", "topology.dp"
-        return None, [Problem(what, fix=f"make tp x pp {sizes}, or state dp: {fill // replica}", key=key)]
+        return None, [Problem(what, fix=f"make {product} {sizes}, or state dp: {fill // replica}", key=key)]
     world = replica * dp
-    equation = f"{world} ranks (tp {parallelism.tp} x pp {parallelism.pp} x dp {dp})"
+    equation = f"{world} ranks ({axes} x dp {dp})"
     if gpus is not None and world > gpus:
-        fewer = f"dp: {gpus // replica}" if gpus >= replica else f"make tp x pp {choices(divisors(gpus), replica)}"
+        fewer = f"dp: {gpus // replica}" if gpus >= replica else f"make {product} {choices(divisors(gpus), replica)}"
         problems.append(Problem(f"{equation}, but there are {gpus} GPUs", fix=fewer, key="topology.dp"))
     if stated is not None and world != stated:
         fits = stated % replica == 0

@@ -163,7 +163,7 @@ def _report(checked: Checked) -> dict[str, Any]:
     topology, training = checked.topology, checked.recipe.training
     return {
         "world_size": topology.world_size,
-        **{axis: topology.size(axis) for axis in ("tp", "pp", "dp")},
+        **{axis: topology.size(axis) for axis in ("tp", "cp", "pp", "dp") if axis in topology.axes},
         "nodes": topology.nodes,
         "gpus_per_node": topology.ranks_per_node,
         "stage_layers": checked.recipe.topology.stage_layers,

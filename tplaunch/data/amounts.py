@@ -18,7 +18,7 @@ from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
 _BEGIN = struct.Struct("<9sQB")  # of an .idx file: magic, version, dtype code (see `indexed`)
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _SHOWN = 10
 
 
@@ -51,7 +51,7 @@ def count_tokens(prefix: str) -> int | None:
         size = os.path.getsize(f"{prefix}.bin")
     except (OSError, struct.error):
         return None
-    return size // _TOKEN_BYTES[code] if magic.startswith(b"MMIDIDX") and code in _TOKEN_BYTES else None
+    return size // TOKEN_BYTES[code] if magic.startswith(b"MMIDIDX") and code in TOKEN_BYTES else None
 
 
 def amounts(recipe: Recipe) -> list[Amount]:

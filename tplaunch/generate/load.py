@@ -14,12 +14,11 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.stages import stage_ranges
 
 
-def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> StagedModel:
+def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
     """The model with this rank's stage, filled; every rank calls it.
 
     Args:
         recipe: with one stage on each pipeline rank.
-        positions: the most tokens that a sequence will have.
 
     Raises:
         TplaunchError: the checkpoint is not whole, or would run code.
@@ -36,5 +35,4 @@ def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path, positions: int) -> 
         f"model.{parameters[name].name}": tensor.detach() for name, tensor in module.named_parameters()
     }
     load_tensors(wanted, checkpoint)
-    module.place_rope(positions, mesh.device)
     return StagedModel(recipe, mesh, {rank: module.eval().requires_grad_(False)}, mesh.pp_group)

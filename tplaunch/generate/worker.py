@@ -53,8 +53,7 @@ def main(folder: str) -> None:
     adapt_encoding()
     with helper_rank(folder) as rank:
         request = Request(**rank.request)
-        positions = max(map(len, request.prompts)) + request.max_tokens
-        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint), positions)
+        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint))
         tokenizer = Tokenizer(request.tokenizer)
         rank.answer([_continue(model, tokenizer, prompt, request, show=rank.main) for prompt in request.prompts])
 

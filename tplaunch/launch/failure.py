@@ -210,7 +210,7 @@ def print_cause(console: Console, cause: Cause, recipe: Recipe, next_step: str) 
     title = "torchrun failed"
     if cause.rank is not None:
         host = f", {cause.host}" if cause.host else ""
-        title = f"Rank {cause.rank} failed ({topology.coordinates(cause.rank)}{host})"
+        title = f"Rank {cause.rank} failed ({topology.describe(cause.rank)}{host})"
     detail = Text(f"{cause.detail}\n\n" if cause.detail else "", "dim")
     body = Text.assemble((cause.what, "bold red"), "\n\n", detail, ("log   ", "bold"), str(cause.log))
     for label, line in [*lines, ("next", next_step)]:

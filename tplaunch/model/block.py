@@ -10,15 +10,31 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
-from tplaunch.model.recompute import Recomputation, Run, run_once
+from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import swiglu
-from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
-from tplaunch.parallel.mesh import Mesh
+from tplaunch.model.swiglu import geglu, swiglu
+from tplaunch.model.watch import on_backward
+from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
+from tplaunch.parallel.layers import (
+    ColumnPair,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    local,
+    parameter,
+)
+from tplaunch.parallel.mesh import ContextParallel, Mesh, TensorParallel
+from tplaunch.parallel.split_backward import read_once
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
+
+# What a block does beside its parts where ranks share a sequence: it gathers keys and values, attends with one piece of
+# the sequence after the other, and joins what that gives; with Ulysses it exchanges tokens for heads and, behind
+# attention, heads for tokens.
+GATHERED, JOINED, HEADS, TOKENS = "gathered", "joined", "heads", "tokens"
 
 
 class Attention(nn.Module):
@@ -27,11 +43,12 @@ class Attention(nn.Module):
     With fewer key/value heads than tp ranks, neighbouring ranks hold copies of one head, as Megatron does.
     """
 
-    def __init__(self, model: Model, mesh: Mesh) -> None:
+    def __init__(self, model: Model, mesh: Mesh, *, layer: int) -> None:
         super().__init__()
         assert model.num_kv_heads is not None and model.head_dim is not None
         tp = mesh.tp
         self.head_dim = model.head_dim
+        self.how = Attending(model.window_of(layer), model.attention_softcap, model.attention_scale)
         kv_mesh: DeviceMesh = tp.mesh
         kv_placements: tuple[Placement, ...] = (Shard(0),)
         if model.num_kv_heads < tp.size:
@@ -47,8 +64,9 @@ class Attention(nn.Module):
             )
             for _ in range(2)
         )
-        self.q_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
-        self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
+        self.q_norm = _head_norm(model, tp=tp)
+        self.k_norm = _head_norm(model, tp=tp)
+        self.sinks = parameter((model.num_heads,), tp.mesh, (Shard(0),)) if model.attention_sinks else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
     def project(self, x: Tensor) -> Tensor:
@@ -65,29 +83,48 @@ class Attention(nn.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
+    def project_key_value(self, x: Tensor, pair: ColumnPair) -> tuple[Tensor, Tensor]:
+        """`project` without queries, and what ties `project_query` to it."""
+        return pair.first(x, self.wk, self.wv)
+
+    def project_query(self, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:
+        """The rest of `project`, of the same x."""
+        return pair.second(x, link, self.wq)
+
+    def turn_key_value(self, projected: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
+        """`turn` of what `project_key_value` gives."""
+        k, v = split_heads(projected, self.features[1:], self.head_dim, rope if self.k_norm is None else None)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+            if rope is not None:
+                k = apply_rope(k, rope)
+        return k, v
+
+    def turn_query(self, projected: Tensor, rope: Tensor | None) -> Tensor:
+        """`turn` of what `project_query` gives."""
+        q = projected.unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return q if rope is None else apply_rope(q, rope)
+
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
         return x + self.wo(attended)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T) v, causal without a mask: [s, b, heads, d], [s, b, kv heads, d] x 2 -> [s, b, heads * d].
-
-    A single query is the last token: it attends to all keys.
-    """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.permute(2, 0, 1, 3).flatten(2)
+def _head_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | None:
+    assert model.head_dim is not None
+    return RMSNorm(model.head_dim, model.norm_eps, plus_one=model.norm_plus_one, tp=tp) if model.qk_norm else None
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
 
     def __init__(self, model: Model, mesh: Mesh) -> None:
         super().__init__()
         hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.linear_bias, mesh.tp
-        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.activation == "swiglu" else None
+        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
+        self.glu = geglu if model.activation == "geglu" else swiglu
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
 
@@ -97,7 +134,7 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate="tanh") if self.gate is None else swiglu(x)
+        return F.gelu(x, approximate="tanh") if self.gate is None else self.glu(x)
 
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
@@ -105,63 +142,184 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added where the model has them.
 
     Args:
+        layer: its global number.
         again: the parts that are made again in the backward pass.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, *, again: frozenset[Part] = frozenset()) -> None:
+    def __init__(self, model: Model, mesh: Mesh, layer: int, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
-        self.again = effective(model, again)
+        self.cp = mesh.cp
+        self.again = _with_exchanges(model, effective(model, again), mesh.cp)
         self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
-        self.attention = Attention(model, mesh)
+        self.attention = Attention(model, mesh, layer=layer)
+        self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
+        self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
     def forward(
-        self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """[s or s/tp, b, h] -> the same.
 
         Args:
             rope: [2, s, 1 or b, 1, head_dim], or None.
-            mask: bool [b, 1, s, s], or None for a causal one.
-            cache: of the tokens before these, which are added to it; then without a mask, and without gradients.
+            starts: int64 [b, s], the place in the whole sequence where the document of each token begins, of those that
+                this rank attends with; None: one document a sample.
+            cache: of the tokens before these, which are added to it; then without `starts`, and without gradients.
         """
         if not self.again or not torch.is_grad_enabled():
-            return self._forward(run_once, x, rope, mask, cache)
+            return self._forward(run_once, x, rope, starts, cache)
         with Recomputation(self.again, compiled=self.compiled) as run:
-            return self._forward(run, x, rope, mask)
+            return self._forward(run, x, rope, starts)
 
     def compile_parts(self) -> None:
         """Compile each part by itself. Between them are matmuls, attention and the sum of one residual stream: next to
         nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
         again is what was made."""
         self.compiled = True
-        for norm in (self.attention_norm, self.mlp_norm):
-            norm.compile()
+        for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
+            if norm is not None:
+                norm.compile()
+        turns = ("project", "turn")
+        if self.cp is not None and self.cp.kind == "allgather":
+            turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
         for owner, names in (
-            (self.attention, ("project", "turn", "leave")),
+            (self.attention, (*turns, "leave")),
             (self.mlp, ("enter", "activate", "leave")),
         ):
             for name in names:
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
-        self, run: Run, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
-        attention, mlp = self.attention, self.mlp
+        mlp = self.mlp
         normed = run("norm", self.attention_norm, x)
-        projected = run("qkv", attention.project, normed)
-        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        attended = run("core_attention", partial(attend, mask=mask), q, k, v)
-        x = run("attention_output", attention.leave, x, attended)
+        attended, gathered = self._attend(run, normed, rope, starts, cache)
+        if self.attention_post_norm is None:
+            x = run("attention_output", self.attention.leave, x, attended)
+        else:
+            made = run("attention_output", self.attention.wo, attended)
+            x = run("norm", partial(_add_normed, self.attention_post_norm), x, made)
+        if gathered is not None:
+            x = on_backward(x, gathered.start)  # while the projection's gradients are computed
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
-        return run("down", mlp.leave, x, activated)
+        if self.mlp_post_norm is None:
+            return run("down", mlp.leave, x, activated)
+        made = run("down", mlp.down, activated)
+        return run("norm", partial(_add_normed, self.mlp_post_norm), x, made)
+
+    def _attend(
+        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Gathered | None]:
+        """[s or s/tp, b, h] -> what `Attention.leave` projects, [s, b, features], and what must be told when to be
+        gathered again."""
+        attention, cp = self.attention, self.cp
+        if cp is not None and cp.kind == "allgather":
+            return self._attend_to_gathered(run, normed, rope, starts, cp)
+        projected = run("qkv", attention.project, normed)
+        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
+        first = 0
+        if cp is not None:
+            q, k, v = run(HEADS, partial(to_heads, cp=cp), q, k, v)
+        if cache is not None:
+            k, v = cache.append(k, v)
+            first = len(k) - len(q)
+        core = partial(_attend_whole, how=attention.how, starts=starts, first_query=first)
+        attended = run("core_attention", core, q, k, v, *self._sinks())
+        return attended if cp is None else run(TOKENS, partial(to_tokens, cp=cp), attended), None
+
+    def _attend_to_gathered(
+        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cp: ContextParallel
+    ) -> tuple[Tensor, Gathered | None]:
+        """See `_attend`: keys and values come first, and are gathered while queries are projected. In the backward pass
+        their gradients are exchanged while that of this projection is computed."""
+        attention, pair = self.attention, ColumnPair(self.attention.wq.tp)
+        projected, link = run("qkv", partial(attention.project_key_value, pair=pair), normed)
+        mine = run("rotary", partial(attention.turn_key_value, rope=rope), projected)
+        begin, end = partial(begin_gather, cp=cp), partial(end_gather, cp=cp, kv_heads=mine[0].shape[2])
+        gathering = begin(*mine)
+        projected = run("qkv", partial(attention.project_query, pair=pair), normed, link)
+        q = run("rotary", partial(attention.turn_query, rope=rope), projected)
+        gathered = None
+        if isinstance(run, Recomputation):
+            gathered = run.gathered(begin, end, mine)
+            k, v = end(gathering, gradients_there=gathered.stop)
+            run.enter(gathered, (k, v))
+        else:
+            k, v = end(gathering)
+        core = partial(_attend_pieces, how=attention.how, starts=starts, pieces=cp.pieces(len(k)))
+        sinks = [read_once(sinks, q) for sinks in self._sinks()]  # by each piece
+        return run(JOINED, _join, *run("core_attention", core, q, k, v, *sinks)), gathered
+
+    def _sinks(self) -> tuple[Tensor, ...]:
+        """Those of the heads that this rank attends with, if any."""
+        if self.attention.sinks is None:
+            return ()
+        sinks = local(self.attention.sinks)
+        shared = self.cp is not None and self.cp.kind == "ulysses"
+        return (sinks.chunk(self.cp.size)[self.cp.rank] if self.cp is not None and shared else sinks,)
+
+
+def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
+    """The parts that are made again, and with them the exchanges whose outcome is not kept.
+
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What
+    Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
+    """
+    if cp is None:
+        return frozenset(again)
+    if cp.kind == "allgather":
+        return again | {GATHERED, JOINED}
+    turned: Part = "rotary" if model.qk_norm or model.position == "rope" else "qkv"
+    return again | {name for name, part in ((HEADS, turned), (TOKENS, "core_attention")) if part in again}
+
+
+def _attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    first_query: int,
+) -> Tensor:
+    """`attend` as a part that is run: every tensor with a gradient is one that it reads."""
+    return attend(q, k, v, how, starts=starts, sinks=sinks, first_query=first_query)
+
+
+def _attend_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    pieces: list[range],
+) -> tuple[Tensor, ...]:
+    """`attend` with the queries of each of some pieces of the sequence, which follow each other in q and `starts`."""
+    sizes = [len(piece) for piece in pieces]
+    begins = [None] * len(pieces) if starts is None else starts.split(sizes, 1)
+    return tuple(
+        attend(part, k, v, how, starts=begin, sinks=sinks, first_query=piece.start)
+        for part, begin, piece in zip(q.split(sizes), begins, pieces, strict=True)
+    )
+
+
+def _add_normed(norm: nn.Module, x: Tensor, made: Tensor) -> Tensor:
+    total: Tensor = x + norm(made)
+    return total
+
+
+def _join(*pieces: Tensor) -> Tensor:
+    return torch.cat(pieces)

@@ -91,7 +91,7 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
     if training.compile:
         module.compile_blocks()
     sharding: Sharding
-    if zero >= 2 and mesh.topology.dp > 1:
+    if zero >= 2 and mesh.topology.dp * mesh.topology.cp > 1:
         sharding = _under_fsdp(recipe, mesh, module, parameters)
     else:
         split = mesh.topology.pp > 1 and SCHEDULES[recipe.topology.schedule].splits_backward

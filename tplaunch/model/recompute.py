@@ -12,7 +12,7 @@ Weights are read when a part runs again, so that FSDP's are those that it has ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tplaunch.parallel.split_backward import reads_activations
-from tplaunch.recipe.schema import Part
 from tplaunch.torch_private import storage_id, weak_storage
 
-# Runs a part of a block: (part, function, *what it reads) -> what the function gives.
+# Runs a part of a block: (part, function, *what it reads) -> what the function gives. Parts are those of a recipe, and
+# exchanges among ranks that share a sequence (`tplaunch.model.block`).
 Run = Callable[..., Any]
 
 
-def run_once(part: Part, function: Callable[..., Any], *inputs: Any) -> Any:
+def run_once(part: str, function: Callable[..., Any], *inputs: Any) -> Any:
     """Run a part that is not made again."""
     return function(*inputs)
 
@@ -40,7 +40,7 @@ class Recomputation:
         compiled: whether they run compiled.
     """
 
-    def __init__(self, again: frozenset[Part], *, compiled: bool = False) -> None:
+    def __init__(self, again: Set[str], *, compiled: bool = False) -> None:
         self.again = again
         self.compiled = compiled
         hooks: list[Callable[..., Any]] = [self._pack, _unpack]
@@ -58,7 +58,7 @@ class Recomputation:
         self._hooks.__exit__(*error)
         self._made = {}  # what is saved holds this object
 
-    def __call__(self, part: Part, function: Callable[..., Any], *inputs: Any) -> Any:
+    def __call__(self, part: str, function: Callable[..., Any], *inputs: Any) -> Any:
         if part not in self.again:
             return function(*inputs)
         if part == "core_attention":  # no operation of ours: what it saves is not only what parts give
@@ -67,8 +67,24 @@ class Recomputation:
             function = core.run
         else:
             outputs = function(*inputs)
-        self._note(function, inputs, outputs if isinstance(outputs, tuple) else (outputs,))
+        self._note(function, inputs, _as_tuple(outputs))
         return outputs
+
+    def gathered(
+        self,
+        begin: Callable[..., Tensor],
+        end: Callable[[Tensor], tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+    ) -> Gathered:
+        """Something that is gathered of some inputs now, and never kept; see `Gathered`."""
+        return Gathered(begin, end, [self._find(x) or x.detach() for x in inputs])
+
+    def enter(self, made: _Made, outputs: tuple[Tensor, ...]) -> None:
+        """From now on, let what is saved of some outputs be made again."""
+        for place, output in enumerate(outputs):
+            number = storage_id(output)
+            if number not in self._made:
+                self._made[number] = made, place, weak_storage(output)
 
     def _note(self, function: Callable[..., Any], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         read = {storage_id(x) for x in inputs}
@@ -123,9 +139,8 @@ class _Made:
         if self._outputs is not None:
             return self._outputs
         with torch.set_grad_enabled(self.compiled):
-            inputs = (x if isinstance(x, Tensor) else x.value() for x in self.inputs)
-            given = self.function(*(x.detach().requires_grad_(self.compiled) for x in inputs))
-        outputs = tuple(x.detach() for x in (given if isinstance(given, tuple) else (given,)))
+            given = self.function(*(x.detach().requires_grad_(self.compiled) for x in _values(self.inputs)))
+        outputs = tuple(x.detach() for x in _as_tuple(given))
         if not self.users:  # the second half of a backward pass
             self.users, self._later = self._later, 0
         self._outputs = outputs if self.users else None
@@ -152,8 +167,63 @@ class _View:
         self.place = place
         self.size, self.stride, self.offset = x.size(), x.stride(), x.storage_offset()
 
-    def value(self) -> Tensor:
-        return self.made.outputs()[self.place].as_strided(self.size, self.stride, self.offset)
+    def value(self, outputs: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The tensor; of these outputs, where they are at hand."""
+        outputs = self.made.outputs() if outputs is None else outputs
+        return outputs[self.place].as_strided(self.size, self.stride, self.offset)
+
+
+def _values(inputs: list[Tensor | _View]) -> list[Tensor]:
+    """Tensors; those that one part gives are made once."""
+    outputs: dict[_Made, tuple[Tensor, ...]] = {}
+    for x in inputs:
+        if isinstance(x, _View) and x.made not in outputs:
+            outputs[x.made] = x.made.outputs()
+    return [x if isinstance(x, Tensor) else x.value(outputs[x.made]) for x in inputs]
+
+
+class Gathered(_Made):
+    """What is gathered from several ranks, and again in the backward pass: at the same place of it on all of them, for
+    which of them save what is gathered, and what of it, is their kernels' matter.
+
+    Args:
+        begin: starts to gather.
+        end: waits for what `begin` gave.
+        inputs: what `begin` reads.
+    """
+
+    def __init__(
+        self, begin: Callable[..., Tensor], end: Callable[[Tensor], tuple[Tensor, ...]], inputs: list[Tensor | _View]
+    ) -> None:
+        super().__init__(begin, inputs, compiled=False)
+        self.end = end
+        self._under_way: Tensor | None = None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Called in the backward pass, before anything that may need it."""
+        self._under_way = self.function(*_values(self.inputs))
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """What was gathered; outside of `start` and `stop`, in the second half of a backward pass, gathered now, by all
+        ranks: there only parts of blocks ask for it."""
+        with torch.no_grad():
+            if self._under_way is not None:
+                self._outputs, self._under_way = self.end(self._under_way), None
+            return self.end(self.function(*_values(self.inputs))) if self._outputs is None else self._outputs
+
+    def stop(self) -> None:
+        """Called in the backward pass, after all that may need it."""
+        if self._under_way is not None:  # nobody did
+            self.end(self._under_way)
+        self._under_way = self._outputs = None
+
+    def used(self) -> None:
+        """See `stop`."""
+
+    def postpone(self) -> Tensor:
+        """See `_Made`."""
+        return torch.empty(0)
 
 
 class _Core:
@@ -161,44 +231,48 @@ class _Core:
     backward pass.
 
     Args:
-        function: queries, keys and values to the output.
+        function: queries, keys and values to the output, or several.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._awaited = True  # its own backward pass
-        self._graph: tuple[Tensor, list[Tensor]] | None = None
+        self._graph: tuple[tuple[Tensor, ...], list[Tensor]] | None = None
 
-    def run(self, *inputs: Tensor) -> Tensor:
+    def run(self, *inputs: Tensor) -> Any:
         """[...] of the function again; with the graph that its backward pass takes, if that has yet to come."""
         if not self._awaited:
             return self.function(*inputs)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            output = self.function(*leaves)
-        self._graph = output, leaves
-        return output.detach()
+            outputs = _as_tuple(self.function(*leaves))
+        self._graph = outputs, leaves
+        return tuple(output.detach() for output in outputs)
 
-    def gradients(self, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Of queries, keys and values."""
         if self._graph is None:
             self._awaited = True
             self.run(*inputs)
         assert self._graph is not None
-        output, leaves = self._graph
+        outputs, leaves = self._graph
         self._graph, self._awaited = None, False
-        return torch.autograd.grad(output, leaves, grad)
+        return torch.autograd.grad(outputs, leaves, grads)
 
 
 class _RunCore(torch.autograd.Function):
     """The core without a graph of its own."""
 
     @staticmethod
-    def forward(ctx: Any, core: _Core, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, core: _Core, *inputs: Tensor) -> Any:
         ctx.core = core
         ctx.save_for_backward(*inputs)
         return core.function(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.core.gradients(ctx.saved_tensors, grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.core.gradients(ctx.saved_tensors, grads)
+
+
+def _as_tuple(given: Any) -> tuple[Tensor, ...]:
+    return given if isinstance(given, tuple) else (given,)

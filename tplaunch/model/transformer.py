@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table
+from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
 from tplaunch.parallel.cross_entropy import output_cross_entropy
 from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
@@ -33,7 +34,8 @@ class LearnedPosition(nn.Module):
         self.weight = parameter((rows, hidden_size), tp.mesh, (Replicate(),))
 
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """[s or s/tp, b, h] -> the same, each position's vector added; positions: int64 [b, s], or None for 0..s-1."""
+        """[s or s/tp, b, h] -> the same, each position's vector added; positions: int64 [b or 1, s], or None for
+        0..s-1."""
         first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
         mine = slice(first, first + x.shape[0])
         weight = local(self.weight)
@@ -49,6 +51,7 @@ class Output(nn.Module):
         self.vocab_size = model.vocab_size
         self.chunk = training.loss_chunk
         self.z_loss = training.z_loss
+        self.softcap = model.logit_softcap
         self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
 
     def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
@@ -60,6 +63,8 @@ class Output(nn.Module):
                 slices = [torch.empty_like(logits) for _ in range(self.tp.size)]
                 dist.all_gather(slices, logits.contiguous(), group=self.tp.group)
                 logits = torch.cat(slices, dim=-1)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
             return logits[..., : self.vocab_size].transpose(0, 1)
         return output_cross_entropy(
             x,
@@ -69,6 +74,7 @@ class Output(nn.Module):
             vocab_size=self.vocab_size,
             chunk=self.chunk,
             z_loss=self.z_loss,
+            softcap=self.softcap,
             scale=loss_scale,
         )
 
@@ -89,24 +95,29 @@ class TransformerStage(nn.Module):
     """
 
     rope: Tensor | None
+    window_rope: Tensor | None
 
     def __init__(self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh) -> None:
         super().__init__()
         self.spec = model
         self.tp = mesh.tp
+        self.cp = mesh.cp
         tp = mesh.tp
         self.embedding = VocabParallelEmbedding(model.padded_vocab_size, model.hidden_size, tp=tp) if first else None
         self.position = None
         if first and model.position == "learned":
             assert model.max_position is not None
             self.position = LearnedPosition(model.max_position, model.hidden_size, tp=tp)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(model, mesh, again=chosen(training, i)) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(model, mesh, i, again=chosen(training, i)) for i in layers}
+        )
         self.norm = make_norm(model, tp=tp) if last else None
         self.output = Output(model, training, tp=tp) if last else None
         self.tied_copy = model.tie_embeddings and last and not first
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
-        self.rope = None
+        self.rope = self.window_rope = None
+        self._tells_documents = training.document_mask
         # Told a block's name as a forward pass enters it and as a backward pass leaves it, if anybody wants to know.
         # What stands before and after the blocks is entered by its own name.
         self.block_begins: Callable[[str], None] = _ignore
@@ -118,7 +129,7 @@ class TransformerStage(nn.Module):
         self.block_begins(block)
         if self.block_done is None or not x.requires_grad:
             return x
-        return _Leaving.apply(x, partial(self.block_done, block))
+        return on_backward(x, partial(self.block_done, block))
 
     def compile_blocks(self) -> None:
         """Compile the blocks, part by part."""
@@ -127,10 +138,36 @@ class TransformerStage(nn.Module):
             block.compile_parts()
 
     def place_rope(self, seq_len: int, device: torch.device) -> None:
-        """Compute the rotary table for `seq_len` positions on `device`; called once the parameters are there."""
-        if self.spec.position == "rope":
-            dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
-            self.rope = rope_table(self.spec, torch.arange(seq_len, device=device), dtype)
+        """Compute the rotary tables for `seq_len` positions on `device`; called once the parameters are there."""
+        places = torch.arange(seq_len, device=device)
+        if self.cp is not None and not self._tells_documents:  # else any place may be that of a token here
+            places = self.cp.cut(places[None])[0]
+        self.rope, self.window_rope = self._ropes(places)
+
+    def _ropes(self, places: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rotary tables of some positions, [s]: of the blocks, and of those with a window if theirs is another."""
+        if self.spec.position != "rope":
+            return None, None
+        dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+        table = rope_table(self.spec, places, dtype)
+        other = self.spec.window_rope_theta is not None
+        return table, rope_table(self.spec, places, dtype, window=True) if other else None
+
+    def _own_rope(self, number: str) -> bool:
+        """Whether a block has the windows' rotary table."""
+        return self.window_rope is not None and self.spec.window_of(int(number)) is not None
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """int64 [b, s] -> [s or s/tp, b, h], on the first stage."""
+        assert self.embedding is not None
+        self.block_begins("embedding")
+        x: Tensor = self.embedding(tokens)
+        if self.spec.scale_embeddings:
+            x = x * x.new_full((), self.spec.hidden_size**0.5)  # in the dtype of x, as Gemma has it
+        if self.position is not None:
+            self.block_begins("position")
+            x = self.position(x, positions)
+        return x
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0
@@ -141,23 +178,31 @@ class TransformerStage(nn.Module):
             x: int64 tokens [b, s] on the first stage, else the previous stage's output [s or s/tp, b, h].
             labels: int64 [b, s], read by the last stage only.
             positions: int64 [b, s], each token's place in its document, to keep documents of a sample apart; None
-                for one document a sample.
+                for one document a sample. Of whole sequences, where x and labels are of this rank's pieces of them.
             loss_scale: factor of the summed loss; 1 / (tokens of the global batch) makes it that batch's mean.
 
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
-        x = self._embed(x, positions)
-        rope, mask = self.rope, None
+        ropes, starts, cp = [self.rope, self.window_rope], None, self.cp
         if positions is not None:
-            mask = document_mask(positions)
-            rope = None if rope is None else rope[:, positions.t(), 0]
+            starts = document_starts(positions)
+            if cp is not None:
+                positions = cp.cut(positions)
+                starts = cp.cut(starts) if cp.kind == "allgather" else starts
+            places = positions.t()
+            ropes = [None if rope is None else rope[:, places, 0] for rope in ropes]
+        elif cp is not None and self.position is not None:
+            positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
+        if self.embedding is not None:
+            x = self.embed(x, positions)
         for number, block in self.layers.items():
-            x = block(self._entering(x, number), rope, mask)
+            x = block(self._entering(x, number), ropes[self._own_rope(number)], starts)
         return self._head(x, labels, loss_scale)
 
     def extend(self, x: Tensor, caches: Sequence[KeyValueCache], first: int) -> Tensor:
-        """Run the stage on further tokens of one sequence, without gradients and without sequence parallelism.
+        """Run the stage on further tokens of one sequence, without gradients, and with whole sequences on each rank
+        (`whole_sequences`).
 
         Args:
             x: int64 tokens [1, s] on the first stage, else the previous stage's output [s, 1, h]; s is 1 but for the
@@ -169,22 +214,13 @@ class TransformerStage(nn.Module):
             [s, 1, h]; on the last stage the logits of what follows the last token, [1, 1, vocab].
         """
         count = x.shape[0 if self.embedding is None else 1]
-        x = self._embed(x, torch.arange(first, first + count, device=x.device)[None])
-        rope = None if self.rope is None else self.rope[:, first : first + count]
+        places = torch.arange(first, first + count, device=x.device)
+        if self.embedding is not None:
+            x = self.embed(x, places[None])
+        ropes = self._ropes(places)
         for (number, block), cache in zip(self.layers.items(), caches, strict=True):
-            x = block(self._entering(x, number), rope, None, cache)
+            x = block(self._entering(x, number), ropes[self._own_rope(number)], None, cache)
         return self._head(x[-1:] if self.output is not None else x, None)
-
-    def _embed(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """On the first stage tokens -> what the blocks read."""
-        if self.embedding is None:
-            return x
-        self.block_begins("embedding")
-        x = self.embedding(x)
-        if self.position is not None:
-            self.block_begins("position")
-            x = self.position(x, positions)
-        return x
 
     def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """On the last stage what the blocks give -> loss or logits."""
@@ -197,31 +233,3 @@ class TransformerStage(nn.Module):
 
 def _ignore(block: str) -> None:
     """Nobody wants to know."""
-
-
-class _Leaving(torch.autograd.Function):
-    """Nothing, but for a call as the backward pass comes by."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
-        ctx.call = call
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.call()
-        return grad, None
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Which tokens a token attends to: itself and those before it in its document.
-
-    Args:
-        positions: int64 [b, s]; 0 starts a document.
-
-    Returns:
-        bool [b, 1, s, s].
-    """
-    document = (positions == 0).cumsum(dim=1)
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same.tril_()

@@ -75,7 +75,7 @@ def _cells(grid: list[list[Row]], key: str, low: float, high: float) -> Iterator
 def _place(rows: Sequence[Row], *, ranges: bool = True) -> str:
     """Coordinates of ranks, as "tp 0-1 pp 3"; without `ranges`, only those that all share."""
     words = []
-    for axis in AXES:
+    for axis in (axis for axis in AXES if axis in rows[0]):
         low, high = min(row[axis] for row in rows), max(row[axis] for row in rows)
         if low == high:
             words.append(f"{axis} {low}")

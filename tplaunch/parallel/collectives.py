@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tplaunch.parallel.mesh import TensorParallel
+from tplaunch.parallel.mesh import ContextParallel, TensorParallel
 from tplaunch.torch_private import collective_ops, symmetric_memory_ops
 
 
@@ -29,12 +29,18 @@ def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
     return collective_ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
 
 
-def start_all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    return collective_ops.all_gather_into_tensor.default(x.contiguous(), tp.size, tp.group.group_name)
+def start_all_gather(x: Tensor, ranks: TensorParallel | ContextParallel) -> Tensor:
+    return collective_ops.all_gather_into_tensor.default(x.contiguous(), ranks.size, ranks.group.group_name)
 
 
 def start_reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
     return collective_ops.reduce_scatter_tensor.default(x.contiguous(), "sum", tp.size, tp.group.group_name)
+
+
+def start_all_to_all(x: Tensor, cp: ContextParallel) -> Tensor:
+    """The i-th of cp equal parts of dimension 0 goes to rank i; theirs come in the order of the ranks."""
+    sizes = [len(x) // cp.size] * cp.size
+    return collective_ops.all_to_all_single.default(x.contiguous(), sizes, sizes, cp.group.group_name)
 
 
 def gather_matmul(x: Tensor, weights: list[Tensor], tp: TensorParallel) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ between a row-parallel layer and the next column-parallel one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ from tplaunch.parallel.collectives import (
     start_reduce_scatter,
     wait,
 )
-from tplaunch.parallel.mesh import TensorParallel
+from tplaunch.parallel.mesh import ContextParallel, TensorParallel
 from tplaunch.parallel.split_backward import saved, wanted
 from tplaunch.torch_private import as_parameter
 
@@ -84,14 +84,10 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.tp = tp
         ctx.accumulators = [accumulator(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
-        merged = merge(list(weights))
         if tp.fused:
-            outputs = gather_matmul(x, [weight.t() for weight in merged], tp)[1]
-        else:
-            if tp.sequence_parallel:
-                x = wait(start_all_gather(x, tp))
-            outputs = [F.linear(x, weight) for weight in merged]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            outputs = gather_matmul(x, [weight.t() for weight in merge(list(weights))], tp)[1]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return _columns(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,33 +95,51 @@ class _ColumnParallel(torch.autograd.Function):
         need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(ctx.accumulators)))
         need_weights = any(need_each)
         x, *weights = saved(ctx, activations=need_weights)
-        merged = merge(weights)
-        grads = grad.split([len(weight) for weight in merged], -1)
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
         grad_x, reducing = None, need_x and tp.size > 1 and not tp.fused
         if need_x and tp.fused:
+            merged = merge(weights)
             grad_x = matmul_scatter(grad, merged[0] if len(merged) == 1 else torch.cat(merged), tp)
         elif need_x:
-            grad_x = grads[0] @ merged[0]
-            for part, weight in zip(grads[1:], merged[1:], strict=True):
-                grad_x += part @ weight
+            grad_x = _input_gradient(grad, weights)
         if tp.sequence_parallel and need_weights:
             gathering = wait(gathering)
         if grad_x is not None and reducing:
             grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
-        grad_weights: list[Tensor | None] = [None] * len(weights)
-        if need_weights:
-            rows = gathering.flatten(0, -2)
-            lefts = [part.flatten(0, -2).t() for part in grads]
-            if ctx.accumulators[0] is not None:
-                add_products(ctx.accumulators, lefts, rows)
-            else:
-                products = [left @ rows for left in lefts]
-                sizes = [len(weight) for weight in weights]
-                grad_weights = products if len(products) == len(weights) else list(products[0].split(sizes))
+        grads = _weight_gradients(ctx.accumulators, grad, gathering, weights) if need_weights else [None] * len(weights)
         if grad_x is not None and reducing:
             grad_x = wait(grad_x)
-        return grad_x, None, *grad_weights
+        return grad_x, None, *grads
+
+
+def _columns(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x W_i^T side by side; x is whole."""
+    outputs = [F.linear(x, weight) for weight in merge(list(weights))]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _input_gradient(grad: Tensor, weights: list[Tensor]) -> Tensor:
+    """This rank's part of the gradient of x, from that of `_columns`."""
+    merged = merge(weights)
+    first, *others = grad.split([len(weight) for weight in merged], -1)
+    grad_x = first @ merged[0]
+    for part, weight in zip(others, merged[1:], strict=True):
+        grad_x += part @ weight
+    return grad_x
+
+
+def _weight_gradients(
+    accumulators: Sequence[Accumulator | None], grad: Tensor, x: Tensor, weights: list[Tensor]
+) -> list[Tensor | None]:
+    """Those of the weights of `_columns`; None where they were added up in place."""
+    rows, sizes = x.flatten(0, -2), [len(weight) for weight in merge(weights)]
+    lefts = [part.flatten(0, -2).t() for part in grad.split(sizes, -1)]
+    into = [accumulator for accumulator in accumulators if accumulator is not None]
+    if into:
+        add_products(into, lefts, rows)
+        return [None] * len(weights)
+    products = [left @ rows for left in lefts]
+    return [*products] if len(products) == len(weights) else [*products[0].split([len(weight) for weight in weights])]
 
 
 class _RowParallel(torch.autograd.Function):
@@ -204,9 +218,118 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     Returns:
         [s, b, sum of out_features/tp], the layers' outputs side by side.
     """
-    y = _ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
+    return _biased(_ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers)), layers)
+
+
+class ColumnPair:
+    """Two column-parallel applications to one input, `column_parallel` in two halves, between which something else may
+    begin: still one collective pair.
+
+    Whichever of the two needs the whole input first gathers it, and leaves it for the other; so in the forward pass, in
+    the backward pass, where the second half comes first, and where an application is made again. The second half leaves
+    its gradient of the input to the first, which reduces both at once.
+
+    Args:
+        tp: the group. Matmuls are not fused with collectives here.
+    """
+
+    def __init__(self, tp: TensorParallel) -> None:
+        self.tp = tp
+        self.partial: Tensor | None = None
+        self._whole: Tensor | None = None
+
+    def first(self, x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, Tensor]:
+        """The first half; see `column_parallel`.
+
+        Returns:
+            The outputs, and an empty tensor by which the graph knows that `second` belongs to them.
+        """
+        y, link = _FirstColumns.apply(x, self, *(local(layer.weight) for layer in layers))
+        return _biased(y, layers), link
+
+    def second(self, x: Tensor, link: Tensor, *layers: ColumnParallelLinear) -> Tensor:
+        """The second half, of the same x."""
+        y = _SecondColumns.apply(link, self, *(local(layer.weight) for layer in layers), x.detach())
+        return _biased(y, layers)
+
+    def start(self, x: Tensor) -> Tensor:
+        """Begin to make x [s or s/tp, ...] whole; `finish` ends that."""
+        return start_all_gather(x, self.tp) if self.tp.sequence_parallel and self._whole is None else x
+
+    def finish(self, started: Tensor) -> Tensor:
+        """x [s, ...]."""
+        if not self.tp.sequence_parallel:
+            return started
+        if self._whole is None:
+            self._whole = whole = wait(started)
+        else:
+            whole, self._whole = self._whole, None
+        return whole
+
+
+def _biased(y: Tensor, layers: Sequence[ColumnParallelLinear]) -> Tensor:
+    """The layers' outputs side by side, and their biases, where they have some."""
     biases = [local(layer.bias) for layer in layers if layer.bias is not None]
     return y + (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else y
+
+
+class _FirstColumns(torch.autograd.Function):
+    """See `ColumnPair.first`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pair: ColumnPair, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.pair = pair
+        ctx.accumulators = [accumulator(weight) for weight in weights]
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return _columns(pair.finish(pair.start(x)), weights), x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, link: None) -> tuple[Tensor | None, ...]:
+        pair: ColumnPair = ctx.pair
+        tp, accumulators = pair.tp, ctx.accumulators
+        need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(accumulators)))
+        x, *weights = saved(ctx, activations=any(need_each))
+        started = pair.start(x) if any(need_each) else x
+        grad_x = None
+        if need_x:
+            grad_x = _input_gradient(grad, weights)
+            if pair.partial is not None:
+                grad_x += pair.partial
+                pair.partial = None
+            if tp.size > 1:
+                grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
+        grads: list[Tensor | None] = [None] * len(weights)
+        if any(need_each):
+            grads = _weight_gradients(accumulators, grad, pair.finish(started), weights)
+        if grad_x is not None and tp.size > 1:
+            grad_x = wait(grad_x)
+        return grad_x, None, *grads
+
+
+class _SecondColumns(torch.autograd.Function):
+    """See `ColumnPair.second`."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, pair: ColumnPair, *tensors: Tensor) -> Tensor:
+        *weights, x = tensors
+        ctx.pair = pair
+        ctx.accumulators = [accumulator(weight) for weight in weights]
+        ctx.save_for_backward(x, *weights)
+        return _columns(pair.finish(pair.start(x)), weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pair: ColumnPair = ctx.pair
+        need_link, *need_each = wanted(ctx, 0, *range(2, 2 + len(ctx.accumulators)))
+        x, *weights = saved(ctx, activations=any(need_each))
+        started = pair.start(x) if any(need_each) else x
+        if need_link:
+            pair.partial = _input_gradient(grad, weights)
+        grads: list[Tensor | None] = [None] * len(weights)
+        if any(need_each):
+            grads = _weight_gradients(ctx.accumulators, grad, pair.finish(started), weights)
+        return None, None, *grads, None
 
 
 class RowParallelLinear(nn.Module):
@@ -269,13 +392,19 @@ class _Lookup(torch.autograd.Function):
 
 @contextmanager
 def whole_sequences(module: nn.Module) -> Iterator[None]:
-    """Run the layers of a module without sequence parallelism within a `with` block: one token cannot be split."""
-    parts = [(part, getattr(part, "tp", None)) for part in module.modules()]
-    kept = [(part, tp) for part, tp in parts if isinstance(tp, TensorParallel)]
-    for part, tp in kept:
-        part.tp = replace(tp, sequence_parallel=False, fused=False)  # type: ignore[assignment]
+    """Run the layers of a module without sequence and context parallelism within a `with` block: one token cannot be
+    split."""
+    kept = [
+        (part, name, value)
+        for part in module.modules()
+        for name in ("tp", "cp")
+        if isinstance(value := getattr(part, name, None), TensorParallel | ContextParallel)
+    ]
+    for part, name, value in kept:
+        whole = replace(value, sequence_parallel=False, fused=False) if isinstance(value, TensorParallel) else None
+        setattr(part, name, whole)
     try:
         yield
     finally:
-        for part, tp in kept:  # the very same: compiled code asks for it
-            part.tp = tp  # type: ignore[assignment]
+        for part, name, value in kept:  # the very same: compiled code asks for it
+            setattr(part, name, value)

@@ -8,10 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tplaunch.machine import SHARE_GPUS, shares_gpus
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import ContextKind, Recipe
+from tplaunch.spec.context import pieces
 from tplaunch.spec.topology import Coordinates, Topology
 from tplaunch.torch_private import unflatten
 
@@ -46,12 +48,50 @@ class TensorParallel:
         return self.mesh.get_group()
 
 
+@dataclass(frozen=True)
+class ContextParallel:
+    """The ranks that share each sequence.
+
+    Args:
+        mesh: 1-D mesh of the cp ranks.
+        kind: what they exchange for attention (`tplaunch.parallel.context`).
+    """
+
+    mesh: DeviceMesh
+    kind: ContextKind
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    def pieces(self, seq_len: int, rank: int | None = None) -> list[range]:
+        """The places in a sequence of what a rank holds, by default this one."""
+        return pieces(self.kind, self.size, self.rank if rank is None else rank, seq_len)
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """This rank's pieces, one after the other, of what there is of each token of whole sequences: [n, s] ->
+        [n, s/cp]."""
+        return torch.cat([rows[:, piece.start : piece.stop] for piece in self.pieces(rows.shape[1])], 1)
+
+
 class Mesh:
     """The world as (pp, dp_replicate, dp_shard, tp), tp fastest: Megatron's rank order.
 
+    Ranks that share a sequence hold the same weights, as those do that read other samples: dp_replicate x dp_shard is
+    dp x cp, cp fastest, and whatever is reduced, sharded or counted over them is so over both.
+
     Args:
         topology: sizes of the axes.
-        dp_replicate: how many full copies the dp ranks hold (HSDP); divides dp.
+        dp_replicate: how many full copies the dp x cp ranks hold: divides dp (HSDP), or is dp * cp.
+        cp_kind: see `ContextParallel`.
         sequence_parallel: see `TensorParallel`.
         async_tp: fuse what `TensorParallel` names, where sequence parallelism and the device allow it.
         device: this rank's device.
@@ -63,32 +103,41 @@ class Mesh:
         *,
         device: torch.device,
         dp_replicate: int = 1,
+        cp_kind: ContextKind = "allgather",
         sequence_parallel: bool = False,
         async_tp: bool = False,
     ) -> None:
         self.topology = topology
         self.device = device
         self.dp_replicate = dp_replicate
-        shape = (topology.pp, dp_replicate, topology.dp // dp_replicate, topology.tp)
+        shape = (topology.pp, dp_replicate, topology.dp * topology.cp // dp_replicate, topology.tp)
         self.world = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
         sequence_parallel = sequence_parallel and topology.tp > 1
         one_node = topology.ranks_per_node % topology.tp == 0
         fused = async_tp and sequence_parallel and one_node and has_fused_matmuls(device)
         self.tp = TensorParallel(self.world["tp"], sequence_parallel, fused)
+        self.cp = self._context_parallel(cp_kind) if topology.cp > 1 else None
         self.coordinates: Coordinates = topology.coordinates(dist.get_rank())
         self._key_value: dict[int, DeviceMesh] = {}
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> Mesh:
-        """The mesh of a resolved recipe. ZeRO 0 is replication all the way: every dp rank holds a full copy."""
+        """The mesh of a resolved recipe. ZeRO 0 is replication all the way: every dp and cp rank holds a full copy."""
         topology, parallelism = Topology.of(recipe), recipe.topology
         return cls(
             topology,
             device=device,
-            dp_replicate=topology.dp if parallelism.zero == 0 else parallelism.dp_replicate,
+            dp_replicate=topology.dp * topology.cp if parallelism.zero == 0 else parallelism.dp_replicate,
+            cp_kind=parallelism.cp_kind,
             sequence_parallel=parallelism.sequence_parallel,
             async_tp=parallelism.async_tp,
         )
+
+    def _context_parallel(self, kind: ContextKind) -> ContextParallel:
+        """The fastest part of the axis that holds whole sequences."""
+        cp = self.topology.cp
+        axis = self.world["dp_shard" if self.world["dp_shard"].size() > 1 else "dp_replicate"]
+        return ContextParallel(unflatten(axis, (axis.size() // cp, cp), ("sequence", "cp"))["cp"], kind)
 
     @property
     def pp_group(self) -> dist.ProcessGroup:

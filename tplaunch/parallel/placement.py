@@ -101,7 +101,7 @@ def picture(topology: Topology, views: Sequence[View], wrong: set[int]) -> str:
     for name, held in list(bad.items())[:NODES_DRAWN]:
         lines.append(f"  node {name}")
         for view in held:
-            line = f"    GPU {view.local_rank}: rank {view.rank} ({topology.coordinates(view.rank)})"
+            line = f"    GPU {view.local_rank}: rank {view.rank} ({topology.describe(view.rank)})"
             if view.rank in wrong:
                 node, gpu = divmod(view.rank, topology.ranks_per_node)
                 line += f"  <- belongs on node {node}, GPU {gpu}"

@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Precision, Recipe
+from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters
 from tplaunch.spec.recompute import sets
@@ -113,7 +114,7 @@ class Case:
     @property
     def flat(self) -> bool:
         """Whether weights and gradients lie in flat buffers, not under FSDP2."""
-        return self.zero <= 1 or self.topology.dp == 1
+        return self.zero <= 1 or self.sharing == 1
 
     @property
     def undivided_backward(self) -> bool:
@@ -132,14 +133,19 @@ class Case:
         return self.gpu.node_size if rack else min(self.topology.ranks_per_node, self.gpu.node_size)
 
     @property
+    def sharing(self) -> int:
+        """Ranks that work on the same weights, and sum their gradients: dp x cp."""
+        return self.topology.dp * self.topology.cp
+
+    @property
     def replicas(self) -> int:
-        """Data-parallel ranks that hold the same shard."""
-        return self.topology.dp if self.zero == 0 else self.recipe.topology.dp_replicate
+        """Of these, ranks that hold the same shard."""
+        return self.sharing if self.zero == 0 else self.recipe.topology.dp_replicate
 
     @property
     def shards(self) -> int:
-        """Data-parallel ranks that weights and optimizer state are split over."""
-        return self.topology.dp // self.replicas
+        """Of these, ranks that weights and optimizer state are split over."""
+        return self.sharing // self.replicas
 
     @property
     def microbatches(self) -> int:
@@ -149,8 +155,9 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one microbatch."""
-        return self.recipe.training.seq_len * self.recipe.training.micro_batch_size
+        """Tokens of one microbatch that a rank works on: its part of each sequence, over context parallelism."""
+        training = self.recipe.training
+        return training.seq_len * training.micro_batch_size // self.topology.cp
 
     @property
     def tokens_per_step(self) -> int:
@@ -178,7 +185,8 @@ class Case:
 
     @cached_property
     def _sizes(self) -> _Sizes:
-        return _sizes(self.model, self.topology.tp, self.shards)
+        hashable = self.model.model_copy(update={"window_layers": None}) if self.model.window_layers else self.model
+        return _sizes(hashable, self.topology.tp, self.shards)
 
     @property
     def block_weights(self) -> int:
@@ -198,6 +206,10 @@ class Case:
         parts, rounded up: the first rank's share, the largest."""
         sizes = self._sizes.shard
         return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
+
+    def positions(self, layers: range | None = None) -> float:
+        """Positions that attention is counted with, mean of some layers or of all (`attended_positions`)."""
+        return attended_positions(self.recipe, layers)
 
     def recomputes(self, stage: Stage) -> dict[frozenset[Part], int]:
         """How many blocks of a stage make again which parts in the backward pass."""

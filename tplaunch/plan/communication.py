@@ -1,8 +1,9 @@
 """What a rank sends, over which link, and how long that takes: tensor, sequence, pipeline and data parallelism.
+(Context parallelism: `tplaunch.plan.context`.)
 
 Ring collectives over n ranks move (n-1)/n of the data once (all-gather, reduce-scatter) or twice (all-reduce). A group
 inside a node uses its fast link. A group across nodes is bound by the network: by the adapters of all its ranks on a
-node together, as NCCL's rings use them all.
+node together, as NCCL's rings use them all. An all-to-all sends what leaves the node over each rank's own adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tplaunch.recipe.schema import Part
 from tplaunch.spec.parameters import stage_parameters
 
 Link = Literal["none", "node", "network"]
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
 
 
 class Group(NamedTuple):
@@ -40,11 +41,11 @@ class Traffic(NamedTuple):
     """One kind of communication of one rank in one step.
 
     Args:
-        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "pp" or "dp".
+        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "pp" or "dp" (of dp x cp).
         what: what is sent and why.
         kind: the collective.
         calls: how often.
-        bytes: of one call: the whole tensor's, before or after it is split.
+        bytes: of one call: the whole tensor's, before or after it is split; of an all-to-all, what one rank holds.
         link: what it goes over.
         ranks: size of the group.
         seconds: of all calls, if nothing else ran.
@@ -63,11 +64,12 @@ class Traffic(NamedTuple):
 
 
 def axis_group(case: Case, axis: str) -> Group:
-    """The group of rank 0 on an axis: "tp", "pp", "dp" (shards) or "replica" (copies of a shard, HSDP)."""
+    """The group of rank 0 on an axis: "tp", "cp", "pp", "dp" (shards, over dp x cp) or "replica" (copies of a shard,
+    HSDP)."""
     topology = case.topology
-    strides = {"tp": (1, topology.tp), "dp": (topology.tp, case.shards)}
+    strides = {"tp": (1, topology.tp), "cp": (topology.tp, topology.cp), "dp": (topology.tp, case.shards)}
     strides["replica"] = (topology.tp * case.shards, case.replicas)
-    strides["pp"] = (topology.tp * topology.dp, topology.pp)
+    strides["pp"] = (topology.tp * case.sharing, topology.pp)
     stride, size = strides[axis]
     nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
     return Group(size, nodes)
@@ -78,6 +80,8 @@ def collective_seconds(case: Case, group: Group, kind: Kind, size: float) -> flo
     if group.size == 1:
         return 0.0
     gpu = case.gpu
+    if kind == "all-to-all":
+        return _exchange_seconds(case, group, size)
     if group.nodes == 1:
         bandwidth, latency = gpu.link_bandwidth, gpu.link_latency * (group.size - 1)
     else:
@@ -89,10 +93,19 @@ def collective_seconds(case: Case, group: Group, kind: Kind, size: float) -> flo
     return times * (share * size / (bandwidth * gpu.link_efficiency) + latency)
 
 
+def _exchange_seconds(case: Case, group: Group, size: float) -> float:
+    """An all-to-all of `size` bytes of each rank: what stays on the node and what leaves it go at the same time."""
+    gpu, on_node = case.gpu, group.size / group.nodes
+    inside = (on_node - 1) / group.size * size / (gpu.link_bandwidth * gpu.link_efficiency)
+    outside = (group.size - on_node) / group.size * size / (gpu.network_bandwidth * gpu.link_efficiency)
+    latency = gpu.link_latency * (group.size - 1) + (gpu.network_latency if group.nodes > 1 else 0.0)
+    return max(inside, outside) + latency
+
+
 def send_seconds(case: Case, sender: int, receiver: int) -> float:
     """Seconds to send one microbatch's hidden states between neighbouring pipeline ranks."""
     topology, gpu = case.topology, case.gpu
-    apart = topology.tp * topology.dp
+    apart = topology.tp * case.sharing
     same_node = sender * apart // case.fast_domain == receiver * apart // case.fast_domain
     bandwidth, latency = (
         (gpu.link_bandwidth, gpu.link_latency) if same_node else (gpu.network_bandwidth, gpu.network_latency)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tplaunch.plan.case import Case
 from tplaunch.plan.memory import local_heads
 from tplaunch.recipe.schema import Part
+from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
 
 # FlashAttention's backward does five products where the forward does two (Dao 2023, arXiv 2307.08691, section 3.2).
@@ -65,11 +66,20 @@ def linear(case: Case, m: float, n: float, k: float) -> Passes:
     return Passes(matmul(case, m, n, k), matmul(case, m, k, n), matmul(case, n, k, m))
 
 
-def attention_core(case: Case) -> Passes:
-    """softmax(q k^T) v over causal positions (half of all), all local heads."""
-    gpu, training = case.gpu, case.recipe.training
-    flops = case.tokens * attention_flops_per_token(case.model, training.seq_len) / 2 / case.topology.tp
-    forward = flops / (gpu.peak[training.precision] * gpu.attention_efficiency) + gpu.kernel_latency
+def attention_core(case: Case, positions: float) -> Passes:
+    """softmax(q k^T) v over what each token sees (of causal positions half), all local heads.
+
+    Over context parallelism a rank has its share of the tokens, in pieces that see as much as all do; or all tokens and
+    its share of the heads. Documents that begin and end where they will are no longer the same work for every rank;
+    that is not counted.
+
+    Args:
+        positions: that attention is counted with (`Case.positions`).
+    """
+    gpu, pieces = case.gpu, piece_count(case.recipe.topology.cp_kind, case.topology.cp) // case.topology.cp
+    flops = case.tokens * attention_flops_per_token(case.model, positions) / 2 / case.topology.tp
+    peak = gpu.peak[case.recipe.training.precision] * gpu.attention_efficiency
+    forward = flops / peak + pieces * gpu.kernel_latency
     return Passes(forward, _ATTENTION_BACKWARD * forward)
 
 
@@ -83,34 +93,40 @@ def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Pass
     return Passes(move(case, forward * fused) + latency, move(case, backward * fused) + latency)
 
 
+def queries(case: Case) -> Passes:
+    """The projection to queries."""
+    assert case.model.head_dim is not None
+    return linear(case, case.tokens, local_heads(case)[0] * case.model.head_dim, case.model.hidden_size)
+
+
 def block_parts(case: Case) -> dict[Part, Passes]:
-    """Each part of a transformer block, at one place of it, on one tensor-parallel rank, without communication. What is
-    made again takes its forward pass once more."""
+    """Each part of a transformer block, at one place of it, on one rank, without communication; attention is the mean
+    of all blocks'. What is made again takes its forward pass once more."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    queries, keys = heads * model.head_dim, kv_heads * model.head_dim
-    swiglu = model.activation == "swiglu"
+    query_width, keys = heads * model.head_dim, kv_heads * model.head_dim
+    gated = model.activation != "gelu"
     # Hidden states: a norm (read, write; backward: read twice, write) and a residual sum (two reads, a write).
     slices = tp if case.sequence_parallel else 1
     states = tokens * hidden * width / slices
     residual = pointwise(case, 3 * states, 3 * states, kernels=1)
-    turned = tokens * (queries + keys) * width
+    turned = tokens * (query_width + keys) * width
     rotary = Passes(0.0)
     if model.position == "rope":  # widened, turned, narrowed: about four passes over q and k
         rotary += pointwise(case, 4 * 2 * turned, 4 * 2 * turned, kernels=8)
     if model.qk_norm:
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
     inner = tokens * ffn * width
-    reads_and_writes = (5, 8) if swiglu else (2, 3)
+    reads_and_writes = (5, 8) if gated else (2, 3)
     return {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
-        "qkv": linear(case, tokens, queries, hidden) + linear(case, tokens, keys, hidden) * 2,
+        "qkv": queries(case) + linear(case, tokens, keys, hidden) * 2,
         "rotary": rotary,
-        "core_attention": attention_core(case),
-        "attention_output": linear(case, tokens, hidden, queries) + residual,
-        "gate_up": linear(case, tokens, ffn, hidden) * (2 if swiglu else 1),
+        "core_attention": attention_core(case, case.positions()),
+        "attention_output": linear(case, tokens, hidden, query_width) + residual,
+        "gate_up": linear(case, tokens, ffn, hidden) * (2 if gated else 1),
         "activation": pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2),
         "down": linear(case, tokens, hidden, ffn) + residual,
     }

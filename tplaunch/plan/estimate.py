@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from tplaunch.plan.communication import (
     send_seconds,
 )
 from tplaunch.plan.compute import Passes
+from tplaunch.plan.context import ContextTraffic, context_traffic
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
 from tplaunch.recipe.schema import Part
@@ -34,20 +36,21 @@ class StageWork(NamedTuple):
     Args:
         passes: computation, once.
         recomputed: what is made again in the backward pass, with its communication.
-        tensor_parallel: (forward, backward) seconds of communication that nothing hides.
+        tensor_parallel, context_parallel: (forward, backward) seconds of communication that nothing hides.
     """
 
     passes: Passes
     recomputed: float
     tensor_parallel: tuple[float, float]
+    context_parallel: tuple[float, float]
 
     @property
     def forward(self) -> float:
-        return self.passes.forward + self.tensor_parallel[0]
+        return self.passes.forward + self.tensor_parallel[0] + self.context_parallel[0]
 
     @property
     def input_backward(self) -> float:
-        return self.passes.input_backward + self.recomputed + self.tensor_parallel[1]
+        return self.passes.input_backward + self.recomputed + self.tensor_parallel[1] + self.context_parallel[1]
 
     @property
     def seconds(self) -> float:
@@ -60,7 +63,7 @@ class Breakdown(NamedTuple):
     Args:
         compute: forward and backward passes.
         recompute: what is made again.
-        tensor_parallel, data_parallel: communication that nothing hides.
+        tensor_parallel, context_parallel, data_parallel: communication that nothing hides.
         pipeline: waiting for other ranks, and for what they send.
         optimizer: norm and clipping of gradients, the update.
     """
@@ -68,6 +71,7 @@ class Breakdown(NamedTuple):
     compute: float
     recompute: float
     tensor_parallel: float
+    context_parallel: float
     pipeline: float
     data_parallel: float
     optimizer: float
@@ -103,14 +107,14 @@ class Plan:
 
     @cached_property
     def model_flops_per_token(self) -> float:
-        return model_flops_per_token(self.case.model, self.case.recipe.training.seq_len)
+        return model_flops_per_token(self.case.model, self.case.positions())
 
     @cached_property
     def hardware_flops_per_token(self) -> float:
         """With what is computed again, attention counted in full as in the model FLOPs (Korthikanti et al. 2022)."""
         model, training = self.case.model, self.case.recipe.training
         again = sum(
-            count * repeated_flops_per_token(model, training.seq_len, parts)
+            count * repeated_flops_per_token(model, self.case.positions(), parts)
             for parts, count in sets(training, range(model.num_layers)).items()
         )
         return self.model_flops_per_token + again
@@ -177,9 +181,7 @@ class Plan:
             "name": case.recipe.name,
             "gpu": case.gpu.name,
             "topology": {
-                "tp": topology.tp,
-                "pp": topology.pp,
-                "dp": topology.dp,
+                **{axis: topology.size(axis) for axis in ("tp", "cp", "pp", "dp") if axis in topology.axes},
                 "world_size": topology.world_size,
                 "nodes": topology.nodes,
                 "microbatches": case.microbatches,
@@ -213,24 +215,32 @@ class Plan:
 
 
 class BlockWork(NamedTuple):
-    """One microbatch through one block: computation, of it each part's, and tensor-parallel communication. What is made
-    again is not in it."""
+    """One microbatch through one block: computation, of it each part's, and the communication of tensor and context
+    parallelism. What is made again is not in it."""
 
     passes: Passes
     parts: dict[Part, Passes]
     traffic: BlockTraffic
+    context: ContextTraffic
 
     def again(self, kept: Kept) -> float:
         """Seconds, with communication, of the steps that run again in the backward pass."""
         made = [step.part for step in kept.made]
-        return sum(self.parts[part].forward for part in made) + self.traffic.again_seconds(made)
+        seconds = sum(self.parts[part].forward for part in made) + self.traffic.again_seconds(made)
+        return seconds + self.context.again_seconds(made)
+
+    def attending(self, attention: Passes) -> BlockWork:
+        """A block like this one but for its attention."""
+        passes = self.passes + attention + self.parts["core_attention"] * -1.0
+        return self._replace(passes=passes, parts={**self.parts, "core_attention": attention})
 
 
 def block_work(case: Case) -> BlockWork:
-    """The work of a block, which depends on tp, the micro batch and sequence parallelism alone."""
+    """The work of a block, which depends on tp, cp and its kind, the micro batch and sequence parallelism alone."""
     parts = compute.block_parts(case)
     passes = sum((parts[step.part] for step in block_steps(case.model)), Passes(0.0))
-    return BlockWork(passes, parts, block_traffic(case, passes.input_backward, passes.weight_backward))
+    traffic = block_traffic(case, passes.input_backward, passes.weight_backward)
+    return BlockWork(passes, parts, traffic, context_traffic(case, compute.queries(case), parts["attention_output"]))
 
 
 class StageWorks:
@@ -246,16 +256,18 @@ class StageWorks:
         self._known: dict[Any, tuple[StageWork, StageCost]] = {}
 
     def __call__(self, stage: Stage) -> tuple[StageWork, StageCost]:
-        recomputes = self.case.recomputes(stage)
-        key = (frozenset(recomputes.items()), stage.first, stage.last)
+        recomputes, positions = self.case.recomputes(stage), self.case.positions(stage.layers)
+        key = (frozenset(recomputes.items()), positions, stage.first, stage.last)
         if key not in self._known:
-            self._known[key] = self._work(stage, recomputes)
+            block = self.block.attending(compute.attention_core(self.case, positions))
+            self._known[key] = self._work(stage, block, recomputes)
         return self._known[key]
 
-    def _work(self, stage: Stage, recomputes: dict[frozenset[Part], int]) -> tuple[StageWork, StageCost]:
-        case, layers = self.case, len(stage.layers)
-        block, traffic = self.block.passes, self.block.traffic
-        passes = block * layers
+    def _work(
+        self, stage: Stage, block: BlockWork, recomputes: dict[frozenset[Part], int]
+    ) -> tuple[StageWork, StageCost]:
+        case, layers, traffic = self.case, len(stage.layers), block.traffic
+        passes = block.passes * layers
         if stage.first:
             passes += compute.embedding(case)
         if stage.last:
@@ -265,8 +277,9 @@ class StageWorks:
             forward + layers * traffic.forward,
             backward + layers * (traffic.backward + traffic.split * case.splits_backward(stage)),
         )
-        again = sum(n * self.block.again(kept(case.model, parts)) for parts, n in recomputes.items())
-        work = StageWork(passes, again, tensor_parallel)
+        again = sum(n * block.again(kept(case.model, parts)) for parts, n in recomputes.items())
+        context_parallel = layers * block.context.forward, layers * block.context.backward
+        work = StageWork(passes, again, tensor_parallel, context_parallel)
         held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
         gradients = 0.0 if case.flat else memory.gradients(case, [stage])  # flat buffers are always there
         return work, StageCost(work.forward, work.input_backward, passes.weight_backward, held, waiting, gradients)
@@ -296,14 +309,14 @@ def estimate(case: Case) -> Plan:
         list(works),
         step,
         [memory.rank_memory(case, rank, step) for rank in ranks],
-        traffic := [rank_traffic(case, rank, list(works), works_of.block.traffic) for rank in ranks],
+        traffic := [rank_traffic(case, rank, list(works), works_of.block) for rank in ranks],
         _breakdown(case, list(works), step, traffic),
     )
 
 
-def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: BlockTraffic) -> list[Traffic]:
+def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], block: BlockWork) -> list[Traffic]:
     """All communication of a rank of a pipeline rank in one step."""
-    stages = case.stages_on(pp_rank)
+    stages, per_block = case.stages_on(pp_rank), block.traffic
     mine = [works[stage.index] for stage in stages]
     m, group = case.microbatches, axis_group(case, "tp")
     axis = "sp" if case.sequence_parallel else "tp"
@@ -327,8 +340,25 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], per_block: Bl
         traffic.append(
             Traffic(axis, "activations", kind, count, per_block.size, group.link, group.size, seconds, exposed * share)
         )
+    traffic += _context_parallel(case, stages, block.context)
     traffic += _sends(case, pp_rank, stages)
     return traffic + _data_parallel(case, stages, mine)
+
+
+def _context_parallel(case: Case, stages: list[Stage], context: ContextTraffic) -> list[Traffic]:
+    m, group = case.microbatches, axis_group(case, "cp")
+    blocks = sum(len(stage.layers) for stage in stages)
+    again: Counter[Part] = Counter()
+    for stage in stages:
+        for parts, n in case.recomputes(stage).items():
+            again.update({step.part: n for step in kept(case.model, parts).made})
+    traffic = []
+    for one in context.exchanges:
+        more = again[one.again] if one.again else 0
+        calls, exposed = m * (blocks * (one.forward + one.backward) + more), blocks * sum(one.exposed())
+        seconds = (calls * one.seconds, m * (exposed + more * one.seconds))
+        traffic.append(Traffic("cp", one.what, one.kind, calls, one.bytes, group.link, group.size, *seconds))
+    return traffic
 
 
 def _data_parallel(case: Case, stages: list[Stage], works: list[StageWork]) -> list[Traffic]:
@@ -366,6 +396,7 @@ def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[lis
         compute=m * sum(work.passes.total for work in mine),
         recompute=m * sum(work.recomputed for work in mine),
         tensor_parallel=m * sum(sum(work.tensor_parallel) for work in mine),
+        context_parallel=m * sum(sum(work.context_parallel) for work in mine),
         pipeline=step.seconds - step.busy[longest],
         data_parallel=max(sum(item.exposed for item in rank if item.axis == "dp") for rank in traffic),
         optimizer=compute.optimizer_seconds(case, kept, kept),

@@ -11,6 +11,7 @@ from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import Plan, estimate
 from tplaunch.plan.recomputation import cheapest_change
+from tplaunch.spec.context import pays
 from tplaunch.units import GiB
 
 
@@ -35,7 +36,7 @@ def single_changes(case: Case) -> Iterator[Change]:
     if topology.tp > 1 and not parallelism.sequence_parallel:
         yield Change({"topology.sequence_parallel": True})
     for zero in range(parallelism.zero + 1, 4):
-        if topology.dp > 1:
+        if case.sharing > 1:
             yield Change({"topology.zero": zero})
     fitting = cheapest_change(case)
     if fitting is not None:
@@ -54,10 +55,14 @@ def single_changes(case: Case) -> Iterator[Change]:
             yield Change({"topology.tp": topology.tp * factor, "topology.dp": topology.dp // factor})
         if topology.dp % factor == 0:
             yield Change({"topology.pp": topology.pp * factor, "topology.dp": topology.dp // factor})
+        if topology.dp % factor == 0 and pays(topology.cp * factor, training.seq_len):
+            yield Change({"topology.cp": topology.cp * factor, "topology.dp": topology.dp // factor})
     for factor in (2, 4, 8, 16):
         more = {"topology.nodes": topology.nodes * factor}
         yield Change({**more, "topology.dp": topology.dp * factor})
         yield Change({**more, "topology.pp": topology.pp * factor})
+        if pays(topology.cp * factor, training.seq_len):
+            yield Change({**more, "topology.cp": topology.cp * factor})
 
 
 def remedies(plan: Plan, count: int = 3) -> list[Remedy]:

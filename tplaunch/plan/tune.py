@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tplaunch.check.choices import divisors
@@ -19,6 +20,7 @@ from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_e
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.context import pays
 from tplaunch.spec.schedules import SCHEDULES
 from tplaunch.units import GiB
 
@@ -28,6 +30,8 @@ _NOT_TRIED = ("gpipe",)
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 8)
 _KEYS = (
     "topology.tp",
+    "topology.cp",
+    "topology.cp_kind",
     "topology.pp",
     "topology.dp",
     "topology.zero",
@@ -97,7 +101,7 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         node_size: GPUs of a node; default: those of a usual node with this GPU.
     """
     per_node = min(gpus, node_size or min(case.gpu.node_size, 8))
-    blocks: dict[tuple[int, int, bool], tuple[BlockWork, list[Option]]] = {}
+    blocks: dict[tuple[int, int, bool, int], tuple[BlockWork, list[Option]]] = {}
     legal = 0
     ranked: list[tuple[float, int, Change, Case]] = []
     for change in candidates(case, gpus, per_node):
@@ -105,7 +109,11 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         if candidate is None:
             continue
         legal += 1
-        key = (candidate.topology.tp, candidate.recipe.training.micro_batch_size, candidate.sequence_parallel)
+        parallelism = candidate.recipe.topology
+        key = (
+            *(parallelism.tp, parallelism.cp, candidate.sequence_parallel),
+            candidate.recipe.training.micro_batch_size,
+        )
         if key not in blocks:
             work = block_work(candidate)
             blocks[key] = work, options(candidate, work)
@@ -114,7 +122,7 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
             ranked.append((best[0], len(ranked), *best[1:]))
     ranked.sort(key=lambda item: item[:2])
     choices = []
-    for _, _, change, candidate in ranked[: 3 * count]:
+    for change, candidate in _both_kinds(case, [item[2:] for item in ranked[: 3 * count]]):
         plan = estimate(candidate)
         if plan.headroom >= HEADROOM * case.gpu.memory:
             choices.append(Choice(change, plan))
@@ -122,6 +130,17 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
     choices = choices[:count]
     neighbours = _neighbours(choices[0], case, gpus) if choices else []
     return Tuning(choices, neighbours, legal, len(ranked))
+
+
+def _both_kinds(case: Case, ranked: list[tuple[Change, Case]]) -> Iterator[tuple[Change, Case]]:
+    """The first pass's best, those that share sequences also by the other kind of exchange, which it does not look at:
+    memory and time are much alike."""
+    for change, candidate in ranked:
+        yield change, candidate
+        if candidate.topology.cp > 1:
+            other = Change({**change.values, "topology.cp_kind": "ulysses"})
+            if (then := other.apply(case)) is not None:
+                yield other, then
 
 
 def _with_cheapest_recomputation(
@@ -150,19 +169,19 @@ def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
     for tp in divisors(gpus):
         if tp > per_node or model.num_heads % tp:
             continue
-        for pp in divisors(gpus // tp):
-            dp = gpus // tp // pp
-            if pp > model.num_layers or batch % dp:
+        for cp, pp in product(divisors(gpus // tp), divisors(gpus // tp)):
+            dp, rest = divmod(gpus, tp * cp * pp)
+            if rest or not pays(cp, training.seq_len) or pp > model.num_layers or batch % dp:
                 continue
             for micro_batch in MICRO_BATCHES:
                 if batch % (dp * micro_batch):
                     continue
                 for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
-                    shards_gradients = dp > 1 and not SCHEDULES[schedule].splits_backward
+                    shards_gradients = dp * cp > 1 and not SCHEDULES[schedule].splits_backward
                     for zero in (1, 2, 3) if shards_gradients else (1,):
-                        values = (tp, pp, dp, zero, schedule, virtual, micro_batch, "none")
+                        values = (tp, cp, "allgather", pp, dp, zero, schedule, virtual, micro_batch, "none")
                         more = {
-                            "topology.sequence_parallel": tp > 1 and training.seq_len % tp == 0,
+                            "topology.sequence_parallel": tp > 1 and training.seq_len % (tp * cp) == 0,
                             "topology.stage_layers": None,
                             "topology.dp_replicate": 1,
                             "topology.nodes": -(-gpus // per_node),
@@ -249,6 +268,7 @@ def _losses(plan: Plan) -> str:
     names = {
         "recompute": "recomputation",
         "tensor_parallel": "tp",
+        "context_parallel": "cp",
         "pipeline": "pipeline",
         "data_parallel": "dp",
         "optimizer": "optimizer",
@@ -282,16 +302,22 @@ def _steps(
     Args:
         recompute: the values worth having, cheapest first.
     """
-    tp, pp, dp = own["topology.tp"], own["topology.pp"], own["topology.dp"]
+    tp, cp, pp, dp = (own[f"topology.{axis}"] for axis in ("tp", "cp", "pp", "dp"))
     layers, compiled = recipe.model.num_layers, recipe.training.compile
     for new in (tp * 2, tp // 2 if tp % 2 == 0 else 0):
-        if new and gpus % (new * pp) == 0:
+        if new and gpus % (new * cp * pp) == 0:
             split = new > 1 and recipe.training.seq_len % new == 0
-            sizes = {"topology.tp": new, "topology.dp": gpus // (new * pp), "topology.sequence_parallel": split}
+            sizes = {"topology.tp": new, "topology.dp": gpus // (new * cp * pp), "topology.sequence_parallel": split}
             yield {"topology.tp": new}, [sizes]
+    for new in (cp * 2, cp // 2 if cp % 2 == 0 else 0):
+        if new and pays(new, recipe.training.seq_len) and gpus % (tp * new * pp) == 0:
+            yield {"topology.cp": new}, [{"topology.cp": new, "topology.dp": gpus // (tp * new * pp)}]
+    if cp > 1:
+        other = {"allgather": "ulysses", "ulysses": "allgather"}[own["topology.cp_kind"]]
+        yield {"topology.cp_kind": other}, [{"topology.cp_kind": other}]
     for new in (pp * 2, pp // 2 if pp % 2 == 0 else 0):
-        if new and gpus % (new * tp) == 0:
-            sizes = {"topology.pp": new, "topology.dp": gpus // (new * tp)}
+        if new and gpus % (new * tp * cp) == 0:
+            sizes = {"topology.pp": new, "topology.dp": gpus // (new * tp * cp)}
             schedules = _schedules(new, layers, compiled=compiled)
             ways = [{**sizes, "topology.schedule": s, "topology.virtual_stages": v} for s, v in schedules]
             yield {"topology.pp": new}, ways
@@ -302,7 +328,7 @@ def _steps(
     for value in _beside(recompute, own["training.recompute"]):
         yield {"training.recompute": value}, [{"training.recompute": value}]
     for zero in (1, 2, 3):
-        if zero != own["topology.zero"] and dp > 1:
+        if zero != own["topology.zero"] and dp * cp > 1:
             yield {"topology.zero": zero}, [{"topology.zero": zero}]
     for schedule, virtual in _schedules(pp, layers, compiled=compiled):
         values = {"topology.schedule": schedule, "topology.virtual_stages": virtual}
@@ -327,6 +353,7 @@ def _why(plan: Plan, best: Plan) -> str:
         "compute": "compute (smaller matmuls)",
         "recompute": "recomputation",
         "tensor_parallel": "tensor-parallel communication",
+        "context_parallel": "context-parallel communication",
         "pipeline": "pipeline waiting",
         "data_parallel": "data-parallel communication",
         "optimizer": "the optimizer",

@@ -92,16 +92,44 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama 3 frequency scaling (transformers `rope_type: llama3`)."""
+    """Rotary frequencies for longer sequences than those that the model began with (transformers' `rope_type`).
 
-    factor: Annotated[float, Field(gt=0)] = Field(8.0, description="low frequencies are divided by it")
+    llama3: low frequencies are divided by `factor`. linear: all are. yarn: those that turn less than `beta_slow` times
+    within `original_max_position` are, those that turn more than `beta_fast` times stay (Peng et al. 2023, arXiv
+    2309.00071).
+    """
+
+    type: Literal["llama3", "linear", "yarn"] = Field("llama3", description="which frequencies are scaled, and how")
+    factor: Annotated[float, Field(gt=0)] = Field(8.0, description="frequencies that are scaled are divided by it")
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="wavelengths longer than original_max_position over this are scaled"
+        1.0, description="llama3: wavelengths longer than original_max_position over this are scaled"
     )
     high_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="wavelengths shorter than original_max_position over this stay"
+        4.0, description="llama3: wavelengths shorter than original_max_position over this stay"
     )
-    original_max_position: Small = Field(8192, description="tokens of the sequences that the model began with")
+    original_max_position: Small = Field(
+        8192, description="llama3 and yarn: tokens of the sequences that the model began with"
+    )
+    beta_fast: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="yarn: what turns more often than this within original_max_position stays"
+    )
+    beta_slow: Annotated[float, Field(gt=0)] = Field(1.0, description="yarn: what turns less often is scaled whole")
+    truncate: bool = Field(True, description="yarn: whole numbers of frequencies at both ends")
+    attention_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="yarn: factor of cos and sin; default: from factor, mscale and mscale_all_dim"
+    )
+    mscale: Annotated[float, Field(gt=0)] | None = Field(None, description="yarn (DeepSeek)")
+    mscale_all_dim: Annotated[float, Field(gt=0)] | None = Field(None, description="yarn (DeepSeek)")
+
+    @model_validator(mode="after")
+    def _has_what_its_type_reads(self) -> "RopeScaling":
+        yarn = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+        llama3 = ("low_freq_factor", "high_freq_factor")
+        unread = {"llama3": yarn, "yarn": llama3, "linear": (*llama3, *yarn, "original_max_position")}[self.type]
+        fields = type(self).model_fields
+        if other := [name for name in unread if getattr(self, name) != fields[name].default]:
+            raise ValueError(f"{self.type} scaling has no {other[0]}")
+        return self
 
 
 class Model(Section):
@@ -122,8 +150,10 @@ class Model(Section):
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, description="added to the mean square, or the variance, before its root"
     )
-    activation: Literal["swiglu", "gelu"] = Field(
-        "swiglu", description="of the MLP; swiglu has a gate beside its first matmul"
+    norm_plus_one: bool = Field(False, description="norms multiply by 1 + weight (Gemma)")
+    post_norms: bool = Field(False, description="norms of what attention and MLP give, too (Gemma 2)")
+    activation: Literal["swiglu", "geglu", "gelu"] = Field(
+        "swiglu", description="of the MLP; swiglu and geglu have a gate beside its first matmul"
     )
     position: Literal["rope", "learned"] = Field("rope", description="rotary embeddings, or a learned table")
     max_position: Small | None = Field(None, description="rows of the learned position table")
@@ -131,10 +161,28 @@ class Model(Section):
     rope_scaling: RopeScaling | None = Field(
         None, description="rotary frequencies for longer sequences; null: as they are"
     )
+    window: Small | None = Field(None, description="tokens that a token attends to, itself included; default: all")
+    window_layers: Annotated[list[Literal["window", "full"]], Field(min_length=1)] | None = Field(
+        None, description="which layers have the window, repeated over them; default: all"
+    )
+    window_rope_theta: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="rope_theta of layers with a window, which then have no rope_scaling (Gemma 3)"
+    )
+    attention_softcap: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="c: scores are c tanh(score / c) (Gemma 2)"
+    )
+    logit_softcap: Annotated[float, Field(gt=0)] | None = Field(None, description="the same, of logits")
+    attention_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="factor of q k^T; default 1 / sqrt(head_dim)"
+    )
+    attention_sinks: bool = Field(
+        False, description="each head has a score that takes part in its softmax and brings no value (gpt-oss)"
+    )
     qkv_bias: bool = Field(False, description="biases on queries, keys and values (Qwen2)")
     linear_bias: bool = Field(False, description="biases on the attention output and on the MLP (GPT-2)")
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys (Qwen3)")
     tie_embeddings: bool = Field(False, description="the output layer is the embedding table")
+    scale_embeddings: bool = Field(False, description="embeddings are multiplied by sqrt(hidden_size) (Gemma)")
     init_std: Annotated[float, Field(gt=0, lt=10)] = Field(
         0.02,
         description="standard deviation of initial weights; those that end a block have it over sqrt(2 num_layers)",
@@ -160,11 +208,28 @@ class Model(Section):
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.activation != "gelu"
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer, by its global number, attends to; None: all before."""
+        kinds = self.window_layers or ["window"]
+        return self.window if kinds[layer % len(kinds)] == "window" else None
+
+
+ContextKind = Literal["allgather", "ulysses"]
+
 
 class Parallelism(Section):
-    """TP x PP x DP, and how each is done: the section `topology`."""
+    """TP x CP x PP x DP, and how each is done: the section `topology`."""
 
     tp: Small = Field(1, description="tensor parallel: GPUs that share each layer")
+    cp: Small = Field(1, description="context parallel: GPUs that share each sequence")
+    cp_kind: ContextKind = Field(
+        "allgather", description="what they exchange: keys and values gathered, or heads for tokens"
+    )
     pp: Small = Field(1, description="pipeline parallel: groups of consecutive layers")
     dp: Small | Literal["auto"] = Field("auto", description="data parallel replicas; auto fills the machine")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
@@ -325,6 +390,11 @@ class Data(Section):
         None, description="the token that ends documents; default: what the tokenizer's folder says, else a known name"
     )
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text, such as meta.text")
+    document_length: Count | None = Field(
+        None,
+        description="tokens of a document, by which the FLOPs of training.document_mask are counted while the training "
+        "data are not prepared; default 2048",
+    )
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""

@@ -10,7 +10,7 @@ from tplaunch.files import Record
 from tplaunch.report.charts import number, ticks
 from tplaunch.report.curves import is_number
 from tplaunch.report.prediction import Figure
-from tplaunch.spec.topology import AXES, Topology
+from tplaunch.spec.topology import Topology
 from tplaunch.units import GiB, format_count
 
 _DRAWN_RANKS = 128  # of a topology; beyond, one replica stands for all
@@ -146,7 +146,7 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
     ranks = range(topology.world_size)
     left_out = ""
     if topology.world_size > _DRAWN_RANKS and topology.dp > 1:
-        shown = [rank for rank in ranks if topology.coordinates(rank)._asdict()["dp"] == 0]
+        shown = [rank for rank in ranks if topology.coordinates(rank).dp == 0]
         left_out = f"The first of {topology.dp:,} data-parallel replicas; the others are alike."
     else:
         shown = list(ranks)
@@ -156,7 +156,7 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
     nodes: dict[int, list[int]] = {}
     for rank in shown:
         nodes.setdefault(topology.node(rank), []).append(rank)
-    axes = [axis for axis in AXES if topology.size(axis) > 1] or ["tp"]
+    axes = [axis for axis in topology.axes if topology.size(axis) > 1] or ["tp"]
     cell, tall = 60, 20 + 12 * len(axes)
     across = min(8, max(len(own) for own in nodes.values()))
     wide = across * (cell + 4) + 16
@@ -172,7 +172,7 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
             parts.append(f'<rect class="node" x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{high - 2}" rx="6"/>')
             parts.append(f'<text class="label" x="{x + 10}" y="{y + 18}">node {node}</text>')
             for i, rank in enumerate(own):
-                place = topology.coordinates(rank)._asdict()
+                place = topology.place(rank)
                 rx, ry = x + 9 + (i % across) * (cell + 4), y + 26 + (i // across) * (tall + 4)
                 parts.append(
                     f'<g class="rank r{place["pp"] % 6}">'
@@ -192,7 +192,7 @@ def in_words(topology: Topology, model: Any) -> str:
     """A topology in a sentence, for those who cannot see the picture."""
     from tplaunch.spec.parameters import parameter_count
 
-    sizes = " \u00d7 ".join(f"{axis.upper()} {topology.size(axis)}" for axis in AXES)
+    sizes = " \u00d7 ".join(f"{axis.upper()} {topology.size(axis)}" for axis in topology.axes)
     return (
         f"{topology.world_size:,} ranks = {sizes}, on {topology.nodes:,} node{'s' * (topology.nodes != 1)}; "
         f"{format_count(parameter_count(model))} parameters."

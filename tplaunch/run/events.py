@@ -316,6 +316,7 @@ class Straggled(Event):
     dp: int
     pp: int
     ratio: float
+    cp: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ KINDS = {
     "_allgather_base_": "all-gather",
     "reduce_scatter_tensor": "reduce-scatter",
     "_reduce_scatter_base_": "reduce-scatter",
+    "all_to_all_single": "all-to-all",
+    "alltoall_base_": "all-to-all",
 }
 
 
@@ -29,7 +31,7 @@ class Collective:
     """One collective.
 
     Args:
-        kind: "all-reduce", "all-gather", "reduce-scatter", or torch's name.
+        kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", or torch's name.
         group: its ranks.
         bytes: of the whole tensor, before or after it is split.
     """

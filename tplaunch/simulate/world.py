@@ -47,7 +47,7 @@ def simulate(case: Case, ranks: list[int]) -> Simulation:
     """Run the trainer of each rank alone, for one step on tensors that hold nothing.
 
     The messages of all ranks of their pipelines are then delivered to each other, and the collectives of the first
-    rank are held against those of a rank that differs from it in tp, and of one that differs in dp.
+    rank are held against those of ranks that differ from it in tp, in cp and in dp.
     """
     topology, recipe = case.topology, case.recipe
     twins = [twin for twin in _twins(topology, ranks[0]) if twin not in ranks]
@@ -64,11 +64,10 @@ def simulate(case: Case, ranks: list[int]) -> Simulation:
 
 
 def _twins(topology: Topology, rank: int) -> list[int]:
-    """Ranks that differ from one in tp only, and in dp only."""
-    place = topology.coordinates(rank)
-    found = []
-    if topology.tp > 1:
-        found.append(topology.rank(tp=(place.tp + 1) % topology.tp, pp=place.pp, dp=place.dp))
-    if topology.dp > 1:
-        found.append(topology.rank(tp=place.tp, pp=place.pp, dp=(place.dp + 1) % topology.dp))
-    return found
+    """Ranks that differ from one in tp only, in cp only, and in dp only."""
+    place = topology.coordinates(rank)._asdict()
+    return [
+        topology.rank(**{**place, axis: (place[axis] + 1) % topology.size(axis)})
+        for axis in ("tp", "cp", "dp")
+        if topology.size(axis) > 1
+    ]

@@ -69,7 +69,7 @@ def sbatch_options(recipe: Recipe, topology: Topology, *, tasks: int, log_dir: P
         log_dir: where the output of the script goes.
     """
     slurm = recipe.launch.slurm
-    sizes = f"{topology.world_size} ranks = tp {topology.tp} x pp {topology.pp} x dp {topology.dp}"
+    sizes = f"{topology.world_size} ranks = {topology.sizes}"
     rows = [
         (f"--job-name={recipe.name}", "as squeue shows it"),
         (f"--nodes={topology.nodes}", sizes),

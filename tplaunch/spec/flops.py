@@ -24,13 +24,13 @@ def matmul_parameters(model: Model) -> int:
     return model.num_layers * block_matmul_parameters(model) + model.vocab_size * model.hidden_size
 
 
-def attention_flops_per_token(model: Model, seq_len: float) -> float:
-    """FLOPs of one block's two attention products, forward, for one token that sees all `seq_len` positions."""
+def attention_flops_per_token(model: Model, positions: float) -> float:
+    """FLOPs of one block's two attention products, forward, for one token that sees so many positions."""
     assert model.head_dim is not None
-    return 4.0 * model.num_heads * model.head_dim * seq_len
+    return 4.0 * model.num_heads * model.head_dim * positions
 
 
-def repeated_flops_per_token(model: Model, seq_len: float, parts: frozenset[Part]) -> float:
+def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part]) -> float:
     """FLOPs of what one block makes again for one token, where these parts are made again."""
     matrices: dict[Part, tuple[str, ...]] = {
         "qkv": ("attention.wq", "attention.wk", "attention.wv"),
@@ -40,15 +40,19 @@ def repeated_flops_per_token(model: Model, seq_len: float, parts: frozenset[Part
     made = {step.part for step in kept(model, parts).made}
     names = tuple(f"{name}.weight" for part in made for name in matrices.get(part, ()))
     weights = sum(p.count for p in block_parameters(model) if p.name.endswith(names)) if names else 0
-    return 2.0 * weights + (attention_flops_per_token(model, seq_len) if "core_attention" in made else 0.0)
+    return 2.0 * weights + (attention_flops_per_token(model, positions) if "core_attention" in made else 0.0)
 
 
-def model_flops_per_token(model: Model, seq_len: int) -> float:
-    """FLOPs that training on one token needs, forward and backward: 6 N + 12 L (heads head_dim) seq_len.
+def model_flops_per_token(model: Model, positions: float) -> float:
+    """FLOPs that training on one token needs, forward and backward: 6 N + 12 L (heads head_dim) positions.
 
     The standard formula, by which MFU is quoted (PaLM appendix B; torchtitan counts alike, and so does Narayanan et
     al. 2021 without its recomputation). N is `matmul_parameters`: without the embedding lookup, with the output
     layer. Attention is counted in full, not halved for the causal mask. Recomputation is not counted.
+
+    Args:
+        positions: that attention is counted with (`tplaunch.spec.attention.attended_positions`): the sequence's length,
+            fewer with windows and documents.
     """
-    attention = 3 * model.num_layers * attention_flops_per_token(model, seq_len)
+    attention = 3 * model.num_layers * attention_flops_per_token(model, positions)
     return 6.0 * matmul_parameters(model) + attention

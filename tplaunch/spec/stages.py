@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, repeated_flops_per_token
 from tplaunch.spec.recompute import sets
 
@@ -22,10 +23,10 @@ def layer_cost_ratio(recipe: Recipe) -> tuple[float, float]:
     What runs is counted: causal attention is half; what is made again runs forward twice; the loss computes its
     logits twice (once more in backward), so that fp32 logits never exist whole.
     """
-    model, training = recipe.model, recipe.training
-    forward = 2.0 * block_matmul_parameters(model) + attention_flops_per_token(model, training.seq_len) / 2
+    model, training, seen = recipe.model, recipe.training, attended_positions(recipe) / 2
+    forward = 2.0 * block_matmul_parameters(model) + attention_flops_per_token(model, seen)
     blocks = sets(training, range(model.num_layers))
-    again = sum(n * repeated_flops_per_token(model, training.seq_len / 2, parts) for parts, n in blocks.items())
+    again = sum(n * repeated_flops_per_token(model, seen, parts) for parts, n in blocks.items())
     block = 3 * forward + again / model.num_layers
     embedding = float(_EMBEDDING_BYTES * _FLOPS_PER_BYTE * model.hidden_size)
     output = 4 * 2.0 * model.padded_vocab_size * model.hidden_size

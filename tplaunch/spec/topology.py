@@ -1,7 +1,8 @@
-"""Where each rank is: rank <-> (tp, dp, pp) coordinates, groups and nodes.
+"""Where each rank is: rank <-> (tp, cp, dp, pp) coordinates, groups and nodes.
 
 Pure arithmetic, no torch; the planner, the launcher and the trainer all read it.
-Rank order is Megatron's: tp varies fastest, then dp, then pp. Whatever prints coordinates keeps this order.
+Rank order is Megatron's: tp varies fastest, then cp, then dp, then pp. Whatever prints coordinates keeps this order,
+and leaves cp out where it is 1 (`Topology.axes`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ from typing import NamedTuple
 
 from tplaunch.recipe.schema import Recipe
 
-AXES = ("tp", "dp", "pp")  # fastest first
+AXES = ("tp", "cp", "dp", "pp")  # fastest first
 
 
 class Coordinates(NamedTuple):
     """A rank's place on each axis."""
 
     tp: int
+    cp: int
     dp: int
     pp: int
-
-    def __str__(self) -> str:
-        return " ".join(f"{axis}={getattr(self, axis)}" for axis in AXES)
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,12 @@ class Topology:
     """The rank grid: sizes of the axes and of a node.
 
     Args:
-        tp, dp, pp: sizes, each at least 1; the world is their product.
+        tp, cp, dp, pp: sizes, each at least 1; the world is their product.
         gpus_per_node: ranks on each node, in rank order; 0 means one node holds all.
     """
 
     tp: int = 1
+    cp: int = 1
     dp: int = 1
     pp: int = 1
     gpus_per_node: int = 0
@@ -52,12 +52,13 @@ class Topology:
         sizes = recipe.topology
         if sizes.dp == "auto":
             raise ValueError("topology.dp is auto: the recipe is not resolved")
-        world = sizes.tp * sizes.dp * sizes.pp
-        return cls(sizes.tp, sizes.dp, sizes.pp, sizes.gpus_per_node or -(-world // sizes.nodes))
+        world = sizes.tp * sizes.cp * sizes.dp * sizes.pp
+        per_node = sizes.gpus_per_node or -(-world // sizes.nodes)
+        return cls(tp=sizes.tp, cp=sizes.cp, dp=sizes.dp, pp=sizes.pp, gpus_per_node=per_node)
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp * self.pp
+        return self.tp * self.cp * self.dp * self.pp
 
     @property
     def ranks_per_node(self) -> int:
@@ -66,6 +67,16 @@ class Topology:
     @property
     def nodes(self) -> int:
         return -(-self.world_size // self.ranks_per_node)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that are shown, fastest first: a world without context parallelism does not mention it."""
+        return tuple(axis for axis in AXES if axis != "cp" or self.cp > 1)
+
+    @property
+    def sizes(self) -> str:
+        """The sizes in words: "tp 8 x cp 2 x pp 4 x dp 16"."""
+        return " x ".join(f"{axis} {self.size(axis)}" for axis in ("tp", "cp", "pp", "dp") if axis in self.axes)
 
     def size(self, axis: str) -> int:
         return int(getattr(self, axis))
@@ -83,9 +94,18 @@ class Topology:
             rank, place[axis] = divmod(rank, self.size(axis))
         return Coordinates(**place)
 
-    def rank(self, *, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    def place(self, rank: int) -> dict[str, int]:
+        """Coordinates of a rank on the axes that are shown."""
+        coordinates = self.coordinates(rank)._asdict()
+        return {axis: coordinates[axis] for axis in self.axes}
+
+    def describe(self, rank: int) -> str:
+        """The same in words: "tp=1 dp=0 pp=3"."""
+        return " ".join(f"{axis}={at}" for axis, at in self.place(rank).items())
+
+    def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
         """The rank at the given coordinates."""
-        return tp + self.tp * (dp + self.dp * pp)
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def group(self, axis: str, rank: int) -> list[int]:
         """Ranks that differ from `rank` on `axis` only, itself included, in axis order."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tplaunch.data.dataset import TokenDataset
 from tplaunch.parallel.cross_entropy import IGNORE
+from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import batch_size, first_sample
 
@@ -31,6 +32,8 @@ def share(recipe: Recipe, step: int, dp_rank: int, dp: int, *, ahead: int = 0) -
 class Batch:
     """This rank's share of a global batch, on its device.
 
+    Rows are whole, until `cut` for a rank that shares them with others.
+
     Args:
         tokens, labels: int64 [n, s]; a label may be `IGNORE`. Empty on ranks whose stages read neither.
         positions: int64 [n, s], each token's place in its document; None: documents are not told apart.
@@ -45,6 +48,13 @@ class Batch:
         positions = self.positions.split(size) if self.positions is not None else None
         pairs = zip(self.tokens.split(size), self.labels.split(size), strict=True)
         return [Batch(x, y, positions[i] if positions else None) for i, (x, y) in enumerate(pairs)]
+
+    def cut(self, cp: ContextParallel) -> Batch:
+        """What a context-parallel rank has of the rows: its pieces of tokens and labels.
+
+        Positions stay whole: of a token's document a part, and its beginning, may lie in another rank's pieces.
+        """
+        return Batch(cp.cut(self.tokens), cp.cut(self.labels), self.positions)
 
     def pinned_for(self, device: torch.device) -> Batch:
         """The batch in memory from which a GPU copies while the host goes on. Pinning takes long: not for the thread

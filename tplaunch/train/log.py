@@ -25,7 +25,6 @@ from tplaunch.run.samples import COLUMNS, SamplesLog
 from tplaunch.spec.batches import batch_size
 from tplaunch.spec.gpu import detect_gpu
 from tplaunch.spec.parameters import parameter_count
-from tplaunch.spec.topology import AXES
 from tplaunch.train.clock import PARTS, StepClock
 from tplaunch.train.memory import peak_memory
 from tplaunch.train.step import StepResult, TrainStep
@@ -248,7 +247,7 @@ class TrainingLog:
     def _name_stragglers(self, data_times: list[float], window: Window) -> None:
         topology, step = self.step.mesh.topology, self.step.progress.step
         for rank, ratio in find_stragglers(data_times, window.step_time):
-            place = topology.coordinates(rank)._asdict()
+            place = topology.place(rank)
             self.run_dir.append(Straggled(step, rank, topology.node(rank), **place, ratio=round(ratio, 2)))
 
     def _rows(self, measured: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -258,7 +257,7 @@ class TrainingLog:
         for rank, host in enumerate(self.hosts):
             place = dict(zip(PLACE, (step, rank, host, topology.node(rank)), strict=True))
             figures = {key: float(f"{measured[key][rank]:.6g}") for key in MEASURED}
-            rows.append({**place, **topology.coordinates(rank)._asdict(), **figures})
+            rows.append({**place, **topology.place(rank), **figures})
         return rows
 
     def _memory_by_stage(self, rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -316,7 +315,7 @@ class TrainingLog:
         topology = self.step.mesh.topology
         return {
             "world_size": topology.world_size,
-            **{axis: topology.size(axis) for axis in AXES},
+            **{axis: topology.size(axis) for axis in topology.axes},
             "nodes": topology.nodes,
             "parameters": parameter_count(self.step.recipe.model),
             "attempt": self.attempt,

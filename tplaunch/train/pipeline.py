@@ -36,7 +36,7 @@ class Pipeline:
         """Forward and backward of this data-parallel rank's share of a step.
 
         Args:
-            batch: microbatches * micro batch rows; tokens are read on the first stage, labels on the last.
+            batch: microbatches * micro batch rows, whole; tokens are read on the first stage, labels on the last.
             loss_scale: factor of the summed loss of each microbatch.
 
         Returns:
@@ -46,7 +46,7 @@ class Pipeline:
         self.set_training(True)
         (stage,) = self.stages
         losses = []
-        parts = batch.split(self.recipe.training.micro_batch_size)
+        parts = self.microbatches(batch)
         stage.sharding.begin_step(len(parts))
         for part in parts:
             stage.sharding.begin_microbatch(last=part is parts[-1])
@@ -64,7 +64,7 @@ class Pipeline:
         self.set_training(False)
         losses = []
         relay, like = Relay(self.recipe, self.mesh, self.group), hidden_states(self.recipe, self.mesh)
-        for part in batch.split(self.recipe.training.micro_batch_size):
+        for part in self.microbatches(batch):
             carried = part.tokens
             for stage in self.stages:
                 carried = relay.receive(stage.index, carried, like.shape, like.dtype)
@@ -79,6 +79,11 @@ class Pipeline:
         """Let sends and receives between stages wait so long from now on; every rank must call it."""
         if self.num_stages > 1 and self.mesh.device.type == "cpu":  # NCCL's follow `set_group_timeouts`
             self.group = self.mesh.new_pp_group(timeout_s)
+
+    def microbatches(self, batch: Batch) -> list[Batch]:
+        """The microbatches of a share, and of each the part that this rank computes."""
+        parts, cp = batch.split(self.recipe.training.micro_batch_size), self.mesh.cp
+        return parts if cp is None else [part.cut(cp) for part in parts]
 
     def set_training(self, training: bool) -> None:
         """Put the stages into training or evaluation mode."""
@@ -99,8 +104,10 @@ class Pipeline:
 
 
 def hidden_states(recipe: Recipe, mesh: Mesh) -> Tensor:
-    """What passes between stages, [s or s/tp, b, h], on the meta device."""
+    """What passes between stages, [s/cp or s/(cp tp), b, h], on the meta device."""
     training, tp = recipe.training, mesh.tp
-    rows = training.seq_len // tp.size if tp.sequence_parallel else training.seq_len
+    rows = training.seq_len // mesh.topology.cp
+    if tp.sequence_parallel:
+        rows //= tp.size
     shape = (rows, training.micro_batch_size, recipe.model.hidden_size)
     return torch.empty(shape, dtype=COMPUTE_DTYPE[training.precision], device="meta")

@@ -35,7 +35,7 @@ class ScheduledPipeline(Pipeline):
     def train(self, batch: Batch, loss_scale: float) -> Tensor:
         """See `Pipeline.train`."""
         self.set_training(True)
-        parts = batch.split(self.recipe.training.micro_batch_size)
+        parts = self.microbatches(batch)
         if len(parts) != self._microbatches:
             self._program, self._microbatches = self._make_program(len(parts)), len(parts)
         for stage in self.stages:

@@ -22,6 +22,7 @@ from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.batches import batch_size
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.train.batch import Batch
@@ -88,7 +89,7 @@ class TrainStep:
         )
         self.loss_scale = LossScale.for_precision(recipe.training.precision)
         self.progress = TrainingProgress()
-        self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.seq_len)
+        self.flops_per_token = model_flops_per_token(recipe.model, attended_positions(recipe))
 
     def run(self, batch: Batch, loss_factor: float = 1.0) -> StepResult:
         """Train on this data-parallel rank's share of the global batch.
@@ -137,6 +138,8 @@ class TrainStep:
         if not self.recipe.training.eod_mask_loss:
             return tokens
         total = (batch.labels != IGNORE).sum()
+        if self.mesh.coordinates.cp:  # the ranks that share these rows count them once
+            total.zero_()
         for axis in ("dp_replicate", "dp_shard"):
             dist.all_reduce(total, group=self.mesh.world.get_group(axis))
         return max(1, int(total))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from typer import style
@@ -10,10 +10,12 @@ from typer import style
 from tplaunch.cli.views.table import columns
 from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.communication import axis_group
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
+from tplaunch.spec.attention import UNKNOWN_DOCUMENT
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
@@ -57,6 +59,7 @@ def plan_text(
         _verdict(plan, remedies),
         _recompute_table(plan),
         _traffic_table(plan, busiest),
+        *_notes(case),
         _time_table(plan),
         _run_line(plan),
     ]
@@ -75,8 +78,9 @@ def _headline(case: Case) -> str:
     schedule = f", {parallelism.schedule}" if topology.pp > 1 else ""
     schedule += f" x {parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
     sequence = ", sequence parallel" if case.sequence_parallel else ""
+    context = f", cp {topology.cp} ({parallelism.cp_kind})" if topology.cp > 1 else ""
     return (
-        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}, pp {topology.pp}, "
+        f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
         f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}\n"
         f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
         f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
@@ -224,6 +228,22 @@ def _traffic_table(plan: Plan, pp_rank: int) -> str:
     return columns(f"Communication{where} in a step", headings, rows, frozenset(range(4)))
 
 
+def _notes(case: Case) -> Iterator[str]:
+    """What a rank has of each sequence, and how attention was counted."""
+    topology, parallelism, training = case.topology, case.recipe.topology, case.recipe.training
+    if topology.cp > 1:
+        nodes = axis_group(case, "cp").nodes
+        held = training.seq_len // topology.cp
+        sent = "heads are exchanged" if parallelism.cp_kind == "ulysses" else "keys and values are gathered"
+        where = f"over the network, between {nodes} nodes" if nodes > 1 else "inside a node"
+        yield f"context parallel: a rank holds {held:,} tokens of each sequence; {sent} {where}"
+    if training.document_mask:
+        length, why = case.recipe.data.document_length, ""
+        if length is None:
+            length, why = UNKNOWN_DOCUMENT, ": no data are at hand, and data.document_length is not given"
+        yield f"attention within documents, which are taken to be {length:,} tokens long{why}"
+
+
 def _seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -233,6 +253,7 @@ def _time_table(plan: Plan) -> str:
         "compute": "compute",
         "recompute": "recomputation",
         "tensor_parallel": "tp, not hidden",
+        "context_parallel": "cp, not hidden",
         "pipeline": "pipeline waiting",
         "data_parallel": "dp, not hidden",
         "optimizer": "optimizer",
@@ -267,14 +288,15 @@ def _energy(kwh: float) -> str:
 
 
 def rank_map(case: Case, max_nodes: int = 8) -> str:
-    """Ranks by node, each with its tp, dp and pp place, coloured by pipeline rank."""
+    """Ranks by node, each with its place on the axes, coloured by pipeline rank."""
     topology = case.topology
     per_node = topology.ranks_per_node
     count = topology.nodes
     nodes: list[int | None] = list(range(min(count, max_nodes)))
     if count > max_nodes:
         nodes = [*range(max_nodes - 1), None, count - 1]
-    widest = len(f"{topology.world_size - 1} {topology.tp - 1}/{topology.dp - 1}/{topology.pp - 1}")
+    last = topology.world_size - 1
+    widest = len(f"{last} {_slashed(topology.place(last))}")
     per_line = min(per_node, 8 if 8 * (widest + 2) < 108 else 4)  # a line of 120 columns holds it
     rows: list[list[str]] = []
     for node in nodes:
@@ -285,18 +307,22 @@ def rank_map(case: Case, max_nodes: int = 8) -> str:
         for start in range(0, min(len(ranks), 4 * per_line), per_line):
             cells = [f"node {node}" if start == 0 else ""]
             for rank in ranks[start : start + per_line]:
-                at = topology.coordinates(rank)
-                colour = STAGE_COLOURS[at.pp % len(STAGE_COLOURS)]
-                cells.append(style(f"{rank} ", dim=True) + style(f"{at.tp}/{at.dp}/{at.pp}", fg=colour))
+                colour = STAGE_COLOURS[topology.coordinates(rank).pp % len(STAGE_COLOURS)]
+                cells.append(style(f"{rank} ", dim=True) + style(_slashed(topology.place(rank)), fg=colour))
             rows.append(cells + [""] * (per_line + 1 - len(cells)))
-    return columns(f"Ranks by node ({per_node} each), as tp/dp/pp", [""] * (per_line + 1), rows, frozenset({0}))
+    title = f"Ranks by node ({per_node} each), as {'/'.join(topology.axes)}"
+    return columns(title, [""] * (per_line + 1), rows, frozenset({0}))
+
+
+def _slashed(place: dict[str, int]) -> str:
+    return "/".join(map(str, place.values()))
 
 
 def _rank_lines(case: Case, rank: int) -> str:
     topology = case.topology
     at = topology.coordinates(rank)
-    lines = [f"rank {rank}: {at}, node {topology.node(rank)}"]
-    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in ("tp", "dp", "pp")]
+    lines = [f"rank {rank}: {topology.describe(rank)}, node {topology.node(rank)}"]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes]
     for stage in case.stages_on(at.pp):
         ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
         blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"

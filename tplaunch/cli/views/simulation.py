@@ -18,7 +18,7 @@ def report(simulation: Simulation) -> str:
     case = simulation.plan.case
     topology = case.topology
     parts = [
-        f"{case.recipe.name}: {topology.tp} tp x {topology.pp} pp x {topology.dp} dp = {topology.world_size:,} ranks, "
+        f"{case.recipe.name}: {topology.sizes} = {topology.world_size:,} ranks, "
         f"one step of {case.microbatches} microbatches of the real trainer, on tensors that hold nothing"
     ]
     rows = []
@@ -26,8 +26,15 @@ def report(simulation: Simulation) -> str:
         place = topology.coordinates(record.rank)
         planned = simulation.plan.memory[place.pp].allocated
         sizes = (format_bytes(record.peak), format_bytes(planned), f"{planned / record.peak - 1:+.1%}")
-        rows.append([str(record.rank), " ".join(map(str, place)), format_count(record.parameters), *sizes])
-    headings = ["rank", " ".join(AXES), "parameters", "peak", "planned", "differs"]
+        rows.append(
+            [
+                str(record.rank),
+                " ".join(map(str, topology.place(record.rank).values())),
+                format_count(record.parameters),
+                *sizes,
+            ]
+        )
+    headings = ["rank", " ".join(topology.axes), "parameters", "peak", "planned", "differs"]
     parts.append(columns("memory, without what CUDA and the allocator add", headings, rows, frozenset()))
     rows = [row for record in simulation.records for row in _traffic(simulation, record)]
     headings = ["rank", "axis", "what", "calls", "bytes", "planned"]

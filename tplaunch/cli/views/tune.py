@@ -10,6 +10,7 @@ from tplaunch.plan.tune import Tuning
 def tuning_text(tuning: Tuning, gpus: int) -> str:
     """The best topologies, what each loses its time on, and why the best's neighbours are not better."""
     rows: list[list[str]] = []
+    shares = any(choice.plan.case.topology.cp > 1 for choice in tuning.choices)
     for place, choice in enumerate(tuning.choices, 1):
         plan, case = choice.plan, choice.plan.case
         topology, parallelism = case.topology, case.recipe.topology
@@ -19,6 +20,7 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
             [
                 str(place),
                 str(topology.tp),
+                *([f"{topology.cp} {parallelism.cp_kind}" if topology.cp > 1 else "1"] if shares else []),
                 str(topology.pp),
                 str(topology.dp),
                 str(parallelism.zero),
@@ -31,11 +33,13 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
                 choice.reason,
             ]
         )
-    headings = ["", "tp", "pp", "dp", "zero", "micro", "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
+    grid = ["tp", *["cp"] * shares, "pp", "dp", "zero", "micro"]
+    headings = ["", *grid, "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
+    words = frozenset(headings.index(name) for name in ("cp", "recompute", "schedule", "lost on") if name in headings)
     gpu = tuning.choices[0].plan.case.gpu.name
     title = f"Best of {tuning.legal:,} topologies on {gpus} x {gpu}; {tuning.fitting:,} fit"
     lost = [[str(neighbour.change), neighbour.why] for neighbour in tuning.neighbours]
-    parts = [columns(title, headings, rows, frozenset({6, 7, 11}))]
+    parts = [columns(title, headings, rows, words)]
     if lost:
         parts.append(columns("One step from the best", ["change", "why not"], lost, frozenset({0, 1})))
     return "\n\n".join(parts)
