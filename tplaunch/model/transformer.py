@@ -155,7 +155,7 @@ class TransformerStage(nn.Module):
 
     def _own_rope(self, number: str) -> bool:
         """Whether a block has the windows' rotary table."""
-        return self.window_rope is not None and self.spec.window_of(int(number)) is not None
+        return self.spec.window_rope_theta is not None and self.spec.window_of(int(number)) is not None
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """int64 [b, s] -> [s or s/tp, b, h], on the first stage."""
