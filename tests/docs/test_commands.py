@@ -46,7 +46,7 @@ def problem(line: str, *, whole: bool = True) -> str:
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
     """The commands of a block with the place of each: without what stands behind two blanks, a pipe or a semicolon."""
-    text = re.sub(r"\\\n", lambda _: "  ", text)
+    text = re.sub(r"\s*\\\n\s*", " ", text)
     for number, line in enumerate(text.splitlines()):
         for part in re.split(r"&&|\|\||;| \| | \|$| >", re.split(r"\S(?=  )", line, maxsplit=1)[0] + _last(line)):
             if found := _LINE.search(part.strip()):
@@ -111,7 +111,12 @@ def test_a_wrong_line_is_found(line: str, says: str) -> None:
 def test_lines_are_found_where_they_stand() -> None:
     text = (
         "cd x && tplaunch plan a  # why\ntplaunch tune RECIPE --gpus N  the best\n"
-        "cat it | jq .\neval tplaunch doctor &\n"
+        "cat it | jq .\neval tplaunch doctor &\ntplaunch tune a \\\n    --gpus 8\n"
     )
-    assert list(lines(text)) == [(0, "tplaunch plan a"), (1, "tplaunch tune RECIPE --gpus N"), (3, "tplaunch doctor")]
+    assert list(lines(text)) == [
+        (0, "tplaunch plan a"),
+        (1, "tplaunch tune RECIPE --gpus N"),
+        (3, "tplaunch doctor"),
+        (4, "tplaunch tune a --gpus 8"),
+    ]
     assert list(meant("tplaunch runs list|show X")) == ["tplaunch runs list X", "tplaunch runs show X"]

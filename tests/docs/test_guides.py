@@ -73,6 +73,8 @@ def run(block: Block, after: str, folder: Path, environment: dict[str, str]) -> 
 @pytest.mark.slow
 def test_the_guides(tmp_path: Path, environment: dict[str, str]) -> None:
     """One after the other in one folder, which has the recipes as a clone has them."""
+    pytest.importorskip("plotext")
+    pytest.importorskip("matplotlib")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     ran = 0
     for page in guides():

@@ -102,15 +102,27 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*pages(), ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    wrong = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+def dead(text: str, page: Path) -> list[str]:
+    """Links of a text, as it stands in a page, that lead to no file or heading of this repository."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         if "://" not in target and (not file.exists() or (anchor and anchor not in anchors(file))):
-            wrong.append(target)
-    assert wrong == []
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("page", [*pages(), ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert dead(prose(page), page) == []
+
+
+def test_a_dead_link_is_found() -> None:
+    text = (
+        "[a](docs/runs.md#list) [b](docs/runs.md#lists) [c](docs/nothing.md) [d](#commands) ![e](https://x.org/y.png)"
+    )
+    assert dead(text, ROOT / "README.md") == ["docs/runs.md#lists", "docs/nothing.md"]
 
 
 def test_every_picture_is_shown_and_small() -> None:

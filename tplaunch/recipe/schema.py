@@ -519,7 +519,7 @@ class Launch(Section):
         0, description="times that a failed run is started again without a new checkpoint in between"
     )
     timeout: Seconds = Field(600.0, description="seconds a collective may take")
-    first_step_timeout: Seconds = Field(1800.0, description="the same for set-up and the first step")
+    first_step_timeout: Seconds = Field(1800.0, description="seconds that set-up and the first step may take")
     slurm: Slurm = Field({}, validate_default=True, description="the job, for `tplaunch submit`")
 
 
