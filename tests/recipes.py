@@ -54,6 +54,12 @@ def case(
     }
 
 
+def ranks(raw: dict[str, Any]) -> int:
+    """Processes of a raw recipe."""
+    topology = raw["topology"]
+    return int(topology["tp"] * topology.get("cp", 1) * topology["pp"] * topology["dp"])
+
+
 def resolved(raw: dict[str, Any]) -> Recipe:
     """A raw recipe as the workers read it."""
     from tplaunch.recipe.schema import Recipe

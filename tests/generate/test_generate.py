@@ -74,6 +74,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama-tied", 1, 3),
         ("qwen3", 1, 2),
         ("gpt2", 2, 2),
+        ("mistral-window", 1, 1),  # it goes beyond its window
+        ("gemma2", 2, 2),
+        ("gemma3", 1, 2),
     ],
 )
 def test_tokens_are_those_of_transformers(

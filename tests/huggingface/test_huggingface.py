@@ -141,6 +141,8 @@ def config(tmp_path: Path, base: dict[str, Any], **changes: Any) -> Path:
 
 LLAMA = write_config(Model.model_validate(MODELS["llama"]), seq_len=SEQ, precision="bf16", eod=0)
 QWEN2 = write_config(Model.model_validate(MODELS["qwen2"]), seq_len=SEQ, precision="bf16", eod=0)
+GEMMA3 = write_config(Model.model_validate(MODELS["gemma3"]), seq_len=SEQ, precision="bf16", eod=0)
+SLIDING = {"use_sliding_window": True, "sliding_window": 128}
 GPT2 = write_config(Model.model_validate(MODELS["gpt2"]), seq_len=SEQ, precision="bf16", eod=0)
 
 
@@ -150,6 +152,27 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
     assert read_config(config(tmp_path, old)) == read_config(config(tmp_path, new))
     assert read_config(config(tmp_path, LLAMA)).model == Model.model_validate(MODELS["llama"])
     assert read_config(config(tmp_path, LLAMA)).seq_len == SEQ
+    gemma = {key: value for key, value in GEMMA3.items() if key not in ("rope_parameters", "layer_types")}
+    first = {"sliding_window_pattern": 3, "rope_theta": 1e6, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    assert read_config(config(tmp_path, {**gemma, **first})) == read_config(config(tmp_path, GEMMA3))
+
+
+def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
+    def windows(base: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
+        model = read_config(config(tmp_path, base, **changes)).model
+        return model.window, model.window_layers
+
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert windows(mistral) == windows(mistral, sliding_window=4096) == (4096, None)  # transformers' default
+    assert windows(mistral, sliding_window=None) == (None, None)
+    assert windows(LLAMA, sliding_window=128) == (None, None)
+    assert (
+        windows(QWEN2, sliding_window=128) == windows(QWEN2, **SLIDING | {"use_sliding_window": False}) == (None, None)
+    )
+    assert windows(QWEN2, **SLIDING, max_window_layers=2) == (128, ["full", "full", "window"])
+    assert windows(QWEN2, **SLIDING, max_window_layers=0) == (128, None)
+    assert windows(QWEN2, **SLIDING) == (None, None)  # from layer 28 on, of three
+    assert windows(GEMMA3, layer_types=None)[1] is None  # every sixth is full, of three layers
 
 
 @pytest.mark.parametrize(
@@ -160,15 +183,22 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
         (LLAMA, {"attention_bias": True}, "attention_bias"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"hidden_size": "64"}, "hidden_size"),
         (LLAMA, {"rope_parameters": None, "rope_theta": "x"}, "rope_theta"),
         (LLAMA, {"rope_scaling": "llama3"}, "rope_scaling must be a mapping"),
         (LLAMA, {"max_position_embeddings": "8K"}, "positions"),
         (LLAMA, {"num_hidden_layers": None}, "num_layers"),
-        (LLAMA, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 128}, "sliding_window"),
+        (QWEN2, {**SLIDING, "layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked"),
+        (QWEN2, {**SLIDING, "layer_types": ["sliding_attention"]}, "layer_types has 1 layers"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA3, {"hidden_activation": "silu"}, "hidden_activation"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention",
+        ),
         (GPT2, {"activation_function": "relu"}, "activation_function"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (GPT2, {"n_embd": None}, "hidden_size"),
@@ -262,7 +292,17 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "changes", [{"norm": "layernorm"}, {"linear_bias": True}, {"qkv_bias": True, "qk_norm": True}], ids=str
+    "changes",
+    [
+        {"norm": "layernorm"},
+        {"linear_bias": True},
+        {"qkv_bias": True, "qk_norm": True},
+        {"attention_sinks": True},
+        {"attention_softcap": 9.0},
+        {"window": 8, "window_layers": ["window", "full"]},
+        {**MODELS["gemma2"], "attention_scale": 0.3},
+    ],
+    ids=str,
 )
 def test_a_model_that_transformers_has_not(changes: dict[str, Any]) -> None:
     with pytest.raises(TplaunchError, match="no architecture"):

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from tplaunch.model.norm import RMSNorm, _RMSNorm
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import swiglu
+from tplaunch.model.swiglu import geglu, swiglu
 
 S, B, HEADS, KV, DIM = 5, 2, 3, 1, 8
 SIZES = [HEADS * DIM, KV * DIM, KV * DIM]
@@ -78,6 +78,8 @@ def test_swiglu() -> None:
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(swiglu(x), F.silu(gate) * up)
     assert gradcheck(swiglu, (x,))
+    torch.testing.assert_close(geglu(x), F.gelu(gate, approximate="tanh") * up)
+    assert gradcheck(geglu, (x,))
 
 
 def test_rms_norm() -> None:
@@ -89,7 +91,7 @@ def test_rms_norm() -> None:
 
 def test_the_module_is_that_function_on_a_cpu() -> None:
     """`F.rms_norm` gives the same numbers, and keeps more of them."""
-    x, module = draw(S, B, DIM), cast(Any, SimpleNamespace(weight=draw(DIM), eps=1e-3))
+    x, module = draw(S, B, DIM), cast(Any, SimpleNamespace(weight=draw(DIM), eps=1e-3, plus_one=False))
     ours = RMSNorm.forward(module, x)
     assert type(ours.grad_fn) is _RMSNorm._backward_cls
     torch.testing.assert_close(ours, F.rms_norm(x, (DIM,), module.weight, 1e-3))

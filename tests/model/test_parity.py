@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import MODELS, SEQ, VOCAB, reference, tensors
+from tests.families import MODELS, SEQ, VOCAB, WINDOW, reference, tensors
 from tests.recipes import resolved
 from tests.world import World
 
 BATCH = 2
 
 
-def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, float]:
+def _compare(family: str, tp: int, sequence_parallel: bool, length: int = SEQ) -> tuple[float, float]:
     """Largest absolute difference of logits, and largest relative one of a parameter's gradient; on each rank."""
     from tplaunch.model.build import build_stages
     from tplaunch.optim.gradients import GradientFinalizer
@@ -26,7 +26,7 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
             "model": MODELS[family],
             "topology": {"tp": tp, "dp": 1, "sequence_parallel": sequence_parallel},
             "training": {
-                "seq_len": SEQ,
+                "seq_len": length,
                 "global_batch_size": BATCH,
                 "micro_batch_size": BATCH,
                 "steps": 1,
@@ -57,7 +57,7 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
         shard.weight.copy_(mine(weights[name], name, shard.weight))
     stage.sharding.publish()
 
-    data = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(1))
+    data = torch.randint(0, VOCAB, (BATCH, length + 1), generator=torch.Generator().manual_seed(1))
     tokens, labels = data[:, :-1], data[:, 1:].contiguous()
     expected = model(tokens).logits
     with torch.no_grad():
@@ -76,10 +76,24 @@ def _compare(family: str, tp: int, sequence_parallel: bool) -> tuple[float, floa
     return logit_difference, worst
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (4, True)])
-def test_equals_transformers(world: World, family: str, tp: int, sequence_parallel: bool) -> None:
-    results: list[Any] = world.run(tp, _compare, family, tp, sequence_parallel)
+def _is_small(results: list[Any]) -> None:
     for logit_difference, gradient_difference in results:
         assert logit_difference <= 1e-5
         assert gradient_difference <= 1e-5  # of each parameter, relative to its norm
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (4, True)])
+def test_equals_transformers(world: World, family: str, tp: int, sequence_parallel: bool) -> None:
+    _is_small(world.run(tp, _compare, family, tp, sequence_parallel))
+
+
+def _each(family: str) -> list[tuple[float, float]]:
+    return [_compare(family, 1, False, length) for length in (WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2)]
+
+
+@pytest.mark.parametrize("family", [family for family, model in MODELS.items() if "window" in model])
+def test_around_the_length_of_a_window(world: World, family: str) -> None:
+    """As long as the window, it changes nothing; one more, and one token is not seen."""
+    (results,) = world.run(1, _each, family)
+    _is_small(results)

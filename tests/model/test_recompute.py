@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.recipes import BATCH, SEQ, VOCAB, case, resolved
+from tests.recipes import BATCH, SEQ, VOCAB, case, ranks, resolved
 from tests.world import World
 from tplaunch.recipe.schema import Model
 from tplaunch.spec.flops import repeated_flops_per_token
@@ -30,6 +30,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "gpt2": GPT2,
+    "gemma, sinks": {
+        "activation": "geglu",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "window": SEQ // 3,
+        "attention_softcap": 2.0,
+        "attention_sinks": True,
+    },
     "gpt2, norms of heads": {**GPT2, "qk_norm": True},
 }
 # Each part alone, each two, all but one: chains of all lengths.
@@ -107,15 +115,19 @@ WORLDS = {
     "zero-bubble": case(1, 2, schedule="interleavedzerobubble", model=MODELS["qwen3"]),
     "zero-bubble-tp2-sp": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True),
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
+    "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
+    "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
+    "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
+    "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),
+    "ulysses2-tp2-sp": case(2, cp=2, cp_kind="ulysses", sequence_parallel=True),
+    "ulysses4-gpt2": case(cp=4, cp_kind="ulysses", model=GPT2),
 }
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_gradients_are_those_without_on_the_same_topology(world: World, name: str) -> None:
     raw = WORLDS[name]
-    topology = raw["topology"]
-    ranks = topology["tp"] * topology["pp"] * topology["dp"]
-    assert world.run(ranks, differing, raw, FEWER) == [[]] * ranks
+    assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
 
 
 @pytest.mark.parametrize("name", ["alone", "tp2-sp"])
@@ -125,8 +137,7 @@ def test_gradients_are_those_without_when_compiled(world: World, name: str) -> N
         if name == "alone"
         else case(2, sequence_parallel=True, training={"compile": True}, model=MODELS["qwen3"])
     )
-    ranks = raw["topology"]["tp"]
-    assert world.run(ranks, differing, raw, FEWER) == [[]] * ranks
+    assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
 
 
 def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
@@ -144,7 +155,7 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
         mesh = Mesh.of(recipe, torch.device("cpu"))
         (stage,) = build_stages(recipe, mesh)
         plan = Case(recipe, GPUS["h100-80gb"])
-        length = SEQ // mesh.tp.size if mesh.tp.sequence_parallel else SEQ
+        length = SEQ // (mesh.tp.size if mesh.tp.sequence_parallel else 1) // mesh.topology.cp
         dtype = next(stage.module.parameters()).dtype
         with StorageCounter() as counter:
             x = torch.randn(length, recipe.training.micro_batch_size, recipe.model.hidden_size, dtype=dtype)
@@ -176,6 +187,18 @@ def test_a_block_keeps_what_is_planned(
     less = 2 * 2 * 2 * tokens if narrow else 0
     for found in world.run(tp, kept_bytes, raw, sets):
         assert [held + less for held, _ in found] == [planned for _, planned in found]
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "cp", "tp"), [("allgather", 2, 1), ("allgather", 2, 2), ("ulysses", 2, 1), ("ulysses", 4, 1)]
+)
+def test_a_block_keeps_what_is_planned_of_a_shared_sequence(
+    world: World, model: str, kind: str, cp: int, tp: int
+) -> None:
+    raw = case(tp, cp=cp, cp_kind=kind, sequence_parallel=tp > 1, model=MODELS[model])
+    for found in world.run(cp * tp, kept_bytes, raw, ["none", "cheap", "full", {"again": ["core_attention"]}]):
+        assert [held for held, _ in found] == [planned for _, planned in found]
 
 
 class Operations(TorchDispatchMode):

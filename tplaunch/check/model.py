@@ -30,6 +30,7 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
             fix=f"head_dim: {model.head_dim + 1}",
             key="model.head_dim",
         )
+    yield from _windows(model)
     if model.position == "learned":
         if model.max_position is None:
             yield Problem(
@@ -47,9 +48,29 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
                 fix="rope_scaling: null, or position: rope",
                 key="model.rope_scaling",
             )
+    elif (scaling := model.rope_scaling) and scaling.type == "yarn" and scaling.beta_slow >= scaling.beta_fast:
+        yield Problem(
+            f"beta_slow {scaling.beta_slow:g} must be below beta_fast {scaling.beta_fast:g}",
+            fix="the published values are 1 and 32",
+            key="model.rope_scaling",
+        )
     elif (scaling := model.rope_scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
         yield Problem(
             f"low_freq_factor {scaling.low_freq_factor:g} must be below high_freq_factor {scaling.high_freq_factor:g}",
             fix="the published values are 1.0 and 4.0",
             key="model.rope_scaling",
         )
+
+
+def _windows(model: Model) -> Iterator[Problem]:
+    for key in ("window_layers", "window_rope_theta"):
+        if getattr(model, key) is not None and model.window is None:
+            fix = f"window: how many tokens a token attends to, or {key}: null"
+            yield Problem(
+                f"{key} says what layers with a window do, and there is no window", fix=fix, key=f"model.{key}"
+            )
+    if model.window_rope_theta is not None and model.position != "rope":
+        what, fix = "turns rotary embeddings, but position is learned", "window_rope_theta: null, or position: rope"
+        yield Problem(what, fix=fix, key="model.window_rope_theta")
+    if model.norm_plus_one and model.norm != "rmsnorm":
+        yield Problem("only RMSNorm multiplies by 1 + weight", fix="norm: rmsnorm", key="model.norm_plus_one")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tplaunch.recipe.schema import Model
+from tplaunch.recipe.schema import Model, RopeScaling
 
 # Only a name for values, and how weights are drawn that a checkpoint brings along.
 _IRRELEVANT = frozenset({"preset", "init_std"})
 # What weights alone do not depend on: a new run may take them over and compute otherwise (a longer context, say).
-_NOT_IN_WEIGHTS = frozenset({"norm_eps", "rope_theta", "rope_scaling"})
+_NOT_IN_WEIGHTS = frozenset(
+    {"norm_eps", "rope_theta", "rope_scaling", "window", "window_layers", "window_rope_theta", "attention_softcap"}
+    | {"logit_softcap", "attention_scale"}
+)
 
 
 def model_differences(
@@ -29,4 +32,6 @@ def model_differences(
     left_out = _IRRELEVANT | _NOT_IN_WEIGHTS if weights_only else _IRRELEVANT
     ours = asked.model_dump(mode="json", exclude=set(left_out))
     theirs = {name: stored.get(name, Model.model_fields[name].default) for name in ours}
+    if isinstance(scaling := theirs.get("rope_scaling"), Mapping):
+        theirs["rope_scaling"] = {name: field.default for name, field in RopeScaling.model_fields.items()} | {**scaling}
     return [(f"model.{name}", theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]]

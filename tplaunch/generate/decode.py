@@ -57,12 +57,10 @@ class Decoder:
         """Tokens [1, s] or hidden states [s, 1, h] -> hidden states, or logits [1, 1, vocab] of the last one."""
         stage, here = self.stage, slice(self.length, self.length + count)
         if stage.embedding is not None:
-            x = stage.embedding(x)
-            if stage.position is not None:
-                x = stage.position(x, torch.arange(here.start, here.stop, device=x.device)[None])
-        rope = None if stage.rope is None else stage.rope[:, here]
-        for block, cache in zip(stage.layers.values(), self._caches, strict=True):
-            x = block(x, rope, None, cache)
+            x = stage.embed(x, torch.arange(here.start, here.stop, device=x.device)[None])
+        for (number, block), cache in zip(stage.layers.items(), self._caches, strict=True):
+            rope = stage.rope_of(number)
+            x = block(x, None if rope is None else rope[:, here], None, cache)
         return x if stage.norm is None or stage.output is None else stage.output(stage.norm(x[-1:]), None)
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.huggingface.config import GPT2, Family
+from tplaunch.huggingface.config import GEMMA2, GEMMA3, GPT2, Family
 from tplaunch.recipe.schema import Model
 from tplaunch.spec.parameters import Parameter, parameter_shapes
 
@@ -52,6 +52,12 @@ _LLAMA = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
+_GEMMA = {
+    **_LLAMA,
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 _GPT2 = {
     "embedding": "transformer.wte",
     "position": "transformer.wpe",
@@ -71,6 +77,8 @@ _GPT2 = {
 def hf_tensors(model: Model, family: Family) -> list[HfTensor]:
     """Every tensor of a model's files, in the order of the forward pass; a tied output matrix is none."""
     names, layers = (_GPT2, "transformer.h") if family == GPT2 else (_LLAMA, "model.layers")
+    if family in (GEMMA2, GEMMA3):
+        names = _GEMMA
 
     def name(parameter: Parameter) -> str:
         module, _, kind = parameter.name.rpartition(".")

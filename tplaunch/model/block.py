@@ -15,17 +15,25 @@ from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import RMSNorm, make_norm
 from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import swiglu
+from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
-from tplaunch.parallel.layers import ColumnPair, ColumnParallelLinear, RowParallelLinear, column_parallel
-from tplaunch.parallel.mesh import ContextParallel, Mesh
+from tplaunch.parallel.layers import (
+    ColumnPair,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    local,
+    parameter,
+)
+from tplaunch.parallel.mesh import ContextParallel, Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
-# What ranks that share a sequence have of each other, among a block's parts: keys and values of the whole sequence; and
-# with Ulysses heads of the whole sequence, and the way back from what attention makes of them.
-GATHERED, HEADS, TOKENS = "gathered", "heads", "tokens"
+# What a block does beside its parts where ranks share a sequence: it gathers keys and values, attends with one piece of
+# the sequence after the other, and joins what that gives; with Ulysses it exchanges tokens for heads and, behind
+# attention, heads for tokens.
+GATHERED, JOINED, HEADS, TOKENS = "gathered", "joined", "heads", "tokens"
 
 
 class Attention(nn.Module):
@@ -55,8 +63,9 @@ class Attention(nn.Module):
             )
             for _ in range(2)
         )
-        self.q_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
-        self.k_norm = RMSNorm(model.head_dim, model.norm_eps, tp=tp) if model.qk_norm else None
+        self.q_norm = _head_norm(model, tp=tp)
+        self.k_norm = _head_norm(model, tp=tp)
+        self.sinks = parameter((model.num_heads,), tp.mesh, (Shard(0),)) if model.attention_sinks else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
 
     def project(self, x: Tensor) -> Tensor:
@@ -102,13 +111,19 @@ class Attention(nn.Module):
         return x + self.wo(attended)
 
 
+def _head_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | None:
+    assert model.head_dim is not None
+    return RMSNorm(model.head_dim, model.norm_eps, plus_one=model.norm_plus_one, tp=tp) if model.qk_norm else None
+
+
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
 
     def __init__(self, model: Model, mesh: Mesh) -> None:
         super().__init__()
         hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.linear_bias, mesh.tp
-        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.activation == "swiglu" else None
+        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
+        self.glu = geglu if model.activation == "geglu" else swiglu
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
 
@@ -118,7 +133,7 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate="tanh") if self.gate is None else swiglu(x)
+        return F.gelu(x, approximate="tanh") if self.gate is None else self.glu(x)
 
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
@@ -126,7 +141,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added where the model has them.
 
     Args:
         layer: its global number.
@@ -140,8 +155,10 @@ class TransformerBlock(nn.Module):
         self.compiled = False
         self.attention_norm = make_norm(model, tp=mesh.tp)
         self.attention = Attention(model, mesh, layer=layer)
+        self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
         self.mlp_norm = make_norm(model, tp=mesh.tp)
         self.mlp = MLP(model, mesh)
+        self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
     def forward(
         self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
@@ -164,8 +181,9 @@ class TransformerBlock(nn.Module):
         nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
         again is what was made."""
         self.compiled = True
-        for norm in (self.attention_norm, self.mlp_norm):
-            norm.compile()
+        for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
+            if norm is not None:
+                norm.compile()
         turns = ("project", "turn")
         if self.cp is not None and self.cp.kind == "allgather":
             turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
@@ -183,13 +201,20 @@ class TransformerBlock(nn.Module):
         mlp = self.mlp
         normed = run("norm", self.attention_norm, x)
         attended, gathered = self._attend(run, normed, rope, starts, cache)
-        x = run("attention_output", self.attention.leave, x, attended)
+        if self.attention_post_norm is None:
+            x = run("attention_output", self.attention.leave, x, attended)
+        else:
+            made = run("attention_output", self.attention.wo, attended)
+            x = run("norm", partial(_add_normed, self.attention_post_norm), x, made)
         if gathered is not None:
             x = on_backward(x, gathered.start)  # while the projection's gradients are computed
         normed = run("norm", self.mlp_norm, x)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
-        return run("down", mlp.leave, x, activated)
+        if self.mlp_post_norm is None:
+            return run("down", mlp.leave, x, activated)
+        made = run("down", mlp.down, activated)
+        return run("norm", partial(_add_normed, self.mlp_post_norm), x, made)
 
     def _attend(
         self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
@@ -207,8 +232,8 @@ class TransformerBlock(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             first = len(k) - len(q)
-        core = partial(attend, how=attention.how, starts=starts, first_query=first)
-        attended = run("core_attention", core, q, k, v)
+        core = partial(_attend_whole, how=attention.how, starts=starts, first_query=first)
+        attended = run("core_attention", core, q, k, v, *self._sinks())
         return attended if cp is None else run(TOKENS, partial(to_tokens, cp=cp), attended), None
 
     def _attend_to_gathered(
@@ -226,37 +251,73 @@ class TransformerBlock(nn.Module):
         gathered = None
         if isinstance(run, Recomputation):
             gathered = run.gathered(begin, end, mine)
-            gathering = on_backward(gathering, gathered.stop)
-        k, v = end(gathering)
-        if gathered is not None:
+            k, v = end(gathering, gradients_there=gathered.stop)
             run.enter(gathered, (k, v))
+        else:
+            k, v = end(gathering)
         core = partial(_attend_pieces, how=attention.how, starts=starts, pieces=cp.pieces(len(k)))
-        return run("core_attention", core, q, k, v), gathered
+        return run(JOINED, _join, *run("core_attention", core, q, k, v, *self._sinks())), gathered
+
+    def _sinks(self) -> tuple[Tensor, ...]:
+        """Those of the heads that this rank attends with, if any."""
+        if self.attention.sinks is None:
+            return ()
+        sinks = local(self.attention.sinks)
+        shared = self.cp is not None and self.cp.kind == "ulysses"
+        return (sinks.chunk(self.cp.size)[self.cp.rank] if self.cp is not None and shared else sinks,)
 
 
 def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
     """The parts that are made again, and with them the exchanges whose outcome is not kept.
 
-    What is gathered is as long as the sequence whatever cp is: it is never kept. What Ulysses exchanges takes as much
-    memory as what it is made of: it is kept, or not, like that.
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What
+    Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
     """
     if cp is None:
         return frozenset(again)
     if cp.kind == "allgather":
-        return again | {GATHERED}
+        return again | {GATHERED, JOINED}
     turned: Part = "rotary" if model.qk_norm or model.position == "rope" else "qkv"
     return again | {name for name, part in ((HEADS, turned), (TOKENS, "core_attention")) if part in again}
 
 
-def _attend_pieces(
-    q: Tensor, k: Tensor, v: Tensor, *, how: Attending, starts: Tensor | None, pieces: list[range]
+def _attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    first_query: int,
 ) -> Tensor:
-    """`attend` with the queries of some pieces of the sequence, one piece after the other."""
-    parts = q.split([len(piece) for piece in pieces])
-    begins = [None] * len(pieces) if starts is None else starts.split([len(piece) for piece in pieces], 1)
-    return torch.cat(
-        [
-            attend(part, k, v, how, starts=begin, first_query=piece.start)
-            for part, begin, piece in zip(parts, begins, pieces, strict=True)
-        ]
+    """`attend` as a part that is run: every tensor with a gradient is one that it reads."""
+    return attend(q, k, v, how, starts=starts, sinks=sinks, first_query=first_query)
+
+
+def _attend_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    how: Attending,
+    starts: Tensor | None,
+    pieces: list[range],
+) -> tuple[Tensor, ...]:
+    """`attend` with the queries of each of some pieces of the sequence, which follow each other in q and `starts`."""
+    sizes = [len(piece) for piece in pieces]
+    begins = [None] * len(pieces) if starts is None else starts.split(sizes, 1)
+    return tuple(
+        attend(part, k, v, how, starts=begin, sinks=sinks, first_query=piece.start)
+        for part, begin, piece in zip(q.split(sizes), begins, pieces, strict=True)
     )
+
+
+def _add_normed(norm: nn.Module, x: Tensor, made: Tensor) -> Tensor:
+    total: Tensor = x + norm(made)
+    return total
+
+
+def _join(*pieces: Tensor) -> Tensor:
+    return torch.cat(pieces)

@@ -43,7 +43,7 @@ class Slice:
 
 
 def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
-    """Fill slices of parameters in place: matrices normal, norms one, biases and padding rows zero.
+    """Fill slices of parameters in place: matrices normal, norms one, biases, sinks and padding rows zero.
 
     Only the rows of a slice are drawn, on as many cores as torch uses.
     """
@@ -53,7 +53,7 @@ def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
         if parameter.role == "bias" or parameter.name.endswith(".bias"):
             data.zero_()
         elif parameter.role == "norm":
-            data.fill_(1.0)
+            data.fill_(0.0 if model.norm_plus_one else 1.0)
         else:
             run = _run_of_rows(parameter)
             first, last = part.start[0], part.start[0] + data.shape[0]

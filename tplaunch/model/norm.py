@@ -16,18 +16,26 @@ from tplaunch.recipe.schema import Model
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    def __init__(self, size: int, eps: float, *, tp: TensorParallel) -> None:
+    Args:
+        plus_one: it multiplies by 1 + weight, in fp32 (Gemma).
+    """
+
+    def __init__(self, size: int, eps: float, *, plus_one: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
+        self.plus_one = plus_one
         self.weight = parameter((size,), tp.mesh, (Replicate(),))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local(self.weight)
         if x.is_cuda or torch.compiler.is_compiling():  # which have kernels of their own
+            if self.plus_one:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), self.eps).to(x.dtype)
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-        return _RMSNorm.apply(x, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps, self.plus_one)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,25 +43,28 @@ class _RMSNorm(torch.autograd.Function):
     and, in bf16, keeps fp32 copies of its input; this keeps the input and a number for each token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        ctx.plus_one = plus_one
+        return (x * scale).mul_(1 + weight.to(dtype) if plus_one else weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         need_x, need_weight = wanted(ctx, 0, 1)
         normed, wide = x * scale, weight.to(scale.dtype)
+        if ctx.plus_one:
+            wide = 1 + wide
         product = grad * normed
         grad_x = None
         if need_x:
             mean = (product @ wide).unsqueeze(-1).div_(-x.shape[-1])
             grad_x = (grad * wide).addcmul_(normed, mean).mul_(scale).to(x.dtype)
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class LayerNorm(nn.Module):
@@ -71,5 +82,6 @@ class LayerNorm(nn.Module):
 
 def make_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | LayerNorm:
     """The norm of the model over its hidden size."""
-    kind = RMSNorm if model.norm == "rmsnorm" else LayerNorm
-    return kind(model.hidden_size, model.norm_eps, tp=tp)
+    if model.norm == "layernorm":
+        return LayerNorm(model.hidden_size, model.norm_eps, tp=tp)
+    return RMSNorm(model.hidden_size, model.norm_eps, plus_one=model.norm_plus_one, tp=tp)

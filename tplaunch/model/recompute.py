@@ -67,7 +67,7 @@ class Recomputation:
             function = core.run
         else:
             outputs = function(*inputs)
-        self._note(function, inputs, outputs if isinstance(outputs, tuple) else (outputs,))
+        self._note(function, inputs, _as_tuple(outputs))
         return outputs
 
     def gathered(
@@ -140,7 +140,7 @@ class _Made:
             return self._outputs
         with torch.set_grad_enabled(self.compiled):
             given = self.function(*(x.detach().requires_grad_(self.compiled) for x in _values(self.inputs)))
-        outputs = tuple(x.detach() for x in (given if isinstance(given, tuple) else (given,)))
+        outputs = tuple(x.detach() for x in _as_tuple(given))
         if not self.users:  # the second half of a backward pass
             self.users, self._later = self._later, 0
         self._outputs = outputs if self.users else None
@@ -231,44 +231,48 @@ class _Core:
     backward pass.
 
     Args:
-        function: queries, keys and values to the output.
+        function: queries, keys and values to the output, or several.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._awaited = True  # its own backward pass
-        self._graph: tuple[Tensor, list[Tensor]] | None = None
+        self._graph: tuple[tuple[Tensor, ...], list[Tensor]] | None = None
 
-    def run(self, *inputs: Tensor) -> Tensor:
+    def run(self, *inputs: Tensor) -> Any:
         """[...] of the function again; with the graph that its backward pass takes, if that has yet to come."""
         if not self._awaited:
             return self.function(*inputs)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            output = self.function(*leaves)
-        self._graph = output, leaves
-        return output.detach()
+            outputs = _as_tuple(self.function(*leaves))
+        self._graph = outputs, leaves
+        return tuple(output.detach() for output in outputs)
 
-    def gradients(self, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Of queries, keys and values."""
         if self._graph is None:
             self._awaited = True
             self.run(*inputs)
         assert self._graph is not None
-        output, leaves = self._graph
+        outputs, leaves = self._graph
         self._graph, self._awaited = None, False
-        return torch.autograd.grad(output, leaves, grad)
+        return torch.autograd.grad(outputs, leaves, grads)
 
 
 class _RunCore(torch.autograd.Function):
     """The core without a graph of its own."""
 
     @staticmethod
-    def forward(ctx: Any, core: _Core, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, core: _Core, *inputs: Tensor) -> Any:
         ctx.core = core
         ctx.save_for_backward(*inputs)
         return core.function(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.core.gradients(ctx.saved_tensors, grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.core.gradients(ctx.saved_tensors, grads)
+
+
+def _as_tuple(given: Any) -> tuple[Tensor, ...]:
+    return given if isinstance(given, tuple) else (given,)

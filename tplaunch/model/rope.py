@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tplaunch.recipe.schema import Model
+from tplaunch.recipe.schema import Model, RopeScaling
 
 
-def inverse_frequencies(model: Model) -> Tensor:
-    """fp32 [head_dim / 2], Llama 3's scaling applied where the model has it.
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """fp32 [head_dim / 2].
 
     Computed in fp32 as transformers does, so that a model moves between the two unchanged.
     """
-    assert model.head_dim is not None
-    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-    frequencies = 1.0 / (model.rope_theta**exponents)
-    scaling = model.rope_scaling
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (theta**exponents)
     if scaling is None:
         return frequencies
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    if scaling.type == "yarn":
+        stays = 1 - _yarn_ramp(head_dim, theta, scaling)
+        return 1.0 / (scaling.factor * theta**exponents) * (1 - stays) + frequencies * stays
     wavelength = 2 * math.pi / frequencies
     turns = scaling.original_max_position / wavelength
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -31,19 +34,59 @@ def inverse_frequencies(model: Model) -> Tensor:
     return torch.where(low, frequencies / scaling.factor, torch.where(high, frequencies, blended))
 
 
-def rope_table(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """How much of the scaled frequency each has, from 0, where it turns `beta_fast` times, to 1, where it turns
+    `beta_slow` times (Peng et al. 2023, arXiv 2309.00071, section 3.2)."""
+
+    def number(turns: float) -> float:
+        """Of the frequency that turns so often."""
+        return head_dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = number(scaling.beta_fast), number(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """Factor of cos and sin: of YaRN's temperature, once for queries and once for keys."""
+    if scaling is None or scaling.type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return grown(scaling.mscale) / grown(scaling.mscale_all_dim)
+    return grown(1.0)
+
+
+def rope_table(model: Model, positions: Tensor, dtype: torch.dtype, *, window: bool = False) -> Tensor:
     """cos and sin of every position and frequency.
 
     Args:
         positions: int [s].
+        window: for layers with a window, where they have their own `window_rope_theta`.
         dtype: fp32, or fp64 for a run in fp64.
 
     Returns:
         [2, s, 1, 1, head_dim]: cos, sin, each frequency twice (rotate-half layout).
     """
-    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(model).to(positions.device)
+    assert model.head_dim is not None
+    theta, scaling = model.rope_theta, model.rope_scaling
+    if window and model.window_rope_theta is not None:
+        theta, scaling = model.window_rope_theta, None
+    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(model.head_dim, theta, scaling).to(
+        positions.device
+    )
     angles = torch.cat([angles, angles], dim=-1)
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)[:, :, None, None, :]
+    table = torch.stack([angles.cos(), angles.sin()]) * attention_factor(scaling)
+    return table.to(dtype)[:, :, None, None, :]
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SwiGLU over gate and up side by side (Shazeer 2020, arXiv 2002.05202)."""
+"""SwiGLU and GeGLU over gate and up side by side (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)
 
 
+def geglu(x: Tensor) -> Tensor:
+    """gelu(gate) * up in GELU's tanh form; else as `swiglu`."""
+    return _GeGLU.apply(x)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -34,4 +39,22 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
         torch.mul(grad, up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return out
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        grad_gate, grad_up = out.chunk(2, -1)
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
         return out

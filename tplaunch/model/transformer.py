@@ -50,6 +50,7 @@ class Output(nn.Module):
         self.vocab_size = model.vocab_size
         self.chunk = training.loss_chunk
         self.z_loss = training.z_loss
+        self.softcap = model.logit_softcap
         self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
 
     def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
@@ -61,6 +62,8 @@ class Output(nn.Module):
                 slices = [torch.empty_like(logits) for _ in range(self.tp.size)]
                 dist.all_gather(slices, logits.contiguous(), group=self.tp.group)
                 logits = torch.cat(slices, dim=-1)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
             return logits[..., : self.vocab_size].transpose(0, 1)
         return output_cross_entropy(
             x,
@@ -70,6 +73,7 @@ class Output(nn.Module):
             vocab_size=self.vocab_size,
             chunk=self.chunk,
             z_loss=self.z_loss,
+            softcap=self.softcap,
             scale=loss_scale,
         )
 
@@ -90,6 +94,7 @@ class TransformerStage(nn.Module):
     """
 
     rope: Tensor | None
+    window_rope: Tensor | None
 
     def __init__(self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh) -> None:
         super().__init__()
@@ -110,7 +115,7 @@ class TransformerStage(nn.Module):
         self.tied_copy = model.tie_embeddings and last and not first
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
-        self.rope = None
+        self.rope = self.window_rope = None
         self._tells_documents = training.document_mask
         # Told a block's name as a forward pass enters it and as a backward pass leaves it, if anybody wants to know.
         # What stands before and after the blocks is entered by its own name.
@@ -139,6 +144,28 @@ class TransformerStage(nn.Module):
             if self.cp is not None and not self._tells_documents:  # else any place may be that of a token here
                 places = self.cp.cut(places[None])[0]
             self.rope = rope_table(self.spec, places, dtype)
+            if self.spec.window_rope_theta is not None:
+                self.window_rope = rope_table(self.spec, places, dtype, window=True)
+
+    def _own_rope(self, number: str) -> bool:
+        """Whether a block has the windows' rotary table."""
+        return self.window_rope is not None and self.spec.window_of(int(number)) is not None
+
+    def rope_of(self, number: str) -> Tensor | None:
+        """The rotary table of a block, of all positions."""
+        return self.window_rope if self._own_rope(number) else self.rope
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """int64 [b, s] -> [s or s/tp, b, h], on the first stage."""
+        assert self.embedding is not None
+        self.block_begins("embedding")
+        x: Tensor = self.embedding(tokens)
+        if self.spec.scale_embeddings:
+            x = x * x.new_full((), self.spec.hidden_size**0.5)  # in the dtype of x, as Gemma has it
+        if self.position is not None:
+            self.block_begins("position")
+            x = self.position(x, positions)
+        return x
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, loss_scale: float = 1.0
@@ -155,23 +182,20 @@ class TransformerStage(nn.Module):
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
-        rope, starts, mine = self.rope, None, positions
+        ropes, starts, cp = [self.rope, self.window_rope], None, self.cp
         if positions is not None:
             starts = document_starts(positions)
-            if self.cp is not None:
-                mine = self.cp.cut(positions)
-                starts = self.cp.cut(starts) if self.cp.kind == "allgather" else starts
-            rope = None if rope is None else rope[:, mine.t(), 0]
-        elif self.cp is not None and self.position is not None:
-            mine = self.cp.cut(torch.arange(self.cp.size * x.shape[1], device=x.device)[None])
+            if cp is not None:
+                positions = cp.cut(positions)
+                starts = cp.cut(starts) if cp.kind == "allgather" else starts
+            places = positions.t()
+            ropes = [None if rope is None else rope[:, places, 0] for rope in ropes]
+        elif cp is not None and self.position is not None:
+            positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
-            self.block_begins("embedding")
-            x = self.embedding(x)
-            if self.position is not None:
-                self.block_begins("position")
-                x = self.position(x, mine)
+            x = self.embed(x, positions)
         for number, block in self.layers.items():
-            x = block(self._entering(x, number), rope, starts)
+            x = block(self._entering(x, number), ropes[self._own_rope(number)], starts)
         if self.norm is None or self.output is None:
             return x
         self.block_begins("norm")

@@ -1,8 +1,8 @@
 """What the ranks that share a sequence exchange for attention, as autograd functions.
 
 "allgather": a rank holds two pieces of the sequence (`tplaunch.spec.context`), and attends with their queries to the
-keys and values of all ranks (Llama 3, arXiv 2407.21783, section 3.3.2). Attention does not keep what was gathered, which
-is as long as the sequence, but has it gathered again (`tplaunch.model.block`). "ulysses": a rank holds one piece, and
+keys and values of all ranks (Llama 3, arXiv 2407.21783, section 3.3.2). What was gathered is as long as the sequence:
+attention does not keep it, but has it gathered again (`tplaunch.model.block`). "ulysses": a rank holds one piece, and
 attends over the whole sequence with 1/cp of its heads (DeepSpeed Ulysses, arXiv 2309.14509).
 
 Calls of a layer and microbatch, with the whole tensor that each is of; heads and kv heads are those of a tp rank:
@@ -19,6 +19,7 @@ of the ranks, where a reduce-scatter would round to the compute dtype after each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -41,9 +42,19 @@ def begin_gather(k: Tensor, v: Tensor, cp: ContextParallel) -> Tensor:
     return _BeginGather.apply(k, v, cp)
 
 
-def end_gather(under_way: Tensor, cp: ContextParallel, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole sequence, in its order: [s, b, kv heads, d] each."""
-    return _EndGather.apply(under_way, cp, kv_heads)
+def end_gather(
+    under_way: Tensor, cp: ContextParallel, kv_heads: int, gradients_there: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """Wait for what `begin_gather` gave.
+
+    Args:
+        kv_heads: of this rank.
+        gradients_there: called in the backward pass, when nobody needs keys and values any more.
+
+    Returns:
+        Keys and values of the whole sequence, in its order: [s, b, kv heads, d] each.
+    """
+    return _EndGather.apply(under_way, cp, kv_heads, gradients_there)
 
 
 def copies_of_heads(kv_heads: int, cp: int) -> int:
@@ -100,8 +111,10 @@ class _EndGather(torch.autograd.Function):
     """Forward: an all-gather is waited for. Backward: the gradients are on their way to whose keys they are of."""
 
     @staticmethod
-    def forward(ctx: Any, under_way: Tensor, cp: ContextParallel, kv_heads: int) -> tuple[Tensor, Tensor]:
-        ctx.cp = cp
+    def forward(
+        ctx: Any, under_way: Tensor, cp: ContextParallel, kv_heads: int, gradients_there: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.cp, ctx.gradients_there = cp, gradients_there
         gathered = wait(under_way)
         order = _order(cp, len(gathered))
         pieces = dict(zip(order, gathered.chunk(len(order)), strict=True))
@@ -112,11 +125,12 @@ class _EndGather(torch.autograd.Function):
         return k, v
 
     @staticmethod
-    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.gradients_there()
         order = _order(ctx.cp, len(grad_k))
         pieces = list(zip(grad_k.chunk(len(order)), grad_v.chunk(len(order)), strict=True))
         sent = torch.cat([torch.cat(pieces[number], 2) for number in order])
-        return start_all_to_all(sent, ctx.cp), None, None
+        return start_all_to_all(sent, ctx.cp), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):

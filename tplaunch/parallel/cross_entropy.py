@@ -34,7 +34,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
         grad_hidden = None if total is None else torch.empty_like(hidden)
         losses, log_z = (hidden.new_empty(labels.shape, dtype=columns.dtype) for _ in range(2))
         for part in columns.chunks(len(labels)):
-            logits = columns.logits(hidden[part], weight)
+            logits, slope = columns.logits(hidden[part], weight)
             target = columns.at_labels(logits, labels[part])
             # A slice of nothing but padding has no maximum; a finite stand-in keeps NaN out.
             top = logits.amax(-1).clamp_min(torch.finfo(columns.dtype).min)
@@ -44,7 +44,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
             losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
             if grad_hidden is not None and total is not None:
                 probabilities = exponentials.mul_((top - log_z[part]).exp().unsqueeze(-1))
-                grad = columns.gradient(probabilities, log_z[part], labels[part], scale).to(weight.dtype)
+                grad = columns.gradient(probabilities, slope, log_z[part], labels[part], scale).to(weight.dtype)
                 torch.matmul(grad, weight, out=grad_hidden[part])
                 total.add_product(grad.t(), hidden[part])
         ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
@@ -64,8 +64,10 @@ class _OutputCrossEntropy(torch.autograd.Function):
         # Several chunks are summed in the accumulate dtype: bf16 would lose the small ones.
         total = Accumulator(torch.empty_like(weight, dtype=columns.dtype)) if need_weight else None
         for part in columns.chunks(len(labels)):
-            probabilities = columns.logits(hidden[part], weight).sub_(log_z[part].unsqueeze(-1)).exp_()
-            grad_logits = columns.gradient(probabilities, log_z[part], labels[part], grad * ctx.scale).to(weight.dtype)
+            logits, slope = columns.logits(hidden[part], weight)
+            probabilities = logits.sub_(log_z[part].unsqueeze(-1)).exp_()
+            grad_logits = columns.gradient(probabilities, slope, log_z[part], labels[part], grad * ctx.scale)
+            grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[part])
             if total is not None:
@@ -84,6 +86,7 @@ class _Columns:
         vocab_size: columns of all slices that are not padding.
         chunk: tokens whose logits exist at a time.
         z_loss: weight of log(Z)^2.
+        softcap: c, where logits are c tanh(logit / c).
         dtype: of logits and losses.
     """
 
@@ -92,17 +95,22 @@ class _Columns:
     vocab_size: int
     chunk: int
     z_loss: float
+    softcap: float | None
     dtype: torch.dtype
 
     def chunks(self, tokens: int) -> list[slice]:
         """The chunks of so many tokens."""
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[tokens, rows]; -inf for padding."""
-        logits = (hidden @ weight.t()).to(self.dtype)
+    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[tokens, rows], -inf for padding; and their derivative by what they were before the soft cap, if any."""
+        logits, slope = (hidden @ weight.t()).to(self.dtype), None
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_()
+            slope = 1 - logits.square()
+            logits.mul_(self.softcap)
         logits[:, max(0, self.vocab_size - self.tp.rank * self.rows) :] = -torch.inf
-        return logits
+        return logits, slope
 
     def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logit of each token's label, [tokens]; 0 where another rank has it."""
@@ -119,12 +127,16 @@ class _Columns:
         local_sum, target = wait(start_all_reduce(sums, self.tp)).unbind(0)
         return highest + local_sum.log(), target
 
-    def gradient(self, probabilities: Tensor, log_z: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
-        """Gradient of the scaled loss with respect to the logits, in the memory of the probabilities."""
+    def gradient(
+        self, probabilities: Tensor, slope: Tensor | None, log_z: Tensor, labels: Tensor, scale: Tensor | float
+    ) -> Tensor:
+        """Gradient of the scaled loss with respect to the logits before the soft cap, in the memory of the
+        probabilities."""
         counted = (labels != IGNORE).to(self.dtype) * scale
         column, mine = self._place(labels)
         gradient = probabilities.mul_((counted * (1 + 2 * self.z_loss * log_z)).unsqueeze(-1))
-        return gradient.scatter_add_(-1, column, torch.where(mine, -counted, 0.0).unsqueeze(-1))
+        gradient.scatter_add_(-1, column, torch.where(mine, -counted, 0.0).unsqueeze(-1))
+        return gradient if slope is None else gradient.mul_(slope)
 
     def _place(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Each label's column here, [tokens, 1], and whether it is one of these, [tokens]."""
@@ -141,6 +153,7 @@ def output_cross_entropy(
     vocab_size: int,
     chunk: int = 1024,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden weight^T) against labels, scaled.
@@ -153,6 +166,7 @@ def output_cross_entropy(
         vocab_size: real size of the vocabulary; padded columns get no probability.
         chunk: tokens whose logits exist at a time.
         z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
+        softcap: c, where logits are c tanh(logit / c) (Gemma 2, arXiv 2408.00118).
         scale: factor of the sum. Backward passes must begin at the loss: nothing else may scale it.
 
     Returns:
@@ -160,6 +174,6 @@ def output_cross_entropy(
     """
     hidden = enter_region(hidden, tp).flatten(0, 1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    columns = _Columns(tp, weight.shape[0], vocab_size, chunk, z_loss, dtype)
+    columns = _Columns(tp, weight.shape[0], vocab_size, chunk, z_loss, softcap, dtype)
     labels = labels.t().reshape(-1)
     return _OutputCrossEntropy.apply(hidden, weight, labels, columns, scale, torch.is_grad_enabled())

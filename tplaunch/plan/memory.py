@@ -78,13 +78,14 @@ def block_tensors(case: Case) -> dict[str, float]:
         "normed": hidden,
         "projected": projected * head,
         "turned": turned * head,
-        # Over context parallelism attention's output is put together, or exchanged, and kept before and after.
-        "attended": heads * head * (2 if case.topology.cp > 1 else 1),
+        "attended": heads * head * (2 if exchanges_heads(case) else 1),  # kept before and after it is exchanged
         "softmax": tokens * heads * max(4, width),
+        "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
         "inside": (1 if model.activation == "gelu" else 2) * ffn,
         "activated": ffn,
+        "mlp_made": hidden,
     }
 
 
@@ -96,7 +97,7 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float
         parts: what it makes again.
     """
     tensors = block_tensors(case)
-    statistics = 2 * norm_statistics(case)
+    statistics = (4 if case.model.post_norms else 2) * norm_statistics(case)
     if case.model.qk_norm:
         statistics += case.tokens * sum(local_heads(case)) * max(4, case.compute_bytes)
     return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics

@@ -189,6 +189,11 @@ class Model(Section):
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.activation != "gelu"
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer, by its global number, attends to; None: all before."""
         kinds = self.window_layers or ["window"]

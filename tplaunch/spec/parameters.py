@@ -98,12 +98,18 @@ def block_parameters(model: Model, layer: int = 0) -> list[Parameter]:
     parameters += _linear(
         f"{at}.attention.wo", hidden, heads * head_dim, layer, split="row", pieces=heads, bias=model.linear_bias
     )
+    if model.attention_sinks:
+        parameters.append(Parameter(f"{at}.attention.sinks", (heads,), layer, 0, "bias", heads))
+    if model.post_norms:
+        parameters += _norm(f"{at}.attention_post_norm", hidden, layer, bias=norm_bias)
     parameters += _norm(f"{at}.mlp_norm", hidden, layer, bias=norm_bias)
-    for name in ("gate", "up") if model.activation == "swiglu" else ("up",):
+    for name in ("gate", "up") if model.gated else ("up",):
         parameters += _linear(
             f"{at}.mlp.{name}", ffn, hidden, layer, split="column", pieces=ffn, bias=model.linear_bias
         )
     parameters += _linear(f"{at}.mlp.down", hidden, ffn, layer, split="row", pieces=ffn, bias=model.linear_bias)
+    if model.post_norms:
+        parameters += _norm(f"{at}.mlp_post_norm", hidden, layer, bias=norm_bias)
     return parameters
 
 

@@ -18,7 +18,7 @@ from tplaunch.recipe.schema import Model, Part, Training
 
 # In the order of a block.
 PARTS: dict[Part, str] = {
-    "norm": "both norms of the block; what they read is kept, and a number or two a token",
+    "norm": "all norms of the block but those of heads; what they read is kept, and a number or two a token",
     "qkv": "the projection to queries, keys and values; in a model that rotates, but has no norms of heads, it saves "
     "nothing by itself: what is kept are the rotated ones",
     "rotary": "norms of heads and rotation; without norms of heads it saves nothing by itself, but with qkv: the "
@@ -27,7 +27,8 @@ PARTS: dict[Part, str] = {
     "attention_output": "the projection after attention, and its sum with the block's input",
     "gate_up": "the MLP's first projections",
     "activation": "SwiGLU or GELU",
-    "down": "the MLP's last projection, and its sum; nothing is saved: the next block's input is always kept",
+    "down": "the MLP's last projection, and its sum; it saves something in a model with post_norms alone: the next "
+    "block's input is always kept",
 }
 ALL: frozenset[Part] = frozenset(PARTS)
 CHEAP: frozenset[Part] = frozenset(("norm", "rotary", "activation"))  # element-wise: no matmul, no communication
@@ -71,11 +72,24 @@ def sets(training: Training, layers: range) -> dict[frozenset[Part], int]:
 
 def effective(model: Model, parts: frozenset[Part]) -> frozenset[Part]:
     """Of these parts those that save something, see `PARTS`; the others are not made again."""
-    return _effective(model.qk_norm, model.position == "rope", parts)
+    return _effective(_kind(model), parts)
 
 
-def _effective(norms_heads: bool, rotates: bool, parts: frozenset[Part]) -> frozenset[Part]:
-    without: set[Part] = {"down"}
+class _Kind(NamedTuple):
+    """What of a model its steps depend on."""
+
+    norms_heads: bool
+    rotates: bool
+    norms_after: bool
+
+
+def _kind(model: Model) -> _Kind:
+    return _Kind(model.qk_norm, model.position == "rope", model.post_norms)
+
+
+def _effective(kind: _Kind, parts: frozenset[Part]) -> frozenset[Part]:
+    norms_heads, rotates, norms_after = kind
+    without: set[Part] = set() if norms_after else {"down"}
     if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
         without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
@@ -87,24 +101,36 @@ def block_steps(model: Model) -> tuple[Step, ...]:
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
     and norms of heads attends with what was `projected`.
     """
-    return _steps(model.qk_norm, model.position == "rope")
+    return _steps(_kind(model))
 
 
 @cache
-def _steps(norms_heads: bool, rotates: bool) -> tuple[Step, ...]:
+def _steps(kind: _Kind) -> tuple[Step, ...]:
+    norms_heads, rotates, norms_after = kind
     turns = norms_heads or rotates
     heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
     rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
+    after: tuple[Step, ...] = (Step("attention_output", ("input", "attended"), ("middle",), ("attended",)),)
+    end: tuple[Step, ...] = (Step("down", ("middle", "activated"), ("output",), ("activated",)),)
+    if norms_after:
+        after = (
+            Step("attention_output", ("attended",), ("attention_made",), ("attended",)),
+            Step("norm", ("input", "attention_made"), ("middle",), ("attention_made",)),
+        )
+        end = (
+            Step("down", ("activated",), ("mlp_made",), ("activated",)),
+            Step("norm", ("middle", "mlp_made"), ("output",), ("mlp_made",)),
+        )
     return (
         Step("norm", ("input",), ("normed",), ("input",)),
         Step("qkv", ("normed",), ("projected",), ("normed",)),
         *rotary,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
-        Step("attention_output", ("input", "attended"), ("middle",), ("attended",)),
+        *after,
         Step("norm", ("middle",), ("middle_normed",), ("middle",)),
         Step("gate_up", ("middle_normed",), ("inside",), ("middle_normed",)),
         Step("activation", ("inside",), ("activated",), ("inside",)),
-        Step("down", ("middle", "activated"), ("output",), ("activated",)),
+        *end,
     )
 
 
@@ -127,12 +153,12 @@ def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = N
         parts: what is made again.
         needed: tensors to be had; default: all that the backward pass needs.
     """
-    return _kept(model.qk_norm, model.position == "rope", parts, needed)
+    return _kept(_kind(model), parts, needed)
 
 
 @cache
-def _kept(norms_heads: bool, rotates: bool, parts: frozenset[Part], needed: frozenset[str] | None) -> Kept:
-    steps, parts = _steps(norms_heads, rotates), _effective(norms_heads, rotates, parts)
+def _kept(kind: _Kind, parts: frozenset[Part], needed: frozenset[str] | None) -> Kept:
+    steps, parts = _steps(kind), _effective(kind, parts)
     again = {name: step for step in steps if step.part in parts for name in step.gives}
     open_ = list(needed or {name for step in steps for name in step.needs})
     stays, made = set(), set()
