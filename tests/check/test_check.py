@@ -137,6 +137,30 @@ REFUSED = [
         "low_freq_factor 4 must be below high_freq_factor 4",
         "1.0 and 4.0",
     ),
+    (
+        ["model.rope_scaling={type: yarn, beta_slow: 32}"],
+        "model.rope_scaling",
+        "beta_slow 32 must be below beta_fast 32",
+        "1 and 32",
+    ),
+    (
+        ["model.window_layers=[window, full]"],
+        "model.window_layers",
+        "window_layers says what layers with a window do, and there is no window",
+        "window_layers: null",
+    ),
+    (
+        ["model.window=8", "model.window_rope_theta=1e4", "model.position=learned", "model.max_position=64"],
+        "model.window_rope_theta",
+        "turns rotary embeddings, but position is learned",
+        "position: rope",
+    ),
+    (
+        ["model.norm_plus_one=true", "model.norm=layernorm"],
+        "model.norm_plus_one",
+        "only RMSNorm multiplies by 1 + weight",
+        "norm: rmsnorm",
+    ),
     (["topology.pp=16", "training.global_batch_size=16"], "topology.pp", "8 layers cannot fill 16 stages", "at most 8"),
     (
         ["topology.pp=2", "topology.schedule=interleaved1f1b", "topology.virtual_stages=5"],
