@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes import case
+from tests.recipes import case, ranks
 from tests.training import train, trainer
 from tests.world import World
 
@@ -21,6 +21,9 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "dp2-zero0": {"dp": 2, "zero": 0},
     "dp2-zero3": {"dp": 2, "zero": 3},
     "dp4-hsdp": {"dp": 4, "zero": 3, "dp_replicate": 2},
+    "cp2-dp2-zero3": {"cp": 2, "dp": 2, "zero": 3},
+    "cp4": {"cp": 4},
+    "ulysses2-tp2-pp2": {"cp": 2, "cp_kind": "ulysses", "tp": 2, "pp": 2},
     "tp2-pp2-dp2-sp": {"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True},
     "tp2-pp2-interleaved": {"tp": 2, "pp": 2, "schedule": "interleaved1f1b"},
 }
@@ -31,11 +34,6 @@ def recipe(name: str, *, tied: bool) -> dict[str, Any]:
     model = {"hidden_size": 32, "num_layers": 4, "tie_embeddings": tied}
     training = {"seq_len": 16, "global_batch_size": 8, "steps": BEFORE + AFTER}
     return case(**TOPOLOGIES[name], model=model, training=training)
-
-
-def size(raw: dict[str, Any]) -> int:
-    topology = raw["topology"]
-    return int(topology["tp"] * topology["pp"] * topology["dp"])
 
 
 def save_and_go_on(raw: dict[str, Any], root: str) -> Curve:
@@ -63,11 +61,11 @@ def check(world: World, root: Path, names: list[str], *, tied: bool) -> None:
     recipes = {name: recipe(name, tied=tied) for name in names}
     whole: dict[str, Curve] = {}
     for name, raw in recipes.items():
-        whole[name] = world.run(size(raw), save_and_go_on, raw, str(root / name))[0]
+        whole[name] = world.run(ranks(raw), save_and_go_on, raw, str(root / name))[0]
     checkpoints = {name: str(root / name / "checkpoints" / f"step-{BEFORE:08d}") for name in names}
     wrong = []
     for target, raw in recipes.items():
-        curves = world.run(size(raw), go_on_from, raw, str(root / f"{target}-resumed"), checkpoints)[0]
+        curves = world.run(ranks(raw), go_on_from, raw, str(root / f"{target}-resumed"), checkpoints)[0]
         assert curves[target] == whole[target], f"{target}: not the same run, bit for bit"
         for source, curve in curves.items():
             for ours, theirs in zip(curve, whole[names[0]], strict=True):
@@ -79,6 +77,10 @@ def check(world: World, root: Path, names: list[str], *, tied: bool) -> None:
 
 def test_there_and_back(world: World, tmp_path: Path) -> None:
     check(world, tmp_path, ["one", "tp2-pp2-dp2-sp"], tied=False)
+
+
+def test_checkpoints_are_free_of_context_parallelism(world: World, tmp_path: Path) -> None:
+    check(world, tmp_path, ["one", "cp4"], tied=False)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.recipes import SEQ, case, resolved
+from tests.recipes import SEQ, case, ranks, resolved
 from tests.world import World
 from tplaunch.simulate.record import KINDS
 
@@ -78,8 +78,7 @@ def per_block(world: World, recorder: Any = record, **options: Any) -> dict[tupl
     counts = []
     for layers in (2, 3):
         raw = case(model={"num_layers": layers}, **options)
-        size = raw["topology"]["tp"] * raw["topology"]["dp"]
-        counts.append(world.run(size, recorder, raw)[0])
+        counts.append(world.run(ranks(raw), recorder, raw)[0])
     fewer, more = counts
     assert not fewer - more
     return dict(more - fewer)
@@ -161,3 +160,45 @@ def test_head_and_embedding(world: World) -> None:
         tokens = 4 * min(CHUNK, BATCH * SEQ - first)
         expected.update({("all-reduce", tokens): MICROBATCHES, ("all-reduce", 2 * tokens): MICROBATCHES})
     assert +seen == expected
+
+
+def context_parallel(cp: int, kind: str, **options: Any) -> dict[str, Any]:
+    """A case whose weights are never exchanged with what activations are: one all-reduce of a block, once a step."""
+    return {"cp": cp, "cp_kind": kind, "zero": 0, **options}
+
+
+def test_keys_and_values_are_gathered(world: World) -> None:
+    # tplaunch.parallel.context: gathered for the forward pass and again for the backward pass, gradients scattered.
+    gathered = 2 * 4 * SEQ * BATCH * 2 * 16  # keys and values of 2 heads of the whole sequence, fp32
+    expected = {
+        ("all-gather", gathered): 2 * MICROBATCHES,
+        ("all-to-all", gathered): MICROBATCHES,
+        ("all-reduce", block_bytes(1)): 1,
+    }
+    assert per_block(world, **context_parallel(4, "allgather")) == expected
+    again = {"training": {"recompute": {"again": ["core_attention"]}}}
+    assert per_block(world, **context_parallel(2, "allgather", **again)) == expected, "gathered once more"
+
+
+def test_keys_and_values_are_gathered_besides_sequences(world: World) -> None:
+    # With a head of its own on each tp rank, and half a sequence, both happen to be as long.
+    size = 2 * 4 * SEQ * BATCH * 1 * 16
+    assert size == ACTIVATION // 2
+    assert per_block(world, tp=2, sequence_parallel=True, **context_parallel(2, "allgather")) == {
+        ("all-gather", size): (6 + 2) * MICROBATCHES,
+        ("reduce-scatter", size): 4 * MICROBATCHES,
+        ("all-to-all", size): MICROBATCHES,
+        ("all-reduce", block_bytes(2)): 1,
+    }
+
+
+def test_heads_are_exchanged_for_tokens(world: World) -> None:
+    head = 4 * SEQ * BATCH * 16  # bytes of one head of the whole sequence
+    there, back = head * (4 + 2 * 4) // 4, head * 4 // 4  # the 2 heads of keys twice: one for each of 4 ranks
+    expected = {("all-to-all", there): 2 * MICROBATCHES, ("all-to-all", back): 2 * MICROBATCHES}
+    expected["all-reduce", block_bytes(1)] = 1
+    assert per_block(world, **context_parallel(4, "ulysses")) == expected
+    again = {"training": {"recompute": "full"}}  # exchanged again: what attention reads, and what it gives
+    repeated = per_block(world, **context_parallel(2, "ulysses", **again))
+    assert repeated["all-to-all", head * 8 // 2] == 3 * MICROBATCHES
+    assert repeated["all-to-all", head * 4 // 2] == 3 * MICROBATCHES

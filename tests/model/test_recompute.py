@@ -129,7 +129,12 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize("name", WORLDS)
+MANY = {"cp2-tp2-sp", "ulysses2-tp2-sp", "ulysses4-gpt2"}  # processes, for what others show part by part
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MANY else []) for name in WORLDS]
+)
 def test_gradients_are_those_without_on_the_same_topology(world: World, name: str) -> None:
     raw = WORLDS[name]
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
@@ -194,7 +199,18 @@ def test_a_block_keeps_what_is_planned(
         assert [held + less for held, _ in found] == [planned for _, planned in found]
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
+def test_ranks_that_share_a_sequence_keep_equal_parts_of_a_block(world: World) -> None:
+    """Nothing of what is as long as the sequence, whatever attention is and is made of."""
+    sets = ["none", "cheap", {"again": ["core_attention"]}]
+    for model in ({}, {"window": 5}):
+        alone = [held for held, _ in world.run(1, kept_bytes, case(model=model), sets)[0]]
+        for found in world.run(4, kept_bytes, case(cp=4, model=model), sets):
+            assert [4 * held for held, _ in found] == alone
+
+
+@pytest.mark.parametrize(
+    "model", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt2"))]
+)
 @pytest.mark.parametrize(
     ("kind", "cp", "tp"), [("allgather", 2, 1), ("allgather", 2, 2), ("ulysses", 2, 1), ("ulysses", 4, 1)]
 )

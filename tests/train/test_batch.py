@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.recipes import case, resolved
 from tplaunch.data.dataset import TokenDataset
 from tplaunch.parallel.cross_entropy import IGNORE
+from tplaunch.parallel.mesh import ContextParallel
+from tplaunch.spec.context import pieces
 from tplaunch.train.batch import Batch, make_batch, random_batch, share
 
 TRAINING = {"seq_len": 4, "global_batch_size": 8, "micro_batch_size": 1, "steps": 9}
@@ -80,12 +82,43 @@ def test_targets_are_the_next_tokens_but_for_the_first_of_a_document(eod_mask_lo
         assert batch.positions.tolist() == [[0, 1, 0, 1]] * 2
 
 
+class Pieces:
+    """A context-parallel rank with the pieces of four."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        self.kind, self.rank = kind, rank
+
+    def pieces(self, seq_len: int) -> list[range]:
+        return pieces(self.kind, 4, self.rank, seq_len)
+
+    cut = ContextParallel.cut
+
+
+@pytest.mark.parametrize("kind", ["allgather", "ulysses"])
+def test_every_target_of_a_row_is_a_rank_s_though_it_is_another_s_token(kind: str) -> None:
+    row = torch.arange(17).repeat(2, 1)
+    labels = row[:, 1:].masked_fill(row[:, 1:] % 5 == 0, IGNORE)
+    whole = Batch(row[:, :-1], labels, row[:, :-1])
+    cut = [whole.cut(cast(ContextParallel, Pieces(kind, rank))) for rank in range(4)]
+    for one in cut:
+        assert one.tokens.shape == one.labels.shape == (2, 4) and one.positions is whole.positions
+        assert one.labels.equal((one.tokens + 1).masked_fill((one.tokens + 1) % 5 == 0, IGNORE))
+    counts = [int((one.labels != IGNORE).sum()) for one in cut]
+    assert sum(counts) == int((labels != IGNORE).sum()) and len(set(counts)) > 1, "masked alike everywhere"
+    assert sorted(torch.cat([one.tokens[0] for one in cut]).tolist()) == list(range(16))
+
+
 def test_random_batches_have_the_shapes_of_real_ones() -> None:
     recipe = resolved(case(1, 1, 4, training={**TRAINING, "document_mask": True}))
     batch = random_batch(recipe, 4, True)
     assert batch.tokens.shape == batch.labels.shape == (2, 4)
     assert batch.labels[:, :-1].equal(batch.tokens[:, 1:])
     assert batch.positions is not None and batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    short = resolved(
+        case(1, 1, 4, training={**TRAINING, "document_mask": True}) | {"data": {"train": "x", "document_length": 3}}
+    )
+    positions = random_batch(short, 4, True).positions
+    assert positions is not None and positions.tolist() == [[0, 1, 2, 0]] * 2
     none = random_batch(recipe, 4, False)
     assert none.tokens.shape == none.labels.shape == (2, 0) and none.positions is None
     assert random_batch(resolved(case(training=TRAINING)), 1, True).positions is None

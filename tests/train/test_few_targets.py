@@ -14,6 +14,31 @@ from tests.world import World
 RAW = case(1, 1, 2, training={"eod_mask_loss": True, "precision": "fp64"})
 
 
+def masked(raw: dict[str, Any], root: str) -> list[tuple[float, float]]:
+    """Two steps of which few targets count: the first five of a row, and the last of some rows."""
+    from tplaunch.parallel.cross_entropy import IGNORE
+
+    made = trainer(raw, root)
+    found = []
+    for _ in range(2):
+        whole = batch(made)
+        whole.labels[:, 5:-1] = IGNORE
+        whole.labels[whole.tokens[:, 0] % 2 == 0, -1] = IGNORE
+        result = made.step.run(whole)
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_targets_of_a_shared_sequence_count_once_wherever_they_are(world: World, tmp_path: Path, zero: int) -> None:
+    training = {"eod_mask_loss": True, "precision": "fp64", "micro_batch_size": 2}
+    (alone,) = world.run(1, masked, case(training=training), str(tmp_path / "alone"))
+    for kind, dp, cp in (("allgather", 1, 4), ("ulysses", 2, 2)):
+        raw = case(1, 1, dp, cp=cp, cp_kind=kind, zero=zero, training=training)
+        for found in world.run(dp * cp, masked, raw, str(tmp_path / kind)):
+            assert found == [pytest.approx(step, rel=1e-9) for step in alone]
+
+
 def steps(root: str) -> list[tuple[float, float, bool]]:
     """Loss, gradient norm and whether both are finite of a step without a target, and of two of the same weights: with
     one on rank 1, and with the same one twice on each rank, a factor of 1 named."""

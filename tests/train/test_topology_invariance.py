@@ -147,6 +147,9 @@ CASES: dict[str, dict[str, Any]] = {
         training={"recompute": {"again": ["core_attention"]}},
     ),
     "cp2-zbv-tied-window": case(1, 2, cp=2, schedule="zbvzerobubble", model={**TIED, "window": 3}),
+    "cp2-zero-bubble-sinks": case(
+        1, 2, 2, cp=2, schedule="interleavedzerobubble", model={"attention_sinks": True}, training=DOCUMENTS
+    ),
     "cp2-dualpipev": case(1, 2, 2, cp=2, schedule="dualpipev"),
     "ulysses4-kv1": case(cp=4, cp_kind="ulysses", model={"num_kv_heads": 1}),
     "ulysses4-kv2-zero3-documents-windows": case(
@@ -167,6 +170,7 @@ CASES: dict[str, dict[str, Any]] = {
         sequence_parallel=True,
         model={"num_kv_heads": 1},
     ),
+    "ulysses2-tp2-sinks-window": case(2, cp=2, cp_kind="ulysses", model={"attention_sinks": True, "window": 6}),
     "compile-cp2-tp2-sp": case(2, cp=2, sequence_parallel=True, training={"compile": True}),
     "compile-ulysses2-cheap": case(cp=2, cp_kind="ulysses", training={"compile": True, "recompute": "cheap"}),
     "fp64-cp8-documents-softcap": case(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes import SEQ, VOCAB, case, resolved
+from tests.recipes import SEQ, VOCAB, case, ranks, resolved
 from tests.world import World
 
 FOUR = {"num_layers": 4}
@@ -15,6 +15,8 @@ CASES = {
     "tp2-sp": case(2, sequence_parallel=True, model=FOUR),
     "dp2-zero3": case(1, 1, 2, zero=3, model=FOUR),
     "pp2-dp2": case(1, 2, 2),
+    "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True, model=FOUR),
+    "ulysses2-pp2": case(1, 2, cp=2, cp_kind="ulysses"),
     "pp2-dp2-zero2": case(1, 2, 2, zero=2),
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
     "zero-bubble": case(1, 2, schedule="interleavedzerobubble"),
@@ -79,6 +81,6 @@ def test_one_process_trains_the_same_without_validation(world: World, reference:
 @pytest.mark.parametrize("name", CASES)
 def test_validation_between_steps(world: World, reference: list[float], name: str) -> None:
     raw = CASES[name]
-    size = raw["topology"]["tp"] * raw["topology"]["pp"] * raw["topology"]["dp"]
+    size = ranks(raw)
     for found in world.run(size, losses, raw, True):
         assert found == pytest.approx(reference, rel=1e-5)

@@ -27,6 +27,7 @@ from tplaunch.parallel.layers import (
     parameter,
 )
 from tplaunch.parallel.mesh import ContextParallel, Mesh, TensorParallel
+from tplaunch.parallel.split_backward import read_once
 from tplaunch.recipe.schema import Model, Part
 from tplaunch.spec.recompute import effective
 
@@ -256,7 +257,8 @@ class TransformerBlock(nn.Module):
         else:
             k, v = end(gathering)
         core = partial(_attend_pieces, how=attention.how, starts=starts, pieces=cp.pieces(len(k)))
-        return run(JOINED, _join, *run("core_attention", core, q, k, v, *self._sinks())), gathered
+        sinks = [read_once(sinks, q) for sinks in self._sinks()]  # by each piece
+        return run(JOINED, _join, *run("core_attention", core, q, k, v, *sinks)), gathered
 
     def _sinks(self) -> tuple[Tensor, ...]:
         """Those of the heads that this rank attends with, if any."""
@@ -270,8 +272,8 @@ class TransformerBlock(nn.Module):
 def _with_exchanges(model: Model, again: frozenset[Part], cp: ContextParallel | None) -> frozenset[str]:
     """The parts that are made again, and with them the exchanges whose outcome is not kept.
 
-    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in
-    pieces. What Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
+    What is gathered is as long as the sequence whatever cp is: it is never kept. What is joined is kept in pieces. What
+    Ulysses exchanges takes as much memory as what it is made of: it is kept, or not, like that.
     """
     if cp is None:
         return frozenset(again)

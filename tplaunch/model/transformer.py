@@ -182,18 +182,18 @@ class TransformerStage(nn.Module):
         Returns:
             [s or s/tp, b, h]; on the last stage the loss [1], or logits [b, s, vocab] without labels.
         """
-        ropes, starts, mine = [self.rope, self.window_rope], None, positions
-        if mine is not None:
-            starts = document_starts(mine)
-            if self.cp is not None:
-                mine = self.cp.cut(mine)
-                starts = self.cp.cut(starts) if self.cp.kind == "allgather" else starts
-            places = mine.t()
+        ropes, starts, cp = [self.rope, self.window_rope], None, self.cp
+        if positions is not None:
+            starts = document_starts(positions)
+            if cp is not None:
+                positions = cp.cut(positions)
+                starts = cp.cut(starts) if cp.kind == "allgather" else starts
+            places = positions.t()
             ropes = [None if rope is None else rope[:, places, 0] for rope in ropes]
-        elif self.cp is not None and self.position is not None:
-            mine = self.cp.cut(torch.arange(self.cp.size * x.shape[1], device=x.device)[None])
+        elif cp is not None and self.position is not None:
+            positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
-            x = self.embed(x, mine)
+            x = self.embed(x, positions)
         for number, block in self.layers.items():
             x = block(self._entering(x, number), ropes[self._own_rope(number)], starts)
         if self.norm is None or self.output is None:

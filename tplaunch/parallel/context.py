@@ -1,8 +1,8 @@
 """What the ranks that share a sequence exchange for attention, as autograd functions.
 
 "allgather": a rank holds two pieces of the sequence (`tplaunch.spec.context`), and attends with their queries to the
-keys and values of all ranks (Llama 3, arXiv 2407.21783, section 3.3.2). Attention does not keep what was gathered, which
-is as long as the sequence, but has it gathered again (`tplaunch.model.block`). "ulysses": a rank holds one piece, and
+keys and values of all ranks (Llama 3, arXiv 2407.21783, section 3.3.2). What was gathered is as long as the sequence:
+attention does not keep it, but has it gathered again (`tplaunch.model.block`). "ulysses": a rank holds one piece, and
 attends over the whole sequence with 1/cp of its heads (DeepSpeed Ulysses, arXiv 2309.14509).
 
 Calls of a layer and microbatch, with the whole tensor that each is of; heads and kv heads are those of a tp rank:

@@ -60,3 +60,21 @@ def saved(ctx: Any, *, activations: bool) -> tuple[Tensor, ...]:
 def reads_activations() -> bool:
     """Whether the function that asks for its saved tensors now reads those that are no weights; see `saved`."""
     return not _pass.without_activations
+
+
+def read_once(weight: Tensor, x: Tensor) -> Tensor:
+    """Give a weight to several functions of x: a backward pass that is split in two looks for weights beside the way to
+    the stage's input, each in one place."""
+    return _ReadOnce.apply(weight, x)
+
+
+class _ReadOnce(torch.autograd.Function):
+    """Lies on the way to x, but changes nothing there."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -69,25 +69,24 @@ def block_tensors(case: Case) -> dict[str, float]:
     heads, kv_heads = local_heads(case)
     head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
     ffn = tokens * (model.ffn_hidden_size // tp) * width
-    tensors = {
+    projected, turned = heads + 2 * kv_heads, heads + (1 if model.qk_norm else 2) * kv_heads
+    if exchanges_heads(case):  # then what attention keeps is what it was given
+        turned = exchanged_heads(case)
+        projected = projected if model.qk_norm or model.position == "rope" else turned
+    return {
         "input": hidden,
         "normed": hidden,
-        "projected": (heads + 2 * kv_heads) * head,
-        "turned": (heads + (1 if model.qk_norm else 2) * kv_heads) * head,
-        "attended": heads * head,
+        "projected": projected * head,
+        "turned": turned * head,
+        "attended": heads * head * (2 if exchanges_heads(case) else 1),  # kept before and after it is exchanged
         "softmax": tokens * heads * max(4, width),
         "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
-        "inside": (1 if model.activation == "gelu" else 2) * ffn,
+        "inside": (2 if model.gated else 1) * ffn,
         "activated": ffn,
         "mlp_made": hidden,
     }
-    if case.topology.cp > 1 and case.recipe.topology.cp_kind == "ulysses":
-        # What attention reads is what was exchanged; what it gives is kept before and after the way back.
-        tensors["turned" if model.qk_norm or model.position == "rope" else "projected"] = exchanged_heads(case) * head
-        tensors["attended"] *= 2
-    return tensors
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
@@ -115,6 +114,11 @@ def head_bytes(case: Case) -> int:
     """Bytes of a token in one head."""
     assert case.model.head_dim is not None
     return case.model.head_dim * case.compute_bytes
+
+
+def exchanges_heads(case: Case) -> bool:
+    """Whether context parallelism exchanges heads for tokens."""
+    return case.topology.cp > 1 and case.recipe.topology.cp_kind == "ulysses"
 
 
 def exchanged_heads(case: Case) -> int:
@@ -215,27 +219,51 @@ def loss_working(case: Case) -> float:
 
 
 def block_working(case: Case, parts: frozenset[Part]) -> float:
-    """Temporaries of a block's backward pass at its fullest, in the MLP: gradients of the MLP's inside, less what was
-    kept and is used up by then; the down projection's gradient, where no matmul adds it to the sum by itself; the
-    hidden states' gradient, whole and as a slice; what was made again by then, and its own users await.
+    """Temporaries of a block's backward pass at its fullest, less what was kept and is used up by then.
 
     Args:
         parts: what is made again.
     """
+    return max(_mlp_working(case, parts), _gathered_working(case, parts))
+
+
+def _gathered_working(case: Case, parts: frozenset[Part]) -> float:
+    """In the backward pass of attention over context parallelism: gathered keys and values, their gradients, these as
+    they are sent and as they come; the gradients of queries and of the hidden states."""
+    if case.topology.cp == 1 or exchanges_heads(case):
+        return 0.0
+    tensors, stays = block_tensors(case), kept(case.model, parts).kept
+    gone = ("attended", "softmax", "middle", "middle_normed", "inside", "activated")
+    queries = case.tokens * local_heads(case)[0] * head_bytes(case)
+    used_up = sum(tensors[name] for name in gone if name in stays)
+    (attention,) = (step for step in block_steps(case.model) if step.part == "core_attention")
+    again = _made_again(case, parts, *attention.needs)
+    return 4 * gathered_keys(case) + queries + hidden_bytes(case) + again - used_up
+
+
+def _made_again(case: Case, parts: frozenset[Part], *names: str) -> float:
+    """Bytes of what is made again until some tensors are there, and its own users await.
+
+    Args:
+        parts: what is made again.
+    """
+    tensors, awaited = block_tensors(case), {name for step in block_steps(case.model) for name in step.needs}
+    made = kept(case.model, parts, frozenset(names)).made
+    return sum(tensors[name] for step in made for name in step.gives if name in awaited)
+
+
+def _mlp_working(case: Case, parts: frozenset[Part]) -> float:
+    """In the MLP: gradients of its inside; the down projection's gradient, where no matmul adds it to the sum by
+    itself; the hidden states' gradient, whole and as a slice; what was made again by then, and its own users await."""
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
-    inside = case.tokens * ffn * (1 if model.activation == "gelu" else 2)
+    inside = case.tokens * ffn * (2 if model.gated else 1)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
-    tensors, awaited = block_tensors(case), {name for step in block_steps(model) for name in step.needs}
-
-    def made_for(*names: str) -> float:
-        made = kept(model, parts, frozenset(names)).made
-        return sum(tensors[name] for step in made for name in step.gives if name in awaited)
-
+    tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
     gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, parts).kept)
-    again = max(made_for("inside", "activated"), made_for("middle_normed") - gone)
+    again = max(_made_again(case, parts, "inside", "activated"), _made_again(case, parts, "middle_normed") - gone)
     return (inside + product + whole) * width + hidden_bytes(case) + again
 
 
@@ -247,7 +275,7 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     model, tp = case.model, case.topology.tp
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
-    inside = (1 if model.activation == "gelu" else 2) * (model.ffn_hidden_size // tp)
+    inside = (2 if model.gated else 1) * (model.ffn_hidden_size // tp)
     outputs = (heads + 2 * kv_heads) * model.head_dim + inside + 2 * model.hidden_size
     return len(stage.layers) * case.tokens * outputs * case.compute_bytes
 
