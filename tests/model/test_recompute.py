@@ -119,6 +119,7 @@ WORLDS = {
     "zero-bubble": case(1, 2, schedule="interleavedzerobubble", model=MODELS["qwen3"]),
     "zero-bubble-tp2-sp": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True),
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
+    "zero3-gemma": case(1, 1, 2, zero=3, model=MODELS["gemma, sinks"]),
     "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
     "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
     "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
@@ -139,11 +140,11 @@ def test_gradients_are_those_without_on_the_same_topology(world: World, name: st
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
 
 
-@pytest.mark.parametrize("name", ["alone", "tp2-sp"])
+@pytest.mark.parametrize("name", ["alone", "tp2-sp", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_gradients_are_those_without_when_compiled(world: World, name: str) -> None:
     raw = (
-        case(training={"compile": True})
-        if name == "alone"
+        case(training={"compile": True}, model=MODELS["gemma, sinks"] if name == "gemma" else None)
+        if name != "tp2-sp"
         else case(2, sequence_parallel=True, training={"compile": True}, model=MODELS["qwen3"])
     )
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
@@ -198,7 +199,18 @@ def test_a_block_keeps_what_is_planned(
         assert [held + less for held, _ in found] == [planned for _, planned in found]
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt2"])
+def test_ranks_that_share_a_sequence_keep_equal_parts_of_a_block(world: World) -> None:
+    """Nothing of what is as long as the sequence, whatever attention is and is made of."""
+    sets = ["none", "cheap", {"again": ["core_attention"]}]
+    for model in ({}, {"window": 5}):
+        alone = [held for held, _ in world.run(1, kept_bytes, case(model=model), sets)[0]]
+        for found in world.run(4, kept_bytes, case(cp=4, model=model), sets):
+            assert [4 * held for held, _ in found] == alone
+
+
+@pytest.mark.parametrize(
+    "model", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt2"))]
+)
 @pytest.mark.parametrize(
     ("kind", "cp", "tp"), [("allgather", 2, 1), ("allgather", 2, 2), ("ulysses", 2, 1), ("ulysses", 4, 1)]
 )

@@ -7,6 +7,7 @@ import pytest
 from tests.plan.test_plan import case
 from tplaunch.cli.main import run
 from tplaunch.plan.communication import axis_group, collective_seconds
+from tplaunch.plan.compute import Passes
 from tplaunch.plan.context import context_traffic
 from tplaunch.plan.estimate import Plan, block_work, estimate
 from tplaunch.plan.remedies import remedies
@@ -14,7 +15,7 @@ from tplaunch.plan.tune import tune
 from tplaunch.units import GiB
 
 LONG = ("training.seq_len=131072", "training.global_batch_size=32", "topology.nodes=8")
-SHARED = (*LONG, "topology={cp: 8, dp: auto, zero: 3, nodes: 8, gpus_per_node: 8}")
+SHARED = (*LONG, "topology={tp: 1, cp: 8, dp: auto, zero: 3, nodes: 8, gpus_per_node: 8}")
 
 
 def plan(*overrides: str, name: str = "llama3-8b") -> Plan:
@@ -26,9 +27,10 @@ def seconds(of: Plan) -> float:
 
 
 def test_ranks_that_share_a_sequence_do_and_hold_their_part() -> None:
-    alone, shared = (plan(*LONG, f"topology={{cp: {cp}, dp: 8, zero: 3, nodes: {cp}}}") for cp in (1, 8))
+    again = "training.recompute={again: [core_attention]}"  # else attention's output is kept once more
+    alone, shared = (plan(*LONG, f"topology={{tp: 1, cp: {cp}, dp: 8, zero: 3, nodes: {cp}}}", again) for cp in (1, 8))
     assert shared.case.microbatches == alone.case.microbatches
-    assert shared.memory[0].activations == pytest.approx(alone.memory[0].activations / 8, rel=0.001)
+    assert shared.memory[0].activations == pytest.approx(alone.memory[0].activations / 8, rel=0.01)
     assert seconds(shared) == pytest.approx(seconds(alone) / 8, rel=0.01)
     # dp x cp ranks share weights, gradients and optimizer state.
     assert shared.case.shards == 64
@@ -46,29 +48,37 @@ def test_gradients_are_summed_over_those_that_share_a_sequence(zero: int) -> Non
 
 
 def test_bytes_of_gathered_keys_and_values() -> None:
-    """Of whole sequences, keys and values of a rank's heads; gathered in both passes, their gradients scattered."""
+    """Of whole sequences, keys and values of a rank's heads; gathered in both passes, whatever is made again."""
     of = plan("topology.cp=4", "topology.tp=2", "training.micro_batch_size=2", "training.recompute=none")
     blocks = of.case.microbatches * of.case.model.num_layers
     size = 2 * 8192 * (2 * 4 * 128) * 2  # rows, tokens, 4 of 8 heads each, bf16
     shared = {item.kind: item for item in of.traffic[0] if item.axis == "cp"}
     assert {kind: (item.calls, item.bytes, item.ranks) for kind, item in shared.items()} == {
         "all-gather": (2 * blocks, size, 4),
-        "reduce-scatter": (blocks, size, 4),
+        "all-to-all": (blocks, size, 4),
     }
     again = plan("topology.cp=4", "topology.tp=2", "training.micro_batch_size=2", "training.recompute=full")
     calls = {item.kind: item.calls for item in again.traffic[0] if item.axis == "cp"}
-    assert calls == {"all-gather": 3 * blocks, "reduce-scatter": blocks}
+    assert calls == {"all-gather": 2 * blocks, "all-to-all": blocks}
 
 
 def test_bytes_of_heads_for_tokens() -> None:
-    """Queries and outputs of all heads, keys and values of as many as there are, at least one for each rank."""
-    of = plan("topology.cp=8", "topology.tp=1", "topology.cp_kind=ulysses", "training.recompute=none")
+    """Queries, keys and values one way, the output the other; of keys and values at least a head for each rank."""
+    here = ("topology.cp=8", "topology.tp=1", "topology.cp_kind=ulysses")
+    of = plan(*here, "training.recompute=none")
     blocks = of.case.microbatches * of.case.model.num_layers
-    shared = [(item.kind, item.calls, item.bytes) for item in of.traffic[0] if item.axis == "cp"]
-    token = 8192 // 8 * 128 * 2
-    assert shared == [("all-to-all", 4 * blocks, 32 * token), ("all-to-all", 4 * blocks, 8 * token)]
-    few = plan("topology.cp=8", "topology.tp=1", "topology.cp_kind=ulysses", "model.num_kv_heads=2")
-    assert [item.bytes for item in few.traffic[0] if item.axis == "cp"] == [32 * token, 8 * token]
+    head = 8192 // 8 * 128 * 2
+
+    def shared(of: Plan) -> list[tuple[float, float]]:
+        assert {item.kind for item in of.traffic[0] if item.axis == "cp"} == {"all-to-all"}
+        return [(item.calls, item.bytes) for item in of.traffic[0] if item.axis == "cp"]
+
+    assert shared(of) == [(2 * blocks, (32 + 8 + 8) * head), (2 * blocks, 32 * head)]
+    assert shared(plan(*here, "training.recompute=none", "model.num_kv_heads=2")) == shared(of)
+    assert [calls for calls, _ in shared(plan(*here, "training.recompute=full"))] == [3 * blocks, 3 * blocks]
+    assert [calls for calls, _ in shared(plan(*here, "training.recompute=cheap"))] == [2 * blocks, 2 * blocks]
+    of_norms = plan(*here, "training.recompute=cheap", "model.qk_norm=true")  # then rotary is made again
+    assert [calls for calls, _ in shared(of_norms)] == [3 * blocks, 2 * blocks]
 
 
 def test_what_leaves_the_node_is_slow() -> None:
@@ -85,12 +95,13 @@ def test_what_leaves_the_node_is_slow() -> None:
 
 def test_the_query_projection_hides_the_gathering() -> None:
     of = case("llama3-8b", *SHARED)
-    gather = context_traffic(of, 0.0).forward
-    assert context_traffic(of, gather / 2).forward == pytest.approx(gather / 2)
-    assert context_traffic(of, 2 * gather).forward == 0.0
-    work = block_work(of)
-    assert work.context.forward < gather
-    assert work.context.backward > gather
+    gather, back = context_traffic(of, Passes(0.0), Passes(0.0)).exchanges
+    half = Passes(gather.seconds / 2)
+    assert context_traffic(of, half, Passes(0.0)).forward == pytest.approx(gather.seconds / 2)
+    assert context_traffic(of, half, half).backward == pytest.approx(gather.seconds + back.seconds)
+    plenty = Passes(1.0, 1.0, 1.0)
+    assert context_traffic(of, plenty, plenty)[1:] == () and context_traffic(of, plenty, plenty).backward == 0.0
+    assert 0 < block_work(of).context.forward < gather.seconds
 
 
 def test_a_pipeline_sends_the_ranks_part() -> None:
@@ -135,17 +146,15 @@ def test_windows_are_charged_where_they_are() -> None:
 
 
 def test_tune_shares_long_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    found = tune(case("llama3-8b", *LONG), 16, count=4)
-    assert {choice.change.values["topology.cp"] for choice in found.choices} & {2, 4, 8}
-    assert {choice.plan.case.recipe.topology.cp_kind for choice in found.choices} == {"allgather", "ulysses"}
-    short = tune(case("llama3-8b"), 16, count=4)
+    short = tune(case("llama3-8b"), 8, count=4)
     assert {choice.change.values["topology.cp"] for choice in short.choices} == {1}
-    long = ["--set", "training.seq_len=131072", "--set", "training.global_batch_size=4"]
+    long = ["--set", "training.seq_len=32768", "--set", "training.global_batch_size=1"]
     assert run(["tune", "llama3-8b", "--gpus", "8", *long]) == 0
     out = capsys.readouterr().out
     heading = next(line for line in out.splitlines() if "recompute" in line)
     assert heading.split()[:3] == ["tp", "cp", "pp"]
-    assert "allgather" in out and "topology.cp_kind=" in out
+    assert "8 ulysses" in out and "8 allgather" in out
+    assert "topology.cp_kind=" in out.partition("One step from the best")[2]
 
 
 def test_remedies_name_it_where_activations_do_not_fit() -> None:

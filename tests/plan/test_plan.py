@@ -34,6 +34,7 @@ from tplaunch.spec.gpu import GPUS, detect_gpu, find_gpu, write_gpu
 
 ATTENTION: list[Part] = ["qkv", "rotary", "core_attention", "attention_output"]
 LARGE = ["llama3-8b", "llama3-70b", "llama3-405b", "megatron-1t", "gpt3-175b", "gpt2-124m", "qwen3-8b"]
+LONG = ["llama3-8b-128k", "llama3-405b-128k"]
 
 
 def case(name: str, *overrides: str) -> Case:
@@ -45,13 +46,13 @@ def case(name: str, *overrides: str) -> Case:
 # What ships
 
 
-@pytest.mark.parametrize("name", [*LARGE, "quickstart"])
+@pytest.mark.parametrize("name", [*LARGE, *LONG, "quickstart"])
 def test_shipped_recipes_fit(name: str) -> None:
     plan = estimate(case(name))
     assert plan.fits, f"{name}: {plan.headroom}"
-    if name in LARGE:
+    if name != "quickstart":
         assert 0.25 < plan.mfu < 0.65
-    assert set(LARGE) | {"quickstart", "llama3-70b-tp4"} <= set(shipped_recipes())
+    assert {*LARGE, *LONG, "quickstart", "llama3-70b-tp4"} <= set(shipped_recipes())
 
 
 def test_70b_on_four_gpus_serves_but_does_not_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,18 +240,21 @@ def test_quick_rules_are_those_of_the_checks() -> None:
     seen = {True: 0, False: 0}
     for _ in range(600):
         tp, pp, dp = (source.choice([1, 2, 3, 4, 6, 8, 16]) for _ in range(3))
+        cp = source.choice([1, 1, 1, 2, 3, 16])
         schedule = source.choice(
             ["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
         )
         values = {
             "topology.tp": tp,
+            "topology.cp": cp,
+            "topology.cp_kind": source.choice(["allgather", "ulysses"]),
             "topology.pp": pp,
             "topology.dp": dp,
             "topology.schedule": schedule,
             "topology.virtual_stages": source.choice([1, 2, 2, 3]) if pp > 1 else 1,
             "topology.zero": source.choice([0, 1, 2, 3]),
             "topology.nodes": 1,
-            "topology.gpus_per_node": tp * pp * dp,
+            "topology.gpus_per_node": tp * cp * pp * dp,
             "topology.stage_layers": None,
             "training.micro_batch_size": source.choice([1, 2, 3]),
             "training.compile": source.choice([True, False]),

@@ -12,6 +12,7 @@ import pytest
 
 from tplaunch.check.recipe import check_recipe
 from tplaunch.cli.main import run
+from tplaunch.cli.views.simulation import axis
 from tplaunch.errors import Exit
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import estimate
@@ -131,6 +132,34 @@ def test_collectives_of_a_group(tp_pair: list[RankRecord]) -> None:
     assert differing_collective(0, first.collectives, 1, changed) is not None
 
 
+def test_ranks_that_share_sequences_exchange_and_hold_what_is_planned() -> None:
+    cases = [
+        case(
+            "quickstart",
+            f"topology={{tp: 2, cp: 2, pp: 1, dp: 1, cp_kind: {kind}, sequence_parallel: true}}",
+            "model={hidden_size: 256, num_layers: 4, num_heads: 8, num_kv_heads: 4, ffn_hidden_size: 512}",
+            "training={seq_len: 4096, micro_batch_size: 1, global_batch_size: 1, precision: bf16, loss_chunk: 256}",
+        )
+        for kind in ("allgather", "ulysses")
+    ]
+    with processes() as go:
+        records = list(go(simulate_rank, [(of.recipe, rank) for of in cases for rank in (0, 2)]))
+    for of, first, second in zip(cases, records[::2], records[1::2], strict=True):
+        assert differing_collective(0, first.collectives, 2, second.collectives) is None
+        plan = estimate(of)
+        moved = Counter((c.kind, c.bytes) for c in first.collectives if c.group == (0, 2) and "all-to-all" in c.kind)
+        assert moved == {
+            (t.kind, t.bytes): t.calls for t in plan.traffic[0] if t.axis == "cp" and "all-to-all" in t.kind
+        }
+        assert plan.memory[0].allocated == pytest.approx(first.peak, rel=0.05)
+
+
+def test_ranks_of_dp_and_cp_together_are_of_dp() -> None:
+    topology = Topology(tp=2, cp=2, dp=2, pp=2)
+    groups = [topology.group("tp", 0), topology.group("cp", 0), (0, 2, 4, 6), topology.group("pp", 0), tuple(range(16))]
+    assert [axis(topology, tuple(group)) for group in groups] == ["tp", "cp", "dp", "pp", "world"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -> None:
@@ -221,7 +250,11 @@ def test_a_shortened_step_holds_as_much() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", ["llama3-8b", "llama3-70b", "llama3-405b", "megatron-1t", "gpt3-175b", "gpt2-124m", "qwen3-8b"]
+    "name",
+    [
+        *("llama3-8b", "llama3-8b-128k", "llama3-70b", "llama3-405b", "llama3-405b-128k"),
+        *("megatron-1t", "gpt3-175b", "gpt2-124m", "qwen3-8b"),
+    ],
 )
 def test_shipped_recipes(name: str) -> None:
     of = shortened(case(name))

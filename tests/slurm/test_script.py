@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -463,10 +464,10 @@ def test_no_secret_of_the_environment_reaches_the_script(monkeypatch: pytest.Mon
 
 
 def test_a_thousand_nodes_get_their_ranks_in_order(bench: Bench) -> None:
-    """TP8 x PP16 x DP64 on 1,024 nodes of 8: each node's torchrun line, as the script makes it, against three loops."""
-    tp, pp, dp, per_node, nodes = 8, 16, 64, 8, 1024
-    topology = Topology(tp=tp, dp=dp, pp=pp, gpus_per_node=per_node)
-    recipe = recipe_of(topology={"tp": tp, "pp": pp, "dp": dp, "nodes": nodes})
+    """TP4 x CP4 x PP16 x DP32 on 1,024 nodes of 8: each node's torchrun line, as the script makes it, against loops."""
+    tp, cp, pp, dp, per_node, nodes = 4, 4, 16, 32, 8, 1024
+    topology = Topology(tp=tp, cp=cp, dp=dp, pp=pp, gpus_per_node=per_node)
+    recipe = recipe_of(topology={"tp": tp, "cp": cp, "pp": pp, "dp": dp, "nodes": nodes})
     run = bench.folder / "run"
     begun = time.perf_counter()
     script = script_of(recipe, topology, [run], python=str(bench.python))
@@ -488,12 +489,10 @@ def test_a_thousand_nodes_get_their_ranks_in_order(bench: Bench) -> None:
         for local in range(int(line["--nproc-per-node"])):
             place[int(line["--node-rank"]) * per_node + local] = int(line["--node-rank"])
     rank = 0
-    for p in range(pp):
-        for d in range(dp):
-            for t in range(tp):
-                coordinates = topology.coordinates(rank)
-                assert (coordinates.tp, coordinates.dp, coordinates.pp) == (t, d, p)
-                assert place[rank] == topology.node(rank)
-                assert {place[member] for member in topology.group("tp", rank)} == {place[rank]}
-                rank += 1
+    for p, d, c, t in product(range(pp), range(dp), range(cp), range(tp)):
+        assert topology.coordinates(rank) == (t, c, d, p)
+        assert place[rank] == topology.node(rank)
+        assert {place[member] for member in topology.group("tp", rank)} == {place[rank]}
+        assert len({place[member] for member in topology.group("cp", rank)}) == 2
+        rank += 1
     assert rank == len(place) == 8192

@@ -74,6 +74,14 @@ def test_a_pipeline_of_megatrons_paper() -> None:
     assert topology.nodes_of_group("dp", 0) == 6
 
 
+def test_a_world_without_cp_does_not_mention_it() -> None:
+    without, shared = Topology(tp=2, dp=2, pp=2), Topology(tp=2, cp=2, dp=2)
+    assert (without.sizes, without.describe(5)) == ("tp 2 x pp 2 x dp 2", "tp=1 dp=0 pp=1")
+    assert (shared.sizes, shared.describe(6)) == ("tp 2 x cp 2 x pp 1 x dp 2", "tp=0 cp=1 dp=1 pp=0")
+    assert without.place(5) == {"tp": 1, "dp": 0, "pp": 1}
+    assert shared.place(6) == {"tp": 0, "cp": 1, "dp": 1, "pp": 0}
+
+
 @pytest.mark.parametrize("rank", [-1, 8])
 def test_no_such_rank(rank: int) -> None:
     with pytest.raises(IndexError, match=f"rank {rank} is outside a world of 8"):

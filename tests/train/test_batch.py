@@ -114,6 +114,11 @@ def test_random_batches_have_the_shapes_of_real_ones() -> None:
     assert batch.tokens.shape == batch.labels.shape == (2, 4)
     assert batch.labels[:, :-1].equal(batch.tokens[:, 1:])
     assert batch.positions is not None and batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    short = resolved(
+        case(1, 1, 4, training={**TRAINING, "document_mask": True}) | {"data": {"train": "x", "document_length": 3}}
+    )
+    positions = random_batch(short, 4, True).positions
+    assert positions is not None and positions.tolist() == [[0, 1, 2, 0]] * 2
     none = random_batch(recipe, 4, False)
     assert none.tokens.shape == none.labels.shape == (2, 0) and none.positions is None
     assert random_batch(resolved(case(training=TRAINING)), 1, True).positions is None

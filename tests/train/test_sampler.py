@@ -129,6 +129,7 @@ def test_texts_are_those_of_generate(folder: Path, alone: Path, capfd: pytest.Ca
     [
         {},
         {"tp": 2, "sequence_parallel": True},
+        {"cp": 2},
         {"pp": 2, "zero": 1},
         {"pp": 2, "schedule": "zbvzerobubble"},
         {"dp": 2, "zero": 1},

@@ -28,7 +28,7 @@ def tune(
 ) -> None:
     """Find the fastest topologies for so many GPUs.
 
-    By prediction, for the recipe's model and batch. Looks at every tp, pp, dp, schedule, virtual stages, micro
+    By prediction, for the recipe's model and batch. Looks at every tp, cp, pp, dp, schedule, virtual stages, micro
     batch, recomputation and ZeRO stage that can run.
 
     Example: tplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml

@@ -34,7 +34,7 @@ _WAITED = re.compile(r".*(Timed out waiting|collective operation timeout).*")
 OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, of a GPU
 _ADVICE = {
     "SIGKILL": "nothing but the kernel or a person sends SIGKILL; for its out-of-memory killer see: dmesg",
-    OUT_OF_MEMORY: "lower training.micro_batch_size, set training.recompute: auto, or raise topology.tp or pp",
+    OUT_OF_MEMORY: "lower training.micro_batch_size, set training.recompute: auto, or raise topology.tp, cp or pp",
 }
 
 

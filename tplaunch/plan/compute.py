@@ -107,7 +107,7 @@ def block_parts(case: Case) -> dict[Part, Passes]:
     heads, kv_heads = local_heads(case)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
     query_width, keys = heads * model.head_dim, kv_heads * model.head_dim
-    gated = model.activation != "gelu"
+    gated = model.gated
     # Hidden states: a norm (read, write; backward: read twice, write) and a residual sum (two reads, a write).
     slices = tp if case.sequence_parallel else 1
     states = tokens * hidden * width / slices

@@ -83,7 +83,7 @@ def block_tensors(case: Case) -> dict[str, float]:
         "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
-        "inside": (1 if model.activation == "gelu" else 2) * ffn,
+        "inside": (2 if model.gated else 1) * ffn,
         "activated": ffn,
         "mlp_made": hidden,
     }
@@ -257,7 +257,7 @@ def _mlp_working(case: Case, parts: frozenset[Part]) -> float:
     itself; the hidden states' gradient, whole and as a slice; what was made again by then, and its own users await."""
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
     ffn = model.ffn_hidden_size // tp
-    inside = case.tokens * ffn * (1 if model.activation == "gelu" else 2)
+    inside = case.tokens * ffn * (2 if model.gated else 1)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
     tensors = block_tensors(case)
@@ -275,7 +275,7 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     model, tp = case.model, case.topology.tp
     assert model.head_dim is not None
     heads, kv_heads = local_heads(case)
-    inside = (1 if model.activation == "gelu" else 2) * (model.ffn_hidden_size // tp)
+    inside = (2 if model.gated else 1) * (model.ffn_hidden_size // tp)
     outputs = (heads + 2 * kv_heads) * model.head_dim + inside + 2 * model.hidden_size
     return len(stage.layers) * case.tokens * outputs * case.compute_bytes
 

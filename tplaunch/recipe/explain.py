@@ -34,6 +34,8 @@ SYNONYMS = {
     "rotary_base": "model.rope_theta",
     "tensor_parallel": "topology.tp",
     "tensor_model_parallel_size": "topology.tp",
+    "context_parallel": "topology.cp",
+    "context_parallel_size": "topology.cp",
     "pipeline_parallel": "topology.pp",
     "pipeline_model_parallel_size": "topology.pp",
     "data_parallel": "topology.dp",

@@ -44,14 +44,18 @@ def length_of_equal_work(seq_len: float, documents: Iterable[tuple[float, float]
     return seq_len / max(3 - 6 * mean / seq_len, 1e-9)
 
 
+def document_length(recipe: Recipe) -> int | None:
+    """The length that a recipe's documents are taken to have; None: they are not kept apart."""
+    return (recipe.data.document_length or UNKNOWN_DOCUMENT) if recipe.training.document_mask else None
+
+
 def attended_positions(recipe: Recipe, layers: range | None = None) -> float:
     """Positions of a sequence that attention is counted with, the mean of some layers, by default all: as many as a
     sequence has where attention is causal and no more, for FLOPs are quoted without halving them for the causal mask;
     else twice what a token sees."""
-    model, training = recipe.model, recipe.training
+    model, seq_len, document = recipe.model, recipe.training.seq_len, document_length(recipe)
     layers = range(model.num_layers) if layers is None else layers
-    document = (recipe.data.document_length or UNKNOWN_DOCUMENT) if training.document_mask else None
     if model.window is None or not layers:
-        return 2 * tokens_seen(training.seq_len, None, document)
-    seen = {window: 2 * tokens_seen(training.seq_len, window, document) for window in (model.window, None)}
+        return 2 * tokens_seen(seq_len, None, document)
+    seen = {window: 2 * tokens_seen(seq_len, window, document) for window in (model.window, None)}
     return sum(seen[model.window_of(layer)] for layer in layers) / len(layers)

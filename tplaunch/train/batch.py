@@ -13,6 +13,7 @@ from tplaunch.data.dataset import TokenDataset
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.attention import document_length
 from tplaunch.spec.batches import batch_size, first_sample
 
 
@@ -84,7 +85,8 @@ def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
 
 
 def random_batch(recipe: Recipe, dp: int, reads_data: bool) -> Batch:
-    """A data-parallel rank's share of a step of random tokens, of the shapes that its stages would read.
+    """A data-parallel rank's share of a step of random tokens, of the shapes that its stages would read; documents
+    are as long as they are taken to be.
 
     Args:
         dp: data-parallel ranks.
@@ -93,5 +95,6 @@ def random_batch(recipe: Recipe, dp: int, reads_data: bool) -> Batch:
     training = recipe.training
     shape = (training.global_batch_size // dp, training.seq_len if reads_data else 0)
     tokens = torch.randint(recipe.model.vocab_size, shape)
-    positions = torch.arange(shape[1]).repeat(shape[0], 1) if training.document_mask and reads_data else None
+    length = document_length(recipe)
+    positions = (torch.arange(shape[1]) % length).repeat(shape[0], 1) if length and reads_data else None
     return Batch(tokens, tokens.roll(-1, 1), positions)

@@ -15,7 +15,7 @@ from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
-from tplaunch.spec.attention import UNKNOWN_DOCUMENT
+from tplaunch.spec.attention import document_length
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
@@ -230,17 +230,15 @@ def _traffic_table(plan: Plan, pp_rank: int) -> str:
 
 def _notes(case: Case) -> Iterator[str]:
     """What a rank has of each sequence, and how attention was counted."""
-    topology, parallelism, training = case.topology, case.recipe.topology, case.recipe.training
+    topology, parallelism, data = case.topology, case.recipe.topology, case.recipe.data
     if topology.cp > 1:
         nodes = axis_group(case, "cp").nodes
-        held = training.seq_len // topology.cp
+        held = case.recipe.training.seq_len // topology.cp
         sent = "heads are exchanged" if parallelism.cp_kind == "ulysses" else "keys and values are gathered"
         where = f"over the network, between {nodes} nodes" if nodes > 1 else "inside a node"
         yield f"context parallel: a rank holds {held:,} tokens of each sequence; {sent} {where}"
-    if training.document_mask:
-        length, why = case.recipe.data.document_length, ""
-        if length is None:
-            length, why = UNKNOWN_DOCUMENT, ": no data are at hand, and data.document_length is not given"
+    if length := document_length(case.recipe):
+        why = "" if data.document_length else ": no data are at hand, and data.document_length is not given"
         yield f"attention within documents, which are taken to be {length:,} tokens long{why}"
 
 

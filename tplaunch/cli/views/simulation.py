@@ -59,7 +59,8 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
         moved["pp", message.kind] += message.bytes
     planned: Counter[tuple[str, str]] = Counter()
     for traffic in simulation.plan.traffic[topology.coordinates(record.rank).pp]:
-        planned["tp" if traffic.axis == "sp" else traffic.axis, traffic.kind] += round(traffic.calls * traffic.bytes)
+        name = {"sp": "tp", "dp": _sharing(topology)}.get(traffic.axis, traffic.axis)
+        planned[name, traffic.kind] += round(traffic.calls * traffic.bytes)
     return [
         [
             str(record.rank),
@@ -73,7 +74,14 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
 
 
 def axis(topology: Topology, group: tuple[int, ...]) -> str:
-    """The axis on which a group's ranks differ; "world" for several."""
+    """The axis on which a group's ranks differ; "dp" for dp and cp, "world" for others."""
     first, last = topology.coordinates(group[0]), topology.coordinates(group[-1])
     differing = [name for name in AXES if getattr(first, name) != getattr(last, name)]
+    if differing == ["cp", "dp"]:
+        return "dp"
     return differing[0] if len(differing) == 1 else "world" if differing else "alone"
+
+
+def _sharing(topology: Topology) -> str:
+    """The axis of the ranks that share gradients, dp x cp, as `axis` calls it."""
+    return "cp" if topology.dp == 1 and topology.cp > 1 else "dp"
