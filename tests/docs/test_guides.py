@@ -63,7 +63,7 @@ def run(block: Block, after: str, folder: Path, environment: dict[str, str]) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == block.code, f"{block} ended with {done.returncode}:\n{block.text}\n{done.stdout}"
     missing = unlike(after, done.stdout)
@@ -89,7 +89,7 @@ def test_the_guides(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_the_tour(tmp_path: Path, environment: dict[str, str]) -> None:
     command = ["bash", str(ROOT / "docs/tour.sh"), str(tmp_path / "tour")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for said in ("killed: exit code 137", "resumed after step ", "step 60/60", "hf/tour: 262,720 parameters", "ROMEO:"):
         assert said in done.stdout, f"{said!r} is not in\n{done.stdout}"
