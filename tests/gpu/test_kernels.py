@@ -59,3 +59,63 @@ def test_attention_is_flash_attention(world: World, note: Callable[..., None]) -
     note(operations=attention)
     assert any("flash_attention" in name or "cudnn_attention" in name for name in attention), attention
     assert not any("attention_math" in name for name in attention), attention
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "documents": {"documents": True},
+    "window": {"window": 100},
+    "window, documents": {"window": 100, "documents": True},
+    "a piece": {"documents": True, "first_query": 512},
+    "soft cap": {"softcap": 2.0, "documents": True},
+    "sinks": {"sinks": True, "window": 100},
+    "fp32": {"documents": True, "dtype": "float32"},
+    "fp32, causal": {"dtype": "float32"},
+}
+
+
+def attention_here(asked: dict[str, Any]) -> tuple[list[float], float]:
+    """Relative differences of attention and its gradients from fp64 on the CPU, and the peak of memory for each byte of
+    queries."""
+    import torch
+
+    from tplaunch.model.attend import Attending, attend, document_starts
+
+    device, length, first = take_device(), 1500, asked.get("first_query", 0)
+    dtype = getattr(torch, asked.get("dtype", "bfloat16"))
+    random = torch.Generator().manual_seed(0)
+    sizes = ((length - first, 2, 8, 64), (length, 2, 2, 64), (length, 2, 2, 64), (8,))
+    leaves = [torch.randn(size, generator=random).to(dtype) for size in sizes]
+    grad = torch.randn(length - first, 2, 512, generator=random).to(dtype)
+    places = torch.arange(length).repeat(2, 1)
+    places[0, 700:] -= 700
+    places[1, 130:] -= 130
+    starts = document_starts(places)[:, first:] if asked.get("documents") else None
+
+    def run(where: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+        mine = [x.to(where, dtype).requires_grad_() for x in leaves]
+        how = Attending(asked.get("window"), asked.get("softcap"))
+        sinks = mine[3] if asked.get("sinks") else None
+        begin = None if starts is None else starts.to(where)
+        out = attend(*mine[:3], how, starts=begin, sinks=sinks, first_query=first)
+        used = mine if sinks is not None else mine[:3]
+        return [x.double().cpu() for x in (out, *torch.autograd.grad(out, used, grad.to(where, dtype)))]
+
+    expected = run(torch.device("cpu"), torch.float64)
+    if device.type == "cuda":
+        run(device, dtype)  # what is compiled is compiled
+        torch.cuda.reset_peak_memory_stats()
+    found = run(device, dtype)
+    peak = torch.cuda.max_memory_allocated() / leaves[0].nbytes if device.type == "cuda" else 0.0
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)], peak
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_attention_of_every_kind_is_right_and_makes_no_matrix(
+    world: World, note: Callable[..., None], name: str
+) -> None:
+    asked = ASKED[name]
+    ((differences, peak),) = world.run(1, attention_here, asked)
+    note(worst_relative_difference=max(differences), peak_over_input=peak)
+    assert max(differences) < (2e-2 if "dtype" not in asked else 2e-3)
+    assert peak < 20  # the scores of all heads alone would be 23

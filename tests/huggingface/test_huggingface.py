@@ -18,8 +18,10 @@ from tests.world import World
 from tplaunch.checkpoint.store import find_checkpoints
 from tplaunch.cli.main import run
 from tplaunch.errors import Exit, TplaunchError
+from tplaunch.huggingface.config import LLAMA as LLAMA_FAMILY
 from tplaunch.huggingface.config import family_of, read_config, write_config
 from tplaunch.huggingface.export import export
+from tplaunch.huggingface.tensors import hf_tensors
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Model
 
@@ -307,6 +309,12 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
 def test_a_model_that_transformers_has_not(changes: dict[str, Any]) -> None:
     with pytest.raises(TplaunchError, match="no architecture"):
         family_of(Model.model_validate({**MODELS["llama"], **changes}))
+
+
+def test_sinks_are_called_as_in_gpt_oss() -> None:
+    model = Model.model_validate({**MODELS["llama"], "attention_sinks": True})
+    found = {tensor.name: tensor.shape for tensor in hf_tensors(model, LLAMA_FAMILY)}
+    assert found["model.layers.2.self_attn.sinks"] == (model.num_heads,)
 
 
 def start(raw: dict[str, Any], root: str) -> str:

@@ -97,6 +97,14 @@ def test_the_module_is_that_function_on_a_cpu() -> None:
     torch.testing.assert_close(ours, F.rms_norm(x, (DIM,), module.weight, 1e-3))
 
 
+def test_rms_norm_by_one_and_the_weight() -> None:
+    x, weight = draw(S, B, DIM), draw(DIM)
+    assert gradcheck(lambda x, weight: _RMSNorm.apply(x, weight, 1e-3, True), (x.view_as(x), weight.view_as(weight)))
+    narrow = [t.detach().to(torch.bfloat16) for t in (x, weight)]
+    wide = F.rms_norm(narrow[0].float(), (DIM,), 1 + narrow[1].float(), 1e-3)  # not rounded before it is multiplied
+    assert torch.equal(_RMSNorm.apply(*narrow, 1e-3, True), wide.to(torch.bfloat16))
+
+
 def test_rms_norm_in_bf16_is_torchs_and_keeps_its_input_alone() -> None:
     x, weight = draw(S, B, 64, dtype=torch.bfloat16), draw(64, dtype=torch.bfloat16)
     kept: list[Tensor] = []

@@ -119,6 +119,7 @@ WORLDS = {
     "zero-bubble": case(1, 2, schedule="interleavedzerobubble", model=MODELS["qwen3"]),
     "zero-bubble-tp2-sp": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True),
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
+    "zero3-gemma": case(1, 1, 2, zero=3, model=MODELS["gemma, sinks"]),
     "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
     "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
     "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
@@ -139,11 +140,11 @@ def test_gradients_are_those_without_on_the_same_topology(world: World, name: st
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
 
 
-@pytest.mark.parametrize("name", ["alone", "tp2-sp"])
+@pytest.mark.parametrize("name", ["alone", "tp2-sp", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_gradients_are_those_without_when_compiled(world: World, name: str) -> None:
     raw = (
-        case(training={"compile": True})
-        if name == "alone"
+        case(training={"compile": True}, model=MODELS["gemma, sinks"] if name == "gemma" else None)
+        if name != "tp2-sp"
         else case(2, sequence_parallel=True, training={"compile": True}, model=MODELS["qwen3"])
     )
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)

@@ -64,7 +64,7 @@ def train(kind: str, seq_len: int, steps: int) -> dict[str, float]:
         losses.append(made.run(Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous(), positions)).loss)
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - busy)
-    assert losses[-1] < losses[0]
+    assert steps == 1 or losses[-1] < losses[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dist.destroy_process_group()
     return {
@@ -95,5 +95,5 @@ if __name__ == "__main__":
     else:
         for seq_len in (4096, 8192, 16384, 32768):
             for kind in KINDS:
-                found = alone(kind, seq_len)
+                found = alone(kind, seq_len, steps=2 if seq_len < 10_000 else 1)
                 print(seq_len, kind, *(f"{name} {value:.1f}" for name, value in found.items()), flush=True)

@@ -91,8 +91,6 @@ CASES: dict[str, dict[str, Any]] = {
         model={"window": SEQ // 4, "window_layers": ["window", "full"]},
         training={"document_mask": True},
     ),
-    "ulysses-sinks": case(cp=2, cp_kind="ulysses", model={"attention_sinks": True}, training={"recompute": "full"}),
-    "cp2-sinks": case(cp=2, model={"attention_sinks": True, "window": SEQ // 4}, training={"document_mask": True}),
     "sinks-soft-caps": case(
         2,
         2,

@@ -46,6 +46,7 @@ _LLAMA = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention": "self_attn",  # which has the sinks
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "mlp.gate": "mlp.gate_proj",

@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local(self.weight)
-        if x.is_cuda or torch.compiler.is_compiling():  # which have kernels of their own
+        # torch's kernel has no 1 + weight: only a compiler leaves the wide input out of memory.
+        if (x.is_cuda and not self.plus_one) or torch.compiler.is_compiling():
             if self.plus_one:
                 wide = torch.promote_types(x.dtype, torch.float32)
                 return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + weight.to(wide), self.eps).to(x.dtype)

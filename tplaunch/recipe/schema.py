@@ -99,8 +99,8 @@ class RopeScaling(Section):
     2309.00071).
     """
 
-    type: Literal["llama3", "linear", "yarn"] = "llama3"
-    factor: Annotated[float, Field(gt=0)] = 8.0
+    type: Literal["llama3", "linear", "yarn"] = Field("llama3", description="which frequencies are divided")
+    factor: Annotated[float, Field(gt=0)] = Field(8.0, description="by how much")
     low_freq_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="llama3")
     high_freq_factor: Annotated[float, Field(gt=0)] = Field(4.0, description="llama3")
     original_max_position: Small = Field(8192, description="llama3 and yarn")
