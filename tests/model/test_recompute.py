@@ -129,7 +129,12 @@ WORLDS = {
 }
 
 
-MANY = {"cp2-tp2-sp", "ulysses2-tp2-sp", "ulysses4-gpt2"}  # processes, for what others show part by part
+MANY = {
+    "cp2-zero-bubble",
+    "cp2-tp2-sp",
+    "ulysses2-tp2-sp",
+    "ulysses4-gpt2",
+}  # processes, for what others show part by part
 
 
 @pytest.mark.parametrize(

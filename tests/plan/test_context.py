@@ -147,7 +147,7 @@ def test_windows_are_charged_where_they_are() -> None:
 
 def test_tune_shares_long_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     short = tune(case("llama3-8b"), 8, count=4)
-    assert {choice.change.values["topology.cp"] for choice in short.choices} == {1}
+    assert not any("topology.cp" in choice.change.values for choice in short.choices)
     long = ["--set", "training.seq_len=32768", "--set", "training.global_batch_size=1"]
     assert run(["tune", "llama3-8b", "--gpus", "8", *long]) == 0
     out = capsys.readouterr().out

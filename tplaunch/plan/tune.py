@@ -187,7 +187,10 @@ def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
                             "topology.nodes": -(-gpus // per_node),
                             "topology.gpus_per_node": per_node,
                         }
-                        yield Change({**dict(zip(_KEYS, values, strict=True)), **more})
+                        chosen = {**dict(zip(_KEYS, values, strict=True)), **more}
+                        if cp == case.recipe.topology.cp == 1:  # not worth a word
+                            del chosen["topology.cp"], chosen["topology.cp_kind"]
+                        yield Change(chosen)
 
 
 def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, int]]:
@@ -302,7 +305,7 @@ def _steps(
     Args:
         recompute: the values worth having, cheapest first.
     """
-    tp, cp, pp, dp = (own[f"topology.{axis}"] for axis in ("tp", "cp", "pp", "dp"))
+    tp, cp, pp, dp = (own.get(f"topology.{axis}", 1) for axis in ("tp", "cp", "pp", "dp"))
     layers, compiled = recipe.model.num_layers, recipe.training.compile
     for new in (tp * 2, tp // 2 if tp % 2 == 0 else 0):
         if new and gpus % (new * cp * pp) == 0:
