@@ -17,8 +17,9 @@ from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.precision import STORAGE_DTYPE
 from tplaunch.parallel.shard import Sharding
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
 from tplaunch.spec.parameters import Parameter, first_parameters, stage_parameters
-from tplaunch.spec.schedules import SCHEDULES, stages_of
+from tplaunch.spec.schedules import stages_of
 from tplaunch.spec.stages import stage_ranges
 
 
@@ -86,22 +87,21 @@ def outline(
 
 
 def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
-    training, zero = recipe.training, recipe.topology.zero
+    training, layout = recipe.training, recipe.topology
     module, parameters = outline(recipe, mesh, layers, STORAGE_DTYPE[training.precision], first=first, last=last)
     if training.compile:
         module.compile_blocks()
     sharding: Sharding
-    if zero >= 2 and mesh.topology.dp * mesh.topology.cp > 1:
+    if not are_flat(layout):
         sharding = _under_fsdp(recipe, mesh, module, parameters)
     else:
-        split = mesh.topology.pp > 1 and SCHEDULES[recipe.topology.schedule].splits_backward
         sharding = flat = FlatSharding(
             module,
             parameters,
             mesh,
             precision=training.precision,
-            in_place=not (split or training.compile),
-            overlap=not split,
+            in_place=are_added_in_place(recipe),
+            overlap=backward_is_whole(layout),
             compiled=training.compile,
         )
         module.block_begins = flat.block_begins

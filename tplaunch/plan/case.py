@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tplaunch.recipe.schema import Model, Part, Precision, Recipe
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.gpu import Gpu
+from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters
 from tplaunch.spec.recompute import sets
 from tplaunch.spec.schedules import SCHEDULES, stages_of
@@ -114,17 +115,17 @@ class Case:
     @property
     def flat(self) -> bool:
         """Whether weights and gradients lie in flat buffers, not under FSDP2."""
-        return self.zero <= 1 or self.sharing == 1
+        return are_flat(self.recipe.topology)
 
     @property
     def undivided_backward(self) -> bool:
         """Whether no backward pass runs in two halves."""
-        return self.topology.pp == 1 or not SCHEDULES[self.schedule].splits_backward
+        return backward_is_whole(self.recipe.topology)
 
     @property
     def accumulates_in_place(self) -> bool:
         """Whether the matmul that computes a weight's gradient adds it to the sum itself."""
-        return self.flat and self.undivided_backward and not self.recipe.training.compile
+        return are_added_in_place(self.recipe)
 
     @property
     def fast_domain(self) -> int:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, repeated_flops_per_token
+from tplaunch.spec.gradients import are_added_in_place
 from tplaunch.spec.recompute import sets
 
 # FLOPs that a GPU does in the time it moves one byte of its memory (A100 153, H100 295, B200 281): turns the cost of
@@ -20,8 +21,8 @@ _EMBEDDING_BYTES = 14
 def layer_cost_ratio(recipe: Recipe) -> tuple[float, float]:
     """Cost in time of the embedding and of the output layer with its loss, in blocks: (first, last).
 
-    What runs is counted: causal attention is half; what is made again runs forward twice; the loss computes its
-    logits twice (once more in backward), so that fp32 logits never exist whole.
+    What runs is counted: causal attention is half; what is made again runs forward twice; and the loss computes its
+    logits twice where its gradients are made in the backward pass, so that fp32 logits never exist whole.
     """
     model, training, seen = recipe.model, recipe.training, attended_positions(recipe) / 2
     forward = 2.0 * block_matmul_parameters(model) + attention_flops_per_token(model, seen)
@@ -29,7 +30,7 @@ def layer_cost_ratio(recipe: Recipe) -> tuple[float, float]:
     again = sum(n * repeated_flops_per_token(model, seen, parts) for parts, n in blocks.items())
     block = 3 * forward + again / model.num_layers
     embedding = float(_EMBEDDING_BYTES * _FLOPS_PER_BYTE * model.hidden_size)
-    output = 4 * 2.0 * model.padded_vocab_size * model.hidden_size
+    output = (3 if are_added_in_place(recipe) else 4) * 2.0 * model.padded_vocab_size * model.hidden_size
     return embedding / block, output / block
 
 
