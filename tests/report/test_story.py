@@ -40,6 +40,12 @@ def test_attempts_know_what_changed_and_how_they_ended(tmp_path: Path) -> None:
     assert (second.step, second.ended, second.changes) == (30, None, {"topology.tp": [2, 4]})
 
 
+def test_an_attempt_that_another_followed_does_not_go_on(tmp_path: Path) -> None:
+    events = [{"event": "attempt", "time": BEGAN + after, "attempt": after + 1} for after in (0, 1)]
+    first, second = attempts(make_run(tmp_path / "run", records=2, events=events).history())
+    assert first.why.startswith("killed") and not second.why
+
+
 def test_events_lie_where_they_happened(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", records=40, events=EVENTS)
     found = marks(run.history(), Curves.of(run))

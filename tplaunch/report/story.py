@@ -74,6 +74,8 @@ def attempts(history: History) -> list[Attempt]:
                     key: pair for key, pair in event.changes.items() if isinstance(pair, list) and len(pair) == 2
                 }
             case AttemptBegan():
+                if found and not found[-1].why:
+                    found[-1].why = "killed: it has left no word"
                 found.append(Attempt(event.attempt, event.time, event.job, event.nodes, changes=changes))
                 changes = {}
             case Resumed(step=step) if found:
