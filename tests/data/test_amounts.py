@@ -118,6 +118,7 @@ def test_train_says_it_and_records_what_was_read(here: Path, capsys: pytest.Capt
     ]
 
 
+@pytest.mark.slow
 def test_what_was_read_before_data_changed_is_booked_to_what_gave_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,7 +106,7 @@ def expected(folder: Path, prompt: str) -> list[int]:
     return made[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("make", [plain, llama3, sentencepiece])
+@pytest.mark.parametrize("make", [pytest.param(plain, marks=pytest.mark.slow), llama3, sentencepiece])
 def test_greedy_tokens_are_those_of_transformers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[Path], None]
 ) -> None:
@@ -155,6 +155,7 @@ def test_every_eos_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert found == [stopped]
 
 
+@pytest.mark.slow
 def test_an_eos_that_only_config_json_names_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
     theirs(folder, plain)
@@ -198,6 +199,7 @@ def test_a_run_that_went_on_from_it_gives_it_back(tmp_path: Path) -> None:
     assert about_text(tmp_path / "back") == about_text(folder)
 
 
+@pytest.mark.slow
 def test_how_tokens_are_chosen_is_the_folders_where_it_is_not_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,7 +145,9 @@ def test_gradients_are_those_without_on_the_same_topology(world: World, name: st
     assert world.run(ranks(raw), differing, raw, FEWER) == [[]] * ranks(raw)
 
 
-@pytest.mark.parametrize("name", ["alone", "tp2-sp", pytest.param("gemma", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2-sp", "gemma"))]
+)
 def test_gradients_are_those_without_when_compiled(world: World, name: str) -> None:
     raw = (
         case(training={"compile": True}, model=MODELS["gemma, sinks"] if name == "gemma" else None)

@@ -309,6 +309,7 @@ def test_tune_does_not_read_the_topology_of_the_recipe() -> None:
     assert (found[0].legal, found[0].fitting) == (found[1].legal, found[1].fitting)
 
 
+@pytest.mark.slow
 def test_tune_misses_nothing_that_planning_everything_finds() -> None:
     own = case("llama3-8b", "training.compile=false", "training.global_batch_size=32")
     best: Plan | None = None

@@ -93,6 +93,7 @@ def wait_for_step(run_dir: Path, step: int, launched: subprocess.Popen[str]) -> 
     raise AssertionError(f"step {step} did not come")
 
 
+@pytest.mark.slow
 def test_killed_rank_is_named_and_the_run_resumes_bit_for_bit(tmp_path: Path, cache: Path) -> None:
     settings = [*shape(2, 2, 1), "checkpoint.every=5", "training.steps=16"]
     whole = tmp_path / "whole"
