@@ -133,6 +133,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
         "rope_theta": 2e6,
     },
+    "smollm3-window": {
+        **_COMMON,
+        "rope_layers": ["rope", "none", "none"],
+        "window": WINDOW,
+        "window_layers": ["full", "window", "window"],
+        "rope_theta": 2e6,
+    },
     "gpt_neox": {
         **_COMMON,
         "num_kv_heads": HEADS,
@@ -178,6 +185,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "logits_scaling": 6.0,
     },
     "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": None},
+    "smollm3-window": {
+        "no_rope_layers": [1, 0, 0],
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "pad_token_id": None,
+    },
     "gpt_neox-in-turn": {"use_parallel_residual": False, "attention_bias": False},
     "mistral": {"sliding_window": None},  # as version 0.3
     "mistral-window": {"sliding_window": WINDOW},

@@ -128,7 +128,7 @@ def _in_the_way(model: Model, family: Family) -> Iterable[str]:
     for name in sorted(_FIELDS - has.free):
         value = getattr(model, name)
         if value != has.own.get(name, Model.model_fields[name].default):
-            yield f"{name}: {json.dumps(value)}"
+            yield f"{name}: {value}"
     biased = (model.qkv_bias, model.linear_bias)
     if has.free >= _BIASES and biased[0] != biased[1]:
         yield f"{'qkv_bias' if biased[0] else 'linear_bias'} alone"
@@ -231,6 +231,7 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         "rope_parameters": rope,
         **(_windows(model, family, rope, seq_len)),
         **(_own(model, family, seq_len)),
+        **({"pad_token_id": None} if family in (SMOLLM3, OLMO2, PHI3) else {}),  # else a number, maybe beyond the table
     }
 
 
