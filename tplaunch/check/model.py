@@ -97,5 +97,5 @@ def _block(model: Model) -> Iterator[Problem]:
         what = "attention and MLP side by side have norms of what they read alone"
         yield Problem(what, fix="parallel_residual: false, or post_norms: false", key="model.parallel_residual")
     if model.qk_norm_all_heads and not model.qk_norm:
-        what = "says what norms of queries and keys are over, and there are none"
+        what = "qk_norm_all_heads says what norms of queries and keys are over, and there are none"
         yield Problem(what, fix="qk_norm: true, or qk_norm_all_heads: false", key="model.qk_norm_all_heads")
