@@ -53,7 +53,7 @@ _FIELDS = {
 _BIASES = {"qkv_bias", "linear_bias"}  # one key in their files
 
 
-class _Has(NamedTuple):
+class Has(NamedTuple):
     """What a family's models are.
 
     Args:
@@ -81,26 +81,26 @@ _GPT2_OWN = {
 }
 _WINDOWS = {"window", "window_layers"}
 _GEMMA_FREE = {*_WINDOWS, "rope_scaling", "attention_softcap", "logit_softcap", "attention_scale"}
-_HAS = {
-    LLAMA: _Has({}, {*_BIASES, "mlp_bias", "rope_scaling"}),
-    MISTRAL: _Has({}, {"window", "rope_scaling"}),
-    QWEN2: _Has({"qkv_bias": True}, {*_WINDOWS, "rope_scaling"}),
-    QWEN3: _Has({"qk_norm": True}, {*_WINDOWS, "rope_scaling"}),
-    GRANITE: _Has(
+HAS = {
+    LLAMA: Has({}, {*_BIASES, "mlp_bias", "rope_scaling"}),
+    MISTRAL: Has({}, {"window", "rope_scaling"}),
+    QWEN2: Has({"qkv_bias": True}, {*_WINDOWS, "rope_scaling"}),
+    QWEN3: Has({"qk_norm": True}, {*_WINDOWS, "rope_scaling"}),
+    GRANITE: Has(
         {},
         {*_BIASES, "mlp_bias", "rope_scaling", "attention_scale"}
         | {"embedding_multiplier", "residual_multiplier", "logit_divisor"},
     ),
-    SMOLLM3: _Has({}, {*_BIASES, *_WINDOWS, "mlp_bias", "rope_scaling", "rope_layers"}),
-    OLMO2: _Has(
+    SMOLLM3: Has({}, {*_BIASES, *_WINDOWS, "mlp_bias", "rope_scaling", "rope_layers"}),
+    OLMO2: Has(
         {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True},
         {*_BIASES, "mlp_bias", "rope_scaling"},
     ),
-    PHI3: _Has({}, {"window", "rotary_fraction"}),
-    GEMMA2: _Has(_GEMMA_OWN, _GEMMA_FREE),
-    GEMMA3: _Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
-    GPT_NEOX: _Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
-    GPT2: _Has(_GPT2_OWN, {"rope_scaling"}),
+    PHI3: Has({}, {"window", "rotary_fraction"}),
+    GEMMA2: Has(_GEMMA_OWN, _GEMMA_FREE),
+    GEMMA3: Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
+    GPT_NEOX: Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
+    GPT2: Has(_GPT2_OWN, {"rope_scaling"}),
 }
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -124,7 +124,7 @@ def family_of(model: Model) -> Family:
 
 def _in_the_way(model: Model, family: Family) -> Iterable[str]:
     """The fields of a model that a family has not."""
-    has = _HAS[family]
+    has = HAS[family]
     for name in sorted(_FIELDS - has.free):
         value = getattr(model, name)
         if value != has.own.get(name, Model.model_fields[name].default):
@@ -192,7 +192,7 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         }
     scaling = None if model.rope_scaling is None else _scaling(model.rope_scaling)
     rope = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
-    if "rotary_fraction" in _HAS[family].free:
+    if "rotary_fraction" in HAS[family].free:
         rope["partial_rotary_factor"] = model.rotary_fraction
     if family == GPT_NEOX:
         return {
@@ -361,8 +361,8 @@ _ANY_FAMILY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "add_
 
 def _rotary(family: Family) -> dict[str, tuple[Any, ...]]:
     """As above, of the rotary parameters."""
-    scaled = ("llama3", "linear", "yarn") if "rope_scaling" in _HAS[family].free else ()
-    whole = {} if "rotary_fraction" in _HAS[family].free else {"partial_rotary_factor": (None, 1, 1.0)}
+    scaled = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    whole = {} if "rotary_fraction" in HAS[family].free else {"partial_rotary_factor": (None, 1, 1.0)}
     return {"rope_type": (None, "default", *scaled), **whole}
 
 
@@ -388,7 +388,7 @@ def _rope(config: Config) -> Config:
 
 
 def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
-    rope, has = _rope(config), _HAS[family]
+    rope, has = _rope(config), HAS[family]
     gemma = family in (GEMMA2, GEMMA3)
     fields = {
         "hidden_size": config.get("hidden_size"),
@@ -424,7 +424,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
 
 
 def _read_biases(config: Config, family: Family) -> Config:
-    if not _HAS[family].free >= _BIASES:
+    if not HAS[family].free >= _BIASES:
         return {}
     attention, mlp = (bool(config.get(f"{name}_bias", False)) for name in ("attention", "mlp"))
     return {"qkv_bias": attention, "linear_bias": attention, "mlp_bias": mlp and family != OLMO2}
@@ -494,7 +494,7 @@ def _read_scaling(rope: Config, config: Config) -> Config | None:
 def _layer_types(config: Config, family: Family) -> list[str] | None:
     """The kind of each layer, in a family whose layers differ; None where none has a window."""
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or "window" not in _HAS[family].free:
+    if not isinstance(layers, int) or "window" not in HAS[family].free:
         return None
     if family in (MISTRAL, PHI3):
         window = config.get("sliding_window", 4096 if family == MISTRAL else None)
