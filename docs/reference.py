@@ -20,6 +20,7 @@ from typer.main import get_command  # noqa: E402
 
 from tplaunch.cli.app import app  # noqa: E402
 from tplaunch.errors import Exit  # noqa: E402
+from tplaunch.huggingface.config import HAS  # noqa: E402
 from tplaunch.recipe.explain import in_words  # noqa: E402
 from tplaunch.recipe.presets import PRESETS  # noqa: E402
 from tplaunch.recipe.schema import Recipe  # noqa: E402
@@ -31,7 +32,11 @@ _TYPE = re.compile(r" <[\w\[\]]+>$")  # what Typer appends to the name of an arg
 def pages() -> dict[Path, str]:
     """Each generated page by its path."""
     folder = HERE / "reference"
-    return {folder / "commands.md": commands_page(), folder / "recipe.md": recipe_page()}
+    return {
+        folder / "commands.md": commands_page(),
+        folder / "recipe.md": recipe_page(),
+        folder / "families.md": families_page(),
+    }
 
 
 def commands_page() -> str:
@@ -74,6 +79,22 @@ def _parameters(command: Any, context: Any) -> Iterator[tuple[str, ...]]:
         default = "; ".join(f"`{part.strip()}`" for part in extra.removesuffix("]").split(";") if part)
         default = default.replace("`default: ", "`").replace("`required`", "required")
         yield f"`{_TYPE.sub('', names)}`", text, default
+
+
+def families_page() -> str:
+    """The architectures of transformers that are read and written, by the fields of `model`."""
+    rows = []
+    for family, has in HAS.items():
+        always = ", ".join(f"`{name}: {json.dumps(value)}`" for name, value in has.own.items())
+        told = ", ".join(f"`{name}`" for name in sorted(has.free))
+        rows.append((f"`{family.model_type}`", family.architecture, always or "as a recipe that says none", told))
+    text = (
+        "What of a `config.json` is read as which key of `model`, beside sizes, norm_eps, rope_theta, tie_embeddings "
+        "and init_std, which all have. A value that the last columns have no room for is refused, by name. `export` "
+        "writes the first family that computes the model, or `model.family`.\n"
+    )
+    head = ("model_type", "class", "always", "as its config.json says")
+    return "\n".join([MADE, "# Model families\n", text, _table(head, rows)])
 
 
 def recipe_page() -> str:

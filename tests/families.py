@@ -13,15 +13,25 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 WINDOW = 24
@@ -59,7 +69,9 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "llama-tied": {**_COMMON, "tie_embeddings": True},
-    "mistral": {**_COMMON, "head_dim": 24},
+    "llama-attention-bias": {**_COMMON, "qkv_bias": True, "linear_bias": True, "mlp_bias": False},
+    "llama-mlp-bias": {**_COMMON, "mlp_bias": True},
+    "mistral": {**_COMMON, "head_dim": 24, "family": "mistral"},
     "qwen2": {**_COMMON, "qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1e6},
     "qwen3": {**_COMMON, "qk_norm": True, "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},
     "mistral-window": {**_COMMON, "window": WINDOW},
@@ -96,6 +108,56 @@ MODELS: dict[str, dict[str, Any]] = {
         "window_rope_theta": 1e4,
         "rope_scaling": {"type": "linear", "factor": 8.0},
     },
+    "olmo2": {
+        **_COMMON,
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+        "qk_norm_all_heads": True,
+        "rope_theta": 5e5,
+    },
+    "phi3": {**_COMMON, "family": "phi3", "window": WINDOW},
+    "phi3-partial": {**_COMMON, "rotary_fraction": 0.75, "tie_embeddings": True},
+    "granite": {
+        **_COMMON,
+        "norm_eps": 1e-6,
+        "attention_scale": 0.2,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logit_divisor": 6.0,
+        "tie_embeddings": True,
+    },
+    "smollm3": {
+        **_COMMON,
+        "rope_layers": ["rope", "none", "rope"],
+        "tie_embeddings": True,
+        "rope_theta": 2e6,
+    },
+    "smollm3-window": {
+        **_COMMON,
+        "rope_layers": ["rope", "none", "none"],
+        "window": WINDOW,
+        "window_layers": ["full", "window", "window"],
+        "rope_theta": 2e6,
+    },
+    "gpt_neox": {
+        **_COMMON,
+        "num_kv_heads": HEADS,
+        "norm": "layernorm",
+        "activation": "gelu_exact",
+        "qkv_bias": True,
+        "linear_bias": True,
+        "rotary_fraction": 0.25,
+        "parallel_residual": True,
+    },
+    "gpt_neox-in-turn": {
+        **_COMMON,
+        "num_kv_heads": HEADS,
+        "norm": "layernorm",
+        "activation": "gelu_exact",
+        "mlp_bias": True,
+        "rotary_fraction": 0.5,
+    },
     "gpt2": {
         **_COMMON,
         "num_kv_heads": HEADS,
@@ -112,6 +174,24 @@ MODELS: dict[str, dict[str, Any]] = {
 
 # What transformers is told beside.
 _OWN: dict[str, dict[str, Any]] = {
+    "llama-attention-bias": {"attention_bias": True},
+    "llama-mlp-bias": {"mlp_bias": True},
+    "phi3": {"sliding_window": WINDOW, "pad_token_id": None},
+    "phi3-partial": {"pad_token_id": None},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": None},
+    "smollm3-window": {
+        "no_rope_layers": [1, 0, 0],
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "pad_token_id": None,
+    },
+    "gpt_neox-in-turn": {"use_parallel_residual": False, "attention_bias": False},
     "mistral": {"sliding_window": None},  # as version 0.3
     "mistral-window": {"sliding_window": WINDOW},
     "qwen3-window": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
@@ -158,12 +238,21 @@ def reference(family: str) -> PreTrainedModel:
             "mistral": (MistralConfig, MistralForCausalLM),
             "qwen2": (Qwen2Config, Qwen2ForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+            "phi3": (Phi3Config, Phi3ForCausalLM),
+            "granite": (GraniteConfig, GraniteForCausalLM),
+            "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+            "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
             "gemma2": (Gemma2Config, Gemma2ForCausalLM),
             "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
         }
         config, causal_lm = kinds[family.split("-")[0]]
         extra: dict[str, Any] = {"head_dim": spec["head_dim"]} if "head_dim" in spec else {}
         extra |= _OWN.get(family, {})
+        if "rotary_fraction" in spec:
+            rope["partial_rotary_factor"] = spec["rotary_fraction"]
+        heads = {} if config is GPTNeoXConfig else {"num_key_value_heads": KV_HEADS}
+        eps = "layer_norm_eps" if config is GPTNeoXConfig else "rms_norm_eps"
         if family == "gemma3":
             rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
         model = causal_lm(
@@ -173,8 +262,8 @@ def reference(family: str) -> PreTrainedModel:
                 intermediate_size=FFN,
                 num_hidden_layers=LAYERS,
                 num_attention_heads=HEADS,
-                num_key_value_heads=KV_HEADS,
-                rms_norm_eps=spec.get("norm_eps", 1e-5),
+                **heads,
+                **{eps: spec.get("norm_eps", 1e-5)},
                 max_position_embeddings=4 * SEQ,
                 rope_parameters=rope,
                 tie_word_embeddings=spec.get("tie_embeddings", False),
@@ -183,7 +272,7 @@ def reference(family: str) -> PreTrainedModel:
         )
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or "ln_" in name:
+            if name.endswith("bias") or "norm" in name or "ln_" in name:  # else they are 0 and 1
                 tensor.add_(0.1 * torch.randn_like(tensor))
     return model.eval()
 
@@ -191,11 +280,60 @@ def reference(family: str) -> PreTrainedModel:
 def tensors(model: Any, family: str, *, grad: bool = False) -> dict[str, Tensor]:
     """Weights, or gradients, under tplaunch's global names and shapes (vocabulary unpadded)."""
     found = {name: (t.grad if grad else t).detach() for name, t in model.named_parameters()}
-    return _gpt2(found) if family == "gpt2" else _llama(found, gemma=family.startswith("gemma"))
+    if family.startswith("gpt"):
+        return _gpt2(found) if family == "gpt2" else _gpt_neox(found)
+    return _llama(_split(found), after=family.startswith(("gemma", "olmo2")))
 
 
-def _llama(found: dict[str, Tensor], *, gemma: bool) -> dict[str, Tensor]:
-    after = {
+def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Phi-3's fused projections, apart."""
+    out = {}
+    size = HIDDEN // HEADS
+    fused = {
+        "qkv_proj": (("q_proj", "k_proj", "v_proj"), [HEADS * size, KV_HEADS * size, KV_HEADS * size]),
+        "gate_up_proj": (("gate_proj", "up_proj"), [FFN, FFN]),
+    }
+    for name, tensor in found.items():
+        parts, sizes = next((of for key, of in fused.items() if f".{key}." in name), ((), []))
+        if not parts:
+            out[name] = tensor
+        for part, piece in zip(parts, tensor.split(sizes) if sizes else (), strict=True):
+            out[name.replace("qkv_proj", part).replace("gate_up_proj", part)] = piece
+    return out
+
+
+def _gpt_neox(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    renames = {
+        "gpt_neox.embed_in.": "embedding.",
+        "gpt_neox.final_layer_norm.": "norm.",
+        "lm_head.": "output.",
+        "embed_out.": "output.",
+        "gpt_neox.layers.": "layers.",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "attention.dense": "attention.wo",
+        "mlp.dense_h_to_4h": "mlp.up",
+        "mlp.dense_4h_to_h": "mlp.down",
+    }
+    out = {}
+    for name, tensor in found.items():
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        if "query_key_value" not in name:
+            out[name] = tensor
+            continue
+        for place, kind in enumerate(("wq", "wk", "wv")):  # head by head
+            parts = [head.chunk(3)[place] for head in tensor.chunk(HEADS)]
+            out[name.replace("query_key_value", kind)] = torch.cat(parts)
+    return out
+
+
+def _llama(found: dict[str, Tensor], *, after: bool) -> dict[str, Tensor]:
+    """
+    Args:
+        after: there are norms of what attention and MLP give.
+    """
+    names = {
         "post_attention_layernorm": "attention_post_norm",
         "pre_feedforward_layernorm": "mlp_norm",
         "post_feedforward_layernorm": "mlp_post_norm",
@@ -215,7 +353,7 @@ def _llama(found: dict[str, Tensor], *, gemma: bool) -> dict[str, Tensor]:
         "mlp.gate_proj": "mlp.gate",
         "mlp.up_proj": "mlp.up",
         "mlp.down_proj": "mlp.down",
-    } | (after if gemma else {})
+    } | (names if after else {})
     out = {}
     for name, tensor in found.items():
         for old, new in renames.items():

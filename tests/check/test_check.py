@@ -169,6 +169,21 @@ REFUSED = [
         "only RMSNorm multiplies by 1 + weight",
         "norm: rmsnorm",
     ),
+    (["model.pre_norms=false"], "model.pre_norms", "need those of what they give", "post_norms: true"),
+    (
+        ["model.parallel_residual=true", "model.post_norms=true"],
+        "model.parallel_residual",
+        "norms of what they read alone",
+        "post_norms: false",
+    ),
+    (["model.qk_norm_all_heads=true"], "model.qk_norm_all_heads", "there are none", "qk_norm: true"),
+    (["model.rotary_fraction=0.01"], "model.rotary_fraction", "are 0 channels", "rotary_fraction: "),
+    (
+        ["model.rope_layers=[rope, none]", "model.position=learned", "model.max_position=64"],
+        "model.rope_layers",
+        "turns rotary embeddings, but position is learned",
+        "position: rope",
+    ),
     (["topology.pp=16", "training.global_batch_size=16"], "topology.pp", "8 layers cannot fill 16 stages", "at most 8"),
     (
         ["topology.pp=2", "topology.schedule=interleaved1f1b", "topology.virtual_stages=5"],

@@ -27,3 +27,10 @@ def test_weights_go_on_with_another_window_but_not_without_their_sinks() -> None
     asked = {**MODELS["llama"], "attention_sinks": True, "window": 8, "attention_softcap": 9.0}
     assert keys(stored, asked, weights_only=True) == []
     assert keys(stored, {**asked, "attention_sinks": False}, weights_only=True) == ["model.attention_sinks"]
+
+
+def test_one_model_said_in_two_ways() -> None:
+    stored = Model.model_validate({**MODELS["llama"], "mlp_bias": False}).model_dump(mode="json")
+    assert stored["mlp_bias"] is None  # as linear_bias
+    assert keys(stored, MODELS["llama"]) == keys(stored, {**MODELS["llama"], "family": "granite"}) == []
+    assert keys(stored, {**MODELS["llama"], "mlp_bias": True}) == ["model.mlp_bias"]

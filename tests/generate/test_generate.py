@@ -76,6 +76,12 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("mistral-window", 1, 1),  # it goes beyond its window
         ("gemma2", 2, 2),
         ("gemma3", 1, 2),
+        ("llama-attention-bias", 1, 1),
+        ("olmo2", 4, 1),
+        ("phi3-partial", 1, 1),
+        ("granite", 1, 1),
+        ("smollm3-window", 1, 1),
+        ("gpt_neox", 1, 1),
     ],
 )
 def test_tokens_are_those_of_transformers(

@@ -19,7 +19,7 @@ from tplaunch.checkpoint.store import find_checkpoints
 from tplaunch.cli.main import run
 from tplaunch.errors import Exit, TplaunchError
 from tplaunch.huggingface.config import LLAMA as LLAMA_FAMILY
-from tplaunch.huggingface.config import family_of, read_config, write_config
+from tplaunch.huggingface.config import READ, family_of, read_config, write_config
 from tplaunch.huggingface.export import export
 from tplaunch.huggingface.tensors import hf_tensors
 from tplaunch.recipe.load import load_recipe
@@ -60,6 +60,24 @@ def test_there_and_back(tmp_path: Path, family: str) -> None:
     loaded, said = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
     assert torch.equal(logits(loaded.eval()), logits(model))
+    differing = _differing(loaded.config.to_dict(), model.config.to_dict())
+    assert not differing
+
+
+# What a model is used with, dropout, what transformers writes of itself, and what is read of longrope alone.
+_BESIDE = {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path", "transformers_version"}
+_BESIDE |= {"attn_pdrop", "embd_pdrop", "resid_pdrop", "original_max_position_embeddings"}
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Ours may say more: what a class of transformers does not know, and defaults."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours.get(name), dict):
+            found |= {f"{name}.{inner}": both for inner, both in _differing(ours[name], value).items()}
+        elif name not in _BESIDE and ours.get(name) != value:
+            found[name] = (ours.get(name), value)
+    return found
 
 
 def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
@@ -143,6 +161,9 @@ def config(tmp_path: Path, base: dict[str, Any], **changes: Any) -> Path:
 
 LLAMA = write_config(Model.model_validate(MODELS["llama"]), seq_len=SEQ, precision="bf16", eod=0)
 QWEN2 = write_config(Model.model_validate(MODELS["qwen2"]), seq_len=SEQ, precision="bf16", eod=0)
+QWEN3 = write_config(Model.model_validate(MODELS["qwen3"]), seq_len=SEQ, precision="bf16", eod=0)
+SMOLLM3 = write_config(Model.model_validate(MODELS["smollm3"]), seq_len=SEQ, precision="bf16", eod=0)
+NEOX = write_config(Model.model_validate(MODELS["gpt_neox"]), seq_len=SEQ, precision="bf16", eod=0)
 GEMMA3 = write_config(Model.model_validate(MODELS["gemma3"]), seq_len=SEQ, precision="bf16", eod=0)
 SLIDING = {"use_sliding_window": True, "sliding_window": 128}
 GPT2 = write_config(Model.model_validate(MODELS["gpt2"]), seq_len=SEQ, precision="bf16", eod=0)
@@ -182,8 +203,14 @@ def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
     [
         (LLAMA, {"model_type": "mixtral"}, "model_type 'mixtral'"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
-        (LLAMA, {"attention_bias": True}, "attention_bias"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias"),
+        (QWEN3, {"attention_bias": True}, "attention_bias"),
+        (QWEN3, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA, {"model_type": "olmo2", "mlp_bias": True}, "mlp_bias"),
+        (LLAMA, {"model_type": "phi3"}, "rope_type"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        (SMOLLM3, {"no_rope_layers": [1, 2, 1]}, "no_rope_layers"),
+        (NEOX, {"hidden_act": "gelu_new"}, "hidden_act"),
+        (NEOX, {"partial_rotary_factor": 2.0, "rope_parameters": None}, "rotary_fraction"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -301,7 +328,12 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
         {"qkv_bias": True, "qk_norm": True},
         {"attention_sinks": True},
         {"attention_softcap": 9.0},
-        {"window": 8, "window_layers": ["window", "full"]},
+        {"window": 8, "window_layers": ["window", "full"], "attention_scale": 0.3},
+        {"parallel_residual": True},
+        {**MODELS["olmo2"], "qk_norm_all_heads": False},
+        {**MODELS["olmo2"], "mlp_bias": True},
+        {**MODELS["gpt_neox"], "mlp_bias": False},
+        {**MODELS["gpt_neox"], "num_kv_heads": 1},
         {**MODELS["gemma2"], "attention_scale": 0.3},
     ],
     ids=str,
@@ -309,6 +341,34 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
 def test_a_model_that_transformers_has_not(changes: dict[str, Any]) -> None:
     with pytest.raises(TplaunchError, match="no architecture"):
         family_of(Model.model_validate({**MODELS["llama"], **changes}))
+
+
+def test_a_family_that_a_model_names_must_compute_it() -> None:
+    llama = Model.model_validate({**MODELS["llama"], "rope_scaling": None})
+    assert family_of(llama).model_type == "llama"
+    for named in ("mistral", "granite", "phi3"):
+        assert family_of(llama.model_copy(update={"family": named})).model_type == named
+    with pytest.raises(TplaunchError, match="qwen2 of transformers is not this model"):
+        family_of(llama.model_copy(update={"family": "qwen2"}))
+    assert family_of(llama.model_copy(update={"window": 8})).model_type == "mistral"
+    assert family_of(llama.model_copy(update={"window": 8, "window_layers": ["full", "window"]})) == READ["smollm3"]
+
+
+def test_no_rope_layers_by_their_interval(tmp_path: Path) -> None:
+    four = {**SMOLLM3, "num_hidden_layers": 8, "no_rope_layers": None}
+    assert read_config(config(tmp_path, four)).model.rope_layers == ["rope", "rope", "rope", "none"]
+    assert read_config(config(tmp_path, four, no_rope_layer_interval=9)).model.rope_layers is None
+    assert read_config(config(tmp_path, four, no_rope_layer_interval=1)).model.rope_layers == ["none"]
+
+
+def test_masks_of_old_gpt_neox_files_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    saved("gpt_neox", folder)
+    found = load_file(folder / "model.safetensors")
+    at = "gpt_neox.layers.0.attention"
+    found |= {f"{at}.bias": torch.ones(1, 1, SEQ, SEQ), f"{at}.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(found, folder / "model.safetensors")
+    assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
 
 
 def test_sinks_are_called_as_in_gpt_oss() -> None:

@@ -39,6 +39,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_sinks": True,
     },
     "gpt2, norms of heads": {**GPT2, "qk_norm": True},
+    "olmo2": {
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+        "qk_norm_all_heads": True,
+        "residual_multiplier": 0.3,
+        "rope_layers": ["rope", "none"],
+    },
+    "gpt_neox": {
+        **{key: value for key, value in GPT2.items() if key not in ("position", "max_position")},
+        "activation": "gelu_exact",
+        "rotary_fraction": 0.5,
+        "parallel_residual": True,
+    },
 }
 # Each part alone, each two, all but one: chains of all lengths.
 SETS: list[Any] = [
@@ -66,6 +80,11 @@ FEWER: list[Any] = [
 
 # As many of those, and what norms after attention and MLP add.
 AFTER: list[Any] = [*FEWER, {"again": ["down"]}, {"again": ["norm", "down"]}]
+
+
+def sets_of(model: str, otherwise: list[Any] = SETS) -> list[Any]:
+    """What is tried of a model: of those that differ from another in some steps, less."""
+    return AFTER if MODELS[model].get("post_norms") else FEWER if model == "gpt_neox" else otherwise
 
 
 def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
@@ -105,12 +124,12 @@ def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_without(world: World, model: str, precision: str) -> None:
     raw = case(model=MODELS[model], training={"precision": precision, "steps": 1})
-    assert world.run(1, differing, raw, AFTER if "sinks" in model else SETS) == [[]]
+    assert world.run(1, differing, raw, sets_of(model)) == [[]]
 
 
 WORLDS = {
     "bf16": case(training={"precision": "bf16"}),
-    "documents": case(training={"document_mask": True}, model=MODELS["qwen3"]),
+    "documents": case(training={"document_mask": True}, model={**MODELS["qwen3"], "rope_layers": ["rope", "none"]}),
     "tp2": case(2, model=MODELS["qwen3"]),
     "tp2-sp": case(2, sequence_parallel=True),
     "tp2-sp-gpt2": case(2, sequence_parallel=True, model=GPT2),
@@ -197,7 +216,7 @@ def test_a_block_keeps_what_is_planned(
     world: World, model: str, precision: str, tp: int, sequence_parallel: bool
 ) -> None:
     raw = case(tp, sequence_parallel=sequence_parallel, model=MODELS[model], training={"precision": precision})
-    sets = ["none", *(AFTER if "sinks" in model else SETS if tp == 1 else FEWER)]
+    sets = ["none", *sets_of(model, SETS if tp == 1 else FEWER)]
     # torch's LayerNorm keeps both its statistics in fp32 on a GPU, in bf16 on a CPU.
     narrow = precision == "bf16" and MODELS[model].get("norm") == "layernorm"
     tokens = SEQ * raw["training"]["micro_batch_size"] // (tp if sequence_parallel else 1)
@@ -319,3 +338,5 @@ def test_parts_of_a_set_that_save_nothing_are_left_out() -> None:
     assert effective(llama, frozenset({"qkv"})) == effective(llama, frozenset({"rotary"})) == frozenset()
     assert effective(llama, ALL) == ALL - {"down"}
     assert effective(gpt2, frozenset({"qkv", "rotary"})) == {"qkv"}
+    side_by_side = Model.model_validate({**case()["model"], **MODELS["gpt_neox"]})
+    assert effective(side_by_side, ALL) == ALL - {"attention_output", "down"}

@@ -49,6 +49,7 @@ def memory(recipe: dict[str, Any], gpu: str = "h100-80gb") -> list[Memory]:
 
 
 GPT = {"activation": "gelu", "position": "learned", "max_position": 256, "qkv_bias": True, "linear_bias": True}
+OLMO2 = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True}
 INTERLEAVED = {"schedule": "interleaved1f1b", "virtual_stages": 2}
 MEASURED: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -62,6 +63,9 @@ MEASURED: dict[str, dict[str, Any]] = {
     "alone, again gate_up": {"training": {"recompute": {"again": ["norm", "gate_up", "activation"]}}},
     "alone, save gate_up": {"training": {"recompute": {"save": ["gate_up"]}}},
     "norms of heads, cheap": {"model": {"qk_norm": True}, "training": {"recompute": "cheap"}},
+    "norms after alone": {"model": OLMO2},
+    "norms after alone, cheap": {"model": OLMO2, "training": {"recompute": "cheap"}},
+    "side by side": {"model": {"parallel_residual": True, "norm": "layernorm", "activation": "gelu_exact"}},
     "gpt": {"model": GPT},
     "tp 2": {"tp": 2},
     "tp 2, sp": {"tp": 2, "sequence_parallel": True},

@@ -8,7 +8,8 @@ from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Model
 from tplaunch.spec.parameters import parameter_count
 
-# What the published checkpoints hold, tied weights once (safetensors metadata of the models' repositories).
+# What the published checkpoints hold, tied weights once (safetensors metadata of the models' repositories); of Gemma 3
+# the text model (without embeddings as in arXiv 2503.19786, table 1, rounded there).
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
@@ -28,6 +29,17 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
+    "phi-4": 14_659_507_200,
+    "smollm3-3b": 3_075_098_624,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168,
+    "gemma3-12b": 11_766_034_176,
+    "gemma3-27b": 27_009_346_304,
     "gpt2-124m": 124_439_808,
     "gpt2-xl": 1_557_611_200,
 }

@@ -233,6 +233,25 @@ def test_sequences_are_gathered_as_often_as_planned(schedule: str) -> None:
         assert seen == planned + ends * of.microbatches
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_means_over_heads_are_taken_as_often_as_planned(recompute: str) -> None:
+    of = case(
+        "quickstart",
+        "topology={tp: 2, pp: 1, dp: 1, sequence_parallel: true}",
+        "model={qk_norm: true, qk_norm_all_heads: true}",
+        "training.micro_batch_size=1",
+        "training.global_batch_size=2",
+        "training.loss_chunk=32",  # else its statistics are as large
+        f"training.recompute={recompute}",
+    )
+    with processes() as go:
+        (record,) = go(simulate_rank, [(of.recipe, 0)])
+    (planned,) = (t for t in estimate(of).traffic[0] if t.what == "means over heads")
+    tp, again = tuple(of.topology.group("tp", 0)), 2 * (recompute == "cheap")
+    seen = [c for c in record.collectives if (c.kind, c.group, c.bytes) == ("all-reduce", tp, planned.bytes)]
+    assert len(seen) == planned.calls == of.microbatches * of.model.num_layers * (4 + again)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_shortened_step_holds_as_much() -> None:

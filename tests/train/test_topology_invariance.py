@@ -30,6 +30,7 @@ GPT2 = {
 }
 QWEN3 = {"qk_norm": True, "head_dim": 32}
 QWEN2 = {"qkv_bias": True}
+OLMO2 = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True}
 TIED = {"tie_embeddings": True}
 # As wide as real models, where sums are long: fp32 sums of a gradient's squares would be 1e-3 off.
 WIDE = {"model": {"hidden_size": 768, "num_heads": 12, "num_layers": 1, "ffn_hidden_size": 768, "vocab_size": 32_000}}
@@ -77,6 +78,20 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2-tp4-dp2": case(4, 1, 2, model=GPT2, zero=0),
     "qwen3-tp4-dp2": case(4, 1, 2, model=QWEN3),
     "qwen3-kv2-tp4-sp-cheap": case(4, sequence_parallel=True, model=QWEN3, training={"recompute": "cheap"}),
+    "olmo2-kv2-tp4-sp-cheap-scalars": case(
+        4,
+        sequence_parallel=True,
+        model={**OLMO2, "rope_layers": ["rope", "none"], "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
+        | {"logit_divisor": 2.0},
+        training={"recompute": "cheap"},
+    ),
+    "fp64-side-by-side-tp2-zero-bubble": case(
+        2,
+        2,
+        schedule="interleavedzerobubble",
+        model={"parallel_residual": True, "rotary_fraction": 0.5, "norm": "layernorm", "qkv_bias": True},
+        training={"precision": "fp64"},
+    ),
     "qwen2-tp2-pp2": case(2, 2, model=QWEN2),
     "z-loss": case(2, 1, 2, zero=2, training={"z_loss": 1e-3}),
     "documents": case(2, 2, 2, sequence_parallel=True, training={"document_mask": True, "eod_mask_loss": True}),

@@ -30,7 +30,15 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
             fix=f"head_dim: {model.head_dim + 1}",
             key="model.head_dim",
         )
+    elif model.position == "rope" and (model.rotary_dim % 2 or not model.rotary_dim):
+        yield Problem(
+            f"rotary_fraction {model.rotary_fraction:g} of head_dim {model.head_dim} are {model.rotary_dim} channels",
+            why="rotary embeddings turn pairs of channels",
+            fix=f"rotary_fraction: {(model.rotary_dim + 2) // 2 * 2 / model.head_dim:g}",
+            key="model.rotary_fraction",
+        )
     yield from _windows(model)
+    yield from _block(model)
     if model.position == "learned":
         if model.max_position is None:
             yield Problem(
@@ -72,5 +80,22 @@ def _windows(model: Model) -> Iterator[Problem]:
     if model.window_rope_theta is not None and model.position != "rope":
         what, fix = "turns rotary embeddings, but position is learned", "window_rope_theta: null, or position: rope"
         yield Problem(what, fix=fix, key="model.window_rope_theta")
+    for key, default in (("rope_layers", None), ("rotary_fraction", 1.0)):
+        if getattr(model, key) != default and model.position != "rope":
+            what, fix = "turns rotary embeddings, but position is learned", f"leave {key} out, or position: rope"
+            yield Problem(what, fix=fix, key=f"model.{key}")
     if model.norm_plus_one and model.norm != "rmsnorm":
         yield Problem("only RMSNorm multiplies by 1 + weight", fix="norm: rmsnorm", key="model.norm_plus_one")
+
+
+def _block(model: Model) -> Iterator[Problem]:
+    """How a block's norms and sums go together."""
+    if not model.pre_norms and not model.post_norms:
+        what = "blocks without norms of what they read need those of what they give"
+        yield Problem(what, fix="post_norms: true, or pre_norms: true", key="model.pre_norms")
+    if model.parallel_residual and (model.post_norms or not model.pre_norms):
+        what = "attention and MLP side by side have norms of what they read alone"
+        yield Problem(what, fix="parallel_residual: false, or post_norms: false", key="model.parallel_residual")
+    if model.qk_norm_all_heads and not model.qk_norm:
+        what = "qk_norm_all_heads says what norms of queries and keys are over, and there are none"
+        yield Problem(what, fix="qk_norm: true, or qk_norm_all_heads: false", key="model.qk_norm_all_heads")

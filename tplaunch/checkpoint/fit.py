@@ -7,8 +7,8 @@ from typing import Any
 
 from tplaunch.recipe.schema import Model, RopeScaling
 
-# Only a name for values, and how weights are drawn that a checkpoint brings along.
-_IRRELEVANT = frozenset({"preset", "init_std"})
+# Only names, and how weights are drawn that a checkpoint brings along.
+_IRRELEVANT = frozenset({"preset", "family", "init_std"})
 # What weights alone do not depend on: a new run may take them over and compute otherwise (a longer context, say).
 _NOT_IN_WEIGHTS = frozenset(
     {"norm_eps", "rope_theta", "rope_scaling", "window", "window_layers", "window_rope_theta", "attention_softcap"}

@@ -31,88 +31,118 @@ GPT2 = Family("gpt2", "GPT2LMHeadModel")
 LLAMA = Family("llama", "LlamaForCausalLM")
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM")
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM")  # written with a window only: else it is a Llama
+MISTRAL = Family("mistral", "MistralForCausalLM")
+GRANITE = Family("granite", "GraniteForCausalLM")
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM")
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM")
+PHI3 = Family("phi3", "Phi3ForCausalLM")
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM")
 GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM")
-READ = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GPT2)}
+GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM")
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
+READ = {family.model_type: family for family in _ALL}
 
-_NO_GEMMA_FIELDS: dict[str, Any] = {
-    "norm_plus_one": False,
-    "post_norms": False,
-    "scale_embeddings": False,
-    "window_rope_theta": None,
-    "attention_softcap": None,
-    "logit_softcap": None,
-    "attention_scale": None,
+# What decides how a model computes, and differs among families; what is not here, all have.
+_FIELDS = {
+    *("norm", "activation", "position", "qkv_bias", "linear_bias", "mlp_bias", "qk_norm", "qk_norm_all_heads"),
+    *("attention_sinks", "norm_plus_one", "pre_norms", "post_norms", "parallel_residual", "scale_embeddings"),
+    *("rotary_fraction", "rope_layers", "rope_scaling", "window", "window_layers", "window_rope_theta"),
+    *("attention_softcap", "logit_softcap", "attention_scale"),
+    *("embedding_multiplier", "residual_multiplier", "logit_divisor"),
 }
-_NO_LAYER_FIELDS: dict[str, Any] = {"attention_sinks": False}
-_LLAMA_FIELDS = {
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "position": "rope",
-    "linear_bias": False,
-    **_NO_LAYER_FIELDS,
-    **_NO_GEMMA_FIELDS,
-}
-_GEMMA_FIELDS = {
-    "norm": "rmsnorm",
+_BIASES = {"qkv_bias", "linear_bias"}  # one key in their files
+
+
+class Has(NamedTuple):
+    """What a family's models are.
+
+    Args:
+        own: fields that are so in all of them; what is in neither has its default.
+        free: fields that are told by a model's `config.json`.
+    """
+
+    own: dict[str, Any]
+    free: set[str]
+
+
+_GEMMA_OWN = {
     "activation": "geglu",
-    "position": "rope",
-    "qkv_bias": False,
-    "linear_bias": False,
-    **_NO_LAYER_FIELDS,
     "norm_plus_one": True,
     "post_norms": True,
     "scale_embeddings": True,
 }
-_GPT2_FIELDS = {
+_NEOX_OWN = {"norm": "layernorm", "activation": "gelu_exact"}
+_GPT2_OWN = {
     "norm": "layernorm",
     "activation": "gelu",
     "position": "learned",
     "qkv_bias": True,
     "linear_bias": True,
-    "qk_norm": False,
 }
-_GPT2_ALONE = {**_GPT2_FIELDS, "window": None, **_NO_LAYER_FIELDS, **_NO_GEMMA_FIELDS}
+_WINDOWS = {"window", "window_layers"}
+_GEMMA_FREE = {*_WINDOWS, "rope_scaling", "attention_softcap", "logit_softcap", "attention_scale"}
+HAS = {
+    LLAMA: Has({}, {*_BIASES, "mlp_bias", "rope_scaling"}),
+    MISTRAL: Has({}, {"window", "rope_scaling"}),
+    QWEN2: Has({"qkv_bias": True}, {*_WINDOWS, "rope_scaling"}),
+    QWEN3: Has({"qk_norm": True}, {*_WINDOWS, "rope_scaling"}),
+    GRANITE: Has(
+        {},
+        {*_BIASES, "mlp_bias", "rope_scaling", "attention_scale"}
+        | {"embedding_multiplier", "residual_multiplier", "logit_divisor"},
+    ),
+    SMOLLM3: Has({}, {*_BIASES, *_WINDOWS, "mlp_bias", "rope_scaling", "rope_layers"}),
+    OLMO2: Has(
+        {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True},
+        {*_BIASES, "mlp_bias", "rope_scaling"},
+    ),
+    PHI3: Has({}, {"window", "rotary_fraction"}),
+    GEMMA2: Has(_GEMMA_OWN, _GEMMA_FREE),
+    GEMMA3: Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
+    GPT_NEOX: Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
+    GPT2: Has(_GPT2_OWN, {"rope_scaling"}),
+}
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def family_of(model: Model) -> Family:
-    """The architecture that computes what a model computes.
+    """The architecture that computes what a model computes: the one that it names, or the first that does.
 
     Raises:
-        TplaunchError: there is none; names the fields that stand in the way.
+        TplaunchError: there is none, or not the one that it names; names what stands in the way.
     """
-    known = (("llama", _LLAMA_FIELDS), ("gpt2", _GPT2_ALONE), ("gemma2", _GEMMA_FIELDS))
-    other = {name: _differing(model, fields) for name, fields in known}
-    if not other["llama"]:
-        windows = {model.window_of(layer) for layer in range(model.num_layers)}
-        if model.qkv_bias and model.qk_norm:
-            other["llama"] = ["qkv_bias together with qk_norm"]
-        elif model.qkv_bias or model.qk_norm:
-            return QWEN2 if model.qkv_bias else QWEN3
-        elif len(windows) == 1:
-            return LLAMA if None in windows else MISTRAL
-        else:
-            other["llama"] = ["window_layers"]
-    if not other["gemma2"]:
-        if _head_scalar(model) is None:
-            other["gemma2"] = [f"attention_scale: {model.attention_scale}"]
-        elif model.qk_norm:
-            return GEMMA3
-        elif model.window_rope_theta is None:
-            return GEMMA2
-        else:
-            other["gemma2"] = ["window_rope_theta without qk_norm"]
-    if not other["gpt2"]:
-        assert model.head_dim is not None
-        if model.num_kv_heads == model.num_heads and model.head_dim * model.num_heads == model.hidden_size:
-            return GPT2
-        other["gpt2"] = ["heads that do not share hidden_size among them"]
-    nearest, fields = min(other.items(), key=lambda item: len(item[1]))
-    raise TplaunchError(
-        Problem("no architecture of transformers is this model", why=f"{nearest}, the nearest, has no {fields[0]}")
-    )
+    asked = _ALL if model.family is None else (READ[model.family],)
+    other = {family: list(_in_the_way(model, family)) for family in asked}
+    family = min(asked, key=lambda family: len(other[family]))
+    if not other[family]:
+        return family
+    what, nearest = "no architecture of transformers is this model", f"{family.model_type}, the nearest,"
+    if model.family is not None:
+        what, nearest = f"{model.family} of transformers is not this model", family.model_type
+    raise TplaunchError(Problem(what, why=f"{nearest} has no {other[family][0]}"))
+
+
+def _in_the_way(model: Model, family: Family) -> Iterable[str]:
+    """The fields of a model that a family has not."""
+    has = HAS[family]
+    for name in sorted(_FIELDS - has.free):
+        value = getattr(model, name)
+        if value != has.own.get(name, Model.model_fields[name].default):
+            yield f"{name}: {value}"
+    biased = (model.qkv_bias, model.linear_bias)
+    if has.free >= _BIASES and biased[0] != biased[1]:
+        yield f"{'qkv_bias' if biased[0] else 'linear_bias'} alone"
+    if family == OLMO2 and model.biased_mlp:
+        yield "biases on the MLP"
+    if family == GPT_NEOX and not model.biased_mlp:
+        yield "MLP without biases"
+    if "window_layers" not in has.free and len({model.window_of(layer) for layer in range(model.num_layers)}) > 1:
+        yield "window_layers"
+    if family in (GEMMA2, GEMMA3) and _head_scalar(model) is None:
+        yield f"attention_scale: {model.attention_scale}"
+    shared = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size  # None: a check says why
+    if family in (GPT2, GPT_NEOX) and not (shared and model.num_kv_heads == model.num_heads):
+        yield "heads that do not share hidden_size among them"
 
 
 def _head_scalar(model: Model) -> int | None:
@@ -121,10 +151,6 @@ def _head_scalar(model: Model) -> int | None:
         return model.head_dim
     scalar = round(model.attention_scale**-2)
     return scalar if scalar and scalar**-0.5 == model.attention_scale else None
-
-
-def _differing(model: Model, fields: dict[str, Any]) -> list[str]:
-    return [f"{name}: {getattr(model, name)}" for name, value in fields.items() if getattr(model, name) != value]
 
 
 def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None) -> Config:
@@ -166,6 +192,26 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         }
     scaling = None if model.rope_scaling is None else _scaling(model.rope_scaling)
     rope = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
+    if "rotary_fraction" in HAS[family].free:
+        rope["partial_rotary_factor"] = model.rotary_fraction
+    if family == GPT_NEOX:
+        return {
+            **common,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.ffn_hidden_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_heads,
+            "layer_norm_eps": model.norm_eps,
+            "max_position_embeddings": seq_len,
+            "hidden_act": "gelu",
+            "attention_bias": model.qkv_bias,
+            "use_parallel_residual": model.parallel_residual,
+            **{name: 0.0 for name in ("attention_dropout", "hidden_dropout")},
+            "rotary_emb_base": model.rope_theta,
+            "rotary_pct": model.rotary_fraction,
+            "rope_scaling": scaling,
+            "rope_parameters": rope,
+        }
     return {
         **common,
         "hidden_size": model.hidden_size,
@@ -178,12 +224,14 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         "max_position_embeddings": seq_len,
         "hidden_act": "silu",
         "attention_bias": model.qkv_bias,
-        "mlp_bias": False,
+        "mlp_bias": model.biased_mlp,
         "attention_dropout": 0.0,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": rope,
         **(_windows(model, family, rope, seq_len)),
+        **(_own(model, family, seq_len)),
+        **({"pad_token_id": None} if family in (SMOLLM3, OLMO2, PHI3) else {}),  # else a number, maybe beyond the table
     }
 
 
@@ -202,9 +250,9 @@ _KINDS = {"window": "sliding_attention", "full": "full_attention"}
 def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config:
     """What is said of windows, and of what comes with them in Gemma."""
     types = [_KINDS["full" if model.window_of(i) is None else "window"] for i in range(model.num_layers)]
-    if family == MISTRAL:
+    if family in (MISTRAL, PHI3):
         return {"sliding_window": model.window}
-    if family in (QWEN2, QWEN3) and _KINDS["window"] in types:
+    if family in (QWEN2, QWEN3, SMOLLM3) and _KINDS["window"] in types:
         return {
             "use_sliding_window": True,
             "sliding_window": model.window,
@@ -228,6 +276,27 @@ def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config
         local = rope if theta is None else {"rope_type": "default", "rope_theta": theta}
         found["rope_parameters"] = {_KINDS["full"]: rope, _KINDS["window"]: local}
     return found
+
+
+def _own(model: Model, family: Family, seq_len: int) -> Config:
+    """What one family alone says."""
+    if family == GRANITE:
+        assert model.head_dim is not None
+        return {
+            "embedding_multiplier": model.embedding_multiplier,
+            "attention_multiplier": model.attention_scale or model.head_dim**-0.5,
+            "residual_multiplier": model.residual_multiplier,
+            "logits_scaling": model.logit_divisor,
+        }
+    if family == SMOLLM3:
+        return {"no_rope_layers": [int(model.turns(layer)) for layer in range(model.num_layers)]}
+    if family == PHI3:
+        return {
+            "original_max_position_embeddings": seq_len,
+            "partial_rotary_factor": model.rotary_fraction,
+            **{name: 0.0 for name in ("embd_pdrop", "resid_pdrop")},
+        }
+    return {}
 
 
 class Read(NamedTuple):
@@ -266,8 +335,9 @@ def read_config(path: Path) -> Read:
     if bad := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(config.get(key) or {}, dict)]:
         raise TplaunchError(Problem(f"{path}: {bad[0]} must be a mapping"))
     family = READ[kind]
-    fields, seq_len, allowed = _gpt2_fields(config) if family == GPT2 else _llama_fields(config, family)
-    found = [*_refused(config, allowed), *(() if family == GPT2 else _refused(_rope(config), _ROPE))]
+    read = {GPT2: _gpt2_fields, GPT_NEOX: _neox_fields}.get(family)
+    fields, seq_len, allowed = _llama_fields(config, family) if read is None else read(config)
+    found = [*_refused(config, allowed), *(() if family == GPT2 else _refused(_rope(config), _rotary(family)))]
     if family != GPT2:
         found += _refused_layers(config, family)
     if type(seq_len) is not int or seq_len < 1:
@@ -276,7 +346,10 @@ def read_config(path: Path) -> Read:
         why = "the model would compute something else here"
         raise TplaunchError(*(Problem(f"{path}: {text}", why=why) for text in found))
     try:
-        return Read(family, Model.model_validate(fields), seq_len)
+        model = Model.model_validate(fields)
+        if family_of(model) != family:
+            model = Model.model_validate({**fields, "family": family.model_type})
+        return Read(family, model, seq_len)
     except ValidationError as error:
         texts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise TplaunchError(*(Problem(f"{path}: {text}") for text in texts)) from None
@@ -284,10 +357,13 @@ def read_config(path: Path) -> Read:
 
 # Key -> values that say what our model does; None stands for a missing key, too.
 _ANY_FAMILY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "add_cross_attention": (None, False)}
-_ROPE: dict[str, tuple[Any, ...]] = {
-    "rope_type": (None, "default", "llama3", "linear", "yarn"),
-    "partial_rotary_factor": (None, 1, 1.0),
-}
+
+
+def _rotary(family: Family) -> dict[str, tuple[Any, ...]]:
+    """As above, of the rotary parameters."""
+    scaled = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    whole = {} if "rotary_fraction" in HAS[family].free else {"partial_rotary_factor": (None, 1, 1.0)}
+    return {"rope_type": (None, "default", *scaled), **whole}
 
 
 def _refused(config: Config, allowed: dict[str, tuple[Any, ...]]) -> Iterable[str]:
@@ -304,13 +380,15 @@ def _rope(config: Config) -> Config:
     if isinstance(full := new.get(_KINDS["full"]), dict):  # by kind of layer
         new = full
     found = {"rope_theta": config.get("rope_theta"), **old, **new}
+    if found["rope_theta"] is None:
+        found["rope_theta"] = config.get("rotary_emb_base")
     found["rope_type"] = found.get("rope_type") or found.get("type")
     found.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     return found
 
 
 def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
-    rope = _rope(config)
+    rope, has = _rope(config), HAS[family]
     gemma = family in (GEMMA2, GEMMA3)
     fields = {
         "hidden_size": config.get("hidden_size"),
@@ -320,14 +398,15 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         "head_dim": config.get("head_dim", 256 if gemma else None),
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta") or (1e6 if family == GEMMA3 else 10000.0),
+        "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3) else 1e-6),
+        "rope_theta": rope.get("rope_theta") or {GEMMA3: 1e6, SMOLLM3: 2e6}.get(family, 10000.0),
         "rope_scaling": _read_scaling(rope, config),
-        "qkv_bias": family == QWEN2,
-        "qk_norm": family in (QWEN3, GEMMA3),
-        "tie_embeddings": config.get("tie_word_embeddings", gemma),
+        "tie_embeddings": config.get("tie_word_embeddings", gemma or family == SMOLLM3),
         "init_std": config.get("initializer_range", 0.02),
+        **has.own,
+        **_read_biases(config, family),
         **_read_windows(config, family),
+        **_read_own(config, family, rope),
         **(_read_gemma(config, family) if gemma else {}),
     }
     allowed = {
@@ -337,11 +416,61 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
             if gemma
             else {"hidden_act": (None, "silu", "swish")}
         ),
-        "attention_bias": (None, False, True) if family == QWEN2 else (None, False),
-        "mlp_bias": (None, False),
+        "attention_bias": (None, False, True) if family == QWEN2 or has.free >= _BIASES else (None, False),
+        "mlp_bias": (None, False, True) if "mlp_bias" in has.free and family != OLMO2 else (None, False),
     }
-    most = {GEMMA2: 8192, GEMMA3: 131_072}.get(family, 2048)
+    most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}.get(family, 2048)
     return fields, config.get("max_position_embeddings", most), allowed
+
+
+def _read_biases(config: Config, family: Family) -> Config:
+    if not HAS[family].free >= _BIASES:
+        return {}
+    attention, mlp = (bool(config.get(f"{name}_bias", False)) for name in ("attention", "mlp"))
+    return {"qkv_bias": attention, "linear_bias": attention, "mlp_bias": mlp and family != OLMO2}
+
+
+def _read_own(config: Config, family: Family, rope: Config) -> Config:
+    """What one family alone says."""
+    if family == GRANITE:
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        scale = config.get("attention_multiplier", 1.0)
+        usual = None
+        if isinstance(heads, int) and isinstance(hidden, int) and 0 < heads <= hidden:
+            usual = (config.get("head_dim") or hidden // heads) ** -0.5
+        return {
+            "embedding_multiplier": config.get("embedding_multiplier", 1.0),
+            "residual_multiplier": config.get("residual_multiplier", 1.0),
+            "logit_divisor": config.get("logits_scaling", 1.0),
+            "attention_scale": None if scale == usual else scale,
+        }
+    if family == SMOLLM3:
+        turns = _no_rope_layers(config)
+        return (
+            {}
+            if turns is None or all(turns)
+            else {"rope_layers": _repeated(["rope" if on else "none" for on in turns])}
+        )
+    if family == PHI3:
+        return {"rotary_fraction": rope.get("partial_rotary_factor") or 1.0}
+    return {}
+
+
+def _no_rope_layers(config: Config) -> list[Any] | None:
+    """Of each layer of SmolLM3, whether it turns (not what the key's name says); None where it cannot be told."""
+    layers, every = config.get("num_hidden_layers"), config.get("no_rope_layer_interval", 4)
+    said = config.get("no_rope_layers")
+    if not isinstance(layers, int) or not isinstance(every, int) or every < 1:
+        return None
+    if said is None:
+        return [int((layer + 1) % every != 0) for layer in range(layers)]
+    return said if isinstance(said, list) else None
+
+
+def _repeated(kinds: list[str]) -> list[str]:
+    """The shortest beginning of a list that, repeated, is all of it."""
+    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return kinds[:length]
 
 
 def _read_scaling(rope: Config, config: Config) -> Config | None:
@@ -365,23 +494,31 @@ def _read_scaling(rope: Config, config: Config) -> Config | None:
 def _layer_types(config: Config, family: Family) -> list[str] | None:
     """The kind of each layer, in a family whose layers differ; None where none has a window."""
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or family == LLAMA:
+    if not isinstance(layers, int) or "window" not in HAS[family].free:
         return None
-    if family == MISTRAL:
-        return [_KINDS["window"]] * layers if config.get("sliding_window", 4096) is not None else None
-    if family in (QWEN2, QWEN3) and not (config.get("use_sliding_window") and config.get("sliding_window", 4096)):
+    if family in (MISTRAL, PHI3):
+        window = config.get("sliding_window", 4096 if family == MISTRAL else None)
+        return [_KINDS["window"]] * layers if window is not None else None
+    window = config.get("sliding_window", None if family == SMOLLM3 else 4096)
+    if family in (QWEN2, QWEN3, SMOLLM3) and not (config.get("use_sliding_window") and window):
         return None
     if isinstance(said := config.get("layer_types"), list):
         return said
     if family in (GEMMA2, GEMMA3):
         every = 2 if family == GEMMA2 else config.get("sliding_window_pattern", 6)
         return [_KINDS["window" if (i + 1) % every else "full"] for i in range(layers)]
+    if family == SMOLLM3:
+        return [_KINDS["full" if turns else "window"] for turns in _no_rope_layers(config) or ()]
     first = config.get("max_window_layers", 28)
     return [_KINDS["window" if i >= first else "full"] for i in range(layers)]
 
 
 def _refused_layers(config: Config, family: Family) -> Iterable[str]:
     types, layers = _layer_types(config, family), config.get("num_hidden_layers")
+    if family == SMOLLM3:
+        turns = _no_rope_layers(config)
+        if turns is None or len(turns) != layers or any(on not in (0, 1) for on in turns):
+            yield f"no_rope_layers must be a list of 0 and 1, one for each of {layers} layers"
     if types is not None:
         if other := [kind for kind in types if kind not in _KINDS.values()]:
             yield f"layer_types has {json.dumps(other[0])}, and must have {' or '.join(_KINDS.values())}"
@@ -397,16 +534,13 @@ def _read_windows(config: Config, family: Family) -> Config:
     if types is None or _KINDS["window"] not in types:
         return {}
     kinds = ["window" if kind == _KINDS["window"] else "full" for kind in types]
-    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-    found = {"window": config.get("sliding_window", 4096)}
-    return found if length == 1 else {**found, "window_layers": kinds[:length]}
+    found, kinds = {"window": config.get("sliding_window", 4096)}, _repeated(kinds)
+    return found if len(kinds) == 1 else {**found, "window_layers": kinds}
 
 
 def _read_gemma(config: Config, family: Family) -> Config:
     scalar = config.get("query_pre_attn_scalar", 256)
     fields = {
-        name: _GEMMA_FIELDS[name] for name in ("activation", "norm_plus_one", "post_norms", "scale_embeddings")
-    } | {
         "attention_softcap": config.get("attn_logit_softcapping", 50.0 if family == GEMMA2 else None),
         "logit_softcap": config.get("final_logit_softcapping", 30.0 if family == GEMMA2 else None),
     }
@@ -432,7 +566,7 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
-        **_GPT2_FIELDS,
+        **_GPT2_OWN,
     }
     allowed = {
         **_ANY_FAMILY,
@@ -441,3 +575,32 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "scale_attn_by_inverse_layer_idx": (None, False),
     }
     return fields, positions, allowed
+
+
+def _neox_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
+    rope, biased = _rope(config), bool(config.get("attention_bias", True))
+    fraction = rope.get("partial_rotary_factor")
+    fields = {
+        "hidden_size": config.get("hidden_size"),
+        "num_layers": config.get("num_hidden_layers"),
+        "num_heads": config.get("num_attention_heads"),
+        "ffn_hidden_size": config.get("intermediate_size"),
+        "vocab_size": config.get("vocab_size"),
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "rope_theta": rope.get("rope_theta") or 10000.0,
+        "rope_scaling": _read_scaling(rope, config),
+        "rotary_fraction": config.get("rotary_pct", 0.25) if fraction is None else fraction,
+        "parallel_residual": config.get("use_parallel_residual", True),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "init_std": config.get("initializer_range", 0.02),
+        "qkv_bias": biased,
+        "linear_bias": biased,
+        "mlp_bias": True,
+        **_NEOX_OWN,
+    }
+    allowed = {
+        **_ANY_FAMILY,
+        "hidden_act": (None, "gelu"),
+        "attention_bias": (None, False, True),
+    }
+    return fields, config.get("max_position_embeddings", 2048), allowed

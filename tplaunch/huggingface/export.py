@@ -146,7 +146,10 @@ def _read(
 
 
 def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: tensor.rows].to(dtype)
+    if tensor.heads > 1:
+        whole = torch.stack([part.unflatten(0, (tensor.heads, -1)) for part in parts], 1).flatten(0, 2).to(dtype)
+    else:
+        whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: tensor.rows].to(dtype)
     return (whole.t() if tensor.transposed else whole).contiguous()
 
 

@@ -28,17 +28,19 @@ from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular
-from tplaunch.huggingface.config import GPT2, Family, Read
-from tplaunch.huggingface.tensors import HfTensor, hf_tensors
+from tplaunch.huggingface.config import Family, Read
+from tplaunch.huggingface.tensors import HfTensor, embedding_name, hf_tensors, output_name
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter, parameter_count
 
 _INDEX = "model.safetensors.index.json"
 # What old files have beside the weights: masks, rotary tables, a tied matrix said twice.
-_NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_NO_WEIGHTS = (
+    *(f".{module}.{mask}" for module in ("attn", "attention") for mask in ("bias", "masked_bias")),
+    ".rotary_emb.inv_freq",
+)
 _MAX_HEADER = 10**8  # bytes; the format's own limit
-_HEAD = "lm_head.weight"
 _ROWS = 4096  # of a matrix, compared at a time
 _PREFIX = "transformer."  # GPT-2's published files leave it out
 
@@ -61,7 +63,8 @@ def import_model(folder: Path, out: Path, read: Read, before_commit: Callable[[]
     final = out / store.checkpoint_name(0)
     temporary = out / f"{final.name}.tmp"
     with ExitStack() as opened:
-        source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=read.model.tie_embeddings)
+        tied = output_name(read.family) if read.model.tie_embeddings else None
+        source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=tied)
         shutil.rmtree(temporary, ignore_errors=True)
         absent = [folder for folder in (out, *out.parents) if not folder.exists()]
         temporary.mkdir(parents=True)
@@ -97,14 +100,14 @@ def head_is_its_own(folder: Path, family: Family) -> bool:
     Raises:
         TplaunchError: a file cannot be read.
     """
-    embedding = "transformer.wte.weight" if family == GPT2 else "model.embed_tokens.weight"
+    embedding, head = embedding_name(family), output_name(family)
     with ExitStack() as opened:
         files = [opened.enter_context(_open(path)) for path in _files(folder)]
         where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
         ours = embedding if embedding in where else embedding.removeprefix(_PREFIX)
-        if ours not in where or _HEAD not in where:
+        if ours not in where or head not in where:
             return False
-        one, other = where[ours].get_slice(ours), where[_HEAD].get_slice(_HEAD)
+        one, other = where[ours].get_slice(ours), where[head].get_slice(head)
         if one.get_shape() != other.get_shape():
             return True
         rows = range(0, one.get_shape()[0], _ROWS)
@@ -134,6 +137,9 @@ def _write(source: _Source, temporary: Path, final: Path) -> None:
 class _Source:
     """The tensors of a folder, by the names that they have in a checkpoint.
 
+    Args:
+        tied: an output matrix that may lie there, too, and is the embedding.
+
     Attributes:
         nonfinite: of the tensors read so far, those with numbers that are NaN or infinite: how many.
 
@@ -141,7 +147,7 @@ class _Source:
         TplaunchError: some are missing, too many, of another shape, or no floating-point numbers; says all.
     """
 
-    def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: bool) -> None:
+    def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: str | None) -> None:
         self.folder = folder
         self.nonfinite: dict[str, int] = {}
         files = [opened.enter_context(_open(path)) for path in _files(folder)]
@@ -162,7 +168,7 @@ class _Source:
             dtypes.add(found.get_dtype())
             self._read[tensor.name] = file, key
             self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
-        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not (tied and key == _HEAD)]
+        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and key != tied]
         problems += [f"{key} is none of the model's tensors" for key in extra]
         if other := dtypes - _PRECISIONS.keys():
             problems.append(f"holds {', '.join(sorted(other))}: quantized weights cannot be trained")
@@ -184,8 +190,13 @@ class _Source:
         file, key = self._read[tensor.name]
         whole = file.get_tensor(key)
         whole = whole.t() if tensor.transposed else whole
-        first = sum(before.shape[0] for before in tensor.parts[: tensor.parts.index(part)])
-        mine = whole[first : first + part.shape[0]].to(COMPUTE_DTYPE[self.precision])
+        place = tensor.parts.index(part)
+        if tensor.heads > 1:  # as many rows in each part of each head
+            mine = whole.unflatten(0, (tensor.heads, len(tensor.parts), -1))[:, place].flatten(0, 1)
+        else:
+            first = sum(before.shape[0] for before in tensor.parts[:place])
+            mine = whole[first : first + part.shape[0]]
+        mine = mine.to(COMPUTE_DTYPE[self.precision])
         if bad := mine.numel() - int(mine.isfinite().sum()):
             self.nonfinite[key] = self.nonfinite.get(key, 0) + bad
         missing = part.shape[0] - mine.shape[0]

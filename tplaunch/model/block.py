@@ -1,7 +1,8 @@
-"""One transformer block: pre-norm attention and pre-norm MLP, each one tensor-parallel region."""
+"""One transformer block: attention and MLP, each one tensor-parallel region."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
-from tplaunch.model.norm import RMSNorm, make_norm
+from tplaunch.model.norm import HeadsRMSNorm, RMSNorm, make_norm
 from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import geglu, swiglu
@@ -64,10 +65,11 @@ class Attention(nn.Module):
             )
             for _ in range(2)
         )
-        self.q_norm = _head_norm(model, tp=tp)
-        self.k_norm = _head_norm(model, tp=tp)
+        self.q_norm = _head_norm(model, features, tp.mesh, (Shard(0),), tp=tp)
+        self.k_norm = _head_norm(model, kv_features, kv_mesh, kv_placements, tp=tp)
         self.sinks = parameter((model.num_heads,), tp.mesh, (Shard(0),)) if model.attention_sinks else None
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
+        self.multiplier = model.residual_multiplier
 
     def project(self, x: Tensor) -> Tensor:
         """[s or s/tp, b, h] -> queries, keys and values side by side, [s, b, features]."""
@@ -109,24 +111,33 @@ class Attention(nn.Module):
 
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
-        return x + self.wo(attended)
+        return _added(x, self.wo(attended), self.multiplier)
 
 
-def _head_norm(model: Model, *, tp: TensorParallel) -> RMSNorm | None:
+def _head_norm(
+    model: Model, features: int, mesh: DeviceMesh, placements: tuple[Placement, ...], *, tp: TensorParallel
+) -> RMSNorm | HeadsRMSNorm | None:
     assert model.head_dim is not None
-    return RMSNorm(model.head_dim, model.norm_eps, plus_one=model.norm_plus_one, tp=tp) if model.qk_norm else None
+    if not model.qk_norm:
+        return None
+    eps, plus_one = model.norm_eps, model.norm_plus_one
+    if model.qk_norm_all_heads:
+        return HeadsRMSNorm(features, eps, plus_one=plus_one, tp=tp, mesh=mesh, placements=placements)
+    return RMSNorm(model.head_dim, eps, plus_one=plus_one, tp=tp)
 
 
 class MLP(nn.Module):
-    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form (GPT-2)."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU, exact or in its tanh form (GPT-2)."""
 
     def __init__(self, model: Model, mesh: Mesh) -> None:
         super().__init__()
-        hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.linear_bias, mesh.tp
+        hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.biased_mlp, mesh.tp
         self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
         self.glu = geglu if model.activation == "geglu" else swiglu
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
+        self.approximate = "none" if model.activation == "gelu_exact" else "tanh"
+        self.multiplier = model.residual_multiplier
 
     def enter(self, x: Tensor) -> Tensor:
         """[s or s/tp, b, h] -> gate, where there is one, and up side by side, [s, b, ffn/tp or twice that]."""
@@ -134,15 +145,16 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate="tanh") if self.gate is None else self.glu(x)
+        return F.gelu(x, approximate=self.approximate) if self.gate is None else self.glu(x)
 
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
-        return x + self.down(activated)
+        return _added(x, self.down(activated), self.multiplier)
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added where the model has them.
+    """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added, or with these alone, where the model
+    has them. With a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
 
     Args:
         layer: its global number.
@@ -154,10 +166,12 @@ class TransformerBlock(nn.Module):
         self.cp = mesh.cp
         self.again = _with_exchanges(model, effective(model, again), mesh.cp)
         self.compiled = False
-        self.attention_norm = make_norm(model, tp=mesh.tp)
+        self.parallel = model.parallel_residual
+        self.multiplier = model.residual_multiplier
+        self.attention_norm = make_norm(model, tp=mesh.tp) if model.pre_norms else None
         self.attention = Attention(model, mesh, layer=layer)
         self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
-        self.mlp_norm = make_norm(model, tp=mesh.tp)
+        self.mlp_norm = make_norm(model, tp=mesh.tp) if model.pre_norms else None
         self.mlp = MLP(model, mesh)
         self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
@@ -199,23 +213,27 @@ class TransformerBlock(nn.Module):
         self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
-        mlp = self.mlp
-        normed = run("norm", self.attention_norm, x)
+        mlp, entering = self.mlp, x
+        normed = x if self.attention_norm is None else run("norm", self.attention_norm, x)
         attended, gathered = self._attend(run, normed, rope, starts, cache)
         if self.attention_post_norm is None:
             x = run("attention_output", self.attention.leave, x, attended)
         else:
             made = run("attention_output", self.attention.wo, attended)
-            x = run("norm", partial(_add_normed, self.attention_post_norm), x, made)
+            x = run("norm", self._add_normed(self.attention_post_norm), x, made)
         if gathered is not None:
             x = on_backward(x, gathered.start)  # while the projection's gradients are computed
-        normed = run("norm", self.mlp_norm, x)
+        read = entering if self.parallel else x
+        normed = read if self.mlp_norm is None else run("norm", self.mlp_norm, read)
         inside = run("gate_up", mlp.enter, normed)
         activated = run("activation", mlp.activate, inside)
         if self.mlp_post_norm is None:
             return run("down", mlp.leave, x, activated)
         made = run("down", mlp.down, activated)
-        return run("norm", partial(_add_normed, self.mlp_post_norm), x, made)
+        return run("norm", self._add_normed(self.mlp_post_norm), x, made)
+
+    def _add_normed(self, norm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, made: _added(x, norm(made), self.multiplier)
 
     def _attend(
         self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
@@ -316,9 +334,8 @@ def _attend_pieces(
     )
 
 
-def _add_normed(norm: nn.Module, x: Tensor, made: Tensor) -> Tensor:
-    total: Tensor = x + norm(made)
-    return total
+def _added(x: Tensor, made: Tensor, multiplier: float) -> Tensor:
+    return x + made if multiplier == 1.0 else torch.add(x, made, alpha=multiplier)
 
 
 def _join(*pieces: Tensor) -> Tensor:

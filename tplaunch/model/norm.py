@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, whole on every tp rank."""
+"""RMSNorm and LayerNorm: whole on every tp rank but for norms over all heads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate
 
+from tplaunch.parallel.collectives import start_all_reduce, wait
 from tplaunch.parallel.layers import local, parameter
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
@@ -39,21 +41,56 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, weight, self.eps, self.plus_one)
 
 
+class HeadsRMSNorm(nn.Module):
+    """RMSNorm over all heads together, which are split over the tp ranks: each has its own part of the weight, and the
+    mean of squares is that of the ranks' means, which are of equally many channels. Where several ranks have copies of
+    a head, so does the mean; and the gradient that each gives is its part of one, as that which it is given.
+
+    Args:
+        size: channels of all heads.
+        mesh, placements: where the weight's parts are, as those of the projection before it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        plus_one: bool,
+        tp: TensorParallel,
+        mesh: DeviceMesh,
+        placements: tuple[Placement, ...],
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.eps = eps
+        self.plus_one = plus_one
+        self.weight = parameter((size,), mesh, placements)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, heads of this rank, head_dim] -> the same."""
+        normed = _RMSNorm.apply(x.flatten(-2), local(self.weight), self.eps, self.plus_one, self.tp)
+        return normed.unflatten(-1, x.shape[-2:])
+
+
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm, computed in fp32 (fp64 for fp64). torch's on a CPU is a chain of operations: it takes four times as long
-    and, in bf16, keeps fp32 copies of its input; this keeps the input and a number for each token."""
+    and, in bf16, keeps fp32 copies of its input; this keeps the input and a number for each token. Means are those of
+    all ranks of `tp`, where it is there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, tp: TensorParallel | None = None
+    ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _mean(norm.square_().div_(x.shape[-1]), tp).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.plus_one = plus_one
+        ctx.plus_one, ctx.tp = plus_one, tp
         return (x * scale).mul_(1 + weight.to(dtype) if plus_one else weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         need_x, need_weight = wanted(ctx, 0, 1)
         normed, wide = x * scale, weight.to(scale.dtype)
@@ -62,10 +99,15 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * normed
         grad_x = None
         if need_x:
-            mean = (product @ wide).unsqueeze(-1).div_(-x.shape[-1])
+            mean = _mean((product @ wide).unsqueeze(-1).div_(-x.shape[-1]), ctx.tp)
             grad_x = (grad * wide).addcmul_(normed, mean).mul_(scale).to(x.dtype)
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
+
+
+def _mean(x: Tensor, tp: TensorParallel | None) -> Tensor:
+    """The mean over tp ranks; x may be changed."""
+    return x if tp is None or tp.size == 1 else wait(start_all_reduce(x, tp)).div_(tp.size)
 
 
 class LayerNorm(nn.Module):

@@ -75,13 +75,12 @@ def rope_table(model: Model, positions: Tensor, dtype: torch.dtype, *, window: b
         dtype: fp32, or fp64 for a run in fp64.
 
     Returns:
-        [2, s, 1, 1, head_dim]: cos, sin, each frequency twice (rotate-half layout).
+        [2, s, 1, 1, rotary_dim]: cos, sin, each frequency twice (rotate-half layout).
     """
-    assert model.head_dim is not None
     theta, scaling = model.rope_theta, model.rope_scaling
     if window and model.window_rope_theta is not None:
         theta, scaling = model.window_rope_theta, None
-    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(model.head_dim, theta, scaling).to(
+    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(model.rotary_dim, theta, scaling).to(
         positions.device
     )
     angles = torch.cat([angles, angles], dim=-1)
@@ -89,8 +88,16 @@ def rope_table(model: Model, positions: Tensor, dtype: torch.dtype, *, window: b
     return table.to(dtype)[:, :, None, None, :]
 
 
+def still_table(model: Model, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `rope_table`, [2, 1, 1, 1, rotary_dim], of layers that turn nothing: so every layer has the same steps, and
+    keeps the same."""
+    zeros = torch.zeros(model.rotary_dim, device=device, dtype=dtype)
+    return torch.stack([zeros.cos(), zeros])[:, None, None, None, :]
+
+
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, head_dim], in the table's precision."""
+    """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, rotary_dim], in the table's precision; channels
+    beyond the table's stay."""
     return _Rotate.apply(x, table)
 
 
@@ -115,6 +122,9 @@ def split_heads(projected: Tensor, sizes: list[int], head_dim: int, table: Tenso
 def _rotate(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
     """Write [s, b, heads, head_dim], rotated or rotated back, to `out` of the same shape."""
     cos, sin = table.unbind(0)
+    if (turned := table.shape[-1]) < x.shape[-1]:
+        out[..., turned:].copy_(x[..., turned:])
+        x, out = x[..., :turned], out[..., :turned]
     half = x.shape[-1] // 2
     wide = x.to(table.dtype)
     total = torch.mul(wide, cos, out=out) if out.dtype == table.dtype else wide * cos

@@ -15,7 +15,7 @@ from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.norm import make_norm
-from tplaunch.model.rope import rope_table
+from tplaunch.model.rope import rope_table, still_table
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
 from tplaunch.parallel.cross_entropy import output_cross_entropy
@@ -52,11 +52,14 @@ class Output(nn.Module):
         self.chunk = training.loss_chunk
         self.z_loss = training.z_loss
         self.softcap = model.logit_softcap
+        self.divisor = model.logit_divisor
         self.weight = parameter((model.padded_vocab_size, model.hidden_size), tp.mesh, (Shard(0),))
 
     def forward(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """x [s or s/tp, b, h]; labels int64 [b, s] -> scaled sum of losses [1], or None -> logits [b, s, vocab]."""
         weight = local(self.weight)
+        if self.divisor != 1.0:
+            x = x / self.divisor  # as its logits
         if labels is None:
             logits = enter_region(x, self.tp) @ weight.t()
             if self.tp.size > 1:
@@ -96,6 +99,7 @@ class TransformerStage(nn.Module):
 
     rope: Tensor | None
     window_rope: Tensor | None
+    still_rope: Tensor | None
 
     def __init__(self, model: Model, training: Training, layers: range, *, first: bool, last: bool, mesh: Mesh) -> None:
         super().__init__()
@@ -116,7 +120,7 @@ class TransformerStage(nn.Module):
         self.tied_copy = model.tie_embeddings and last and not first
         if model.tie_embeddings and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
-        self.rope = self.window_rope = None
+        self.rope = self.window_rope = self.still_rope = None
         self._tells_documents = training.document_mask
         # Told a block's name as a forward pass enters it and as a backward pass leaves it, if anybody wants to know.
         # What stands before and after the blocks is entered by its own name.
@@ -142,20 +146,25 @@ class TransformerStage(nn.Module):
         places = torch.arange(seq_len, device=device)
         if self.cp is not None and not self._tells_documents:  # else any place may be that of a token here
             places = self.cp.cut(places[None])[0]
-        self.rope, self.window_rope = self._ropes(places)
+        self.rope, self.window_rope, self.still_rope = self._ropes(places)
 
-    def _ropes(self, places: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The rotary tables of some positions, [s]: of the blocks, and of those with a window if theirs is another."""
+    def _ropes(self, places: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The rotary tables of some positions, [s]: of the blocks, of those with a window if theirs is another, and of
+        those that turn nothing if there are any."""
         if self.spec.position != "rope":
-            return None, None
+            return None, None, None
         dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
         table = rope_table(self.spec, places, dtype)
         other = self.spec.window_rope_theta is not None
-        return table, rope_table(self.spec, places, dtype, window=True) if other else None
+        still = None if self.spec.rope_layers is None else still_table(self.spec, dtype, places.device)
+        return table, rope_table(self.spec, places, dtype, window=True) if other else None, still
 
-    def _own_rope(self, number: str) -> bool:
-        """Whether a block has the windows' rotary table."""
-        return self.spec.window_rope_theta is not None and self.spec.window_of(int(number)) is not None
+    def _which_rope(self, number: str) -> int:
+        """Which of `_ropes` a block has."""
+        layer = int(number)
+        if not self.spec.turns(layer):
+            return 2
+        return int(self.spec.window_rope_theta is not None and self.spec.window_of(layer) is not None)
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """int64 [b, s] -> [s or s/tp, b, h], on the first stage."""
@@ -164,6 +173,8 @@ class TransformerStage(nn.Module):
         x: Tensor = self.embedding(tokens)
         if self.spec.scale_embeddings:
             x = x * x.new_full((), self.spec.hidden_size**0.5)  # in the dtype of x, as Gemma has it
+        if self.spec.embedding_multiplier != 1.0:
+            x = x * self.spec.embedding_multiplier
         if self.position is not None:
             self.block_begins("position")
             x = self.position(x, positions)
@@ -196,8 +207,9 @@ class TransformerStage(nn.Module):
             positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
             x = self.embed(x, positions)
+        ropes.append(self.still_rope)
         for number, block in self.layers.items():
-            x = block(self._entering(x, number), ropes[self._own_rope(number)], starts)
+            x = block(self._entering(x, number), ropes[self._which_rope(number)], starts)
         return self._head(x, labels, loss_scale)
 
     def extend(self, x: Tensor, caches: Sequence[KeyValueCache], first: int) -> Tensor:
@@ -219,7 +231,7 @@ class TransformerStage(nn.Module):
             x = self.embed(x, places[None])
         ropes = self._ropes(places)
         for (number, block), cache in zip(self.layers.items(), caches, strict=True):
-            x = block(self._entering(x, number), ropes[self._own_rope(number)], None, cache)
+            x = block(self._entering(x, number), ropes[self._which_rope(number)], None, cache)
         return self._head(x[-1:] if self.output is not None else x, None)
 
     def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:

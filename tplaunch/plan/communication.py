@@ -124,6 +124,8 @@ class BlockTraffic(NamedTuple):
         size: bytes of one call.
         split: seconds that a backward pass in two halves adds: each half's matmuls hide less.
         split_gathers: all-gathers that it adds, as both halves need a row-parallel layer's output gradient whole.
+        mean_size, mean_seconds: bytes and seconds of one all-reduce of means over all heads, of which queries and keys
+            have one each, both ways; 0: their norms are no such norms.
     """
 
     forward: float
@@ -133,6 +135,8 @@ class BlockTraffic(NamedTuple):
     size: float
     split: float = 0.0
     split_gathers: int = 0
+    mean_size: float = 0.0
+    mean_seconds: float = 0.0
 
     def again(self, parts: Iterable[Part]) -> dict[Kind, int]:
         """The calls of parts that are made again in the backward pass, which nothing hides: those by which they enter
@@ -144,8 +148,14 @@ class BlockTraffic(NamedTuple):
         return {kind: count for kind, count in found.items() if kind in self.call_seconds}
 
     def again_seconds(self, parts: Iterable[Part]) -> float:
-        """Seconds of these calls."""
-        return sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
+        """Seconds of these calls, and of means that are taken again."""
+        parts = list(parts)
+        calls = sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
+        return calls + self.means_again(parts) * self.mean_seconds
+
+    def means_again(self, parts: Iterable[Part]) -> int:
+        """All-reduces of means that parts which are made again take again."""
+        return 2 * sum(part == "rotary" for part in parts) if self.mean_size else 0
 
 
 def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:
@@ -165,18 +175,32 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     if group.size == 1:
         return BlockTraffic(0.0, 0.0, [], {}, 0.0)
     beside_input, beside_weight = input_backward / 4, weight_backward / 4
+    mean_size, means = 0.0, 0.0
+    if case.model.qk_norm_all_heads:
+        mean_size = case.tokens * max(4.0, case.compute_bytes)
+        means = collective_seconds(case, group, "all-reduce", mean_size)
     if not case.sequence_parallel:
         reduce = collective_seconds(case, group, "all-reduce", size)
         hidden = max(0.0, reduce - beside_weight)
         split = 2 * (reduce - hidden)
-        return BlockTraffic(2 * reduce, 2 * hidden, [("all-reduce", 2, 2)], {"all-reduce": reduce}, size, split)
+        return BlockTraffic(
+            2 * (reduce + means),
+            2 * (hidden + means),
+            [("all-reduce", 2, 2)],
+            {"all-reduce": reduce},
+            size,
+            split,
+            mean_size=mean_size,
+            mean_seconds=means,
+        )
     gather = collective_seconds(case, group, "all-gather", size)
     scatter = collective_seconds(case, group, "reduce-scatter", size)
     backward = 2 * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
     calls: list[tuple[Kind, int, int]] = [("all-gather", 2, 4), ("reduce-scatter", 2, 2)]
     seconds: dict[Kind, float] = {"all-gather": gather, "reduce-scatter": scatter}
     split = 2 * (3 * gather + scatter) - backward
-    return BlockTraffic(2 * (gather + scatter), backward, calls, seconds, size, split, 2)
+    forward, backward = 2 * (gather + scatter + means), backward + 2 * means
+    return BlockTraffic(forward, backward, calls, seconds, size, split, 2, mean_size, means)
 
 
 def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:

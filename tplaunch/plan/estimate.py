@@ -11,6 +11,7 @@ from tplaunch.plan import compute, memory
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.communication import (
     BlockTraffic,
+    Kind,
     Traffic,
     axis_group,
     block_traffic,
@@ -324,22 +325,27 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], block: BlockW
     exposed = m * sum(sum(work.tensor_parallel) for work in mine)
     blocks = sum(len(stage.layers) for stage in stages)
     counts = {kind: m * blocks * (fwd + bwd) for kind, fwd, bwd in per_block.calls}
+    means = m * blocks * 4 if per_block.mean_size else 0  # of queries and keys, both ways
     for stage in stages:
         for parts, n in case.recomputes(stage).items():
             made = [step.part for step in kept(case.model, parts).made]
             exposed += m * n * per_block.again_seconds(made)
             for kind, calls in per_block.again(made).items():
                 counts[kind] += m * n * calls
+            means += m * n * per_block.means_again(made)
     if per_block.split_gathers:
         split = sum(len(stage.layers) for stage in stages if case.splits_backward(stage))
         counts["all-gather"] += m * split * per_block.split_gathers
-    everything = sum(counts[kind] * per_block.call_seconds[kind] for kind in counts)
-    for kind, count in counts.items():
-        seconds = count * per_block.call_seconds[kind]
+    rows: list[tuple[str, Kind, float, float, float]] = [
+        ("activations", kind, count, per_block.size, per_block.call_seconds[kind]) for kind, count in counts.items()
+    ]
+    if means:
+        rows.append(("means over heads", "all-reduce", means, per_block.mean_size, per_block.mean_seconds))
+    everything = sum(count * once for _, _, count, _, once in rows)
+    for what, kind, count, size, once in rows:
+        seconds = count * once
         share = seconds / everything if everything else 0.0
-        traffic.append(
-            Traffic(axis, "activations", kind, count, per_block.size, group.link, group.size, seconds, exposed * share)
-        )
+        traffic.append(Traffic(axis, what, kind, count, size, group.link, group.size, seconds, exposed * share))
     traffic += _context_parallel(case, stages, block.context)
     traffic += _sends(case, pp_rank, stages)
     return traffic + _data_parallel(case, stages, mine)

@@ -91,15 +91,16 @@ def block_tensors(case: Case) -> dict[str, float]:
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
     """Bytes that one block keeps for its backward pass, for one microbatch: tensors, and the statistics of norms, which
-    are fp32 numbers for each token, and for each head where heads have norms.
+    are fp32 numbers for each token, and for each head where heads have norms of their own.
 
     Args:
         parts: what it makes again.
     """
     tensors = block_tensors(case)
-    statistics = (4 if case.model.post_norms else 2) * norm_statistics(case)
+    statistics = 2 * (case.model.pre_norms + case.model.post_norms) * norm_statistics(case)
     if case.model.qk_norm:
-        statistics += case.tokens * sum(local_heads(case)) * max(4, case.compute_bytes)
+        numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
+        statistics += case.tokens * numbers * max(4, case.compute_bytes)
     return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics
 
 
@@ -155,8 +156,7 @@ def documents(case: Case) -> float:
     documents are kept apart. No mask of all pairs is ever made."""
     if not case.recipe.training.document_mask:
         return 0.0
-    assert case.model.head_dim is not None
-    rope = 2 * case.model.head_dim * max(4, case.compute_bytes) if case.model.position == "rope" else 0
+    rope = 2 * case.model.rotary_dim * max(4, case.compute_bytes) if case.model.position == "rope" else 0
     return case.tokens * (8 * case.topology.cp + rope)
 
 
@@ -263,7 +263,8 @@ def _mlp_working(case: Case, parts: frozenset[Part]) -> float:
     tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
     gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, parts).kept)
-    again = max(_made_again(case, parts, "inside", "activated"), _made_again(case, parts, "middle_normed") - gone)
+    (first,) = (step.needs[0] for step in block_steps(model) if step.part == "gate_up")
+    again = max(_made_again(case, parts, "inside", "activated"), _made_again(case, parts, first) - gone)
     return (inside + product + whole) * width + hidden_bytes(case) + again
 
 

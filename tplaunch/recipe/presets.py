@@ -34,6 +34,30 @@ _LLAMA2 = {"norm_eps": 1e-5, "rope_theta": 10000.0}
 _QWEN2 = {"norm_eps": 1e-6, "rope_theta": 1000000.0, "qkv_bias": True}
 _QWEN3 = {"norm_eps": 1e-6, "rope_theta": 1000000.0, "qk_norm": True, "head_dim": 128}
 _TIED = {"tie_embeddings": True}
+_LLAMA32 = {**_LLAMA3, **_TIED, "rope_scaling": {**_LLAMA3_SCALING, "factor": 32.0}}
+_OLMO2 = {
+    "norm_eps": 1e-6,
+    "rope_theta": 500000.0,
+    "pre_norms": False,
+    "post_norms": True,
+    "qk_norm": True,
+    "qk_norm_all_heads": True,
+}
+_GEMMA3 = {
+    "norm_eps": 1e-6,
+    "activation": "geglu",
+    "norm_plus_one": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "head_dim": 256,
+    "window": 1024,
+    "window_layers": ["window"] * 5 + ["full"],
+    "rope_theta": 1000000.0,
+    "window_rope_theta": 10000.0,
+    **_TIED,
+}
+_GEMMA3_LONG = {**_GEMMA3, "rope_scaling": {"type": "linear", "factor": 8.0}}
 _GPT = {
     "norm": "layernorm",
     "norm_eps": 1e-5,
@@ -53,6 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3-405b": {**_sizes(16384, 126, 128, 8, 53248, 128256), **_LLAMA31},
     "llama3.1-8b": {**_sizes(4096, 32, 32, 8, 14336, 128256), **_LLAMA31},
     "llama3.1-70b": {**_sizes(8192, 80, 64, 8, 28672, 128256), **_LLAMA31},
+    "llama3.2-1b": {**_sizes(2048, 16, 32, 8, 8192, 128256), **_LLAMA32},
+    "llama3.2-3b": {**_sizes(3072, 28, 24, 8, 8192, 128256), **_LLAMA32},
     # Version 0.3: unlike 0.1 without a sliding window.
     "mistral-7b": {**_sizes(4096, 32, 32, 8, 14336, 32768), "norm_eps": 1e-5, "rope_theta": 1000000.0},
     "qwen2-0.5b": {**_sizes(896, 24, 14, 2, 4864, 151936), **_QWEN2, **_TIED},
@@ -64,6 +90,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": {**_sizes(4096, 36, 32, 8, 12288, 151936), **_QWEN3},
     "qwen3-14b": {**_sizes(5120, 40, 40, 8, 17408, 151936), **_QWEN3},
     "qwen3-32b": {**_sizes(5120, 64, 64, 8, 25600, 151936), **_QWEN3},
+    "olmo2-7b": {**_sizes(4096, 32, 32, 32, 11008, 100352), **_OLMO2},
+    "olmo2-13b": {**_sizes(5120, 40, 40, 40, 13824, 100352), **_OLMO2},
+    "olmo2-32b": {**_sizes(5120, 64, 40, 8, 27648, 100352), **_OLMO2},
+    "phi-4": {**_sizes(5120, 40, 40, 10, 17920, 100352), "norm_eps": 1e-5, "rope_theta": 250000.0, "family": "phi3"},
+    "smollm3-3b": {
+        **_sizes(2048, 36, 16, 4, 11008, 128256),
+        "norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "rope_layers": ["rope"] * 3 + ["none"],
+        **_TIED,
+    },
+    # The text models; 27b scales scores as if its heads were hidden_size / num_heads wide.
+    "gemma3-1b": {**_sizes(1152, 26, 4, 1, 6912, 262144), **_GEMMA3, "window": 512},
+    "gemma3-4b": {**_sizes(2560, 34, 8, 4, 10240, 262208), **_GEMMA3_LONG},
+    "gemma3-12b": {**_sizes(3840, 48, 16, 8, 15360, 262208), **_GEMMA3_LONG},
+    "gemma3-27b": {
+        **_sizes(5376, 62, 32, 16, 21504, 262208),
+        **_GEMMA3_LONG,
+        "head_dim": 128,
+        "attention_scale": 168**-0.5,
+    },
     "gpt2-124m": {**_sizes(768, 12, 12, 12, 3072, 50257), **_GPT, "max_position": 1024},
     "gpt2-xl": {**_sizes(1600, 48, 25, 25, 6400, 50257), **_GPT, "max_position": 1024},
     "gpt3-175b": {**_sizes(12288, 96, 96, 96, 49152, 50257), **_GPT, "max_position": 2048},

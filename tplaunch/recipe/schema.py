@@ -132,6 +132,22 @@ class RopeScaling(Section):
         return self
 
 
+Family = Literal[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "smollm3",
+    "olmo2",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "gpt2",
+]
+
+
 class Model(Section):
     """A decoder-only transformer, in Hugging Face and Megatron terms."""
 
@@ -151,15 +167,26 @@ class Model(Section):
         1e-5, description="added to the mean square, or the variance, before its root"
     )
     norm_plus_one: bool = Field(False, description="norms multiply by 1 + weight (Gemma)")
+    pre_norms: bool = Field(True, description="norms of what attention and MLP read; false: post_norms alone (OLMo 2)")
     post_norms: bool = Field(False, description="norms of what attention and MLP give, too (Gemma 2)")
-    activation: Literal["swiglu", "geglu", "gelu"] = Field(
-        "swiglu", description="of the MLP; swiglu and geglu have a gate beside its first matmul"
+    parallel_residual: bool = Field(
+        False, description="the MLP reads what attention reads, not what it gives, too (GPT-NeoX)"
+    )
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = Field(
+        "swiglu",
+        description="of the MLP; swiglu and geglu have a gate beside its first matmul; gelu and geglu are in tanh form",
     )
     position: Literal["rope", "learned"] = Field("rope", description="rotary embeddings, or a learned table")
     max_position: Small | None = Field(None, description="rows of the learned position table")
     rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
     rope_scaling: RopeScaling | None = Field(
         None, description="rotary frequencies for longer sequences; null: as they are"
+    )
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of head_dim that is turned, its first channels (GPT-NeoX)"
+    )
+    rope_layers: Annotated[list[Literal["rope", "none"]], Field(min_length=1)] | None = Field(
+        None, description="which layers turn queries and keys, repeated over them (SmolLM3); default: all"
     )
     window: Small | None = Field(None, description="tokens that a token attends to, itself included; default: all")
     window_layers: Annotated[list[Literal["window", "full"]], Field(min_length=1)] | None = Field(
@@ -180,9 +207,21 @@ class Model(Section):
     )
     qkv_bias: bool = Field(False, description="biases on queries, keys and values (Qwen2)")
     linear_bias: bool = Field(False, description="biases on the attention output and on the MLP (GPT-2)")
+    mlp_bias: bool | None = Field(None, description="biases on the MLP; default: as linear_bias (Llama)")
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys (Qwen3)")
+    qk_norm_all_heads: bool = Field(False, description="that norm is over all heads together (OLMo 2)")
     tie_embeddings: bool = Field(False, description="the output layer is the embedding table")
     scale_embeddings: bool = Field(False, description="embeddings are multiplied by sqrt(hidden_size) (Gemma)")
+    embedding_multiplier: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="embeddings are multiplied by it (Granite)"
+    )
+    residual_multiplier: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="what attention and MLP add is multiplied by it (Granite)"
+    )
+    logit_divisor: Annotated[float, Field(gt=0)] = Field(1.0, description="logits are divided by it (Granite)")
+    family: Family | None = Field(
+        None, description="model_type that `export` writes, of those that compute this model; default: the first"
+    )
     init_std: Annotated[float, Field(gt=0, lt=10)] = Field(
         0.02,
         description="standard deviation of initial weights; those that end a block have it over sqrt(2 num_layers)",
@@ -200,6 +239,8 @@ class Model(Section):
         known = type(heads) is int and type(hidden) is int
         if values.get("head_dim") is None and known and 0 < heads <= hidden and hidden % heads == 0:
             values["head_dim"] = hidden // heads  # else it stays None, and `tplaunch.check.recipe` says why
+        if values.get("mlp_bias") == values.get("linear_bias", False):
+            values["mlp_bias"] = None  # one way to say it
         return values
 
     @property
@@ -211,7 +252,23 @@ class Model(Section):
     @property
     def gated(self) -> bool:
         """Whether the MLP has a gate."""
-        return self.activation != "gelu"
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def biased_mlp(self) -> bool:
+        """Whether the MLP has biases."""
+        return self.linear_bias if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are turned, where positions are rotary."""
+        assert self.head_dim is not None
+        return int(self.head_dim * self.rotary_fraction)
+
+    def turns(self, layer: int) -> bool:
+        """Whether a layer, by its global number, turns queries and keys, where positions are rotary."""
+        kinds = self.rope_layers or ["rope"]
+        return kinds[layer % len(kinds)] == "rope"
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer, by its global number, attends to; None: all before."""

@@ -88,11 +88,15 @@ def block_parameters(model: Model, layer: int = 0) -> list[Parameter]:
     assert head_dim is not None and kv_heads is not None  # derived or refused by the schema and the checks
     at = f"layers.{layer}"
     norm_bias = model.norm == "layernorm"
-    parameters = _norm(f"{at}.attention_norm", hidden, layer, bias=norm_bias)
+    parameters = _norm(f"{at}.attention_norm", hidden, layer, bias=norm_bias) if model.pre_norms else []
     for name, count in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)):
         path = f"{at}.attention.{name}"
         parameters += _linear(path, count * head_dim, hidden, layer, split="column", pieces=count, bias=model.qkv_bias)
-    if model.qk_norm:
+    if model.qk_norm and model.qk_norm_all_heads:
+        for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
+            path = f"{at}.attention.{name}.weight"
+            parameters.append(Parameter(path, (count * head_dim,), layer, 0, "norm", count))
+    elif model.qk_norm:
         parameters += _norm(f"{at}.attention.q_norm", head_dim, layer, bias=False)
         parameters += _norm(f"{at}.attention.k_norm", head_dim, layer, bias=False)
     parameters += _linear(
@@ -102,12 +106,11 @@ def block_parameters(model: Model, layer: int = 0) -> list[Parameter]:
         parameters.append(Parameter(f"{at}.attention.sinks", (heads,), layer, 0, "bias", heads))
     if model.post_norms:
         parameters += _norm(f"{at}.attention_post_norm", hidden, layer, bias=norm_bias)
-    parameters += _norm(f"{at}.mlp_norm", hidden, layer, bias=norm_bias)
+    if model.pre_norms:
+        parameters += _norm(f"{at}.mlp_norm", hidden, layer, bias=norm_bias)
     for name in ("gate", "up") if model.gated else ("up",):
-        parameters += _linear(
-            f"{at}.mlp.{name}", ffn, hidden, layer, split="column", pieces=ffn, bias=model.linear_bias
-        )
-    parameters += _linear(f"{at}.mlp.down", hidden, ffn, layer, split="row", pieces=ffn, bias=model.linear_bias)
+        parameters += _linear(f"{at}.mlp.{name}", ffn, hidden, layer, split="column", pieces=ffn, bias=model.biased_mlp)
+    parameters += _linear(f"{at}.mlp.down", hidden, ffn, layer, split="row", pieces=ffn, bias=model.biased_mlp)
     if model.post_norms:
         parameters += _norm(f"{at}.mlp_post_norm", hidden, layer, bias=norm_bias)
     return parameters

@@ -24,7 +24,8 @@ PARTS: dict[Part, str] = {
     "rotary": "norms of heads and rotation; without norms of heads it saves nothing by itself, but with qkv: the "
     "projection would be kept instead",
     "core_attention": "softmax(q k^T) v, and the statistics of its softmax",
-    "attention_output": "the projection after attention, and its sum with the block's input",
+    "attention_output": "the projection after attention, and its sum with the block's input; with parallel_residual it "
+    "saves nothing: nobody needs the sum",
     "gate_up": "the MLP's first projections",
     "activation": "SwiGLU or GELU",
     "down": "the MLP's last projection, and its sum; it saves something in a model with post_norms alone: the next "
@@ -80,16 +81,21 @@ class _Kind(NamedTuple):
 
     norms_heads: bool
     rotates: bool
+    norms_before: bool
     norms_after: bool
+    parallel: bool
 
 
 def _kind(model: Model) -> _Kind:
-    return _Kind(model.qk_norm, model.position == "rope", model.post_norms)
+    rotates = model.position == "rope"
+    return _Kind(model.qk_norm, rotates, model.pre_norms, model.post_norms, model.parallel_residual)
 
 
 def _effective(kind: _Kind, parts: frozenset[Part]) -> frozenset[Part]:
-    norms_heads, rotates, norms_after = kind
+    norms_heads, rotates, _, norms_after, parallel = kind
     without: set[Part] = set() if norms_after else {"down"}
+    if parallel:
+        without.add("attention_output")
     if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
         without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
@@ -106,7 +112,7 @@ def block_steps(model: Model) -> tuple[Step, ...]:
 
 @cache
 def _steps(kind: _Kind) -> tuple[Step, ...]:
-    norms_heads, rotates, norms_after = kind
+    norms_heads, rotates, norms_before, norms_after, parallel = kind
     turns = norms_heads or rotates
     heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
     rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
@@ -121,14 +127,19 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
             Step("down", ("activated",), ("mlp_made",), ("activated",)),
             Step("norm", ("middle", "mlp_made"), ("output",), ("mlp_made",)),
         )
+    read, beside, before, between = "input", "middle", [], []
+    if norms_before:
+        read, beside, normed = "normed", "middle_normed", "input" if parallel else "middle"
+        before = [Step("norm", ("input",), ("normed",), ("input",))]
+        between = [Step("norm", (normed,), ("middle_normed",), (normed,))]
     return (
-        Step("norm", ("input",), ("normed",), ("input",)),
-        Step("qkv", ("normed",), ("projected",), ("normed",)),
+        *before,
+        Step("qkv", (read,), ("projected",), (read,)),
         *rotary,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
         *after,
-        Step("norm", ("middle",), ("middle_normed",), ("middle",)),
-        Step("gate_up", ("middle_normed",), ("inside",), ("middle_normed",)),
+        *between,
+        Step("gate_up", (beside,), ("inside",), (beside,)),
         Step("activation", ("inside",), ("activated",), ("inside",)),
         *end,
     )
