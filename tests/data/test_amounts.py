@@ -95,6 +95,7 @@ def test_plan_says_how_often_data_are_read(here: Path, capsys: pytest.CaptureFix
     assert "gone: not at hand" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_says_it_and_records_what_was_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(here / "c", 12)
     write(here / "d", 100)

@@ -139,6 +139,7 @@ def test_what_would_spoil_a_run_is_refused_unless_allowed(
         assert (here / "runs/tiny/tokenizer.json").read_bytes() == tokenizer, "it was trained again"
 
 
+@pytest.mark.slow
 def test_weights_of_a_mixture_are_part_of_the_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixture = "data.train=[{{path: text.jsonl, weight: {}}}, {{path: other.jsonl}}]"
     run = ["train", "tiny.yaml", "--run-dir", "mixed", "--set"]

@@ -153,6 +153,7 @@ MANY = {
     "cp2-tp2-sp",
     "ulysses2-tp2-sp",
     "ulysses4-gpt2",
+    "fp64-tp4-sp-kv2",
 }  # processes, for what others show part by part
 
 

@@ -210,6 +210,7 @@ def test_online(run: RunDir, server: Server) -> None:
     assert files_holding(run.root, KEY) == []
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_costs_nothing(run: RunDir) -> None:
     began = time.monotonic()
     waited = end(start(run, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9"))

@@ -152,6 +152,7 @@ def test_any_topology_writes_the_same_and_trains_as_without(
     assert len(curve(on)) == STEPS and not (off / "samples.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_nobody_is_charged_for_it(world: World, tmp_path: Path, folder: Path) -> None:
     """Rank 0 takes 4 s more to write than the other: no part of a step, on no rank, has them. So it cannot be taken
     for a straggler, which is found by the time that it waits for its data. They come after step 4; a record, for which
