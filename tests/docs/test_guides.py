@@ -79,7 +79,7 @@ def test_the_guides(tmp_path: Path, environment: dict[str, str]) -> None:
     ran = 0
     for page in guides():
         found = blocks(page)
-        for block, below in zip(found, [*found[1:], None], strict=True):
+        for block, below in zip(found, [*found, None][1:], strict=True):
             if block.language == "bash" and not block.needs:
                 run(block, below.text if below and below.language == "text" else "", tmp_path, environment)
                 ran += 1
