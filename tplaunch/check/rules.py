@@ -6,6 +6,7 @@ The checks print all of them; `plan` and `tune`, which try thousands of candidat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import lcm
 
 from tplaunch.check.choices import choices, divisors, multiples, nearest
@@ -32,10 +33,7 @@ def _problems(recipe: Recipe) -> Iterator[Problem]:
 def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
     model, tp = recipe.model, recipe.topology.tp
     heads, kv_heads = model.num_heads, model.num_kv_heads or model.num_heads
-
-    def heads_fit(size: int) -> bool:
-        return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
+    heads_fit = partial(_shared_evenly, heads, kv_heads)
     if not heads_fit(tp):
         what = f"{heads} heads" if heads % tp else f"{kv_heads} key/value heads"
         yield Problem(
@@ -69,6 +67,11 @@ def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _shared_evenly(heads: int, kv_heads: int, size: int) -> bool:
+    """Whether so many ranks hold equally many heads each; fewer key/value heads than ranks are replicated."""
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
 _HELD = {
     "allgather": "each cp rank holds two of 2 cp equal pieces of a sequence, an early and a late one",
     "ulysses": "each cp rank holds an equal part of a sequence",
@@ -98,10 +101,7 @@ def context_parallel(recipe: Recipe) -> Iterator[Problem]:
         )
     if kind == "ulysses" and model.num_heads % tp == 0:
         heads, kv_heads = model.num_heads // tp, max(1, (model.num_kv_heads or model.num_heads) // tp)
-
-        def heads_fit(size: int) -> bool:
-            return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
+        heads_fit = partial(_shared_evenly, heads, kv_heads)
         if not heads_fit(cp):
             what = f"{heads} heads" if heads % cp else f"{kv_heads} key/value heads"
             yield Problem(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tplaunch.parallel.mesh import ContextParallel, TensorParallel
+from tplaunch.parallel.mesh import ContextParallel, Ranks, TensorParallel
 from tplaunch.torch_private import collective_ops, symmetric_memory_ops
 
 
@@ -29,7 +29,7 @@ def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
     return collective_ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
 
 
-def start_all_gather(x: Tensor, ranks: TensorParallel | ContextParallel) -> Tensor:
+def start_all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     return collective_ops.all_gather_into_tensor.default(x.contiguous(), ranks.size, ranks.group.group_name)
 
 

@@ -19,21 +19,14 @@ from tplaunch.torch_private import unflatten
 
 
 @dataclass(frozen=True)
-class TensorParallel:
-    """What a tensor-parallel layer needs to know of its group.
+class Ranks:
+    """The ranks along one axis of the mesh.
 
     Args:
-        mesh: 1-D mesh of the tp ranks; parameters are DTensors on it.
-        sequence_parallel: activations between the layers are split along the sequence
-            (Korthikanti et al. 2022, arXiv 2205.05198).
-        fused: matmuls and the all-gathers before them, or reduce-scatters after them, run as one operation, piece by
-            piece (asynchronous tensor parallelism: torch's symmetric-memory operations; torchtitan
-            `enable_async_tensor_parallel`).
+        mesh: 1-D mesh of them.
     """
 
     mesh: DeviceMesh
-    sequence_parallel: bool = False
-    fused: bool = False
 
     @property
     def size(self) -> int:
@@ -49,7 +42,24 @@ class TensorParallel:
 
 
 @dataclass(frozen=True)
-class ContextParallel:
+class TensorParallel(Ranks):
+    """What a tensor-parallel layer needs to know of its group.
+
+    Args:
+        mesh: 1-D mesh of the tp ranks; parameters are DTensors on it.
+        sequence_parallel: activations between the layers are split along the sequence
+            (Korthikanti et al. 2022, arXiv 2205.05198).
+        fused: matmuls and the all-gathers before them, or reduce-scatters after them, run as one operation, piece by
+            piece (asynchronous tensor parallelism: torch's symmetric-memory operations; torchtitan
+            `enable_async_tensor_parallel`).
+    """
+
+    sequence_parallel: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class ContextParallel(Ranks):
     """The ranks that share each sequence.
 
     Args:
@@ -57,20 +67,7 @@ class ContextParallel:
         kind: what they exchange for attention (`tplaunch.parallel.context`).
     """
 
-    mesh: DeviceMesh
     kind: ContextKind
-
-    @property
-    def size(self) -> int:
-        return self.mesh.size()
-
-    @property
-    def rank(self) -> int:
-        return self.mesh.get_local_rank()
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group()
 
     def pieces(self, seq_len: int, rank: int | None = None) -> list[range]:
         """The places in a sequence of what a rank holds, by default this one."""

@@ -46,11 +46,6 @@ class TextSampler:
         dist.broadcast_object_list(found)
         self._prompts, self._ends = found  # type: ignore[assignment]
 
-    def due(self, step: int) -> bool:
-        """Whether texts are asked for after a step: each `every` steps, and the last."""
-        every = self.asked.every
-        return every > 0 and (step % every == 0 or step == self.step.recipe.training.steps)
-
     def write(self) -> list[str]:
         """Continue each prompt; every rank calls it.
 

@@ -168,7 +168,7 @@ class Trainer:
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
                 validation = self.validate() if self._due(recipe.training.eval_every, last) else None
-                if self.sampler.due(progress.step):
+                if self._due(recipe.logging.samples.every, last):
                     self._sample()
                 if self.log.due(progress.step):
                     epochs = {} if corpora is None else corpora.epochs(progress.samples)
