@@ -8,6 +8,7 @@ torchrun itself.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
@@ -45,8 +46,12 @@ def _serve(pipe: Connection) -> None:
             ranks[child] = rank
         while ranks:
             child, status = os.wait()
-            del ranks[child]
-            if status != 0:  # what its peers would say is that it has gone
+            rank = ranks.pop(child)
+            if status != 0:
+                if not (error := folder / f"error-{rank}").exists():
+                    crash = (folder / f"crash-{rank}").read_text()
+                    error.write_text(f"ended with {os.waitstatus_to_exitcode(status)}\n{crash}")
+                # What its peers would say is that it has gone.
                 for peer in ranks:
                     os.kill(peer, signal.SIGKILL)
         pipe.send(None)
@@ -58,6 +63,7 @@ def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arg
     from tplaunch.run.processes import die_with_parent
 
     die_with_parent()
+    faulthandler.enable((folder / f"crash-{rank}").open("w"))
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         store = dist.FileStore(str(folder / "store"), world)

@@ -1,10 +1,10 @@
 """Where a step's time goes, and where it makes the host wait.
 
-    python -m tests.gpu.look SHAPE FOLDER FILE
+    python -m tests.gpu.look SHAPE CONTENDER FOLDER FILE
 
-Writes FOLDER/profile.txt, the 25 kernels that take longest, and a JSON object to FILE: the host's waits of one step,
-each with the line of tplaunch that causes it. On a GPU they are what `torch.cuda.set_sync_debug_mode` warns of; on the
-CPU, which never waits, the reads of a tensor's value that would be waits there.
+Writes FOLDER/profile-CONTENDER.txt, the 25 kernels that take longest, and a JSON object to FILE: the host's waits of a
+step, each with the line of tplaunch that causes it. On a GPU they are what `torch.cuda.set_sync_debug_mode` warns of;
+on the CPU, which never waits, the reads of a tensor's value that would be waits there, where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tplaunch
 from tests.gpu.alone import alone
 from tests.gpu.machine import take_device
 from tests.gpu.shapes import SHAPES
-from tests.gpu.speed import ours
+from tests.gpu.speed import CONTENDERS
 
 PACKAGE = f"{Path(tplaunch.__file__).parent}/"
 KERNELS = 25
@@ -36,10 +36,11 @@ READS = (Tensor.tolist, Tensor.item, Tensor.nonzero, Tensor.__bool__, Tensor.__i
 
 def place() -> str:
     """The innermost line of tplaunch that is being run."""
-    for frame in reversed(traceback.extract_stack()):
+    frames = traceback.extract_stack()
+    for frame in reversed(frames):
         if frame.filename.startswith(PACKAGE):
             return f"{frame.filename.removeprefix(PACKAGE)}:{frame.lineno} {frame.line}"
-    return "outside tplaunch"
+    return "outside tplaunch: " + " < ".join(f"{frame.name}:{frame.lineno}" for frame in frames[-1:-6:-1])
 
 
 class _Reads(TorchFunctionMode):
@@ -78,20 +79,20 @@ def waits(step: Callable[[], object], device: torch.device) -> Counter[str]:
     return places
 
 
-def main(shape: str, folder: str, file: str) -> None:
+def main(shape: str, contender: str, folder: str, file: str) -> None:
     device = take_device()
     with alone():
-        step = ours(SHAPES[shape], device, compile_=False)
+        step = CONTENDERS[contender](SHAPES[shape], device)
         for _ in range(3):
             step()
-        found = waits(step, device)
+        found = waits(step, device) if device.type == "cuda" or contender == "tplaunch" else Counter()
         with profile() as profiled:
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     order = f"self_{device.type}_time_total"
     text = profiled.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=80)
-    (Path(folder) / "profile.txt").write_text(text)
+    (Path(folder) / f"profile-{contender}.txt").write_text(text)
     Path(file).write_text(json.dumps(dict(found.most_common())))
 
 

@@ -62,13 +62,18 @@ def _speed(shape: str, contender: str, limit_s: int) -> Part:
     return Part(f"{shape} {contender}", limit_s, argv)
 
 
+def _look(contender: str, limit_s: int) -> Part:
+    return Part(f"look {contender}", limit_s, ("tests.gpu.look", "SHAPE1", contender, "OUT", "FIGURES"))
+
+
 # Parts of a stage run at once, on a GPU: tests, whose times nobody reads.
 STAGES = (
     (_speed("1b", "tplaunch", 60),),
-    (Part("look", 60, ("tests.gpu.look", "SHAPE1", "OUT", "FIGURES")),),
+    (_look("tplaunch", 60),),
     tuple(_tests(name, 200) for name in ("parity", "memory", "topologies", "kernels", "checkpoint", "launch")),
     (_speed("1b", "transformers-compile", 90),),
     (_speed("1b", "tplaunch-compile", 90),),
+    (_look("tplaunch-compile", 90),),
     (_tests("bench", 60),),
     (_speed("3b", "tplaunch", 60),),
     (_speed("3b", "transformers-compile", 120),),

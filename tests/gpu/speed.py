@@ -3,7 +3,7 @@
     python -m tests.gpu.speed SHAPE CONTENDER FILE
 
 Master weights, gradients and AdamW's state in fp32 (transformers: fp32 parameters under autocast), matmuls in bf16,
-gradients clipped. Writes a JSON object: tokens/s of the median step, MFU where the GPU is known, peak memory.
+gradients clipped. Writes a JSON object: tokens/s, MFU where the GPU is known, peak memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -76,24 +77,23 @@ CONTENDERS: dict[str, Callable[[Shape, torch.device], Callable[[], object]]] = {
 
 
 def measure(shape: Shape, contender: str) -> dict[str, float]:
-    """Time steps, each until the device is idle again."""
+    """Time steps, one behind the other as in training: from one return to the next."""
     device = take_device()
     began = time.perf_counter()
     step = CONTENDERS[contender](shape, device)
-    seconds = []
+    times = []
     for number in range(WARM_UP + STEPS):
-        start = time.perf_counter()
         step()
-        if device.type == "cuda":
+        if device.type == "cuda" and number in (0, WARM_UP - 1, WARM_UP + STEPS - 1):
             torch.cuda.synchronize(device)
-        if number >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-        elif number == 0:
-            first = time.perf_counter() - began
-    rate = shape.tokens / median(seconds)
+        times.append(time.perf_counter())
+    first = times[0] - began
+    seconds = [after - before for before, after in pairwise(times[WARM_UP - 1 :])]
+    rate = shape.tokens / fmean(seconds)
     found = {
         "tokens_per_s": rate,
-        "step_s": median(seconds),
+        "step_s": fmean(seconds),
+        "median_step_s": median(seconds),
         "spread": max(seconds) / min(seconds) - 1,
         "peak_gib": peak_memory(device) / 2**30,
         "to_first_step_s": first,

@@ -21,7 +21,6 @@ from tplaunch.run.events import Profiled
 pytestmark = pytest.mark.gpu
 STEPS = 8
 TINY = [f"training.steps={STEPS}", "training.seq_len=32", "training.micro_batch_size=2", "training.global_batch_size=4"]
-BACKEND = "gloo" if on_cpu() else "nccl"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,8 @@ def test_an_error_leaves_the_collectives_before_it(tmp_path: Path, cache: Path) 
     code, said = train(tmp_path, cache, settings, TPLAUNCH_FAULT="rank=0,step=3,kind=exception")
     assert code == Exit.FAILED, said
     entries = json.loads(RunDir(tmp_path).rank_flight(1, 0).read_text())["entries"]
-    assert any(entry["profiling_name"].startswith(f"{BACKEND}:") for entry in entries), entries[-3:]
+    names = [entry["profiling_name"] for entry in entries]  # one rank has nothing to exchange over NCCL
+    assert any(name.startswith(("gloo:", "nccl:")) for name in names), names
 
 
 def test_a_hang_leaves_the_collectives_before_it(tmp_path: Path, cache: Path) -> None:

@@ -53,8 +53,22 @@ class ShardedOptimizer:
         else:
             self.inner = torch.optim.SGD(params, lr=settings.lr, momentum=settings.momentum)
 
-    def step(self, lr: float) -> None:
-        """Update every shard from its gradient, and let the model compute with the new weights."""
+    @property
+    def scales(self) -> bool:
+        """Whether `step` takes a divisor: AdamW's kernel divides by it while it reads the gradients, in fp32."""
+        return self.settings.name == "adamw" and all(weight.dtype == torch.float32 for _, _, weight in self.shards)
+
+    def step(self, lr: float, divisor: Tensor | float = 1.0, update: Tensor | None = None) -> None:
+        """Update every shard from its gradient, and let the model compute with the new weights.
+
+        Args:
+            lr: the learning rate.
+            divisor: of the gradients, [] or a number; only where the optimizer `scales`.
+            update: whether to update at all, bool []; by default, yes.
+        """
+        if update is not None:  # as torch.amp.GradScaler tells an optimizer
+            divisor = torch.as_tensor(divisor, dtype=torch.float32, device=update.device)
+            self.inner.grad_scale, self.inner.found_inf = divisor, update.logical_not().float()  # type: ignore[attr-defined]
         for sharding, shard, weight in self.shards:
             weight.grad = sharding.gradient(shard) if weight.numel() else None
         for group in self.inner.param_groups:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tplaunch.torch_private import storage_id
 
+_WIDENED = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # what a GPU's matmul adds up, unrounded
+
 
 class Accumulator:
     """Where the gradient of a weight is added up over a step.
@@ -51,7 +53,12 @@ def add_products(accumulators: Sequence[Accumulator], lefts: Sequence[Tensor], r
     """
     totals = merge([accumulator.total for accumulator in accumulators])
     for total, left in zip(totals, lefts, strict=True):
-        if total.dtype != left.dtype:
+        if left.is_cuda and (left.dtype, total.dtype) in _WIDENED:
+            if accumulators[0].begun:
+                torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+            else:
+                torch.mm(left, right, out_dtype=total.dtype, out=total)
+        elif total.dtype != left.dtype:
             product = left @ right
             total.add_(product) if accumulators[0].begun else total.copy_(product)
         elif accumulators[0].begun:

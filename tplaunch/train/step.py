@@ -6,7 +6,7 @@ What `train`, `bench` and `simulate` all run: it knows no run directory, no chec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,34 @@ class StepResult:
     grad_norm: float
     finite: bool
     stop: bool
+
+    @classmethod
+    def of(cls, totals: Sequence[float]) -> StepResult:
+        """From the sums over the world of loss, square of the norm, and wishes to stop."""
+        loss, squares, stops = totals
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        return cls(loss, norm, math.isfinite(loss) and math.isfinite(norm), stops > 0)
+
+
+class Told:
+    """Numbers on their way to the host: work that is given to the device after them does not delay them.
+
+    Args:
+        numbers: [n].
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def wait(self) -> list[float]:
+        """The numbers."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host.tolist()
 
 
 class TrainStep:
@@ -107,16 +135,16 @@ class TrainStep:
         loss = self.pipeline.train(batch, loss_factor * scale / self.count_targets(batch, tokens))
         self.mark(step, "gradients")
         self.gradients.complete()
-        result = self._all_reduce_result(loss / scale, self.gradients.square_sum() / scale**2)
+        totals = self._all_reduce_totals(loss / scale, self.gradients.square_sum() / scale**2)
+        told = Told(totals)
         self.mark(step, "update")
+        if self.optimizer.scales:
+            self._update_unread(totals, scale)
+            result = StepResult.of(told.wait())
+        else:
+            result = StepResult.of(told.wait())
+            self._update_read(result, scale)
         if result.finite:
-            factor = 1.0 / scale
-            clip = recipe.training.grad_clip
-            if clip is not None and result.grad_norm > clip:
-                factor *= clip / (result.grad_norm + 1e-6)
-            if factor != 1.0:
-                self.gradients.scale(factor)
-            self.optimizer.step(learning_rate(recipe, step))
             progress.updates, progress.nonfinite = progress.updates + 1, 0
         else:
             progress.nonfinite, progress.skipped = progress.nonfinite + 1, progress.skipped + 1
@@ -144,13 +172,37 @@ class TrainStep:
             dist.all_reduce(total, group=self.mesh.world.get_group(axis))
         return max(1, int(total))
 
-    def _all_reduce_result(self, loss: Tensor, squares: Tensor) -> StepResult:
-        """Sum loss, gradient norm and the wish to stop over the world, in one all-reduce, so that all decide alike."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
-        totals[0] = loss if self.pipeline.has_loss and self.mesh.tp.rank == 0 else 0.0
-        totals[1] = squares
-        totals[2] = float(self.stop_requested())
+    def _all_reduce_totals(self, loss: Tensor, squares: Tensor) -> Tensor:
+        """Sum loss, square of the gradients' norm and wishes to stop over the world, in one all-reduce, so that all
+        decide alike: fp64 [3]."""
+        counts = self.pipeline.has_loss and self.mesh.tp.rank == 0
+        stop = float(self.stop_requested())
+        totals = torch.stack(
+            [
+                loss.detach().double().sum() if counts else squares.new_zeros(()),
+                squares,
+                torch.full_like(squares, stop),  # a kernel's argument: no copy from the host's memory
+            ]
+        )
         dist.all_reduce(totals)
-        total_loss, total_squares, stops = totals.tolist()
-        norm = math.sqrt(total_squares) if total_squares >= 0 else math.nan
-        return StepResult(total_loss, norm, math.isfinite(total_loss) and math.isfinite(norm), stops > 0)
+        return totals
+
+    def _update_unread(self, totals: Tensor, scale: float) -> None:
+        """Update before the host has read what the step gave: the device decides whether and how far to clip. So the
+        update is at work while the host learns of it, and begins the next step."""
+        loss, squares, _ = totals.unbind()
+        norm, clip = squares.sqrt(), self.recipe.training.grad_clip
+        divisor = scale if clip is None else ((norm + 1e-6) / clip).where(norm > clip, 1.0) * scale
+        finite = (loss + norm).isfinite()
+        self.optimizer.step(learning_rate(self.recipe, self.progress.step + 1), divisor, finite)
+
+    def _update_read(self, result: StepResult, scale: float) -> None:
+        """Update by an optimizer that scales no gradients itself."""
+        clip, factor = self.recipe.training.grad_clip, 1.0 / scale
+        if not result.finite:
+            return
+        if clip is not None and result.grad_norm > clip:
+            factor *= clip / (result.grad_norm + 1e-6)
+        if factor != 1.0:
+            self.gradients.scale(factor)
+        self.optimizer.step(learning_rate(self.recipe, self.progress.step + 1))
