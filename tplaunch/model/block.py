@@ -192,20 +192,17 @@ class TransformerBlock(nn.Module):
             return self._forward(run, x, rope, starts)
 
     def compile_parts(self) -> None:
-        """Compile each part by itself. Between them are matmuls, attention and the sum of one residual stream: next to
-        nothing that could be fused. So what is kept between them is what is kept without compiling, and what is made
-        again is what was made."""
+        """Compile the element-wise work, each part by itself. Between the parts are matmuls, which add up gradients of
+        weights in place, attention, and the sum of one residual stream: next to nothing that could be fused. So what is
+        kept between them is what is kept without compiling, and what is made again is what was made."""
         self.compiled = True
         for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
             if norm is not None:
                 norm.compile()
-        turns = ("project", "turn")
+        turns: tuple[str, ...] = ("turn",)
         if self.cp is not None and self.cp.kind == "allgather":
-            turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
-        for owner, names in (
-            (self.attention, (*turns, "leave")),
-            (self.mlp, ("enter", "activate", "leave")),
-        ):
+            turns = ("turn_key_value", "turn_query")
+        for owner, names in ((self.attention, turns), (self.mlp, ("activate",))):
             for name in names:
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tplaunch.model import fused
 from tplaunch.recipe.schema import Model, RopeScaling
 
 
@@ -98,7 +99,7 @@ def still_table(model: Model, dtype: torch.dtype, device: torch.device) -> Tenso
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate [s, b, heads, head_dim] by a table [2, s, 1 or b, 1, rotary_dim], in the table's precision; channels
     beyond the table's stay."""
-    return _Rotate.apply(x, table)
+    return _rotated(x, table) if torch.compiler.is_compiling() else _Rotate.apply(x, table)
 
 
 def split_heads(projected: Tensor, sizes: list[int], head_dim: int, table: Tensor | None) -> tuple[Tensor, ...]:
@@ -116,11 +117,25 @@ def split_heads(projected: Tensor, sizes: list[int], head_dim: int, table: Tenso
     Returns:
         [s, b, heads, head_dim] of each.
     """
+    if torch.compiler.is_compiling():  # which sees the same, and makes kernels of it
+        heads = [part.unflatten(-1, (-1, head_dim)) for part in projected.split(sizes, -1)]
+        return (*(_rotated(head, table) for head in heads[:-1]), heads[-1]) if table is not None else tuple(heads)
     return _SplitHeads.apply(projected, sizes, head_dim, table)
+
+
+def _rotated(x: Tensor, table: Tensor) -> Tensor:
+    """`apply_rope` in words that a compiler reads."""
+    cos, sin = table.unbind(0)
+    turned, stays = x.to(table.dtype).tensor_split([table.shape[-1]], -1)
+    low, high = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-high, low], -1) * sin, stays], -1).to(x.dtype)
 
 
 def _rotate(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
     """Write [s, b, heads, head_dim], rotated or rotated back, to `out` of the same shape."""
+    if fused.fits(x):
+        fused.rotate(x, table, out, heads=x.shape[2], back=back)
+        return
     cos, sin = table.unbind(0)
     if (turned := table.shape[-1]) < x.shape[-1]:
         out[..., turned:].copy_(x[..., turned:])
@@ -167,6 +182,11 @@ class _SplitHeads(torch.autograd.Function):
             return tuple(heads)
         out = torch.empty_like(projected)
         places = [part.unflatten(-1, (-1, head_dim)) for part in out.split(sizes, -1)]
+        if fused.fits(projected):
+            every = projected.unflatten(-1, (-1, head_dim))
+            turned = sum(sizes[:-1]) // head_dim
+            fused.rotate(every, table, out.unflatten(-1, (-1, head_dim)), heads=turned, back=False)
+            return tuple(places)
         for head, place in zip(heads[:-1], places[:-1], strict=True):
             _rotate(head, table, place, back=False)
         places[-1].copy_(heads[-1])

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tplaunch.model import fused
+
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up: [..., 2 f], gate before up -> [..., f].
@@ -15,11 +17,17 @@ def swiglu(x: Tensor) -> Tensor:
     It keeps gate and up alone: silu(gate) is made again in the backward pass, for an element-wise operation costs less
     than the memory does.
     """
+    if torch.compiler.is_compiling():  # which sees the same, and makes one kernel of each pass
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
     return _SwiGLU.apply(x)
 
 
 def geglu(x: Tensor) -> Tensor:
     """gelu(gate) * up in GELU's tanh form; else as `swiglu`."""
+    if torch.compiler.is_compiling():
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
     return _GeGLU.apply(x)
 
 
@@ -27,12 +35,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        if fused.fits(x):
+            return fused.gated(x, gelu=False)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        if fused.fits(x):
+            return fused.gated_backward(x, grad, gelu=False)
         gate, up = x.chunk(2, -1)
         out = torch.empty_like(x)
         grad_gate, grad_up = out.chunk(2, -1)
@@ -46,12 +58,16 @@ class _GeGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        if fused.fits(x):
+            return fused.gated(x, gelu=True)
         gate, up = x.chunk(2, -1)
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        if fused.fits(x):
+            return fused.gated_backward(x, grad, gelu=True)
         gate, up = x.chunk(2, -1)
         out = torch.empty_like(x)
         grad_gate, grad_up = out.chunk(2, -1)

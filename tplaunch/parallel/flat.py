@@ -44,7 +44,7 @@ class FlatSharding:
         mesh: the mesh.
         precision: names the dtypes.
         in_place: the matmul that computes a weight gradient may add it to the buffer itself: backward passes are not
-            split in two, nor compiled.
+            split in two.
         overlap: a block's gradients are complete when a backward pass leaves it: passes are not split in two.
         compiled: blocks are compiled.
     """
@@ -74,7 +74,7 @@ class FlatSharding:
         # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
         self.sums_whole = self.parts == 1 or dist.get_backend(mesh.world.get_group("dp_shard")) == "gloo"
         self._accumulators: defaultdict[str, list[Accumulator]] = defaultdict(list)  # block -> of its matrices
-        self._zeroed = [] if in_place else [self.gradients]  # gradients that no `Accumulator` writes over
+        further: list[Tensor] = []  # gradients that no `Accumulator` writes over
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
         self._reductions: list[dist.Work] = []
@@ -95,16 +95,17 @@ class FlatSharding:
                 self._accumulators[_block_of(name)].append(total)
             elif compiled:  # dynamo refuses a parameter whose gradient has another dtype
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradients[: local[0]]))
+                further.append(gradients)
             else:
                 parameter.grad = gradients[: local[0]]
-                if in_place:
-                    self._zeroed.append(gradients)
+                further.append(gradients)
             _replace(module, name, parameter)
             master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
             if self.storage != self.compute:
                 master = torch.zeros_like(master, dtype=self.storage)
             place = rows_of(layout, master, mesh.world, self.parts)
             self.shards.append(ParameterShard(name, parameters[name], master, place))
+        self._zeroed = further if in_place else [self.gradients]
         self.blocks = self._blocks(list(layouts), sizes)
         self._shards_of: dict[str, list[ParameterShard]] = {block: [] for block in self.blocks}
         for shard in self.shards:

@@ -19,5 +19,4 @@ def backward_is_whole(layout: Parallelism) -> bool:
 def are_added_in_place(recipe: Recipe) -> bool:
     """Whether the matmul that computes a weight's gradient adds it to the sum itself. Then the loss makes all gradients
     in its forward pass, while its logits exist; else its backward pass computes them again."""
-    layout = recipe.topology
-    return are_flat(layout) and backward_is_whole(layout) and not recipe.training.compile
+    return are_flat(recipe.topology) and backward_is_whole(recipe.topology)

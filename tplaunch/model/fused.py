@@ -1,0 +1,102 @@
+"""Element-wise work of a block as one GPU kernel each, in Triton, which comes with torch's CUDA builds.
+
+An operation of torch reads its input from the GPU's memory and writes its output to it: gated activations are four of
+them, a rotation is eight. Arithmetic is in fp32. What runs them tells `fits` first: the CPU, and fp64, go on with
+torch's operations, and a compiler makes kernels of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels here are for this tensor."""
+    return x.is_cuda and x.dtype in _DTYPES and not torch.compiler.is_compiling()
+
+
+def gated(x: Tensor, *, gelu: bool) -> Tensor:
+    """act(gate) * up.
+
+    Args:
+        x: [..., 2 f], gate before up.
+        gelu: act is GELU in its tanh form, else SiLU.
+
+    Returns:
+        [..., f].
+    """
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], width))
+    grid, block = _rows_and_columns(out)
+    _kernels().gated[grid](x, out, width, gelu, block)
+    return out
+
+
+def gated_backward(x: Tensor, grad: Tensor, *, gelu: bool) -> Tensor:
+    """The gradient of `gated`'s input: x [..., 2 f] and grad [..., f] -> [..., 2 f]."""
+    x, grad = x.contiguous(), grad.contiguous()
+    out = torch.empty_like(x)
+    grid, block = _rows_and_columns(grad)
+    _kernels().gated_backward[grid](x, grad, out, grad.shape[-1], gelu, block)
+    return out
+
+
+def rotate(x: Tensor, table: Tensor, out: Tensor, *, heads: int, back: bool) -> None:
+    """Write rotated heads to `out`.
+
+    Args:
+        x, out: [s, b, all heads, head_dim]; channels of a head lie side by side.
+        table: [2, s or 1, b or 1, 1, rotary_dim], see `rope_table`; channels beyond rotary_dim stay.
+        heads: so many are rotated, the others copied.
+        back: against the direction.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    rows, batch, all_heads, head_dim = x.shape
+    half = table.shape[-1] // 2
+    some = min(_next_power_of_2(all_heads), max(1, 2048 // _next_power_of_2(half)))
+    steps = [0 if size == 1 else step for size, step in zip(table.shape[1:3], table.stride()[1:3], strict=True)]
+    grid = (rows * batch, -(-all_heads // some))
+    _kernels().rotate[grid](
+        x,
+        out,
+        table,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        table.stride(0),
+        *steps,
+        batch,
+        all_heads,
+        heads,
+        -1.0 if back else 1.0,
+        head_dim,
+        half,
+        some,
+        _next_power_of_2(half),
+        _next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0,
+    )
+
+
+def _rows_and_columns(out: Tensor, block: int = 2048) -> tuple[tuple[int, int], int]:
+    """The grid of programs that each write so many columns of a row of [..., columns]."""
+    columns = out.shape[-1]
+    block = min(block, _next_power_of_2(columns))
+    return (out.numel() // columns, -(-columns // block)), block
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _kernels() -> Any:
+    from tplaunch.model import triton_kernels
+
+    return triton_kernels

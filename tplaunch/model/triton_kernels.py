@@ -1,0 +1,93 @@
+"""The Triton kernels of `tplaunch.model.fused`, which says what they do; imported where a GPU runs them.
+
+Rows are counted in 64 bits: a microbatch's activations can have more than 2^31 elements.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _slope(gate, GELU: tl.constexpr):
+    """What the sigmoid reads of act(gate) = gate * sigmoid(slope), and its derivative by gate."""
+    if GELU:
+        cubic: tl.constexpr = 0.044715
+        scale: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
+        return scale * gate * (1 + cubic * gate * gate), scale * (1 + 3 * cubic * gate * gate)
+    else:  # noqa: RET505 (a compiler's branch: both sides are the function's end)
+        return gate, 1.0 + 0.0 * gate
+
+
+@triton.jit
+def gated(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(x + row * 2 * width + columns, inside, 0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + columns, inside, 0.0).to(tl.float32)
+    slope, _ = _slope(gate, GELU)
+    tl.store(out + row * width + columns, (gate * tl.sigmoid(slope) * up).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def gated_backward(x, grad, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row * 2 * width + columns
+    gate = tl.load(x + at, inside, 0.0).to(tl.float32)
+    up = tl.load(x + at + width, inside, 0.0).to(tl.float32)
+    given = tl.load(grad + row * width + columns, inside, 0.0).to(tl.float32)
+    slope, steepness = _slope(gate, GELU)
+    share = tl.sigmoid(slope)
+    by_gate = given * up * share * (1 + gate * (1 - share) * steepness)
+    tl.store(out + at, by_gate.to(out.dtype.element_ty), inside)
+    tl.store(out + at + width, (given * gate * share).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def rotate(
+    x,
+    out,
+    table,
+    x_row,
+    x_sample,
+    x_head,
+    out_row,
+    out_sample,
+    out_head,
+    sine,
+    table_row,
+    table_sample,
+    batch,
+    heads,
+    turned,
+    sign,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    row, sample = token // batch, token % batch
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (channel < HALF)
+    angle = table + row * table_row + sample * table_sample + channel
+    turns = head < turned
+    cos = tl.where(turns, tl.load(angle, channel < HALF, 1.0).to(tl.float32), 1.0)
+    sin = tl.where(turns, sign * tl.load(angle + sine, channel < HALF, 0.0).to(tl.float32), 0.0)
+    source = x + row * x_row + sample * x_sample + head * x_head + channel
+    target = out + row * out_row + sample * out_sample + head * out_head + channel
+    low = tl.load(source, inside, 0.0).to(tl.float32)
+    high = tl.load(source + HALF, inside, 0.0).to(tl.float32)
+    tl.store(target, (low * cos - high * sin).to(out.dtype.element_ty), inside)
+    tl.store(target + HALF, (high * cos + low * sin).to(out.dtype.element_ty), inside)
+    if REST > 0:
+        further = 2 * HALF + tl.arange(0, REST)[None, :]
+        inside = (head < heads) & (further < HEAD)
+        rest = tl.load(x + row * x_row + sample * x_sample + head * x_head + further, inside, 0.0)
+        tl.store(out + row * out_row + sample * out_sample + head * out_head + further, rest, inside)
