@@ -32,7 +32,7 @@ def test_compiled_follows_eager(world: World, note: Callable[..., None]) -> None
 
 def fused_here(name: str) -> list[float]:
     """Relative differences of a fused kernel's outputs and gradients from torch's operations in fp64 on the CPU."""
-    from tests.model.fused_cases import CASES, difference
+    from tests.kernels.cases import CASES, difference
 
     return difference(CASES[name], take_device())
 
@@ -43,7 +43,7 @@ def fused_here(name: str) -> list[float]:
 def test_fused_kernels_are_right(world: World, note: Callable[..., None], name: str) -> None:
     (found,) = world.run(1, fused_here, name)
     note(worst_relative_difference=max(found))
-    assert max(found) < 5e-3  # bf16 in and out
+    assert max(found) < 1e-2  # bf16 in and out
 
 
 def operations(raw: dict[str, Any]) -> list[str]:

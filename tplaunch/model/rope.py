@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tplaunch.model import fused
+from tplaunch.kernels import fused
 from tplaunch.recipe.schema import Model, RopeScaling
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tplaunch.model import fused
+from tplaunch.kernels import fused
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tplaunch.torch_private import storage_id
 
-_WIDENED = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # what a GPU's matmul adds up, unrounded
+_NARROW = (torch.bfloat16, torch.float16)  # whose products a GPU adds up in fp32, and can give unrounded
 
 
 class Accumulator:
@@ -53,7 +53,7 @@ def add_products(accumulators: Sequence[Accumulator], lefts: Sequence[Tensor], r
     """
     totals = merge([accumulator.total for accumulator in accumulators])
     for total, left in zip(totals, lefts, strict=True):
-        if left.is_cuda and (left.dtype, total.dtype) in _WIDENED:
+        if left.is_cuda and total.dtype == torch.float32 and left.dtype in _NARROW:
             if accumulators[0].begun:
                 torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
             else:
@@ -67,6 +67,13 @@ def add_products(accumulators: Sequence[Accumulator], lefts: Sequence[Tensor], r
             torch.mm(left, right, out=total)
     for accumulator in accumulators:
         accumulator.begun = True
+
+
+def widened_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, [rows, k] and [k, columns], in fp32 (fp64 for fp64), which a GPU does not round on the way."""
+    if left.is_cuda and left.dtype in _NARROW:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def merge(tensors: list[Tensor]) -> list[Tensor]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tplaunch.parallel.accumulator import Accumulator
+from tplaunch.kernels import fused
+from tplaunch.parallel.accumulator import Accumulator, widened_matmul
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
 from tplaunch.parallel.layers import accumulator
 from tplaunch.parallel.mesh import TensorParallel
@@ -34,17 +35,12 @@ class _OutputCrossEntropy(torch.autograd.Function):
         grad_hidden = None if total is None else torch.empty_like(hidden)
         losses, log_z = (hidden.new_empty(labels.shape, dtype=columns.dtype) for _ in range(2))
         for part in columns.chunks(len(labels)):
-            logits, slope = columns.logits(hidden[part], weight)
-            target = columns.at_labels(logits, labels[part])
-            # A slice of nothing but padding has no maximum; a finite stand-in keeps NaN out.
-            top = logits.amax(-1).clamp_min(torch.finfo(columns.dtype).min)
-            exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
-            log_z[part], target = columns.join(top, exponentials.sum(-1), target)
+            logits = columns.logits(hidden[part], weight, labels[part])
+            log_z[part], target = columns.join(*logits.measure())
             counted = labels[part] != IGNORE
             losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
             if grad_hidden is not None and total is not None:
-                probabilities = exponentials.mul_((top - log_z[part]).exp().unsqueeze(-1))
-                grad = columns.gradient(probabilities, slope, log_z[part], labels[part], scale).to(weight.dtype)
+                grad = logits.gradient(log_z[part], scale, weight.dtype)
                 torch.matmul(grad, weight, out=grad_hidden[part])
                 total.add_product(grad.t(), hidden[part])
         ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
@@ -64,16 +60,81 @@ class _OutputCrossEntropy(torch.autograd.Function):
         # Several chunks are summed in the accumulate dtype: bf16 would lose the small ones.
         total = Accumulator(torch.empty_like(weight, dtype=columns.dtype)) if need_weight else None
         for part in columns.chunks(len(labels)):
-            logits, slope = columns.logits(hidden[part], weight)
-            probabilities = logits.sub_(log_z[part].unsqueeze(-1)).exp_()
-            grad_logits = columns.gradient(probabilities, slope, log_z[part], labels[part], grad * ctx.scale)
-            grad_logits = grad_logits.to(weight.dtype)
+            logits = columns.logits(hidden[part], weight, labels[part])
+            grad_logits = logits.gradient(log_z[part], grad * ctx.scale, weight.dtype)
             if grad_hidden is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[part])
             if total is not None:
                 total.add_product(grad_logits.t(), hidden[part])
         grad_weight = None if total is None else total.total.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+class _Logits:
+    """This rank's columns of one chunk's logits, by torch's operations in their memory.
+
+    Args:
+        logits: [tokens, rows], in fp32 (fp64 for fp64), as the matmul gives them.
+        labels: int64 [tokens], of all columns.
+        columns: what all chunks share.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, columns: _Columns) -> None:
+        self.columns = columns
+        self.labels = labels
+        column = labels - columns.first
+        self.column, self.mine = (
+            column.clamp(0, columns.rows - 1).unsqueeze(-1),
+            (column >= 0) & (column < columns.rows),
+        )
+        self._slope: Tensor | None = None  # of the soft cap
+        if columns.softcap is not None:
+            logits = logits.div_(columns.softcap).tanh_()
+            self._slope = 1 - logits.square()
+            logits.mul_(columns.softcap)
+        logits[:, columns.real :] = -torch.inf
+        self._values = logits
+        self._top: Tensor | None = None  # values are exponentials of logits less this
+
+    def measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each token [tokens]: its largest logit, the sum of exponentials of logits less that, and the logit of its
+        label, 0 where another rank has it."""
+        target = torch.where(self.mine, self._values.gather(-1, self.column).squeeze(-1), 0.0)
+        # A slice of nothing but padding has no maximum; a finite stand-in keeps NaN out.
+        self._top = self._values.amax(-1).clamp_min(torch.finfo(self._values.dtype).min)
+        return self._top, self._values.sub_(self._top.unsqueeze(-1)).exp_().sum(-1), target
+
+    def gradient(self, log_z: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """Gradient of the scaled loss with respect to what the matmul gave, in a dtype; the last that is asked for.
+
+        Args:
+            log_z: of each token, over all columns.
+        """
+        factor, counted = self.columns.factors(self.labels, log_z, scale)
+        if self._top is None:
+            probabilities = self._values.sub_(log_z.unsqueeze(-1)).exp_()
+        else:
+            probabilities, factor = self._values, factor * (self._top - log_z).exp()
+        gradient = probabilities.mul_(factor.unsqueeze(-1))
+        gradient.scatter_add_(-1, self.column, torch.where(self.mine, -counted, 0.0).unsqueeze(-1))
+        return (gradient if self._slope is None else gradient.mul_(self._slope)).to(dtype)
+
+
+class _FusedLogits:
+    """The same by one kernel each, which leave the logits as they are."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, columns: _Columns) -> None:
+        self.columns, self.labels, self._values = columns, labels, logits
+
+    def measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        columns = self.columns
+        return fused.measure_logits(self._values, self.labels - columns.first, columns.real, columns.softcap)
+
+    def gradient(self, log_z: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        columns = self.columns
+        factors = columns.factors(self.labels, log_z, scale)
+        labels = self.labels - columns.first
+        return fused.logit_gradient(self._values, labels, log_z, *factors, columns.real, columns.softcap, dtype)
 
 
 @dataclass(frozen=True)
@@ -102,20 +163,26 @@ class _Columns:
         """The chunks of so many tokens."""
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[tokens, rows], -inf for padding; and their derivative by what they were before the soft cap, if any."""
-        logits, slope = (hidden @ weight.t()).to(self.dtype), None
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_()
-            slope = 1 - logits.square()
-            logits.mul_(self.softcap)
-        logits[:, max(0, self.vocab_size - self.tp.rank * self.rows) :] = -torch.inf
-        return logits, slope
+    @property
+    def first(self) -> int:
+        """The first of this rank's columns, among all."""
+        return self.tp.rank * self.rows
 
-    def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The logit of each token's label, [tokens]; 0 where another rank has it."""
-        column, mine = self._place(labels)
-        return torch.where(mine, logits.gather(-1, column).squeeze(-1), 0.0)
+    @property
+    def real(self) -> int:
+        """How many of this rank's columns are no padding."""
+        return min(self.rows, max(0, self.vocab_size - self.first))
+
+    def logits(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> _Logits | _FusedLogits:
+        """The logits of a chunk."""
+        kind = _FusedLogits if fused.fits(hidden) else _Logits
+        return kind(widened_matmul(hidden, weight.t()), labels, self)
+
+    def factors(self, labels: Tensor, log_z: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Of each token: what its probabilities are multiplied with for the gradient, and what is taken from that of
+        its label."""
+        counted = (labels != IGNORE).to(self.dtype) * scale
+        return counted * (1 + 2 * self.z_loss * log_z), counted
 
     def join(self, top: Tensor, local_sum: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """log Z and the label's logit of each token over all slices, [tokens], from each slice's largest logit, sum of
@@ -126,22 +193,6 @@ class _Columns:
         sums = torch.stack([local_sum * (top - highest).exp(), target])
         local_sum, target = wait(start_all_reduce(sums, self.tp)).unbind(0)
         return highest + local_sum.log(), target
-
-    def gradient(
-        self, probabilities: Tensor, slope: Tensor | None, log_z: Tensor, labels: Tensor, scale: Tensor | float
-    ) -> Tensor:
-        """Gradient of the scaled loss with respect to the logits before the soft cap, in the memory of the
-        probabilities."""
-        counted = (labels != IGNORE).to(self.dtype) * scale
-        column, mine = self._place(labels)
-        gradient = probabilities.mul_((counted * (1 + 2 * self.z_loss * log_z)).unsqueeze(-1))
-        gradient.scatter_add_(-1, column, torch.where(mine, -counted, 0.0).unsqueeze(-1))
-        return gradient if slope is None else gradient.mul_(slope)
-
-    def _place(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each label's column here, [tokens, 1], and whether it is one of these, [tokens]."""
-        column = labels - self.tp.rank * self.rows
-        return column.clamp(0, self.rows - 1).unsqueeze(-1), (column >= 0) & (column < self.rows)
 
 
 def output_cross_entropy(

@@ -84,6 +84,55 @@ def rotate(x: Tensor, table: Tensor, out: Tensor, *, heads: int, back: bool) -> 
     )
 
 
+def measure_logits(logits: Tensor, labels: Tensor, real: int, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: its largest logit, the sum of exponentials of logits less that, and the logit of its label.
+
+    Args:
+        logits: fp32 [tokens, columns].
+        labels: int64 [tokens], a column here or any other number.
+        real: columns that are no padding.
+        softcap: c, where logits are c tanh(logit / c).
+
+    Returns:
+        fp32 [tokens] each; of no real columns the smallest number there is, and 0. A label elsewhere has 0.
+    """
+    top, total, target = (logits.new_empty(len(logits)) for _ in range(3))
+    _kernels().measure_logits[(len(logits),)](
+        logits, labels, top, total, target, logits.stride(0), real, softcap or 1.0, softcap is not None, 4096
+    )
+    return top, total, target
+
+
+def logit_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    log_z: Tensor,
+    factor: Tensor,
+    counted: Tensor,
+    real: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """exp(logit - log_z) * factor, less `counted` at the label; by the chain rule through the soft cap.
+
+    Args:
+        log_z, factor, counted: fp32 [tokens].
+        dtype: of what is returned.
+        logits, labels, real, softcap: see `measure_logits`.
+
+    Returns:
+        [tokens, columns]; 0 for padding.
+    """
+    out = torch.empty_like(logits, dtype=dtype)
+    columns = logits.shape[1]
+    grid, block = _rows_and_columns(out, 4096)
+    _kernels().logit_gradient[grid](
+        logits, labels, log_z, factor, counted, out, logits.stride(0), columns, real,
+        softcap or 1.0, softcap is not None, block,
+    )  # fmt: skip
+    return out
+
+
 def _rows_and_columns(out: Tensor, block: int = 2048) -> tuple[tuple[int, int], int]:
     """The grid of programs that each write so many columns of a row of [..., columns]."""
     columns = out.shape[-1]
@@ -97,6 +146,6 @@ def _next_power_of_2(number: int) -> int:
 
 @cache
 def _kernels() -> Any:
-    from tplaunch.model import triton_kernels
+    from tplaunch.kernels import triton_kernels
 
     return triton_kernels

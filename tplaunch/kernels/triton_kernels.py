@@ -1,4 +1,4 @@
-"""The Triton kernels of `tplaunch.model.fused`, which says what they do; imported where a GPU runs them.
+"""The Triton kernels of `tplaunch.kernels.fused`, which says what they do; imported where a GPU runs them.
 
 Rows are counted in 64 bits: a microbatch's activations can have more than 2^31 elements.
 """
@@ -91,3 +91,49 @@ def rotate(
         inside = (head < heads) & (further < HEAD)
         rest = tl.load(x + row * x_row + sample * x_sample + head * x_head + further, inside, 0.0)
         tl.store(out + row * out_row + sample * out_sample + head * out_head + further, rest, inside)
+
+
+@triton.jit
+def _capped(logits, cap, CAPPED: tl.constexpr):
+    """Logits under a soft cap, and their derivative."""
+    if CAPPED:
+        tanh = 2 * tl.sigmoid(2 * logits / cap) - 1
+        return cap * tanh, 1 - tanh * tanh
+    else:  # noqa: RET505
+        return logits, 1.0 + 0.0 * logits
+
+
+@triton.jit
+def measure_logits(
+    logits, labels, tops, sums, targets, step, real, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + token)
+    tops_so_far = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    sums_so_far = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, real, BLOCK):  # each place of the block has its own maximum and sum
+        columns = begin + tl.arange(0, BLOCK)
+        inside = columns < real
+        found, _ = _capped(tl.load(logits + token * step + columns, inside, 0.0), cap, CAPPED)
+        higher = tl.maximum(tops_so_far, tl.where(inside, found, -3.4028234663852886e38))
+        sums_so_far = sums_so_far * tl.exp(tops_so_far - higher) + tl.where(inside, tl.exp(found - higher), 0.0)
+        tops_so_far = higher
+    top = tl.max(tops_so_far, 0)
+    here = (label >= 0) & (label < real)
+    target, _ = _capped(tl.load(logits + token * step + tl.where(here, label, 0), here, 0.0), cap, CAPPED)
+    tl.store(tops + token, top)
+    tl.store(sums + token, tl.sum(sums_so_far * tl.exp(tops_so_far - top), 0))
+    tl.store(targets + token, tl.where(here, target, 0.0))
+
+
+@triton.jit
+def logit_gradient(
+    logits, labels, log_zs, factors, counts, out, step, width, real, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    found, slope = _capped(tl.load(logits + token * step + columns, columns < real, 0.0), cap, CAPPED)
+    gradient = tl.exp(found - tl.load(log_zs + token)) * tl.load(factors + token)
+    gradient -= tl.where(columns == tl.load(labels + token), tl.load(counts + token), 0.0)
+    gradient = tl.where(columns < real, gradient * slope, 0.0)
+    tl.store(out + token * width + columns, gradient.to(out.dtype.element_ty), columns < width)

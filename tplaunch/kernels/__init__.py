@@ -1,0 +1,1 @@
+"""GPU kernels for element-wise work, in Triton."""
