@@ -36,6 +36,10 @@ def test_tensors_in_one_call() -> None:
     assert [norm.item() for norm in torch_private.norms(tensors)] == [5.0, 13.0]
     torch_private.scale_in_place(tensors, 2.0)
     assert tensors[0].tolist() == [6.0, 8.0]
+    copies = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, 1)]
+    torch_private.copy_in_place(copies, tensors)
+    assert [copy.flatten().tolist() for copy in copies] == [[6.0, 8.0], [10.0, 24.0]]
+    torch_private.copy_in_place([], [])
     torch_private.zero_in_place(tensors)
     assert not any(tensor.any() for tensor in tensors)
     torch_private.zero_in_place([])  # of a stage that is an embedding alone

@@ -187,6 +187,12 @@ def zero_in_place(tensors: list[Tensor]) -> None:
         _get(torch, "_foreach_zero_", "torch._foreach_zero_")(tensors)
 
 
+def copy_in_place(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors, if any, in one call."""
+    if targets:
+        _get(torch, "_foreach_copy_", "torch._foreach_copy_")(targets, sources)
+
+
 def scale_in_place(tensors: list[Tensor], factor: float) -> None:
     """Multiply tensors in one call."""
     _get(torch, "_foreach_mul_", "torch._foreach_mul_")(tensors, factor)

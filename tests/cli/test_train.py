@@ -59,7 +59,11 @@ def test_ranks_share_gpus_only_when_asked(
     monkeypatch.setenv(machine.SHARE_GPUS, "1")
     assert tplaunch(line) == Exit.DONE
     assert tplaunch([*line, "--set", "topology.pp=2"]) == Exit.USAGE
-    assert "pp 2 by 8 ranks on 1 GPUs" in capsys.readouterr().err
+    assert "topology.pp: 8 ranks on 1 GPUs cannot do that" in capsys.readouterr().err
+    gathers = ["--set", "topology.sequence_parallel=true", "--set", "topology.cp=2"]
+    assert tplaunch([*line, *gathers]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "topology.sequence_parallel: 8 ranks" in said and "topology.cp: 8 ranks" in said
 
 
 def test_dry_run_prints_the_line_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def fused_here(name: str) -> list[float]:
 def test_fused_kernels_are_right(world: World, note: Callable[..., None], name: str) -> None:
     (found,) = world.run(1, fused_here, name)
     note(worst_relative_difference=max(found))
-    assert max(found) < 1e-2  # bf16 in and out
+    assert max(found) < 2e-2  # bf16 in and out
 
 
 def operations(raw: dict[str, Any]) -> list[str]:

@@ -68,6 +68,20 @@ def test_threads_do_not_spin_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GOMP_SPINCOUNT" not in environment()
 
 
+def test_the_allocator_is_the_users_where_he_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocator() -> str | None:
+        return torchrun_environment(1, attempt=1, resume="auto", grace_s=1, one_node=True).get("PYTORCH_ALLOC_CONF")
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert allocator() == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    assert allocator() == "backend:cudaMallocAsync"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")  # the older name
+    assert allocator() is None
+
+
 def test_environment() -> None:
     one = torchrun_environment(2, attempt=4, resume="none", grace_s=90.5, one_node=True)
     assert one["TPLAUNCH_ATTEMPT"] == "4" and one["TPLAUNCH_RESUME"] == "none"

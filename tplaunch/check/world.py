@@ -68,3 +68,15 @@ def placement_warnings(topology: Topology, async_tp: bool) -> Iterator[Problem]:
             fix=f"tp: {choices(divisors(topology.gpus_per_node), topology.tp)}",
             key="topology.tp",
         )
+
+
+def shared_gpus(recipe: Recipe, gpus: int) -> list[Problem]:
+    """What ranks cannot do that share so many GPUs, to try things out: they meet over gloo."""
+    layout, world = recipe.topology, Topology.of(recipe).world_size
+    if not 0 < gpus < world:
+        return []
+    used = {"pp": (layout.pp > 1, "1"), "cp": (layout.cp > 1, "1")}
+    used["sequence_parallel"] = (layout.sequence_parallel and layout.tp > 1, "false")
+    what = f"{world} ranks on {gpus} GPUs cannot do that"
+    why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU, and gathers nothing on one"
+    return [Problem(what, why, f"{key}: {off}", key=f"topology.{key}") for key, (on, off) in used.items() if on]

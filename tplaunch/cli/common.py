@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ _STAND_IN = "h100-80gb"
 def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: bool = True) -> Checked:
     """A recipe, checked against the GPUs of as many machines like this as it has nodes; warnings are printed."""
     from tplaunch.check.recipe import check_recipe
+    from tplaunch.check.world import shared_gpus
     from tplaunch.machine import count_gpus, shares_gpus
     from tplaunch.recipe.load import load_recipe
 
@@ -35,10 +37,8 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
         from tplaunch.plan.recomputation import settle
 
         checked = settle(checked, _gpu_of(checked.recipe))
-    if 0 < gpus < checked.topology.world_size and checked.topology.pp > 1:
-        why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU"
-        what = f"pp {checked.topology.pp} by {checked.topology.world_size} ranks on {gpus} GPUs"
-        raise RecipeError(Problem(what, why, "pp: 1", key="topology.pp"))
+    if problems := shared_gpus(checked.recipe, gpus):
+        raise RecipeError(*(replace(problem, where=loaded.where(problem.key)) for problem in problems))
     for warning in checked.warnings if warn else ():
         typer.echo(f"warning: {warning}", err=True)
     return checked

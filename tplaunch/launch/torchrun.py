@@ -82,6 +82,8 @@ def torchrun_environment(
         # run alone 3 % of its speed, and two at once take twice as long each.
         **({} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
+        # A GPU's memory is then asked for in pieces that grow: what one layer frees fits another of other sizes.
+        **({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the Python stack in the rank's log
         # Else the workers that torchrun starts again read in its store the addresses of those that are gone
         # (pytorch issue 135712; 2.13 still does).

@@ -23,7 +23,7 @@ from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.spec.parameters import Parameter
 from tplaunch.spec.schedules import stage_rank
-from tplaunch.torch_private import norms, scale_in_place
+from tplaunch.torch_private import copy_in_place, norms, scale_in_place
 
 
 def sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -32,8 +32,8 @@ def sum_in_place(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(total.view_as(tensor))
+    totals = flat.split([t.numel() for t in tensors])
+    copy_in_place(tensors, [total.view_as(tensor) for tensor, total in zip(tensors, totals, strict=True)])
 
 
 class _Held(NamedTuple):

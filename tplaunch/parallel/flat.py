@@ -29,7 +29,7 @@ from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE
 from tplaunch.parallel.shard import ParameterShard
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter
-from tplaunch.torch_private import rows_of, zero_in_place
+from tplaunch.torch_private import copy_in_place, rows_of, zero_in_place
 
 _BY_MATMUL = ("matrix", "embedding", "output")  # roles of parameters whose layers use an `Accumulator`
 _ALIGN = 64  # elements: every parameter begins on a boundary that vector instructions like
@@ -198,16 +198,15 @@ class FlatSharding:
         is at work already (`block_begins`)."""
         self.settle()
         for block, shards in self._shards_of.items():
-            gathers = []
-            for shard in shards:
-                weights, _ = self.slots[shard.name]
-                mine = self._mine(weights)
-                if self.storage != self.compute:
-                    mine[: shard.weight.shape[0]].copy_(shard.weight)
-                if self.parts > 1:
-                    group = self.mesh.world.get_group("dp_shard")
-                    gathers.append(_all_gather(weights, mine, group=group, async_op=True))
-            self._gathers[block] = gathers
+            places = [self.slots[shard.name][0] for shard in shards]
+            if self.storage != self.compute:
+                rows = [shard.weight for shard in shards]
+                copy_in_place([self._mine(place)[: len(own)] for place, own in zip(places, rows, strict=True)], rows)
+            if self.parts > 1:
+                group = self.mesh.world.get_group("dp_shard")
+                self._gathers[block] = [
+                    _all_gather(place, self._mine(place), group=group, async_op=True) for place in places
+                ]
 
     def zero_grad(self) -> None:
         """See `Sharding`."""

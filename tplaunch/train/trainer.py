@@ -41,6 +41,7 @@ from tplaunch.torch_private import set_group_timeouts
 from tplaunch.train.batch import Batch, make_batch, share
 from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
+from tplaunch.train.garbage import Garbage
 from tplaunch.train.log import TrainingLog, Window
 from tplaunch.train.profile import StepProfile
 from tplaunch.train.sampler import TextSampler
@@ -145,7 +146,7 @@ class Trainer:
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
-        with closing(self._batches()) as batches:
+        with closing(self._batches()) as batches, Garbage() as garbage:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
                 if progress.step + 1 >= self.profile.due:
@@ -177,6 +178,7 @@ class Trainer:
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
                     self.save(wait=stopped or last)
+                garbage.after(progress.step)
         self.profile.end(progress.step)
         self.step.optimizer.settle()
         if corpora is not None:
