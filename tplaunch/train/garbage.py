@@ -9,8 +9,8 @@ EVERY = 100  # steps
 
 
 class Garbage:
-    """Within a `with` block, garbage is collected between steps, on all ranks after the same ones: else each rank stalls
-    in another step, and all others wait for it (Megatron `--manual-gc`, torchtitan `gc_freq`)."""
+    """Within a `with` block, garbage is collected between steps, on all ranks after the same ones: else each rank
+    stalls in another step, and all others wait for it (Megatron `--manual-gc`, torchtitan `gc_freq`)."""
 
     def __enter__(self) -> Garbage:
         gc.collect()
