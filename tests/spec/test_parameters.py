@@ -55,7 +55,7 @@ def test_slices_cover_each_parameter_as_often_as_it_is_copied() -> None:
 
 
 def test_key_value_heads_fewer_than_ranks_are_copied() -> None:
-    by_name = {p.name: p for p in block_parameters(model("llama3-70b"))}  # 64 heads, 8 key/value heads
+    by_name = {p.name: p for p in block_parameters(model("llama3-70b"), 0)}  # 64 heads, 8 key/value heads
     assert by_name["layers.0.attention.wk.weight"].local_shape(16) == (128, 8192)
     assert by_name["layers.0.attention.wk.weight"].copies(16) == 2
     assert by_name["layers.0.attention.wq.weight"].local_shape(16) == (512, 8192)
