@@ -1,5 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values, and mostly queries too, are
-made of vectors that are narrower than they are and that no head has to itself.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values, and mostly queries
+too, are made of vectors that are narrower than they are and that no head has to itself.
 
 What makes the narrow vectors is whole on every tp rank, what widens them is split by heads. Between the two lies the
 edge of the tensor-parallel region: with sequence parallelism it is the narrow vectors that are gathered.
@@ -7,28 +7,27 @@ edge of the tensor-parallel region: with sequence parallelism it is the narrow v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from tplaunch.model.attend import Attending
 from tplaunch.model.norm import RMSNorm
 from tplaunch.model.recompute import Run
-from tplaunch.model.rope import softmax_factor, turn_pairs
+from tplaunch.model.residual import added
+from tplaunch.model.rope import turn_pairs
 from tplaunch.parallel.layers import (
     ColumnPair,
     ColumnParallelLinear,
     RowParallelLinear,
     WholeLinear,
-    column_parallel,
     parameter,
     whole_linear,
     widened,
 )
-from tplaunch.parallel.mesh import Mesh, TensorParallel
+from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model
 
 _EPS = 1e-6  # of the narrow vectors' norms, whatever the model's: DeepSeek's and transformers' code have it so
@@ -41,6 +40,8 @@ class LatentAttention(nn.Module):
     neighbouring pair; those of the key are one vector for all heads.
     """
 
+    compiled = ("normalize", "turn")
+
     def __init__(self, model: Model, mesh: Mesh, *, layer: int) -> None:
         super().__init__()
         latent = model.latent
@@ -49,8 +50,7 @@ class LatentAttention(nn.Module):
         self.spec = latent
         hidden, heads, key = model.hidden_size, model.num_heads, latent.nope_dim + latent.rope_dim
         self.heads = heads // tp.size
-        scale = model.attention_scale or key**-0.5 * softmax_factor(model.rope_scaling)
-        self.how = Attending(model.window_of(layer), model.attention_softcap, scale)
+        self.how = Attending(model.window_of(layer), model.attention_softcap, model.attention_scale)
         self.wq = self.wq_a = self.q_a_norm = self.wq_b = None
         if latent.q_rank is None:
             self.wq = ColumnParallelLinear(hidden, heads * key, bias=False, tp=tp)
@@ -66,7 +66,6 @@ class LatentAttention(nn.Module):
         self.wo = RowParallelLinear(heads * latent.value_dim, hidden, bias=model.linear_bias, tp=tp)
         self.multiplier = model.residual_multiplier
 
-
     def project(self, run: Run, x: Tensor) -> tuple[Tensor, ...]:
         """[s or s/tp, b, h] -> queries; keys and values by heads, without what all heads share; that: [s, b, features]
         each."""
@@ -80,20 +79,19 @@ class LatentAttention(nn.Module):
         vectors."""
         return self._key_value(run, x), x.new_empty(0)
 
-    def project_query(self, run: Run, x: Tensor, link: Tensor, pair: ColumnPair) -> tuple[Tensor]:
+    def project_query(self, run: Run, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:
         """The rest of `project`, of the same x."""
         if self.wq is not None:
-            return (run("qkv", self.wq, x),)
-        narrow = run("norm", self.normalize_query, run("qkv", self.wq_a, x))
-        return (run("qkv", self.wq_b, narrow),)
+            return run("qkv", self.wq, x)
+        return run("qkv", self.wq_b, run("norm", self.normalize_query, run("qkv", self.wq_a, x)))
 
     def _key_value(self, run: Run, x: Tensor) -> tuple[Tensor, ...]:
         narrow = run("norm", self.normalize_key_value, run("qkv", self.wkv_a, x))
         return run("qkv", self.widen_key_value, narrow)
 
     def narrow(self, x: Tensor) -> Tensor:
-        """[s or s/tp, b, h] -> what queries are made of, what keys and values are, what all heads share of keys, side by
-        side: [s or s/tp, b, q_rank + kv_rank + rope_dim]."""
+        """[s or s/tp, b, h] -> what queries are made of, what keys and values are, what all heads share of keys: side
+        by side, [s or s/tp, b, q_rank + kv_rank + rope_dim]."""
         assert self.wq_a is not None
         return whole_linear(x, self.wq_a, self.wkv_a)
 

@@ -62,12 +62,6 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     return _grown(scaling, 1.0)
 
 
-def softmax_factor(scaling: RopeScaling | None) -> float:
-    """Factor of the scores of latent attention: YaRN's temperature for all channels of a head, where few are turned
-    (DeepSeek's `mscale_all_dim`, for queries and keys)."""
-    return 1.0 if scaling is None or not scaling.mscale_all_dim else _grown(scaling, scaling.mscale_all_dim) ** 2
-
-
 def _grown(scaling: RopeScaling, weight: float) -> float:
     return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Training
 
@@ -84,19 +84,23 @@ class _Kind(NamedTuple):
     norms_before: bool
     norms_after: bool
     parallel: bool
+    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
 
 
 def _kind(model: Model) -> _Kind:
     rotates = model.position == "rope"
-    return _Kind(model.qk_norm, rotates, model.pre_norms, model.post_norms, model.parallel_residual)
+    latent: Literal["", "keys", "all"] = ""
+    if model.latent is not None:
+        latent = "keys" if model.latent.q_rank is None else "all"
+    return _Kind(model.qk_norm, rotates, model.pre_norms, model.post_norms, model.parallel_residual, latent)
 
 
 def _effective(kind: _Kind, parts: frozenset[Part]) -> frozenset[Part]:
-    norms_heads, rotates, _, norms_after, parallel = kind
+    norms_heads, rotates, _, norms_after, parallel, latent = kind
     without: set[Part] = set() if norms_after else {"down"}
     if parallel:
         without.add("attention_output")
-    if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
+    if not norms_heads and not latent and not (rotates and {"qkv", "rotary"} <= parts):
         without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
 
@@ -105,14 +109,15 @@ def block_steps(model: Model) -> tuple[Step, ...]:
     """The parts of a block in order, from `input` to `output`.
 
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
-    and norms of heads attends with what was `projected`.
+    and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
+    keys and values, and mostly queries, are made of.
     """
     return _steps(_kind(model))
 
 
 @cache
 def _steps(kind: _Kind) -> tuple[Step, ...]:
-    norms_heads, rotates, norms_before, norms_after, parallel = kind
+    norms_heads, rotates, norms_before, norms_after, parallel, latent = kind
     turns = norms_heads or rotates
     heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
     rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
@@ -132,10 +137,18 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
         read, beside, normed = "normed", "middle_normed", "input" if parallel else "middle"
         before = [Step("norm", ("input",), ("normed",), ("input",))]
         between = [Step("norm", (normed,), ("middle_normed",), (normed,))]
+    projection = [Step("qkv", (read,), ("projected",), (read,)), *rotary]
+    if latent:
+        queries = ("queries",) if latent == "keys" else ()
+        projection = [
+            *(Step("qkv", (read,), (name,), (read,)) for name in (*queries, "latent")),
+            Step("norm", ("latent",), ("latent_normed",), ("latent",)),
+            Step("qkv", ("latent_normed",), ("projected",), ("latent_normed",)),
+            Step("rotary", (*queries, "projected"), ("turned",), ()),
+        ]
     return (
         *before,
-        Step("qkv", (read,), ("projected",), (read,)),
-        *rotary,
+        *projection,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
         *after,
         *between,
