@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tplaunch.model.gated import swiglu_clamped
+from tplaunch.model.residual import added
 from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from tplaunch.parallel.mesh import Mesh
@@ -46,8 +46,3 @@ class MLP(nn.Module):
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
         return added(x, self.down(activated), self.multiplier)
-
-
-def added(x: Tensor, made: Tensor, multiplier: float) -> Tensor:
-    """The residual stream with what was made, times the model's multiplier."""
-    return x + made if multiplier == 1.0 else torch.add(x, made, alpha=multiplier)
