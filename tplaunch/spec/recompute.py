@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Training
 
@@ -92,13 +92,13 @@ class _Kind(NamedTuple):
     parallel: bool
     experts: bool
     shared: bool
-    latent: Literal["", keys, all]  # what is made of narrow vectors
+    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
 
 
 def _kind(model: Model, *, experts: bool) -> _Kind:
     rotates = model.position == "rope"
     shared = experts and model.moe is not None and model.moe.shared_ffn_hidden_size is not None
-    latent: Literal["", keys, all] = ""
+    latent: Literal["", "keys", "all"] = ""
     if model.latent is not None:
         latent = "keys" if model.latent.q_rank is None else "all"
     norms = model.pre_norms, model.post_norms
