@@ -88,7 +88,7 @@ def block_bytes(tp: int) -> int:
     from tplaunch.recipe.schema import Model
     from tplaunch.spec.parameters import block_parameters
 
-    return 4 * sum(p.local_count(tp) for p in block_parameters(Model.model_validate(case()["model"])))
+    return 4 * sum(p.local_count(tp) for p in block_parameters(Model.model_validate(case()["model"]), 0))
 
 
 def test_the_functions_are_those_of_the_table_in_their_docstring() -> None:

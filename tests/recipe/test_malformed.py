@@ -76,7 +76,8 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     "merge key": ("topology:\n  <<: {tp: 2}\n", ["r:8:3: topology: merge keys (<<) are not supported", "`extends"]),
     "unknown key, near": ("topolgy: {}\n", ["r:7:1: topolgy: no such key", "did you mean topology?"]),
     "unknown key, far": ("zzz: 1\n", ["r:7:1: zzz: no such key", "the keys of a recipe are name, model, topology"]),
-    "unknown key, near one of another matter": ("moe: 1\n", ["r:7:1: moe: no such key", "did you mean model?"]),
+    "unknown key, near one of another matter": ("moel: 1\n", ["r:7:1: moel: no such key", "did you mean model?"]),
+    "unknown key, of a section": ("moe: 1\n", ["r:7:1: moe: no such key", "it belongs elsewhere: model.moe"]),
     "unknown key, far in its section": (
         "topology: {mod: 1}\n",
         ["r:7:12: topology.mod: no such key", "the keys of topology are tp, pp"],

@@ -23,7 +23,7 @@ _SCRATCH = 2**16  # numbers that are taken at once where none is wanted: what a 
 def initial_std(model: Model, parameter: Parameter) -> float:
     """Standard deviation of a matrix: `init_std`, divided by sqrt(2 layers) where it writes into the residual
     stream (GPT-2; Megatron's scaled_init_method_normal)."""
-    residual = parameter.name.endswith(("attention.wo.weight", "mlp.down.weight"))
+    residual = parameter.name.endswith(("attention.wo.weight", ".down.weight"))
     return model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
 
 
@@ -50,7 +50,7 @@ def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
     drawn: list[tuple[Slice, int]] = []
     for part in slices:
         parameter, data = part.parameter, part.data
-        if parameter.role == "bias" or parameter.name.endswith(".bias"):
+        if parameter.role in ("bias", "buffer") or parameter.name.endswith(".bias"):
             data.zero_()
         elif parameter.role == "norm":
             data.fill_(0.0 if model.norm_plus_one else 1.0)

@@ -16,7 +16,7 @@ from tplaunch.model.build import Stage
 from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.recipe.schema import Optimizer
 
-_DECAYED = frozenset({"matrix", "embedding", "position", "output"})
+_DECAYED = frozenset({"matrix", "expert", "router", "embedding", "position", "output"})
 
 
 class ShardedOptimizer:

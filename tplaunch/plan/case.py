@@ -61,7 +61,7 @@ def _sizes(model: Model, tp: int, shards: int) -> _Sizes:
     def counts(parts: int) -> _Counts:
         first = first_parameters(model)
         return _Counts(
-            count(block_parameters(model), parts),
+            count(block_parameters(model, 0), parts),
             count(first, parts),
             count(last_parameters(model), parts),
             count(first[:1], parts),

@@ -132,6 +132,52 @@ class RopeScaling(Section):
         return self
 
 
+class Experts(Section):
+    """A mixture of experts in place of the MLP: a router chooses `top_k` of them for each token, and none is dropped.
+
+    Experts have a gate and the activation of `model.activation`; the shared ones are one dense MLP beside them. What
+    the loss depends on is counted over whole sequences, or the whole step, so that it does not depend on the topology.
+    """
+
+    experts: Small = Field(description="experts of a layer, of which the router chooses")
+    top_k: Small = Field(description="experts that a token goes to")
+    ffn_hidden_size: Small = Field(description="width of one expert between its matmuls")
+    shared_ffn_hidden_size: Small | None = Field(
+        None, description="width of the experts that every token goes to, together; default: there are none"
+    )
+    dense_layers: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        0, description="first layers that have an MLP of model.ffn_hidden_size and no experts (DeepSeek)"
+    )
+    router: Literal["softmax", "sigmoid"] = Field("softmax", description="what makes scores of the router's logits")
+    normalize: bool = Field(True, description="scores of a token's experts are divided by their sum")
+    scale: Annotated[float, Field(gt=0)] = Field(1.0, description="they are multiplied by it (DeepSeek)")
+    groups: Small = Field(1, description="groups of experts, of which `top_groups` are chosen first (DeepSeek)")
+    top_groups: Small = Field(1, description="those with the best sums of their two best scores")
+    bias_rate: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="each expert has a bias of its scores, for the choice alone, moved by this a step against its "
+        "load (DeepSeek-V3: 0.001); 0: it stays as loaded; default: there is none",
+    )
+    biases: bool = Field(False, description="biases on the router and on the experts' matmuls (gpt-oss)")
+    aux_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="factor of the loss that balances each sequence's load (DeepSeek-V3, arXiv 2412.19437)"
+    )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="factor of the loss that keeps the router's logits small (ST-MoE, arXiv 2202.08906)"
+    )
+
+
+class Latent(Section):
+    """Multi-head latent attention: keys and values come from one short vector a token, and so may queries (DeepSeek-V2,
+    arXiv 2405.04434)."""
+
+    q_rank: Small | None = Field(None, description="width of what queries are made of; default: the residual stream")
+    kv_rank: Small = Field(description="width of what keys and values are made of")
+    nope_dim: Small = Field(description="channels of a head's query and key that are not turned")
+    rope_dim: Small = Field(description="channels beside them that are; all heads share those of the key")
+    value_dim: Small = Field(description="channels of a head's value")
+
+
 Family = Literal[
     "llama",
     "mistral",
@@ -172,10 +218,13 @@ class Model(Section):
     parallel_residual: bool = Field(
         False, description="the MLP reads what attention reads, not what it gives, too (GPT-NeoX)"
     )
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = Field(
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_exact", "swiglu_clamped"] = Field(
         "swiglu",
-        description="of the MLP; swiglu and geglu have a gate beside its first matmul; gelu and geglu are in tanh form",
+        description="of the MLP; swiglu and geglu have a gate beside its first matmul, and so has gpt-oss's "
+        "swiglu_clamped; gelu and geglu are in tanh form",
     )
+    moe: Experts | None = Field(None, description="experts in place of the MLP; null: none")
+    latent: Latent | None = Field(None, description="multi-head latent attention (DeepSeek); null: plain")
     position: Literal["rope", "learned"] = Field("rope", description="rotary embeddings, or a learned table")
     max_position: Small | None = Field(None, description="rows of the learned position table")
     rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
@@ -237,7 +286,13 @@ class Model(Section):
         if values.get("num_kv_heads") is None:
             values["num_kv_heads"] = heads
         known = type(heads) is int and type(hidden) is int
-        if values.get("head_dim") is None and known and 0 < heads <= hidden and hidden % heads == 0:
+        latent = values.get("latent")
+        if latent is not None and values.get("head_dim") is None:
+            said = latent if isinstance(latent, dict) else dict(latent) if isinstance(latent, Latent) else {}
+            nope, rope = said.get("nope_dim"), said.get("rope_dim")
+            if type(nope) is int and type(rope) is int:
+                values["head_dim"] = nope + rope
+        elif values.get("head_dim") is None and known and 0 < heads <= hidden and hidden % heads == 0:
             values["head_dim"] = hidden // heads  # else it stays None, and `tplaunch.check.recipe` says why
         if values.get("mlp_bias") == values.get("linear_bias", False):
             values["mlp_bias"] = None  # one way to say it
@@ -252,7 +307,7 @@ class Model(Section):
     @property
     def gated(self) -> bool:
         """Whether the MLP has a gate."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "swiglu_clamped")
 
     @property
     def biased_mlp(self) -> bool:
@@ -263,7 +318,17 @@ class Model(Section):
     def rotary_dim(self) -> int:
         """Channels of a head that are turned, where positions are rotary."""
         assert self.head_dim is not None
-        return int(self.head_dim * self.rotary_fraction)
+        return self.latent.rope_dim if self.latent else int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's value."""
+        assert self.head_dim is not None
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, by its global number, has experts in place of the MLP."""
+        return self.moe is not None and layer >= self.moe.dense_layers
 
     def turns(self, layer: int) -> bool:
         """Whether a layer, by its global number, turns queries and keys, where positions are rotary."""
@@ -289,6 +354,8 @@ class Parallelism(Section):
     cp_kind: ContextKind = Field(
         "allgather", description="what they exchange: keys and values gathered, or heads for tokens"
     )
+    ep: Small = Field(1, description="expert parallel: GPUs, of tp x cp x dp, that share the experts of each layer")
+    expert_tp: Small = Field(1, description="tensor parallel of experts: GPUs, of the same, that share each expert")
     dp_replicate: Small = Field(1, description="HSDP: groups that hold full copies; dp / dp_replicate ranks shard")
     zero: int = Field(1, ge=0, le=3, description="ZeRO stage: 1 optimizer state, 2 gradients, 3 parameters")
     sequence_parallel: bool = Field(
@@ -304,7 +371,9 @@ class Parallelism(Section):
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
-Part = Literal["norm", "qkv", "rotary", "core_attention", "attention_output", "gate_up", "activation", "down"]
+Part = Literal[
+    "norm", "qkv", "rotary", "core_attention", "attention_output", "dispatch", "gate_up", "activation", "down"
+]
 
 
 class Recompute(Section):

@@ -7,13 +7,17 @@ appendix, and Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 from __future__ import annotations
 
 from tplaunch.recipe.schema import Model, Part
-from tplaunch.spec.parameters import block_parameters
+from tplaunch.spec.parameters import block_parameters, layer_kinds
 from tplaunch.spec.recompute import kept
 
 
-def block_matmul_parameters(model: Model) -> int:
-    """Weights of one block that every token is multiplied with."""
-    return sum(p.count for p in block_parameters(model) if p.role == "matrix")
+def block_matmul_parameters(model: Model, layer: int) -> int:
+    """Weights of one block that every token is multiplied with; of experts, those of as many as it goes to."""
+    parameters = block_parameters(model, layer)
+    chosen = sum(p.count for p in parameters if p.role == "expert")
+    if model.moe is not None:
+        chosen = chosen // model.moe.experts * model.moe.top_k
+    return chosen + sum(p.count for p in parameters if p.role in ("matrix", "router"))
 
 
 def matmul_parameters(model: Model) -> int:
@@ -21,13 +25,14 @@ def matmul_parameters(model: Model) -> int:
 
     The embedding lookup, positions, norms and biases multiply nothing. The vocabulary is unpadded.
     """
-    return model.num_layers * block_matmul_parameters(model) + model.vocab_size * model.hidden_size
+    blocks = sum(number * block_matmul_parameters(model, layer) for layer, number in layer_kinds(model).items())
+    return blocks + model.vocab_size * model.hidden_size
 
 
 def attention_flops_per_token(model: Model, positions: float) -> float:
     """FLOPs of one block's two attention products, forward, for one token that sees so many positions."""
     assert model.head_dim is not None
-    return 4.0 * model.num_heads * model.head_dim * positions
+    return 2.0 * model.num_heads * (model.head_dim + model.value_dim) * positions
 
 
 def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part]) -> float:
@@ -39,7 +44,7 @@ def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Pa
     }
     made = {step.part for step in kept(model, parts).made}
     names = tuple(f"{name}.weight" for part in made for name in matrices.get(part, ()))
-    weights = sum(p.count for p in block_parameters(model) if p.name.endswith(names)) if names else 0
+    weights = sum(p.count for p in block_parameters(model, 0) if p.name.endswith(names)) if names else 0
     return 2.0 * weights + (attention_flops_per_token(model, positions) if "core_attention" in made else 0.0)
 
 

@@ -8,6 +8,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.flops import attention_flops_per_token, block_matmul_parameters, repeated_flops_per_token
 from tplaunch.spec.gradients import are_added_in_place
+from tplaunch.spec.parameters import layer_kinds
 from tplaunch.spec.recompute import sets
 
 # FLOPs that a GPU does in the time it moves one byte of its memory (A100 153, H100 295, B200 281): turns the cost of
@@ -25,7 +26,8 @@ def layer_cost_ratio(recipe: Recipe) -> tuple[float, float]:
     logits twice where its gradients are made in the backward pass, so that fp32 logits never exist whole.
     """
     model, training, seen = recipe.model, recipe.training, attended_positions(recipe) / 2
-    forward = 2.0 * block_matmul_parameters(model) + attention_flops_per_token(model, seen)
+    weights = sum(number * block_matmul_parameters(model, layer) for layer, number in layer_kinds(model).items())
+    forward = 2.0 * weights / model.num_layers + attention_flops_per_token(model, seen)
     blocks = sets(training, range(model.num_layers))
     again = sum(n * repeated_flops_per_token(model, seen, parts) for parts, n in blocks.items())
     block = 3 * forward + again / model.num_layers
