@@ -371,7 +371,9 @@ class Parallelism(Section):
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
-Part = Literal["norm", "qkv", "rotary", "core_attention", "attention_output", "gate_up", "activation", "down"]
+Part = Literal[
+    "norm", "qkv", "rotary", "core_attention", "attention_output", "dispatch", "gate_up", "activation", "down"
+]
 
 
 class Recompute(Section):
