@@ -143,7 +143,7 @@ def placed_rows(tp_dim: int) -> bool:
     layout = distribute_tensor(whole, world["tp"], [Shard(tp_dim)])
     part = world.get_local_rank("dp_shard")
     rows = layout.to_local().chunk(2)[part].clone()
-    placed = torch_private.rows_of(layout, rows, world, 2)
+    placed = torch_private.rows_of(layout, rows, world["dp_shard"])
     same = torch_private.with_local(placed, rows + 1)
     assert isinstance(placed, DTensor)
     assert placed.to_local().data_ptr() == rows.data_ptr()

@@ -106,17 +106,16 @@ def unflatten(mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) 
     return _get(mesh, "_unflatten", "DeviceMesh._unflatten")(0, shape, names)
 
 
-def rows_of(layout: DTensor, rows: Tensor, world: DeviceMesh, parts: int) -> DTensor:
+def rows_of(layout: DTensor, rows: Tensor, data: DeviceMesh) -> DTensor:
     """Some rows of a parameter as a DTensor that knows their place in the whole, sharing their memory.
 
     Args:
         layout: the parameter, laid on its tensor-parallel mesh.
         rows: this rank's part of the rows of its slice of it; parts are equal, rounded up.
-        world: the whole mesh, with an axis `dp_shard` over which the rows are cut.
-        parts: its size; with one part, data-parallel ranks hold the same.
+        data: the 1-D mesh over which the rows are cut, of the same world.
     """
     mesh, placements = layout.device_mesh, tuple(layout.placements)
-    if parts > 1:
+    if data.size() > 1:
         from torch.distributed.tensor import placement_types
 
         slices = 1  # tensor-parallel slices of the rows, which lie between the parts of the whole
@@ -125,7 +124,7 @@ def rows_of(layout: DTensor, rows: Tensor, world: DeviceMesh, parts: int) -> DTe
                 slices *= mesh.size(axis)
         strided = _get(placement_types, "_StridedShard", "placement_types._StridedShard")
         cut = strided(0, split_factor=slices) if slices > 1 else Shard(0)
-        mesh = _get(DeviceMesh, "_concatenate", "DeviceMesh._concatenate")([world["dp_shard"], mesh])
+        mesh = _get(DeviceMesh, "_concatenate", "DeviceMesh._concatenate")([data, mesh])
         placements = (cut, *placements)
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=layout.shape, stride=layout.stride())
 

@@ -10,12 +10,13 @@ A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 r
 place; its weights in another, of the compute dtype. Where the two dtypes are one, master weights are a view of the
 weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal parts, rounded up; each
 parameter's place in the buffers is padded to whole parts, so that collectives work on the buffers themselves and
-nothing is copied.
+nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the buffers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,15 +25,52 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tplaunch.parallel.accumulator import Accumulator
-from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.mesh import DataRanks, Mesh
 from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE
 from tplaunch.parallel.shard import ParameterShard
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter
 from tplaunch.torch_private import rows_of, zero_in_place
 
-_BY_MATMUL = ("matrix", "embedding", "output")  # roles of parameters whose layers use an `Accumulator`
+_BY_MATMUL = ("matrix", "expert", "embedding", "output")  # roles of parameters whose layers use an `Accumulator`
 _ALIGN = 64  # elements: every parameter begins on a boundary that vector instructions like
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter's place in the buffers.
+
+    Args:
+        weights, gradients: its padded rows: as many for each part.
+        ranks: that share them.
+        shard: what this rank keeps.
+    """
+
+    weights: Tensor
+    gradients: Tensor
+    ranks: DataRanks
+    shard: ParameterShard
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """This rank's part of padded rows."""
+        return whole.chunk(self.ranks.parts)[self.ranks.part]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """The parameters of a block that have the same data-parallel ranks.
+
+    Args:
+        ranks: these.
+        gradients: the parameters', consecutive in the buffer.
+        sums_whole: what is reduced are whole gradients, not the rows of each part.
+    """
+
+    ranks: DataRanks
+    gradients: Tensor
+    sums_whole: bool
+    slots: list[_Slot] = field(default_factory=list)
+    accumulators: list[Accumulator] = field(default_factory=list)
 
 
 class FlatSharding:
@@ -60,39 +98,37 @@ class FlatSharding:
         overlap: bool,
         compiled: bool,
     ) -> None:
-        self.mesh = mesh
-        self.parts = mesh.world["dp_shard"].size()  # 1 with ZeRO 0, which replicates all the way
-        self.part = mesh.world.get_local_rank("dp_shard")
         self.storage, self.compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
         layouts = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
-        sizes = [self._padded(layout) for layout in layouts.values()]
-        self.weights = torch.zeros(sum(sizes), dtype=self.compute, device=mesh.device)
-        self.gradients = torch.zeros(sum(sizes), dtype=self.storage, device=mesh.device)
-        self.slots: dict[str, tuple[Tensor, Tensor]] = {}  # name -> its padded rows of weights and of gradients
-        self.shards: list[ParameterShard] = []
-        self.overlaps = overlap and (self.parts > 1 or mesh.dp_replicate > 1)
-        # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than the bytes of a parameter.
-        self.sums_whole = self.parts == 1 or dist.get_backend(mesh.world.get_group("dp_shard")) == "gloo"
-        self._accumulators: defaultdict[str, list[Accumulator]] = defaultdict(list)  # block -> of its matrices
+        names = sorted(layouts, key=lambda name: parameters[name].expert)
+        ranks = {name: mesh.data_ranks(parameters[name]) for name in names}
+        rows = {name: -(-layouts[name].to_local().shape[0] // ranks[name].parts) for name in names}
+        sizes = {name: _padded(layouts[name], rows[name] * ranks[name].parts) for name in names}
+        self.weights = torch.zeros(sum(sizes.values()), dtype=self.compute, device=mesh.device)
+        self.gradients = torch.zeros(sum(sizes.values()), dtype=self.storage, device=mesh.device)
+        buckets = self._buckets(ranks, sizes)
+        self.blocks: defaultdict[str, list[_Bucket]] = defaultdict(list)  # its parameters; those of its experts
+        for (block, _), bucket in buckets.items():
+            self.blocks[block].append(bucket)
+        self.slots: dict[str, _Slot] = {}
+        self.overlaps = overlap and any(each.parts > 1 or each.copies > 1 for each in ranks.values())
         self._zeroed = [] if in_place else [self.gradients]  # gradients that no `Accumulator` writes over
         self._passes_left: dict[str, int] = {}  # block -> backward passes of this step still to come
         self._reduced: set[str] = set()
         self._reductions: list[dist.Work] = []
         self._gathers: dict[str, list[dist.Work]] = {}  # of the weights of a block, under way
-        for (name, layout), weights, gradients in zip(
-            layouts.items(), self.weights.split(sizes), self.gradients.split(sizes), strict=True
-        ):
+        all_weights, all_gradients = (buffer.split([*sizes.values()]) for buffer in (self.weights, self.gradients))
+        for name, weights, gradients in zip(names, all_weights, all_gradients, strict=True):
+            layout, bucket = layouts[name], buckets[_block_of(name), ranks[name]]
             local = layout.to_local().shape
-            rows = self._rows(layout)
-            padded = torch.Size((rows * self.parts, *local[1:]))
+            padded = torch.Size((rows[name] * bucket.ranks.parts, *local[1:]))
             weights, gradients = weights[: padded.numel()].view(padded), gradients[: padded.numel()].view(padded)
-            self.slots[name] = weights, gradients
             # `data` counts its changes by itself: a gather of one block is no change to another's saved weights.
             parameter = nn.Parameter(weights[: local[0]].data)
             parameter.grad_dtype = self.storage
             if in_place and parameters[name].role in _BY_MATMUL:
                 total = parameter.accumulator = Accumulator(gradients[: local[0]])  # type: ignore[attr-defined]
-                self._accumulators[_block_of(name)].append(total)
+                bucket.accumulators.append(total)
             elif compiled:  # dynamo refuses a parameter whose gradient has another dtype
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradients[: local[0]]))
             else:
@@ -100,38 +136,31 @@ class FlatSharding:
                 if in_place:
                     self._zeroed.append(gradients)
             _replace(module, name, parameter)
-            master = weights[min(self.part * rows, local[0]) : min((self.part + 1) * rows, local[0])]
+            begin, end = (min(part * rows[name], local[0]) for part in (bucket.ranks.part, bucket.ranks.part + 1))
+            master = weights[begin:end]
             if self.storage != self.compute:
                 master = torch.zeros_like(master, dtype=self.storage)
-            place = rows_of(layout, master, mesh.world, self.parts)
-            self.shards.append(ParameterShard(name, parameters[name], master, place))
-        self.blocks = self._blocks(list(layouts), sizes)
-        self._shards_of: dict[str, list[ParameterShard]] = {block: [] for block in self.blocks}
-        for shard in self.shards:
-            self._shards_of[_block_of(shard.name)].append(shard)
+            place = rows_of(layout, master, bucket.ranks.shard)
+            shard = ParameterShard(name, parameters[name], master, place)
+            self.slots[name] = slot = _Slot(weights, gradients, bucket.ranks, shard)
+            bucket.slots.append(slot)
+        self.shards = [self.slots[name].shard for name in layouts]
 
-    def _blocks(self, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
-        """The gradients of each block, and of what stands before and after the blocks: consecutive in the buffer."""
-        ends: dict[str, tuple[int, int]] = {}
+    def _buckets(self, ranks: dict[str, DataRanks], sizes: dict[str, int]) -> dict[tuple[str, DataRanks], _Bucket]:
+        """The buckets of each block, and of what stands before and after the blocks; empty, in the buffer's order."""
+        spans: dict[tuple[str, DataRanks], tuple[int, int]] = {}
         begin = 0
-        for name, size in zip(names, sizes, strict=True):
-            first, _ = ends.get(_block_of(name), (begin, begin))
-            ends[_block_of(name)] = first, begin + size
+        for name, size in sizes.items():
+            key = _block_of(name), ranks[name]
+            spans[key] = spans.get(key, (begin, begin))[0], begin + size
             begin += size
-        return {block: self.gradients[first:last] for block, (first, last) in ends.items()}
-
-    def _rows(self, layout: DTensor) -> int:
-        """Rows of one part of a parameter's tensor-parallel slice."""
-        return -(-layout.to_local().shape[0] // self.parts)
-
-    def _padded(self, layout: DTensor) -> int:
-        """Elements of a parameter's place in the buffers."""
-        elements = self._rows(layout) * self.parts * layout.to_local().shape[1:].numel()
-        return -(-elements // _ALIGN) * _ALIGN
-
-    def _mine(self, whole: Tensor) -> Tensor:
-        """This rank's padded rows of a parameter's place."""
-        return whole.chunk(self.parts)[self.part]
+        made = {}
+        for key, (first, last) in spans.items():
+            of = key[1]
+            # gloo's reduce-scatter is an all-reduce of a copy; and a call of it costs more than a parameter's bytes.
+            whole = of.parts == 1 or dist.get_backend(of.shard_group) == "gloo"
+            made[key] = _Bucket(of, self.gradients[first:last], whole)
+        return made
 
     def begin_step(self, microbatches: int) -> None:
         """See `Sharding`."""
@@ -161,31 +190,36 @@ class FlatSharding:
             if block not in self._reduced:
                 self._reduce(block)
         self._reduced.clear()
-        if self._reductions:
-            _wait(self._reductions)
-            if self.parts > 1 and self.mesh.dp_replicate > 1:
-                group = self.mesh.world.get_group("dp_replicate")
-                _wait([dist.all_reduce(self._mine(g), group=group, async_op=True) for _, g in self.slots.values()])
+        _wait(self._reductions)
+        _wait(
+            [
+                dist.all_reduce(slot.mine(slot.gradients), group=slot.ranks.replicate_group, async_op=True)
+                for slot in self.slots.values()
+                if slot.ranks.parts > 1 and slot.ranks.copies > 1
+            ]
+        )
 
     def _reduce(self, block: str) -> None:
         """Complete the gradients of a block, and begin to sum them over data parallel: whole, or this rank's rows of
         each parameter."""
-        for accumulator in self._accumulators[block]:
-            accumulator.finish()
-        if self.parts == 1 and self.mesh.dp_replicate == 1:
-            return
-        if self.sums_whole:
-            group = self.mesh.world.get_group("dp_shard" if self.parts > 1 else "dp_replicate")
-            self._reductions.append(dist.all_reduce(self.blocks[block], group=group, async_op=True))
-            return
-        group = self.mesh.world.get_group("dp_shard")
-        for shard in self._shards_of[block]:
-            _, gradients = self.slots[shard.name]
-            self._reductions.append(_reduce_scatter(self._mine(gradients), gradients, group=group, async_op=True))
+        for bucket in self.blocks[block]:
+            for accumulator in bucket.accumulators:
+                accumulator.finish()
+            ranks = bucket.ranks
+            if ranks.parts == 1 and ranks.copies == 1:
+                continue
+            group = ranks.shard_group if ranks.parts > 1 else ranks.replicate_group
+            if bucket.sums_whole:
+                self._reductions.append(dist.all_reduce(bucket.gradients, group=group, async_op=True))
+                continue
+            for slot in bucket.slots:
+                mine = slot.mine(slot.gradients)
+                self._reductions.append(_reduce_scatter(mine, slot.gradients, group=group, async_op=True))
 
     def gradient(self, shard: ParameterShard) -> Tensor:
         """See `Sharding`."""
-        return self._mine(self.slots[shard.name][1])[: shard.weight.shape[0]]
+        slot = self.slots[shard.name]
+        return slot.mine(slot.gradients)[: shard.weight.shape[0]]
 
     def settle(self) -> None:
         """See `Sharding`."""
@@ -196,16 +230,14 @@ class FlatSharding:
         """See `Sharding`: each rank's rows, in the compute dtype, to all; block by block, while the next forward pass
         is at work already (`block_begins`)."""
         self.settle()
-        for block, shards in self._shards_of.items():
+        for block, buckets in self.blocks.items():
             gathers = []
-            for shard in shards:
-                weights, _ = self.slots[shard.name]
-                mine = self._mine(weights)
+            for slot in (slot for bucket in buckets for slot in bucket.slots):
+                mine = slot.mine(slot.weights)
                 if self.storage != self.compute:
-                    mine[: shard.weight.shape[0]].copy_(shard.weight)
-                if self.parts > 1:
-                    group = self.mesh.world.get_group("dp_shard")
-                    gathers.append(_all_gather(weights, mine, group=group, async_op=True))
+                    mine[: slot.shard.weight.shape[0]].copy_(slot.shard.weight)
+                if slot.ranks.parts > 1:
+                    gathers.append(_all_gather(slot.weights, mine, group=slot.ranks.shard_group, async_op=True))
             self._gathers[block] = gathers
 
     def zero_grad(self) -> None:
@@ -232,6 +264,11 @@ def _move_gradient(total: Tensor, parameter: Tensor) -> None:
     assert parameter.grad is not None
     total += parameter.grad
     parameter.grad = None
+
+
+def _padded(layout: DTensor, rows: int) -> int:
+    """Elements of the place in the buffers of so many rows of a parameter."""
+    return -(-rows * layout.to_local().shape[1:].numel() // _ALIGN) * _ALIGN
 
 
 def _block_of(name: str) -> str:

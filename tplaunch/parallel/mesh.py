@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tplaunch.machine import SHARE_GPUS, shares_gpus
 from tplaunch.recipe.schema import ContextKind, Recipe
 from tplaunch.spec.context import pieces
+from tplaunch.spec.parameters import Parameter
 from tplaunch.spec.topology import Coordinates, Topology
 from tplaunch.torch_private import unflatten
 
@@ -79,6 +81,84 @@ class ContextParallel(Ranks):
         return torch.cat([rows[:, piece.start : piece.stop] for piece in self.pieces(rows.shape[1])], 1)
 
 
+class DataRanks:
+    """The ranks that hold the same slice of some parameters: full copies of it, each cut into parts.
+
+    Args:
+        world: the world, with the axes `<name>_replicate`, of the copies, and `<name>_shard`, of the parts of one.
+        name: "dp", or "edp" of the experts' parameters.
+    """
+
+    def __init__(self, world: DeviceMesh, name: str) -> None:
+        self._world = world
+        self._axes = f"{name}_replicate", f"{name}_shard"
+        self.copies, self.parts = (world[axis].size() for axis in self._axes)
+        self.copy, self.part = (world.get_local_rank(axis) for axis in self._axes)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """What FSDP2 shards over: 1-D, or (replicate, shard) for HSDP."""
+        return self._world[self._axes] if self.copies > 1 else self.shard
+
+    @property
+    def shard(self) -> DeviceMesh:
+        """The 1-D mesh of the parts of this rank's copy."""
+        return self._world[self._axes[1]]
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        return self._world.get_group(self._axes[1])
+
+    @property
+    def replicate_group(self) -> dist.ProcessGroup:
+        return self._world.get_group(self._axes[0])
+
+
+class ExpertParallel:
+    """Where the experts of this rank's pipeline stage lie: its ranks as (edp, ep, expert_tp), expert_tp fastest
+    (Megatron-LM's parallel folding, arXiv 2504.14960).
+
+    Args:
+        topology: sizes of the axes.
+        device: this rank's device.
+        replicate: how many full copies the edp ranks hold: divides edp.
+
+    Attributes:
+        world: the world as (pp, edp_replicate, edp_shard, ep, expert_tp).
+        ep: the ranks that share the experts.
+        tp: the ranks that share each expert.
+        parameters: the 2-D mesh (ep, expert_tp), on which experts' DTensors lie.
+        ranks: the edp ranks.
+        stage: all ranks of the stage, in rank order.
+    """
+
+    def __init__(self, topology: Topology, *, device: torch.device, replicate: int) -> None:
+        shape = (topology.pp, replicate, topology.edp // replicate, topology.ep, topology.expert_tp)
+        names = ("pp", "edp_replicate", "edp_shard", "ep", "expert_tp")
+        self.world = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.ep, self.tp = Ranks(self.world["ep"]), Ranks(self.world["expert_tp"])
+        self.parameters = self.world["ep", "expert_tp"]
+        self.ranks = DataRanks(self.world, "edp")
+        size = topology.stage_size
+        self.stage = _group_of(range(first, first + size) for first in range(0, topology.world_size, size))
+
+    @property
+    def data(self) -> DeviceMesh:
+        """The mesh that FSDP2 shards experts over: 1-D, or (replicate, shard) for HSDP."""
+        return self.ranks.mesh
+
+
+def _group_of(groups: Iterable[Iterable[int]], timeout_s: float | None = None) -> dist.ProcessGroup:
+    """Make groups that cover the world once; returns this rank's. Every rank must call it."""
+    mine: dist.ProcessGroup | None = None
+    for ranks in map(list, groups):
+        group = dist.new_group(ranks, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+        if dist.get_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine
+
+
 class Mesh:
     """The world as (pp, dp_replicate, dp_shard, tp), tp fastest: Megatron's rank order.
 
@@ -92,6 +172,7 @@ class Mesh:
         sequence_parallel: see `TensorParallel`.
         async_tp: fuse what `TensorParallel` names, where sequence parallelism and the device allow it.
         device: this rank's device.
+        expert_replicate: see `ExpertParallel`; None: the model has no experts.
     """
 
     def __init__(
@@ -103,6 +184,7 @@ class Mesh:
         cp_kind: ContextKind = "allgather",
         sequence_parallel: bool = False,
         async_tp: bool = False,
+        expert_replicate: int | None = None,
     ) -> None:
         self.topology = topology
         self.device = device
@@ -116,11 +198,16 @@ class Mesh:
         self.cp = self._context_parallel(cp_kind) if topology.cp > 1 else None
         self.coordinates: Coordinates = topology.coordinates(dist.get_rank())
         self._key_value: dict[int, DeviceMesh] = {}
+        self.ranks = DataRanks(self.world, "dp")
+        self.experts: ExpertParallel | None = None
+        if expert_replicate is not None:
+            self.experts = ExpertParallel(topology, device=device, replicate=expert_replicate)
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> Mesh:
         """The mesh of a resolved recipe. ZeRO 0 is replication all the way: every dp and cp rank holds a full copy."""
         topology, parallelism = Topology.of(recipe), recipe.topology
+        expert_replicate = topology.edp if parallelism.zero == 0 else parallelism.dp_replicate
         return cls(
             topology,
             device=device,
@@ -128,6 +215,7 @@ class Mesh:
             cp_kind=parallelism.cp_kind,
             sequence_parallel=parallelism.sequence_parallel,
             async_tp=parallelism.async_tp,
+            expert_replicate=None if recipe.model.moe is None else expert_replicate,
         )
 
     def _context_parallel(self, kind: ContextKind) -> ContextParallel:
@@ -145,17 +233,28 @@ class Mesh:
 
         gloo's keep the timeout that their group was made with, whatever is set later: by default 30 minutes.
         """
-        mine = self.pp_group
-        for ranks in self.topology.groups("pp"):
-            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
-            if dist.get_rank() in ranks:
-                mine = group
-        return mine
+        return _group_of(self.topology.groups("pp"), timeout_s)
 
-    @property
-    def data_parallel(self) -> DeviceMesh:
-        """The mesh that FSDP2 shards over: 1-D, or (replicate, shard) for HSDP."""
-        return self.world["dp_replicate", "dp_shard"] if self.dp_replicate > 1 else self.world["dp_shard"]
+    def data_ranks(self, parameter: Parameter) -> DataRanks:
+        """The ranks that hold the same slice of a parameter, and share the work of updating it."""
+        if not parameter.expert:
+            return self.ranks
+        assert self.experts is not None
+        return self.experts.ranks
+
+    def slice_of(self, parameter: Parameter) -> tuple[int, ...]:
+        """Where this rank's slice of a parameter begins in the whole, by dim."""
+        shape = parameter.local_shape(self.tp.size)
+        start = [0] * len(shape)
+        if parameter.expert:
+            assert self.experts is not None
+            shape = parameter.local_shape(1, self.experts.ep.size, self.experts.tp.size)
+            for dim, ranks in (parameter.ep_dim, self.experts.ep), (parameter.expert_tp_dim, self.experts.tp):
+                if dim is not None:
+                    start[dim] = ranks.rank * shape[dim]
+        elif parameter.tp_dim is not None:
+            start[parameter.tp_dim] = self.tp.rank // parameter.copies(self.tp.size) * shape[parameter.tp_dim]
+        return tuple(start)
 
     def key_value(self, num_kv_heads: int) -> DeviceMesh:
         """The tp ranks as (heads, copies), for key/value projections with fewer heads than tp ranks."""

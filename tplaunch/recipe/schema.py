@@ -371,7 +371,9 @@ class Parallelism(Section):
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
-Part = Literal["norm", "qkv", "rotary", "core_attention", "attention_output", "gate_up", "activation", "down"]
+Part = Literal[
+    "norm", "qkv", "rotary", "core_attention", "attention_output", "dispatch", "gate_up", "activation", "down"
+]
 
 
 class Recompute(Section):
@@ -652,6 +654,9 @@ class Hardware(Section):
 
     gpu: str | None = Field(
         None, description="a name of the table, such as h100-80gb, or a .json file that describes one"
+    )
+    imbalance: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="load of the rank whose experts get most tokens over the mean; 1: tokens go to all alike"
     )
 
 

@@ -35,8 +35,12 @@ def attention_flops_per_token(model: Model, positions: float) -> float:
     return 2.0 * model.num_heads * (model.head_dim + model.value_dim) * positions
 
 
-def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part]) -> float:
-    """FLOPs of what one block makes again for one token, where these parts are made again."""
+def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part], layer: int = 0) -> float:
+    """FLOPs of what one block makes again for one token, where these parts are made again.
+
+    Args:
+        layer: its global number.
+    """
     matrices: dict[Part, tuple[str, ...]] = {
         "qkv": ("attention.wq", "attention.wk", "attention.wv"),
         "attention_output": ("attention.wo",),
@@ -44,7 +48,7 @@ def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Pa
     }
     made = {step.part for step in kept(model, parts).made}
     names = tuple(f"{name}.weight" for part in made for name in matrices.get(part, ()))
-    weights = sum(p.count for p in block_parameters(model, 0) if p.name.endswith(names)) if names else 0
+    weights = sum(p.count for p in block_parameters(model, layer) if p.name.endswith(names)) if names else 0
     return 2.0 * weights + (attention_flops_per_token(model, positions) if "core_attention" in made else 0.0)
 
 
