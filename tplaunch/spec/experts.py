@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+Axis = Literal["ep", "expert_tp", "tp", "cp"]
+
 
 class Exchange(NamedTuple):
     """One kind of collective of a layer with experts, of one rank and one microbatch.
@@ -23,7 +25,7 @@ class Exchange(NamedTuple):
         again: calls where `dispatch` is made again (`tplaunch.spec.recompute`), beside these.
     """
 
-    axis: Literal["ep", "expert_tp", "tp", "cp"]
+    axis: Axis
     what: Literal["tokens", "rows", "weights", "counts", "load"]
     kind: Literal["all-to-all", "all-gather", "all-reduce"]
     bytes: float
@@ -61,21 +63,17 @@ def exchanges(
         element: bytes of a number of the compute dtype.
     """
     rows, wide = tokens * top_k, max(element, 4)  # the router's numbers are fp32, or fp64
-    found = []
+    found: list[Exchange] = []
+    shared: tuple[tuple[Axis, int], ...] = (("tp", tp), ("cp", cp))
     if counts_sequences:
         load = 8.0 * sequences * experts
-        found += [
-            Exchange(axis, "load", "all-reduce", load, 1, 0) for axis, size in (("tp", tp), ("cp", cp)) if size > 1
-        ]
+        found += [Exchange(axis, "load", "all-reduce", load, 1, 0) for axis, size in shared if size > 1]
     if ep > 1:
         found.append(Exchange("ep", "counts", "all-to-all", 8.0 * experts, 1, 0))
     if expert_tp > 1:
         found.append(Exchange("expert_tp", "counts", "all-gather", 8.0 * expert_tp * experts, 1, 0))
-    axes: tuple[tuple[Literal["ep", "expert_tp"], int, int], ...] = (
-        ("ep", ep, rows),
-        ("expert_tp", expert_tp, rows * expert_tp),
-    )
-    for axis, size, sent in axes:
+    over: tuple[tuple[Axis, int, int], ...] = (("ep", ep, rows), ("expert_tp", expert_tp, rows * expert_tp))
+    for axis, size, sent in over:
         if size > 1:  # rows: there and back; over expert_tp copies of them, and parts of what they become
             found.append(Exchange(axis, "weights", "all-to-all", float(sent * wide), 1, 1))
             found.append(Exchange(axis, "rows", "all-to-all", float(sent * hidden * element), 2, 2, 1))
