@@ -205,7 +205,7 @@ class Model(Section):
     num_heads: Small = Field(description="query heads of each block")
     num_kv_heads: Small | None = Field(None, description="key/value heads (GQA); default num_heads")
     head_dim: Small | None = Field(None, description="default hidden_size / num_heads")
-    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls")
+    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls; with experts, of dense layers")
     vocab_size: Small = Field(description="tokens of the tokenizer, or more")
     make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="kind of the norms")
