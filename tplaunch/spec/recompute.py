@@ -92,22 +92,27 @@ class _Kind(NamedTuple):
     parallel: bool
     experts: bool
     shared: bool
+    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
 
 
 def _kind(model: Model, *, experts: bool) -> _Kind:
     rotates = model.position == "rope"
     shared = experts and model.moe is not None and model.moe.shared_ffn_hidden_size is not None
-    return _Kind(model.qk_norm, rotates, model.pre_norms, model.post_norms, model.parallel_residual, experts, shared)
+    latent: Literal["", "keys", "all"] = ""
+    if model.latent is not None:
+        latent = "keys" if model.latent.q_rank is None else "all"
+    norms = model.pre_norms, model.post_norms
+    return _Kind(model.qk_norm, rotates, *norms, model.parallel_residual, experts, shared, latent)
 
 
 def _effective(kind: _Kind, parts: frozenset[Part]) -> frozenset[Part]:
-    norms_heads, rotates, _, norms_after, parallel, experts, _ = kind
+    norms_heads, rotates, _, norms_after, parallel, experts, _, latent = kind
     without: set[Part] = set() if norms_after and not experts else {"down"}
     if not experts:
         without.add("dispatch")
     if parallel:
         without.add("attention_output")
-    if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
+    if not norms_heads and not latent and not (rotates and {"qkv", "rotary"} <= parts):
         without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
 
@@ -116,16 +121,17 @@ def block_steps(model: Model, *, experts: bool = False) -> tuple[Step, ...]:
     """The parts of a block in order, from `input` to `output`.
 
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
-    and norms of heads attends with what was `projected`. `dispatched`, `inside` and `activated` have a row for each
-    token and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what
-    the router keeps: small (`tplaunch.spec.experts`).
+    and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
+    keys and values, and mostly queries, are made of. `dispatched`, `inside` and `activated` have a row for each token
+    and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what the
+    router keeps: small (`tplaunch.spec.experts`).
     """
     return _steps(_kind(model, experts=experts))
 
 
 @cache
 def _steps(kind: _Kind) -> tuple[Step, ...]:
-    norms_heads, rotates, norms_before, norms_after, parallel, experts, shared = kind
+    norms_heads, rotates, norms_before, norms_after, parallel, experts, shared, latent = kind
     turns = norms_heads or rotates
     heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
     rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
@@ -147,6 +153,15 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
         read, beside, normed = "normed", "middle_normed", "input" if parallel else "middle"
         before = [Step("norm", ("input",), ("normed",), ("input",))]
         between = [Step("norm", (normed,), ("middle_normed",), (normed,))]
+    projection = [Step("qkv", (read,), ("projected",), (read,)), *rotary]
+    if latent:
+        queries = ("queries",) if latent == "keys" else ()
+        projection = [
+            *(Step("qkv", (read,), (name,), (read,)) for name in (*queries, "latent")),
+            Step("norm", ("latent",), ("latent_normed",), ("latent",)),
+            Step("qkv", ("latent_normed",), ("projected",), ("latent_normed",)),
+            Step("rotary", (*queries, "projected"), ("turned",), ()),
+        ]
     entered: tuple[str, ...] = (beside,)
     router: tuple[Step, ...] = ()
     if experts:
@@ -157,8 +172,7 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
         )
     return (
         *before,
-        Step("qkv", (read,), ("projected",), (read,)),
-        *rotary,
+        *projection,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
         *after,
         *between,
