@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
@@ -14,11 +13,12 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
 from tplaunch.model.latent import LatentAttention
+from tplaunch.model.mlp import MLP
+from tplaunch.model.moe import MoE
 from tplaunch.model.norm import HeadsRMSNorm, RMSNorm, make_norm
 from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
 from tplaunch.model.residual import added
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
 from tplaunch.parallel.layers import (
@@ -135,35 +135,9 @@ def _head_norm(
     return RMSNorm(model.head_dim, eps, plus_one=plus_one, tp=tp)
 
 
-class MLP(nn.Module):
-    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU, exact or in its tanh form (GPT-2)."""
-
-    def __init__(self, model: Model, mesh: Mesh) -> None:
-        super().__init__()
-        hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.biased_mlp, mesh.tp
-        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
-        self.glu = geglu if model.activation == "geglu" else swiglu
-        self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
-        self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
-        self.approximate = "none" if model.activation == "gelu_exact" else "tanh"
-        self.multiplier = model.residual_multiplier
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[s or s/tp, b, h] -> gate, where there is one, and up side by side, [s, b, ffn/tp or twice that]."""
-        return self.up(x) if self.gate is None else column_parallel(x, self.gate, self.up)
-
-    def activate(self, x: Tensor) -> Tensor:
-        """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate=self.approximate) if self.gate is None else self.glu(x)
-
-    def leave(self, x: Tensor, activated: Tensor) -> Tensor:
-        """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
-        return added(x, self.down(activated), self.multiplier)
-
-
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added, or with these alone, where the model
-    has them. With a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
+    has them. With a parallel residual, x + attention(norm(x)) + mlp(norm(x)). Experts stand in the MLP's place.
 
     Args:
         layer: its global number.
@@ -173,7 +147,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, model: Model, mesh: Mesh, layer: int, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
         self.cp = mesh.cp
-        self.again = _with_exchanges(model, effective(model, again), mesh.cp)
+        experts = model.has_experts(layer)
+        self.again = _with_exchanges(model, effective(model, again, experts=experts), mesh.cp)
         self.compiled = False
         self.parallel = model.parallel_residual
         self.multiplier = model.residual_multiplier
@@ -181,7 +156,8 @@ class TransformerBlock(nn.Module):
         self.attention = (Attention if model.latent is None else LatentAttention)(model, mesh, layer=layer)
         self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
         self.mlp_norm = make_norm(model, tp=mesh.tp) if model.pre_norms else None
-        self.mlp = MLP(model, mesh)
+        self.mlp = None if experts else MLP(model, mesh)
+        self.moe = MoE(model, mesh) if experts else None
         self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
     def forward(
@@ -211,18 +187,16 @@ class TransformerBlock(nn.Module):
         turns = self.attention.compiled
         if self.cp is not None and self.cp.kind == "allgather":
             turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
-        for owner, names in (
-            (self.attention, (*turns, "leave")),
-            (self.mlp, ("enter", "activate", "leave")),
-        ):
-            for name in names:
+        mlp = self.mlp if self.moe is None else self.moe.shared  # what experts do goes by counts
+        for owner, names in ((self.attention, (*turns, "leave")), (mlp, ("enter", "activate", "leave"))):
+            for name in names if owner is not None else ():
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
         self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
-        mlp, entering = self.mlp, x
+        entering = x
         normed = x if self.attention_norm is None else run("norm", self.attention_norm, x)
         attended, gathered = self._attend(run, normed, rope, starts, cache)
         if self.attention_post_norm is None:
@@ -234,11 +208,16 @@ class TransformerBlock(nn.Module):
             x = on_backward(x, gathered.start)  # while the projection's gradients are computed
         read = entering if self.parallel else x
         normed = read if self.mlp_norm is None else run("norm", self.mlp_norm, read)
-        inside = run("gate_up", mlp.enter, normed)
-        activated = run("activation", mlp.activate, inside)
+        if self.mlp is None:
+            assert self.moe is not None
+            made = self.moe(run, normed)
+        else:
+            activated = run("activation", self.mlp.activate, run("gate_up", self.mlp.enter, normed))
+            if self.mlp_post_norm is None:
+                return run("down", self.mlp.leave, x, activated)
+            made = run("down", self.mlp.down, activated)
         if self.mlp_post_norm is None:
-            return run("down", mlp.leave, x, activated)
-        made = run("down", mlp.down, activated)
+            return added(x, made, self.multiplier)
         return run("norm", self._add_normed(self.mlp_post_norm), x, made)
 
     def _add_normed(self, norm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-
 Axis = Literal["ep", "expert_tp", "tp", "cp"]
 
 

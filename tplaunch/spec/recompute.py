@@ -41,13 +41,13 @@ class Step(NamedTuple):
     """A part at one place of a block, by the names of tensors.
 
     Args:
-        part: which; "router" is no part of a recipe.
+        part: which.
         reads: what it is computed from.
         gives: what it makes; `softmax` are the statistics of attention's.
         needs: of these, what its backward pass needs, but for norms' statistics.
     """
 
-    part: Part | Literal["router"]
+    part: Part
     reads: tuple[str, ...]
     gives: tuple[str, ...]
     needs: tuple[str, ...]
@@ -124,7 +124,7 @@ def block_steps(model: Model, *, experts: bool = False) -> tuple[Step, ...]:
     and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
     keys and values, and mostly queries, are made of. `dispatched`, `inside` and `activated` have a row for each token
     and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what the
-    router keeps: small (`tplaunch.spec.experts`).
+    router keeps, which is never made again: small (`tplaunch.spec.experts`).
     """
     return _steps(_kind(model, experts=experts))
 
@@ -163,20 +163,17 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
             Step("rotary", (*queries, "projected"), ("turned",), ()),
         ]
     entered: tuple[str, ...] = (beside,)
-    router: tuple[Step, ...] = ()
+    dispatch = []
     if experts:
         entered = ("dispatched", beside) if shared else ("dispatched",)
-        router = (
-            Step("router", (beside,), ("routing",), (beside, "routing")),
-            Step("dispatch", (beside,), ("dispatched",), ()),
-        )
+        dispatch = [Step("dispatch", (beside,), ("dispatched",), (beside, "routing"))]
     return (
         *before,
         *projection,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
         *after,
         *between,
-        *router,
+        *dispatch,
         Step("gate_up", entered, inside, entered),
         Step("activation", inside, activated, inside),
         *end,
