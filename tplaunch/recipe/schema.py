@@ -659,6 +659,9 @@ class Hardware(Section):
     gpu: str | None = Field(
         None, description="a name of the table, such as h100-80gb, or a .json file that describes one"
     )
+    imbalance: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="load of the rank whose experts get most tokens over the mean; 1: tokens go to all alike"
+    )
 
 
 class Recipe(Section):
