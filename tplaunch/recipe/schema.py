@@ -191,6 +191,10 @@ Family = Literal[
     "gemma3_text",
     "gpt_neox",
     "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
 ]
 
 
