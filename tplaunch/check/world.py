@@ -59,15 +59,23 @@ def data_parallel(recipe: Recipe, gpus: int | None) -> tuple[int | None, list[Pr
 
 
 def placement_warnings(topology: Topology, async_tp: bool) -> Iterator[Problem]:
-    if topology.nodes > 1 and topology.gpus_per_node % topology.tp:
+    if topology.nodes == 1:
+        return
+    if topology.gpus_per_node % topology.tp:
         if async_tp:
             yield Problem("is off: tp groups cross nodes, where memory is not shared", key="topology.async_tp")
-        yield Problem(
-            f"tp groups of {topology.tp} cross nodes of {topology.gpus_per_node} GPUs",
-            why="every layer waits for its tp group, and the network is far slower than the links inside a node",
-            fix=f"tp: {choices(divisors(topology.gpus_per_node), topology.tp)}",
-            key="topology.tp",
-        )
+        yield _crossing(topology, "tp", "every layer waits for its tp group")
+    if topology.gpus_per_node % topology.expert_tp:
+        yield _crossing(topology, "expert_tp", "every layer of experts waits for its expert_tp group")
+
+
+def _crossing(topology: Topology, axis: str, waits: str) -> Problem:
+    return Problem(
+        f"{axis} groups of {topology.size(axis)} cross nodes of {topology.gpus_per_node} GPUs",
+        why=f"{waits}, and the network is far slower than the links inside a node",
+        fix=f"{axis}: {choices(divisors(topology.gpus_per_node), topology.size(axis))}",
+        key=f"topology.{axis}",
+    )
 
 
 def shared_gpus(recipe: Recipe, gpus: int) -> list[Problem]:
@@ -75,7 +83,7 @@ def shared_gpus(recipe: Recipe, gpus: int) -> list[Problem]:
     layout, world = recipe.topology, Topology.of(recipe).world_size
     if not 0 < gpus < world:
         return []
-    used = {"pp": (layout.pp > 1, "1"), "cp": (layout.cp > 1, "1")}
+    used = {axis: (getattr(layout, axis) > 1, "1") for axis in ("pp", "cp", "ep", "expert_tp")}
     used["sequence_parallel"] = (layout.sequence_parallel and layout.tp > 1, "false")
     what = f"{world} ranks on {gpus} GPUs cannot do that"
     why = "ranks that share GPUs meet over gloo, which sends nothing from a GPU, and gathers nothing on one"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from math import isclose, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.recipe.schema import Model, RopeScaling
+from tplaunch.recipe.schema import Experts, Model, RopeScaling
 
 Config = dict[str, Any]
 CONFIG = "config.json"
@@ -39,11 +40,19 @@ PHI3 = Family("phi3", "Phi3ForCausalLM")
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM")
 GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM")
 GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM")
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM")
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM")
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM")
+GPT_OSS = Family("gpt_oss", "GptOssForCausalLM")
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
+_ALL = (*_DENSE, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS)
 READ = {family.model_type: family for family in _ALL}
 
-# What decides how a model computes, and differs among families; what is not here, all have.
+# What decides how a model computes, and differs among families; what is not here, all have. Of a section that a model
+# has not, no field decides anything.
 _FIELDS = {
+    *("moe", "latent", "moe.shared_ffn_hidden_size", "moe.dense_layers", "moe.router", "moe.normalize", "moe.scale"),
+    *("moe.groups", "moe.top_groups", "moe.bias_rate", "moe.biases"),
     *("norm", "activation", "position", "qkv_bias", "linear_bias", "mlp_bias", "qk_norm", "qk_norm_all_heads"),
     *("attention_sinks", "norm_plus_one", "pre_norms", "post_norms", "parallel_residual", "scale_embeddings"),
     *("rotary_fraction", "rope_layers", "rope_scaling", "window", "window_layers", "window_rope_theta"),
@@ -101,6 +110,20 @@ HAS = {
     GEMMA3: Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
     GPT_NEOX: Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
     GPT2: Has(_GPT2_OWN, {"rope_scaling"}),
+    MIXTRAL: Has({}, {"moe", "window", "rope_scaling"}),
+    QWEN3_MOE: Has(
+        {"qk_norm": True},
+        {*_BIASES, "mlp_bias", "moe", "moe.dense_layers", "moe.normalize", "window", "rope_scaling"},
+    ),
+    DEEPSEEK_V3: Has(
+        {"moe.router": "sigmoid"},
+        {"moe", "latent", "attention_scale", "rope_scaling", "moe.shared_ffn_hidden_size", "moe.dense_layers"}
+        | {"moe.normalize", "moe.scale", "moe.groups", "moe.top_groups", "moe.bias_rate"},
+    ),
+    GPT_OSS: Has(
+        {"activation": "swiglu_clamped", "attention_sinks": True, "moe.biases": True},
+        {*_BIASES, *_WINDOWS, "moe", "rope_scaling"},
+    ),
 }
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -126,9 +149,14 @@ def _in_the_way(model: Model, family: Family) -> Iterable[str]:
     """The fields of a model that a family has not."""
     has = HAS[family]
     for name in sorted(_FIELDS - has.free):
-        value = getattr(model, name)
-        if value != has.own.get(name, Model.model_fields[name].default):
-            yield f"{name}: {value}"
+        section, _, field = name.rpartition(".")
+        said = getattr(model, section) if section else model
+        if said is None:
+            continue
+        value, default = getattr(said, field), type(said).model_fields[field].default
+        if value != has.own.get(name, default):
+            yield name if isinstance(value, BaseModel) else f"{name}: {value}"
+    yield from _in_the_way_of_experts(model, family)
     biased = (model.qkv_bias, model.linear_bias)
     if has.free >= _BIASES and biased[0] != biased[1]:
         yield f"{'qkv_bias' if biased[0] else 'linear_bias'} alone"
@@ -143,6 +171,45 @@ def _in_the_way(model: Model, family: Family) -> Iterable[str]:
     shared = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size  # None: a check says why
     if family in (GPT2, GPT_NEOX) and not (shared and model.num_kv_heads == model.num_heads):
         yield "heads that do not share hidden_size among them"
+
+
+def _in_the_way_of_experts(model: Model, family: Family) -> Iterable[str]:
+    """What of experts and of latent attention a family has otherwise."""
+    if "moe" not in HAS[family].free:
+        return
+    moe, latent = model.moe, model.latent
+    if moe is None:
+        yield "model without experts"
+    elif family == QWEN3_MOE and moe.dense_layers and model.biased_mlp:
+        yield "biases on the MLP"
+    if family != DEEPSEEK_V3:
+        return
+    if latent is None:
+        yield "attention that is not latent"
+    elif not isclose(model.attention_scale or _plain_scale(model.head_dim), _scale_of_scores(model)):
+        yield f"attention_scale: {model.attention_scale}"
+    if moe is not None:
+        shared = moe.shared_ffn_hidden_size
+        if moe.bias_rate is None or shared is None or shared % moe.ffn_hidden_size:
+            yield "moe without bias_rate" if moe.bias_rate is None else f"moe.shared_ffn_hidden_size: {shared}"
+
+
+def _plain_scale(head_dim: int | None) -> float:
+    return 1.0 if head_dim is None else head_dim**-0.5  # None: a check says why
+
+
+def _scale_of_scores(model: Model) -> float:
+    """What DeepSeek's code makes of a model's rotary scaling."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return _plain_scale(model.head_dim)
+    return _latent_scale(model.head_dim, scaling.mscale_all_dim, scaling.factor)
+
+
+def _latent_scale(head_dim: int | None, weight: float | None, factor: float) -> float:
+    """Factor of scores in latent attention: YaRN's temperature is that of all channels of a head, where few are turned
+    (`mscale_all_dim`, once for queries and once for keys)."""
+    return _plain_scale(head_dim) * (0.1 * weight * log(factor) + 1 if weight and factor > 1 else 1.0) ** 2
 
 
 def _head_scalar(model: Model) -> int | None:
@@ -250,8 +317,12 @@ _KINDS = {"window": "sliding_attention", "full": "full_attention"}
 def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config:
     """What is said of windows, and of what comes with them in Gemma."""
     types = [_KINDS["full" if model.window_of(i) is None else "window"] for i in range(model.num_layers)]
-    if family in (MISTRAL, PHI3):
+    if family in (MISTRAL, PHI3, MIXTRAL):
         return {"sliding_window": model.window}
+    if family == QWEN3_MOE:
+        return {"use_sliding_window": model.window is not None, "sliding_window": model.window}
+    if family == GPT_OSS:
+        return {"sliding_window": model.window or seq_len, "layer_types": types}
     if family in (QWEN2, QWEN3, SMOLLM3) and _KINDS["window"] in types:
         return {
             "use_sliding_window": True,
@@ -296,7 +367,44 @@ def _own(model: Model, family: Family, seq_len: int) -> Config:
             "partial_rotary_factor": model.rotary_fraction,
             **{name: 0.0 for name in ("embd_pdrop", "resid_pdrop")},
         }
+    if model.moe is not None:
+        return _experts(model, model.moe, family)
     return {}
+
+
+def _experts(model: Model, moe: Experts, family: Family) -> Config:
+    """What is said of experts, and of latent attention."""
+    found: Config = {"num_experts_per_tok": moe.top_k, "output_router_logits": False}
+    if family in (MIXTRAL, GPT_OSS):
+        found |= {"num_local_experts": moe.experts, "intermediate_size": moe.ffn_hidden_size}
+        own = {"router_jitter_noise": 0.0} if family == MIXTRAL else {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+        return {**found, **own}
+    found |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": moe.normalize}
+    if family == QWEN3_MOE:
+        dense = list(range(moe.dense_layers))
+        return {**found, "num_experts": moe.experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    latent = model.latent
+    assert latent is not None
+    return {
+        **found,
+        "n_routed_experts": moe.experts,
+        "n_shared_experts": (moe.shared_ffn_hidden_size or 0) // moe.ffn_hidden_size,
+        "first_k_dense_replace": moe.dense_layers,
+        "moe_layer_freq": 1,
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "routed_scaling_factor": moe.scale,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
+        "head_dim": latent.rope_dim,  # transformers makes its rotary table of it
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_nope_head_dim": latent.nope_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_interleave": True,
+    }
 
 
 class Read(NamedTuple):
@@ -306,11 +414,13 @@ class Read(NamedTuple):
         family: the architecture.
         model: as a recipe says it.
         seq_len: positions that it can take.
+        left_out: how tensors begin that the files may have and the model has not: those that predict further tokens.
     """
 
     family: Family
     model: Model
     seq_len: int
+    left_out: tuple[str, ...] = ()
 
 
 def is_model_folder(path: Path) -> bool:
@@ -334,6 +444,7 @@ def read_config(path: Path) -> Read:
         raise TplaunchError(Problem(f"{path}: model_type {kind!r} is none that tplaunch has", fix=f"known: {known}"))
     if bad := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(config.get(key) or {}, dict)]:
         raise TplaunchError(Problem(f"{path}: {bad[0]} must be a mapping"))
+    _refuse_quantized(path, config)
     family = READ[kind]
     read = {GPT2: _gpt2_fields, GPT_NEOX: _neox_fields}.get(family)
     fields, seq_len, allowed = _llama_fields(config, family) if read is None else read(config)
@@ -349,19 +460,43 @@ def read_config(path: Path) -> Read:
         model = Model.model_validate(fields)
         if family_of(model) != family:
             model = Model.model_validate({**fields, "family": family.model_type})
-        return Read(family, model, seq_len)
+        return Read(family, model, seq_len, _left_out(config, family, model.num_layers))
     except ValidationError as error:
         texts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise TplaunchError(*(Problem(f"{path}: {text}") for text in texts)) from None
 
 
+def _left_out(config: Config, family: Family, layers: int) -> tuple[str, ...]:
+    if family != DEEPSEEK_V3:
+        return ()
+    more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
+    return tuple(f"model.layers.{layers + i}." for i in range(more if isinstance(more, int) else 1))
+
+
 # Key -> values that say what our model does; None stands for a missing key, too.
-_ANY_FAMILY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "add_cross_attention": (None, False)}
+_ANY_FAMILY: dict[str, tuple[Any, ...]] = {"add_cross_attention": (None, False)}
+# How transformers makes floating-point numbers of what is quantized.
+_DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+
+
+def _refuse_quantized(path: Path, config: Config) -> None:
+    said = config.get("quantization_config")
+    if said is None:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    fix = "import the model before it was quantized"
+    if method in _DEQUANTIZED:
+        whole = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True), dtype='bfloat16'"
+        fix = f"with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
+    why = "quantized weights cannot be trained"
+    raise TplaunchError(Problem(f"{path}: quantization_config is {method or json.dumps(said)}", why=why, fix=fix))
 
 
 def _rotary(family: Family) -> dict[str, tuple[Any, ...]]:
     """As above, of the rotary parameters."""
-    scaled = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    scaled: tuple[str, ...] = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    if family == DEEPSEEK_V3:
+        scaled = ("yarn",)
     whole = {} if "rotary_fraction" in HAS[family].free else {"partial_rotary_factor": (None, 1, 1.0)}
     return {"rope_type": (None, "default", *scaled), **whole}
 
@@ -387,6 +522,9 @@ def _rope(config: Config) -> Config:
     return found
 
 
+_THETA = {GEMMA3: 1e6, SMOLLM3: 2e6, MIXTRAL: 1e6, GPT_OSS: 150_000.0}
+
+
 def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
     rope, has = _rope(config), HAS[family]
     gemma = family in (GEMMA2, GEMMA3)
@@ -398,16 +536,17 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         "head_dim": config.get("head_dim", 256 if gemma else None),
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
-        "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3) else 1e-6),
-        "rope_theta": rope.get("rope_theta") or {GEMMA3: 1e6, SMOLLM3: 2e6}.get(family, 10000.0),
+        "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3, MIXTRAL, GPT_OSS) else 1e-6),
+        "rope_theta": rope.get("rope_theta") or _THETA.get(family, 10000.0),
         "rope_scaling": _read_scaling(rope, config),
         "tie_embeddings": config.get("tie_word_embeddings", gemma or family == SMOLLM3),
         "init_std": config.get("initializer_range", 0.02),
-        **has.own,
+        **{name: value for name, value in has.own.items() if "." not in name},
         **_read_biases(config, family),
         **_read_windows(config, family),
         **_read_own(config, family, rope),
         **(_read_gemma(config, family) if gemma else {}),
+        **(_read_experts(config, family) if "moe" in has.free else {}),
     }
     allowed = {
         **_ANY_FAMILY,
@@ -418,14 +557,18 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         ),
         "attention_bias": (None, False, True) if family == QWEN2 or has.free >= _BIASES else (None, False),
         "mlp_bias": (None, False, True) if "mlp_bias" in has.free and family != OLMO2 else (None, False),
+        **_allowed_of_experts(config, family),
     }
-    most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}.get(family, 2048)
-    return fields, config.get("max_position_embeddings", most), allowed
+    most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}
+    most |= {MIXTRAL: 131_072, GPT_OSS: 131_072, QWEN3_MOE: 32768, DEEPSEEK_V3: 4096}
+    return fields, config.get("max_position_embeddings", most.get(family, 2048)), allowed
 
 
 def _read_biases(config: Config, family: Family) -> Config:
     if not HAS[family].free >= _BIASES:
         return {}
+    if family == GPT_OSS:
+        return dict.fromkeys(("qkv_bias", "linear_bias"), bool(config.get("attention_bias", True)))
     attention, mlp = (bool(config.get(f"{name}_bias", False)) for name in ("attention", "mlp"))
     return {"qkv_bias": attention, "linear_bias": attention, "mlp_bias": mlp and family != OLMO2}
 
@@ -496,16 +639,18 @@ def _layer_types(config: Config, family: Family) -> list[str] | None:
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or "window" not in HAS[family].free:
         return None
-    if family in (MISTRAL, PHI3):
-        window = config.get("sliding_window", 4096 if family == MISTRAL else None)
+    if family in (MISTRAL, PHI3, MIXTRAL, QWEN3_MOE):
+        window = config.get("sliding_window", 4096 if family in (MISTRAL, QWEN3_MOE) else None)
+        if family == QWEN3_MOE and not config.get("use_sliding_window"):
+            window = None
         return [_KINDS["window"]] * layers if window is not None else None
     window = config.get("sliding_window", None if family == SMOLLM3 else 4096)
     if family in (QWEN2, QWEN3, SMOLLM3) and not (config.get("use_sliding_window") and window):
         return None
     if isinstance(said := config.get("layer_types"), list):
         return said
-    if family in (GEMMA2, GEMMA3):
-        every = 2 if family == GEMMA2 else config.get("sliding_window_pattern", 6)
+    if family in (GEMMA2, GEMMA3, GPT_OSS):
+        every = config.get("sliding_window_pattern", 6) if family == GEMMA3 else 2
         return [_KINDS["window" if (i + 1) % every else "full"] for i in range(layers)]
     if family == SMOLLM3:
         return [_KINDS["full" if turns else "window"] for turns in _no_rope_layers(config) or ()]
@@ -534,8 +679,82 @@ def _read_windows(config: Config, family: Family) -> Config:
     if types is None or _KINDS["window"] not in types:
         return {}
     kinds = ["window" if kind == _KINDS["window"] else "full" for kind in types]
-    found, kinds = {"window": config.get("sliding_window", 4096)}, _repeated(kinds)
+    usual = 128 if family == GPT_OSS else 4096
+    found, kinds = {"window": config.get("sliding_window", usual)}, _repeated(kinds)
     return found if len(kinds) == 1 else {**found, "window_layers": kinds}
+
+
+def _read_experts(config: Config, family: Family) -> Config:
+    """What is said of experts, and of latent attention."""
+    kv_heads = {MIXTRAL: 8, QWEN3_MOE: 4, GPT_OSS: 8}.get(family)
+    fields: Config = {"num_kv_heads": config.get("num_key_value_heads", kv_heads)}
+    moe: Config = {name.partition(".")[2]: value for name, value in HAS[family].own.items() if name.startswith("moe.")}
+    moe |= {"top_k": config.get("num_experts_per_tok", {MIXTRAL: 2, GPT_OSS: 4}.get(family, 8))}
+    experts, ffn = config.get("num_local_experts", config.get("num_experts")), config.get("intermediate_size")
+    if family == QWEN3_MOE:
+        experts, ffn = config.get("num_experts", experts), config.get("moe_intermediate_size")
+        moe |= {"dense_layers": len(_dense_layers(config)), "normalize": config.get("norm_topk_prob", False)}
+    if family == DEEPSEEK_V3:
+        experts, ffn = config.get("n_routed_experts", experts), config.get("moe_intermediate_size")
+        moe |= {
+            "dense_layers": config.get("first_k_dense_replace", 3),
+            "normalize": config.get("norm_topk_prob", True),
+            "scale": config.get("routed_scaling_factor", 2.5),
+            "groups": config.get("n_group", 8),
+            "top_groups": config.get("topk_group", 4),
+            "bias_rate": 0.0,  # they stay as they are, unless a recipe says otherwise
+        }
+        shared = config.get("n_shared_experts", 1)
+        if isinstance(shared, int) and isinstance(ffn, int):
+            moe["shared_ffn_hidden_size"] = shared * ffn
+        fields |= _read_latent(config)
+    return {**fields, "moe": {**moe, "experts": experts, "ffn_hidden_size": ffn}}
+
+
+def _dense_layers(config: Config) -> list[Any]:
+    """Layers of Qwen3-MoE without experts."""
+    said = config.get("mlp_only_layers") or []
+    return sorted(said) if isinstance(said, list) and all(isinstance(layer, int) for layer in said) else [None]
+
+
+def _read_latent(config: Config) -> Config:
+    nope, turned = config.get("qk_nope_head_dim", 128), config.get("qk_rope_head_dim", 64)
+    fields: Config = {
+        "head_dim": None,  # a file's is the part that is turned
+        "latent": {
+            "q_rank": config.get("q_lora_rank", 1536),
+            "kv_rank": config.get("kv_lora_rank", 512),
+            "nope_dim": nope,
+            "rope_dim": turned,
+            "value_dim": config.get("v_head_dim", 128),
+        },
+    }
+    said = _read_scaling(_rope(config), config)
+    weight, factor = (0.0, 1.0) if said is None else (said.get("mscale_all_dim"), said.get("factor", 1.0))
+    if all(type(number) in (int, float) for number in (nope, turned, weight, factor)):
+        scale = _latent_scale(nope + turned, weight, float(factor))
+        fields["attention_scale"] = None if scale == _plain_scale(nope + turned) else scale
+    return fields
+
+
+def _allowed_of_experts(config: Config, family: Family) -> dict[str, tuple[Any, ...]]:
+    """See `_ANY_FAMILY`."""
+    if family == MIXTRAL:
+        return {"router_jitter_noise": (None, 0, 0.0)}
+    if family == QWEN3_MOE:
+        first = list(range(len(_dense_layers(config))))
+        return {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, first)}
+    if family == GPT_OSS:
+        return {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7.0), "attention_bias": (None, False, True)}
+    if family == DEEPSEEK_V3:
+        return {
+            "rope_interleave": (None, True),
+            "scoring_func": (None, "sigmoid"),
+            "topk_method": (None, "noaux_tc"),
+            "moe_layer_freq": (None, 1),
+            "num_key_value_heads": (None, config.get("num_attention_heads")),
+        }
+    return {}
 
 
 def _read_gemma(config: Config, family: Family) -> Config:

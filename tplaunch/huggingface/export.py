@@ -23,6 +23,7 @@ from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.huggingface.config import family_of, write_config
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
+from tplaunch.huggingface.ways import pack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Model, Precision
 
@@ -142,15 +143,16 @@ def _read(
     parts = {f"model.{part.name}": part for tensor in shard for part in tensor.parts}
     ours = {name: torch.empty(part.shape, dtype=dtypes[name]) for name, part in parts.items()}
     load_tensors(ours, checkpoint, alone=True)
-    return {tensor.name: _pack(tensor, [ours.pop(f"model.{p.name}") for p in tensor.parts], dtype) for tensor in shard}
-
-
-def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if tensor.heads > 1:
-        whole = torch.stack([part.unflatten(0, (tensor.heads, -1)) for part in parts], 1).flatten(0, 2).to(dtype)
-    else:
-        whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: tensor.rows].to(dtype)
-    return (whole.t() if tensor.transposed else whole).contiguous()
+    last = {f"model.{part.name}": tensor for tensor in shard for part in tensor.parts}  # to be made of each
+    found = {}
+    for tensor in shard:
+        names = [f"model.{part.name}" for part in tensor.parts]
+        kept = torch.promote_types(dtype, torch.float32) if tensor.parts[0].role == "buffer" else dtype
+        found[tensor.name] = pack(tensor, [ours[name] for name in names]).to(kept).contiguous()
+        for name in names:
+            if last[name] is tensor:
+                del ours[name]
+    return found
 
 
 def _special_tokens(tokenizer: Path, tokens: Tokenizer) -> dict[str, Any]:

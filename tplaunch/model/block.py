@@ -46,7 +46,7 @@ class Attention(nn.Module):
     With fewer key/value heads than tp ranks, neighbouring ranks hold copies of one head, as Megatron does.
     """
 
-    compiled = ("project_all", "turn")
+    compiled = ("turn",)
 
     def __init__(self, model: Model, mesh: Mesh, *, layer: int) -> None:
         super().__init__()
