@@ -377,8 +377,10 @@ def _experts(model: Model, moe: Experts, family: Family) -> Config:
     found: Config = {"num_experts_per_tok": moe.top_k, "output_router_logits": False}
     if family in (MIXTRAL, GPT_OSS):
         found |= {"num_local_experts": moe.experts, "intermediate_size": moe.ffn_hidden_size}
-        own = {"router_jitter_noise": 0.0} if family == MIXTRAL else {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
-        return {**found, **own}
+        if family == GPT_OSS:
+            return {**found, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+        usual = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size
+        return {**found, "router_jitter_noise": 0.0, "head_dim": None if usual else model.head_dim}
     found |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": moe.normalize}
     if family == QWEN3_MOE:
         dense = list(range(moe.dense_layers))
