@@ -79,7 +79,7 @@ class TrainStep:
         self.stop_requested = stop_requested
         self.stages = build_stages(recipe, mesh, draw=draw)
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
-        self.optimizer = ShardedOptimizer(self.stages, recipe.optimizer)
+        self.optimizer = ShardedOptimizer(self.stages, recipe, mesh)
         self.gradients = GradientFinalizer(
             self.stages,
             mesh,
