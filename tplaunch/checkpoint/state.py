@@ -61,11 +61,12 @@ def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tens
     A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
 
     Args:
-        stages: this rank's stages: `model.<parameter>`.
+        stages: this rank's stages: `model.<parameter>`, and `model.<buffer>`, which is no DTensor.
         optimizer_state: its optimizer's state by "<parameter>.<slot>": `optimizer.<parameter>.<slot>`.
     """
     found: list[tuple[str, Tensor]] = []
     for stage in stages:
         for shard in stage.sharding.shards:
             found.append((f"model.{shard.parameter.name}", shard.layout.detach()))
+        found += [(f"model.{name}", buffer) for name, buffer in stage.buffers.items()]
     return found + [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tplaunch.model.init import Slice, initialize
 from tplaunch.model.transformer import TransformerStage
@@ -32,13 +33,18 @@ class Stage:
         module: the stage.
         sharding: how data parallelism holds it.
         parameters: what it holds, by the name that `module` gives each; a tied copy's `Parameter` is the
-            embedding's, whose name it has in checkpoints.
+            embedding's, whose name it has in checkpoints. Buffers are among them.
     """
 
     index: int
     module: TransformerStage
     sharding: Sharding
     parameters: dict[str, Parameter]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What is kept with the weights and not trained, the same on all ranks that hold the layer, by its name."""
+        return {name: self.module.get_buffer(name) for name, kept in self.parameters.items() if not kept.trained}
 
 
 def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage]:
@@ -59,16 +65,12 @@ def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage
 
 
 def _slices(stage: Stage, mesh: Mesh) -> Iterator[Slice]:
-    """What this rank keeps of each parameter: its tensor-parallel slice, of that its data-parallel part of rows."""
-    parts, part = mesh.world["dp_shard"].size(), mesh.world.get_local_rank("dp_shard")
+    """What this rank keeps of each parameter: of its slice, its data-parallel part of rows."""
     for kept in stage.sharding.shards:
-        parameter = kept.parameter
-        whole = parameter.local_shape(mesh.topology.tp)
-        start = [0] * len(whole)
-        if parameter.tp_dim is not None:
-            start[parameter.tp_dim] = mesh.tp.rank // parameter.copies(mesh.tp.size) * whole[parameter.tp_dim]
-        start[0] += min(part * -(-whole[0] // parts), whole[0])  # rows are cut into equal parts, rounded up
-        yield Slice(kept.weight, parameter, tuple(start))
+        begins, ranks = mesh.slice_of(kept.parameter), mesh.data_ranks(kept.parameter)
+        rows = mesh.local_shape(kept.parameter)[0]
+        first = min(ranks.part * -(-rows // ranks.parts), rows)  # rows are cut into equal parts, rounded up
+        yield Slice(kept.weight, kept.parameter, (begins[0] + first, *begins[1:]))
 
 
 def outline(
@@ -82,7 +84,8 @@ def outline(
     if module.tied_copy:
         parameters["output.weight"] = first_parameters(model)[0]
         del parameters["embedding.weight"]
-    assert parameters.keys() == dict(module.named_parameters()).keys(), "spec.parameters and model.block disagree"
+    held = {*dict(module.named_parameters()), *(name for name, _ in module.named_buffers() if name in parameters)}
+    assert parameters.keys() == held, "spec.parameters and model.block disagree"
     return module, parameters
 
 
@@ -107,6 +110,11 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         module.block_begins = flat.block_begins
         if flat.overlaps:
             module.block_done = flat.block_done
+    for name, parameter in parameters.items():
+        if not parameter.trained:
+            owner, _, attribute = name.rpartition(".")
+            buffer = torch.zeros(parameter.shape, dtype=torch.float32, device=mesh.device)
+            module.get_submodule(owner).register_buffer(attribute, buffer)
     module.place_rope(training.seq_len, mesh.device)
     return Stage(index, module, sharding, parameters)
 
@@ -114,9 +122,13 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
 def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters: dict[str, Parameter]) -> FsdpSharding:
     """Place a stage block by block and put it under FSDP2: no rank holds more than one whole block at a time."""
     zero, precision = recipe.topology.zero, recipe.training.precision
-    for block in module.layers.values():
+    for number, block in module.layers.items():
         block.to_empty(device=mesh.device)
-        shard(block, mesh.data_parallel, zero=zero, precision=precision)
+        if recipe.model.has_experts(int(number)):  # a unit of their own, over their own data-parallel ranks
+            assert mesh.experts is not None
+            experts = block.get_submodule("moe.experts")
+            shard(experts, mesh.experts.data, zero=zero, precision=precision)
+        shard(block, mesh.ranks.mesh, zero=zero, precision=precision)
     tied_here = recipe.model.tie_embeddings and module.embedding is not None and module.output is not None
     for name, part in module.named_children():
         if name != "layers" and not (tied_here and name == "output"):
@@ -124,7 +136,7 @@ def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters
     if tied_here:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight
-    shard(module, mesh.data_parallel, zero=zero, precision=precision, root=True, also="extend")
+    shard(module, mesh.ranks.mesh, zero=zero, precision=precision, root=True, also="extend")
     return FsdpSharding(module, parameters, zero=zero)
 
 

@@ -4,8 +4,9 @@ First they are summed over data parallel. Left are sums that belong to the model
 collective a step on the sharded gradients, as in Megatron's `finalize_model_grads`:
 
 - over tp, for replicated parameters that each rank applied to only its shard of the sequence (with sequence
-  parallelism) or of the heads (q/k norms);
+  parallelism; a router always) or of the heads (q/k norms);
 - over the copies of a key/value head that several tp ranks hold;
+- over the ranks that share an expert, for its bias that none of them cuts;
 - between first and last stage, for a tied embedding.
 """
 
@@ -62,24 +63,31 @@ class GradientFinalizer:
         self.shardings = [stage.sharding for stage in stages]
         tp = mesh.tp.size
         self.replicated: list[_Held] = []  # summed over tp
+        self.expert_replicated: list[_Held] = []  # summed over expert_tp
         self.key_value: dict[int, list[_Held]] = {}  # number of heads -> summed over the copies of each
         self.owned: list[_Held] = []  # each number of the model on exactly one rank
         self.tied: list[_Held] = []
         self.all: list[_Held] = []
-        first_replica = mesh.world.get_local_rank("dp_replicate") == 0
         for stage in stages:
             for shard in stage.sharding.shards:
                 held, parameter = _Held(stage.sharding, shard), shard.parameter
-                copies = parameter.copies(tp)
                 copy = stage.module.tied_copy and shard.name == "output.weight"
                 self.all.append(held)
-                if parameter.tp_dim is None and tp > 1 and (mesh.tp.sequence_parallel or _is_head_norm(parameter)):
-                    self.replicated.append(held)
-                elif parameter.tp_dim is not None and copies > 1:
-                    self.key_value.setdefault(parameter.pieces, []).append(held)
+                if parameter.expert:
+                    assert mesh.experts is not None
+                    rank, copies = mesh.experts.tp.rank, 1
+                    if parameter.expert_tp_dim is None and mesh.experts.tp.size > 1:
+                        copies = mesh.experts.tp.size
+                        self.expert_replicated.append(held)
+                else:
+                    rank, copies = mesh.tp.rank, parameter.copies(tp)
+                    if parameter.tp_dim is None and tp > 1 and (mesh.tp.sequence_parallel or _sees_a_part(parameter)):
+                        self.replicated.append(held)
+                    elif parameter.tp_dim is not None and copies > 1:
+                        self.key_value.setdefault(parameter.pieces, []).append(held)
                 if parameter.name == "embedding.weight":
                     self.tied.append(held)
-                if first_replica and mesh.tp.rank % copies == 0 and not copy:
+                if mesh.data_ranks(parameter).copy == 0 and rank % copies == 0 and not copy:
                     self.owned.append(held)
         self.tied_group = None
         last = stage_rank(num_stages - 1, mesh.topology.pp, schedule)
@@ -104,6 +112,9 @@ class GradientFinalizer:
             sharding.reduce_gradients()
         if self.replicated:
             sum_in_place([held.gradient for held in self.replicated], self.mesh.tp.group)
+        if self.expert_replicated:
+            assert self.mesh.experts is not None
+            sum_in_place([held.gradient for held in self.expert_replicated], self.mesh.experts.tp.group)
         for heads, helds in self.key_value.items():
             sum_in_place([held.gradient for held in helds], self.mesh.key_value(heads).get_group("kv_copy"))
         if self.tied_group is not None:
@@ -145,5 +156,8 @@ def _rows(flat: Tensor, width: int = 256) -> list[Tensor]:
     return [part for part in (flat[:whole].view(-1, width), flat[whole:].view(1, -1)) if part.numel()]
 
 
-def _is_head_norm(parameter: Parameter) -> bool:
-    return parameter.name.endswith(("q_norm.weight", "k_norm.weight"))
+def _sees_a_part(parameter: Parameter) -> bool:
+    """Whether tp ranks apply a parameter that all of them hold to other heads, or to other tokens, without sequence
+    parallelism too."""
+    head_norm = parameter.name.endswith((".q_norm.weight", ".k_norm.weight"))
+    return head_norm or ".moe.router." in parameter.name

@@ -247,13 +247,16 @@ class Mesh:
         assert self.experts is not None
         return self.experts.ranks
 
+    def local_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """The shape of a rank's slice of a parameter, before data parallelism cuts it."""
+        return parameter.local_shape(self.topology.tp, self.topology.ep, self.topology.expert_tp)
+
     def slice_of(self, parameter: Parameter) -> tuple[int, ...]:
         """Where this rank's slice of a parameter begins in the whole, by dim."""
-        shape = parameter.local_shape(self.tp.size)
+        shape = self.local_shape(parameter)
         start = [0] * len(shape)
         if parameter.expert:
             assert self.experts is not None
-            shape = parameter.local_shape(1, self.experts.ep.size, self.experts.tp.size)
             for dim, ranks in (parameter.ep_dim, self.experts.ep), (parameter.expert_tp_dim, self.experts.tp):
                 if dim is not None:
                     start[dim] = ranks.rank * shape[dim]
