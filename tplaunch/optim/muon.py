@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         held: every parameter of this rank's stages, in the order that `rounds` were made with.
         rounds: who orthogonalises what.
         rank: this one's place in the pipeline stage.
-        group: the stage's ranks.
+        group: the stage's ranks; None: there is no other.
         dtype: that matrices are orthogonalised in, and sent in.
     """
 
@@ -76,10 +76,12 @@ class Muon(torch.optim.Optimizer):
         held: Sequence[HeldMatrix],
         rounds: Sequence[Round],
         rank: int,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(groups, {"momentum": momentum})
+        for each in held:
+            assert each.weight.shape == (len(each.place.rows), len(each.place.columns)), "spec.slices is wrong"
         self._held = held
         self._scales = {held.weight: scale(*held.shape) for held in self._held}
         self._rounds = [_Exchange(each, rank, held, group, dtype) for each in rounds]
@@ -110,10 +112,11 @@ class _Exchange:
         plan: Round,
         rank: int,
         held: Sequence[HeldMatrix],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         dtype: torch.dtype,
     ) -> None:
-        self.held, self.group, self.size, self.dtype = held, group, group.size(), dtype
+        self.held, self.group, self.dtype = held, group, dtype
+        self.size = 1 if group is None else group.size()
         self.matrices = plan.matrices
         self.given, self.gathered = plan.given(rank), plan.gathered(rank)
         self.scattered, self.returned = plan.scattered(rank), plan.returned(rank)
@@ -161,7 +164,7 @@ class _Exchange:
         """Elements from or to each rank."""
         counts = [0] * self.size
         for piece in pieces:
-            counts[piece.rank] += piece.of.count
+            counts[piece.rank] += piece.of.size
         return counts
 
 
@@ -174,5 +177,5 @@ def _part(whole: Tensor, matrix: Matrix, piece: Piece) -> Tensor:
 
 def _split(flat: Tensor, pieces: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
     """Pieces that lie one after the other, as matrices."""
-    for piece, values in zip(pieces, flat.split([piece.of.count for piece in pieces]), strict=True):
+    for piece, values in zip(pieces, flat.split([piece.of.size for piece in pieces]), strict=True):
         yield piece, values.view(len(piece.of.rows), len(piece.of.columns))

@@ -28,7 +28,7 @@ from tplaunch.spec.slices import kept
 
 
 class ShardedOptimizer:
-    """AdamW with decoupled decay on matrices only (Loshchilov & Hutter 2019, arXiv 1711.05101), SGD, or Muon with AdamW.
+    """AdamW with decoupled decay on matrices only (Loshchilov & Hutter 2019, arXiv 1711.05101), SGD, or Muon and AdamW.
 
     Args:
         stages: this rank's stages.
@@ -90,7 +90,7 @@ class ShardedOptimizer:
             ],
             rounds=rounds([parameter for parameter, _ in matrices], topology, layout),
             rank=rank,
-            group=mesh.new_stage_group(),
+            group=mesh.new_stage_group() if topology.stage_size > 1 else None,
             dtype=torch.bfloat16 if low else STORAGE_DTYPE[recipe.training.precision],
         )
 

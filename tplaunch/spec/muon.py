@@ -179,7 +179,7 @@ def _holders(
         rows, _ = matrix_shape(parameter)
         for rank in range(topology.stage_size):
             mine = kept(parameter, topology, layout, rank)
-            if not mine.count:
+            if not mine.size:
                 continue
             for index in range(mine.rows.start // rows, -(-mine.rows.stop // rows)):
                 inside = range(max(mine.rows.start, index * rows), min(mine.rows.stop, (index + 1) * rows))

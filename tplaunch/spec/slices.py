@@ -16,14 +16,14 @@ class Rectangle(NamedTuple):
     columns: range
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Elements."""
         return len(self.rows) * len(self.columns)
 
 
 def kept(parameter: Parameter, topology: Topology, layout: Parallelism, rank: int) -> Rectangle:
-    """What a rank updates of a matrix: of its tensor-parallel slice (of experts: ep x expert_tp) its data-parallel rows,
-    which are cut into equal parts, rounded up.
+    """What a rank updates of a matrix: the data-parallel rows, which are cut into equal parts, rounded up, of its
+    tensor-parallel slice; of experts: of its ep x expert_tp slice.
 
     Args:
         parameter: of two dims.
