@@ -34,3 +34,17 @@ def test_one_model_said_in_two_ways() -> None:
     assert stored["mlp_bias"] is None  # as linear_bias
     assert keys(stored, MODELS["llama"]) == keys(stored, {**MODELS["llama"], "family": "granite"}) == []
     assert keys(stored, {**MODELS["llama"], "mlp_bias": True}) == ["model.mlp_bias"]
+
+
+def test_experts_differ_by_field() -> None:
+    moe = {"experts": 8, "top_k": 2, "ffn_hidden_size": 32}
+    dense, asked = MODELS["llama"], {**MODELS["llama"], "moe": moe}
+    stored = Model.model_validate(asked).model_dump(mode="json")
+    assert keys(stored, asked) == []
+    assert keys({**stored, "moe": moe}, asked) == [], "a version that knew fewer fields"
+    assert keys(stored, dense) == keys(Model.model_validate(dense).model_dump(mode="json"), asked) == ["model.moe"]
+    assert keys(stored, {**asked, "moe": {**moe, "top_k": 1}}) == ["model.moe.top_k"]
+    assert keys(stored, {**asked, "moe": {**moe, "aux_loss": 0.1, "z_loss": 0.1}}) == [], "as a learning rate"
+    assert keys(stored, {**asked, "moe": {**moe, "bias_rate": 0.001}}) == ["model.moe.bias_rate"]
+    corrected = Model.model_validate({**asked, "moe": {**moe, "bias_rate": 0.001}}).model_dump(mode="json")
+    assert keys(corrected, {**asked, "moe": {**moe, "bias_rate": 0.0}}) == []

@@ -11,16 +11,20 @@ from tests.recipes import case, resolved
 from tests.world import World
 from tplaunch.model import init
 from tplaunch.model.init import Slice, initialize
-from tplaunch.recipe.schema import Model
-from tplaunch.spec.parameters import first_parameters
+from tplaunch.recipe.schema import Experts, Model
+from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters
 
 MODEL = Model(hidden_size=64, num_layers=2, num_heads=4, ffn_hidden_size=96, vocab_size=300)
 (EMBEDDING,) = first_parameters(MODEL)
 
 
-def filled(start: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
+MOE = Experts(experts=6, top_k=2, ffn_hidden_size=48, shared_ffn_hidden_size=32, bias_rate=0.001, biases=True)
+MIXTURE = MODEL.model_copy(update={"moe": MOE})
+
+
+def filled(start: tuple[int, ...], shape: tuple[int, ...], parameter: Parameter = EMBEDDING) -> torch.Tensor:
     data = torch.full(shape, float("nan"))
-    initialize([Slice(data, EMBEDDING, start)], MODEL, 7)
+    initialize([Slice(data, parameter, start)], MODEL, 7)
     return data
 
 
@@ -32,6 +36,30 @@ def test_a_slice_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     for start, shape in [((0, 0), (128, 64)), ((130, 0), (131, 64)), ((270, 32), (60, 32)), ((384, 0), (0, 64))]:
         rows, columns = (slice(a, a + n) for a, n in zip(start, shape, strict=True))
         assert torch.equal(filled(start, shape), whole[rows, columns]), start
+
+
+@pytest.mark.parametrize("parameter", [p for p in block_parameters(MIXTURE, 1) if ".moe." in p.name], ids=str)
+def test_a_slice_of_experts_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch, parameter: Parameter) -> None:
+    """Whoever of ep, expert_tp and ZeRO holds it; no two experts, nor matrices, begin alike."""
+    monkeypatch.setattr(init, "_BLOCK_ROWS_BYTES", 4 * 64 * 50)
+    whole = filled((0,) * len(parameter.shape), parameter.shape, parameter)
+    if parameter.role in ("bias", "buffer"):
+        assert not whole.any()
+        return
+    residual = parameter.name.endswith("down.weight")
+    assert whole.std() == pytest.approx(0.02 / 2 if residual else 0.02, rel=0.1)
+    if not parameter.expert:
+        return
+    assert len({float(expert[0, 0]) for expert in whole.chunk(6)}) == 6
+    for ep, expert_tp, parts in ((1, 1, 5), (2, 1, 4), (3, 2, 1), (6, 3, 7)):
+        rows, width = parameter.local_shape(1, ep, expert_tp)
+        for at in range(ep * expert_tp):
+            top, left = at // expert_tp * rows, at % expert_tp * width
+            step = -(-rows // parts)
+            for first in range(0, rows, step):
+                number = min(step, rows - first)
+                mine = filled((top + first, left), (number, width), parameter)
+                assert torch.equal(mine, whole[top + first : top + first + number, left : left + width])
 
 
 @pytest.mark.parametrize("width", [1, 3, 5, 8, 24, 33, 96])

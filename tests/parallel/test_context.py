@@ -52,7 +52,7 @@ def attention(cp_size: int, kind: str, heads: tuple[int, int], window: int | Non
     expected.backward(grad)
     q, k, v = (mine(x.detach(), cp).requires_grad_() for x in whole)
     if kind == "allgather":
-        all_k, all_v = end_gather(begin_gather(k, v, cp), cp, heads[1])
+        all_k, all_v = end_gather(begin_gather(k, v, cp), cp, [k.shape[2:], v.shape[2:]])
         assert all_k.equal(whole[1]) and all_v.equal(whole[2])
         parts = None if starts is None else cp.cut(starts)
         given = torch.cat(_attend_pieces(q, all_k, all_v, how=how, starts=parts, pieces=cp.pieces(S)))
@@ -84,7 +84,7 @@ def sums(cp_size: int) -> tuple[list[float], int]:
 
     cp = shared(cp_size, "allgather")
     k = torch.ones(8 // cp_size, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    all_k, all_v = end_gather(begin_gather(k, k, cp), cp, 1)
+    all_k, all_v = end_gather(begin_gather(k, k, cp), cp, [k.shape[2:]] * 2)
     # In bf16, 256 + 1 is 256: rank by rank nothing would come of the ones.
     (all_k.sum() * (256.0 if dist.get_rank() == 0 else 1.0) + all_v.sum() * 0.0).backward()
     assert k.grad is not None

@@ -77,3 +77,48 @@ def test_a_rank_cuts_its_pieces(kind: str, held: list[int]) -> None:
         assert cp.cut(torch.empty(3, 0)).shape == (3, 0)
     finally:
         dist.destroy_process_group()
+
+
+MOE = {"moe": {"experts": 8, "top_k": 2, "ffn_hidden_size": 32}}
+
+
+def expert_groups(raw: dict[str, Any], rank: int) -> dict[str, list[int]]:
+    """The ranks along each axis that experts lie on."""
+    raw = {**raw, "model": {**raw["model"], **MOE}}
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks(raw))
+    try:
+        experts = mesh.Mesh.of(resolved(raw), torch.device("cpu")).experts
+        assert experts is not None
+        groups = {axis: experts.world.get_group(axis) for axis in ("expert_tp", "ep", "edp_replicate", "edp_shard")}
+        assert groups["ep"] == experts.ep.group and groups["expert_tp"] == experts.tp.group
+        assert experts.data.size() == len(dist.get_process_group_ranks(groups["edp_shard"])) * experts.ranks.copies
+        return {name: dist.get_process_group_ranks(group) for name, group in {**groups, "stage": experts.stage}.items()}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_experts_fold_into_the_ranks_of_a_stage() -> None:
+    """expert_tp fastest, then ep, then edp: whatever tp, cp and dp are."""
+    layout: dict[str, Any] = {"tp": 2, "pp": 2, "dp": 4, "cp": 2, "training": {"micro_batch_size": 1}}
+    folded = expert_groups(case(**layout, zero=1, ep=4, expert_tp=2), 21)
+    assert folded == {
+        "expert_tp": [20, 21],
+        "ep": [17, 19, 21, 23],
+        "edp_replicate": [21],
+        "edp_shard": [21, 29],
+        "stage": list(range(16, 32)),
+    }
+    without = expert_groups(case(**layout, zero=0, ep=4, expert_tp=2), 21)
+    assert without == {**folded, "edp_replicate": [21, 29], "edp_shard": [21]}
+    hybrid = expert_groups(case(**layout, zero=3, dp_replicate=2, ep=2), 0)
+    assert hybrid["ep"] == [0, 1] and hybrid["edp_shard"] == [0, 2, 4, 6] and hybrid["edp_replicate"] == [0, 8]
+    assert expert_groups(case(**layout), 5)["edp_shard"] == list(range(16))
+
+
+def test_a_world_without_experts_makes_no_groups_for_them() -> None:
+    raw = case(2, 1, 2)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        assert mesh.Mesh.of(resolved(raw), torch.device("cpu")).experts is None
+    finally:
+        dist.destroy_process_group()

@@ -22,7 +22,7 @@ from tplaunch.errors import RecipeError, TplaunchError
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change, with_values
 from tplaunch.plan.communication import Group, Kind, axis_group, collective_seconds
-from tplaunch.plan.estimate import Plan, block_work, estimate
+from tplaunch.plan.estimate import Plan, block_work, block_works, estimate
 from tplaunch.plan.recomputation import HEADROOM, options
 from tplaunch.plan.remedies import remedies
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg, timeline_trace
@@ -320,7 +320,7 @@ def test_tune_misses_nothing_that_planning_everything_finds() -> None:
             candidate = Change({**change.values, "training.recompute": option.value}).apply(own)
             assert candidate is not None
             plan = estimate(candidate)
-            glance = quick_look(candidate, block_work(candidate))
+            glance = quick_look(candidate, block_works(candidate))
             if plan.headroom >= HEADROOM * plan.case.gpu.memory:
                 best = plan if best is None or plan.step_seconds < best.step_seconds else best
                 if glance is not None:

@@ -50,7 +50,7 @@ class Point:
         # Theirs compute whole blocks again; ours leaves out the last projection and its sum, which nothing needs.
         model, work = self.case.model, block_work(self.case)
         whole = [
-            sum(self.case.recomputes(s).get(ALL, 0) for s in self.case.stages_on(r))
+            sum(n for s in self.case.stages_on(r) for block, n in self.case.blocks(s).items() if block.again == ALL)
             for r in range(self.case.topology.pp)
         ]
         down = work.parts["down"].forward + work.traffic.again_seconds(["down"])

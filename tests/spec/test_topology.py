@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tplaunch.spec.schedules import SCHEDULES, stage_rank, stages_of
-from tplaunch.spec.stages import layer_ranges, split_layers
-from tplaunch.spec.topology import AXES, Coordinates, Topology
+from tplaunch.spec.stages import LayerCosts, layer_ranges, split_layers
+from tplaunch.spec.topology import AXES, EXPERT_AXES, Coordinates, ExpertCoordinates, Topology
 
 sizes = st.integers(1, 6)
 topologies = st.builds(Topology, tp=sizes, cp=sizes, dp=sizes, pp=sizes, gpus_per_node=st.integers(0, 9))
@@ -82,6 +82,57 @@ def test_a_world_without_cp_does_not_mention_it() -> None:
     assert shared.place(6) == {"tp": 0, "cp": 1, "dp": 1, "pp": 0}
 
 
+@st.composite
+def folded(draw: st.DrawFn) -> Topology:
+    """Worlds whose experts are spread."""
+    expert_tp, ep, edp, pp = (draw(st.integers(1, 4)) for _ in range(4))
+    stage = expert_tp * ep * edp
+    tp = draw(st.sampled_from([d for d in range(1, stage + 1) if stage % d == 0]))
+    cp = draw(st.sampled_from([d for d in range(1, stage // tp + 1) if stage // tp % d == 0]))
+    return Topology(tp=tp, cp=cp, dp=stage // tp // cp, pp=pp, ep=ep, expert_tp=expert_tp)
+
+
+@given(folded())
+def test_experts_see_the_ranks_of_a_stage_in_their_order(topology: Topology) -> None:
+    order = [
+        ExpertCoordinates(expert_tp, ep, edp, pp)
+        for pp, edp, ep, expert_tp in product(
+            *(range(topology.size(axis)) for axis in ("pp", "edp", "ep", "expert_tp"))
+        )
+    ]
+    assert [topology.expert_coordinates(rank) for rank in range(topology.world_size)] == order
+    assert [topology.expert_rank(**place._asdict()) for place in order] == list(range(topology.world_size))
+    assert [place.pp for place in order] == [topology.coordinates(rank).pp for rank in range(topology.world_size)]
+
+
+@given(folded(), st.sampled_from(EXPERT_AXES))
+def test_groups_of_experts_partition_the_world(topology: Topology, axis: str) -> None:
+    groups = topology.groups(axis)
+    assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
+    assert {len(group) for group in groups} == {topology.size(axis)}
+    for group in groups:
+        for place, rank in enumerate(group):
+            assert getattr(topology.expert_coordinates(rank), axis) == place
+            assert topology.group(axis, rank) == group
+            assert topology.coordinates(rank).pp == topology.coordinates(group[0]).pp or axis == "pp"
+
+
+def test_the_fold_of_deepseek_v3() -> None:
+    """arXiv 2412.19437, section 3.2: EP 64 over 8 nodes of 8, PP 16; so each expert is held twice by a stage's 128."""
+    topology = Topology(dp=128, pp=16, gpus_per_node=8, ep=64)
+    assert (topology.world_size, topology.stage_size, topology.edp) == (2048, 128, 2)
+    assert topology.group("ep", 130) == list(range(128, 192))
+    assert topology.group("edp", 130) == [130, 194]
+    assert topology.nodes_of_group("ep", 130) == 8
+    assert (topology.sizes, topology.expert_sizes) == ("tp 1 x pp 16 x dp 128", "ep 64 x edp 2")
+    assert Topology(tp=2, dp=4, ep=2, expert_tp=2).expert_sizes == "expert_tp 2 x ep 2 x edp 2"
+
+
+def test_a_world_without_spread_experts_does_not_mention_them() -> None:
+    assert Topology(tp=2, dp=4).expert_sizes == ""
+    assert Topology(tp=2, dp=4).edp == 8
+
+
 @pytest.mark.parametrize("rank", [-1, 8])
 def test_no_such_rank(rank: int) -> None:
     with pytest.raises(IndexError, match=f"rank {rank} is outside a world of 8"):
@@ -126,9 +177,9 @@ costs = st.floats(0, 5, allow_nan=False)
 def test_no_split_has_a_cheaper_costliest_stage(layers: int, stages: int, first: float, last: float) -> None:
     if layers < stages:
         with pytest.raises(ValueError, match="cannot fill"):
-            split_layers(layers, stages, first=first, last=last)
+            split_layers(layers, stages, LayerCosts(first, last))
         return
-    counts = split_layers(layers, stages, first=first, last=last)
+    counts = split_layers(layers, stages, LayerCosts(first, last))
     assert sum(counts) == layers
     assert len(counts) == stages
     assert min(counts) >= 1

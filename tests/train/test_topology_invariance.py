@@ -36,6 +36,11 @@ TIED = {"tie_embeddings": True}
 WIDE = {"model": {"hidden_size": 768, "num_heads": 12, "num_layers": 1, "ffn_hidden_size": 768, "vocab_size": 32_000}}
 DOCUMENTS = {"document_mask": True, "eod_mask_loss": True}
 WINDOWS = {"window": 6, "window_layers": ["full", "window"]}
+LATENT = {
+    "num_kv_heads": 4,
+    "latent": {"q_rank": 24, "kv_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10},
+}
+WHOLE_QUERIES = {**LATENT, "latent": {**LATENT["latent"], "q_rank": None}}  # type: ignore[dict-item]
 FEW = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 1}
 
 
@@ -195,6 +200,30 @@ CASES: dict[str, dict[str, Any]] = {
         2, 1, 2, cp=2, zero=3, sequence_parallel=True, training={**DOCUMENTS, "precision": "fp64"}
     ),
     "fp64-ulysses2-gpt2-pp2-dp2": case(1, 2, 2, cp=2, cp_kind="ulysses", model=GPT2, training={"precision": "fp64"}),
+    "latent-tp2-sp-zero-bubble": case(2, 2, schedule="interleavedzerobubble", sequence_parallel=True, model=LATENT),
+    "latent-cp2-tp2-zero3-cheap": case(2, 1, 2, cp=2, zero=3, model=LATENT, training={"recompute": "cheap"}),
+    "latent-tp4-dp2-zero0": case(4, 1, 2, zero=0, model=LATENT),
+    "latent-whole-queries-tp2-zbv-full": case(
+        2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=WHOLE_QUERIES, training={"recompute": "full"}
+    ),
+    "latent-whole-queries-cp2-dualpipev": case(1, 2, cp=2, schedule="dualpipev", model=WHOLE_QUERIES),
+    "latent-dp4-hsdp-zero2-windows": case(1, 1, 4, zero=2, dp_replicate=2, model={**LATENT, **WINDOWS}),
+    "latent-cp2-tp2-sp-sinks-documents": case(
+        2,
+        1,
+        2,
+        cp=2,
+        sequence_parallel=True,
+        model={**LATENT, "attention_sinks": True, "attention_scale": 0.4},
+        training=DOCUMENTS,
+    ),
+    "latent-ulysses2-tp2-interleaved": case(
+        2, 2, cp=2, cp_kind="ulysses", schedule="interleaved1f1b", sequence_parallel=True, model=LATENT
+    ),
+    "compile-latent-tp2-sp": case(2, sequence_parallel=True, model=LATENT, training={"compile": True}),
+    "fp64-latent-tp2-pp2-cp2-sp": case(
+        2, 2, cp=2, sequence_parallel=True, model=LATENT, training={**DOCUMENTS, "precision": "fp64"}
+    ),
 }
 
 
@@ -268,7 +297,9 @@ COMBINED = {
         "cp2-dp2-zero3-full",
         "ulysses2-tp2-dp2-sp-documents",
         "fp64-cp4-gpt2-documents",
+        "latent-cp2-tp2-zero3-cheap",
     },
+    *(name for name in CASES if "latent" in name and "cp2" not in name and "bubble" not in name),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tplaunch.recipe.schema import Model, RopeScaling
+from tplaunch.recipe.schema import Experts, Latent, Model, RopeScaling, Section
 
 # Only names, and how weights are drawn that a checkpoint brings along.
 _IRRELEVANT = frozenset({"preset", "family", "init_std"})
@@ -14,6 +14,9 @@ _NOT_IN_WEIGHTS = frozenset(
     {"norm_eps", "rope_theta", "rope_scaling", "window", "window_layers", "window_rope_theta", "attention_softcap"}
     | {"logit_softcap", "attention_scale"}
 )
+# Of experts, what training adds to the loss: like a learning rate.
+_LOSSES = frozenset({"aux_loss", "z_loss"})
+_SECTIONS: dict[str, type[Section]] = {"rope_scaling": RopeScaling, "moe": Experts, "latent": Latent}
 
 
 def model_differences(
@@ -31,7 +34,30 @@ def model_differences(
     """
     left_out = _IRRELEVANT | _NOT_IN_WEIGHTS if weights_only else _IRRELEVANT
     ours = asked.model_dump(mode="json", exclude=set(left_out))
-    theirs = {name: stored.get(name, Model.model_fields[name].default) for name in ours}
-    if isinstance(scaling := theirs.get("rope_scaling"), Mapping):
-        theirs["rope_scaling"] = {name: field.default for name, field in RopeScaling.model_fields.items()} | {**scaling}
-    return [(f"model.{name}", theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]]
+    theirs = {name: _complete(name, stored.get(name, Model.model_fields[name].default)) for name in ours}
+    found = []
+    for name in ours:
+        if name == "moe" and theirs[name] is not None and ours[name] is not None:
+            found += _expert_differences(theirs[name], ours[name])
+        elif theirs[name] != ours[name]:
+            found.append((f"model.{name}", theirs[name], ours[name]))
+    return found
+
+
+def _complete(name: str, value: Any) -> Any:
+    """A value of a field of the model; of a section that was written with fewer fields, with the defaults of these."""
+    if name not in _SECTIONS or not isinstance(value, Mapping):
+        return value
+    return {key: field.default for key, field in _SECTIONS[name].model_fields.items()} | {**value}
+
+
+def _expert_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The same of two models with experts, by field. A correction may move at another rate, but not come or go."""
+    found = []
+    for name in ours:
+        same = theirs[name] == ours[name] or name in _LOSSES
+        if name == "bias_rate":
+            same = (theirs[name] is None) == (ours[name] is None)
+        if not same:
+            found.append((f"model.moe.{name}", theirs[name], ours[name]))
+    return found

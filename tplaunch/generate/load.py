@@ -32,7 +32,8 @@ def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight  # `to_empty` has parted them
     wanted: dict[str, Any] = {
-        f"model.{parameters[name].name}": tensor.detach() for name, tensor in module.named_parameters()
+        f"model.{kept.name}": (module.get_parameter(name) if kept.trained else module.get_buffer(name)).detach()
+        for name, kept in parameters.items()
     }
     load_tensors(wanted, checkpoint)
     return StagedModel(recipe, mesh, {rank: module.eval().requires_grad_(False)}, mesh.pp_group)

@@ -6,6 +6,7 @@ sequence.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -14,8 +15,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Kernel = Literal["sdpa", "blocked", "flash_attn", "varlen", "flex"]
+# SDPA's kernels, best first, that take values of another width than keys and make nothing of the sequence's square.
+_OTHER_VALUES = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,13 @@ def attend(
 
     Args:
         q: [sq, b, heads, d].
-        k, v: [sk, b, kv heads, d]; query heads share them in order.
+        k, v: [sk, b, kv heads, d]; query heads share them in order. d of v may be another.
         starts: int64 [b, sq], the place among the keys where each query's document begins; None: 0.
         sinks: [heads], a score of each head that takes part in the softmax and brings no value (gpt-oss).
         first_query: place of the first query among the keys.
 
     Returns:
-        [sq, b, heads * d].
+        [sq, b, heads * d of v].
     """
     first, last = 0, first_query + len(q)  # of the keys that some query sees
     if how.window is not None and starts is None:
@@ -69,6 +73,7 @@ def attend(
         device=q.device.type,
         dtype=q.dtype,
         head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
         queries=len(q),
         first_query=first_query,
         documents=starts is not None,
@@ -97,6 +102,7 @@ def choose(
     device: str,
     dtype: torch.dtype,
     head_dim: int,
+    value_dim: int,
     queries: int,
     first_query: int,
     documents: bool,
@@ -110,6 +116,8 @@ def choose(
     on_gpu = device == "cuda"
     narrow = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
     causal = how.window is None and how.softcap is None and not (documents or sinks)
+    if not on_gpu and value_dim != head_dim:  # SDPA's kernel for a CPU has one width
+        return "blocked"
     if causal and (queries == 1 or not first_query) and (not on_gpu or narrow or dtype == torch.float32):
         return "sdpa"
     if not on_gpu or queries == 1 or dtype == torch.float64:
@@ -132,7 +140,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and q.is_cuda and q.dtype == torch.float32:  # torch's linear kernel for fp32 takes no shared heads
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=shared > 1, scale=scale)
+    same = q.shape[-1] == v.shape[-1]
+    with nullcontext() if same else sdpa_kernel(_OTHER_VALUES, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=shared > 1, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 

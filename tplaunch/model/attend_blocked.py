@@ -39,7 +39,7 @@ def attend_blocked(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """As `tplaunch.model.attend.attend`, on any device, in any float type; [sq, b, heads, d]."""
+    """As `tplaunch.model.attend.attend`, on any device, in any float type; [sq, b, heads, d of v]."""
     return _Blocked.apply(q, k, v, sinks, starts, (first_query, window, softcap, scale))
 
 
@@ -135,10 +135,10 @@ def _attend(
     softcap: float | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Values [sq, b, heads, d], and the log-sum-exp of each query's scores, sinks among them, [b, heads, sq] in fp32
+    """Values [sq, b, heads, d of v], and the log-sum-exp of each query's scores, sinks among them, [b, heads, sq] in fp32
     (fp64 for fp64)."""
     dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[2]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
     log_sum = q.new_empty((q.shape[1], q.shape[2], q.shape[0]), dtype=dtype)
     queries = _by_key_head(q, kv_heads, dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
     keys, values = _by_key_head(k, kv_heads, dtype)[:, :, 0], _by_key_head(v, kv_heads, dtype)[:, :, 0]
@@ -155,7 +155,7 @@ def _attend(
         if sinks is not None:
             total += (sink - top).exp_()
         values_of = torch.matmul(scores, values[rows, :, theirs]).div_(total)
-        targets[rows, :, :, mine] = values_of.view(part.shape).to(out.dtype)
+        targets[rows, :, :, mine] = values_of.view(*part.shape[:4], -1).to(out.dtype)
         grouped[rows, :, :, mine] = total.log_().add_(top).view(part.shape[:4])
     return out, log_sum
 
@@ -203,7 +203,7 @@ def _attend_backward(
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[2], q.shape[0]), dtype=dtype)
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty((q.shape[1], q.shape[2], q.shape[0]), dtype=dtype)
 
 
 def _attend_backward_fake(

@@ -38,8 +38,11 @@ def attend_packed(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """As `tplaunch.model.attend.attend`; [sq, b, heads, d]."""
+    """As `tplaunch.model.attend.attend`; [sq, b, heads, d of v]. The kernels have one width: values are padded to it."""
     length, batch = q.shape[:2]
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
     if starts is None:
         starts = q.new_zeros((), dtype=torch.int64).expand(batch, length)
     pack = _pack_of(starts, first_query)
@@ -53,7 +56,7 @@ def attend_packed(
         out = _flash_attn(queries, keys, values, pack, left, softcap, scale)
     else:
         out = _varlen(queries, keys, values, pack, left, scale)
-    return out.unflatten(0, (batch, length)).transpose(0, 1)
+    return out[..., :width].unflatten(0, (batch, length)).transpose(0, 1)
 
 
 def make_pack(starts: Tensor, first_query: int) -> Pack:

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tplaunch.model.attend import Attending, attend
 from tplaunch.model.cache import KeyValueCache
+from tplaunch.model.latent import LatentAttention
+from tplaunch.model.mlp import MLP
+from tplaunch.model.moe import MoE
 from tplaunch.model.norm import HeadsRMSNorm, RMSNorm, make_norm
 from tplaunch.model.recompute import Gathered, Recomputation, Run, run_once
+from tplaunch.model.residual import added
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
 from tplaunch.parallel.layers import (
@@ -43,6 +45,8 @@ class Attention(nn.Module):
 
     With fewer key/value heads than tp ranks, neighbouring ranks hold copies of one head, as Megatron does.
     """
+
+    compiled = ("project_all", "turn")
 
     def __init__(self, model: Model, mesh: Mesh, *, layer: int) -> None:
         super().__init__()
@@ -71,8 +75,12 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(features, model.hidden_size, bias=model.linear_bias, tp=tp)
         self.multiplier = model.residual_multiplier
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, run: Run, x: Tensor) -> tuple[Tensor]:
         """[s or s/tp, b, h] -> queries, keys and values side by side, [s, b, features]."""
+        return (run("qkv", self.project_all, x),)
+
+    def project_all(self, x: Tensor) -> Tensor:
+        """The part that `project` runs."""
         return column_parallel(x, self.wq, self.wk, self.wv)
 
     def turn(self, projected: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
@@ -85,13 +93,14 @@ class Attention(nn.Module):
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def project_key_value(self, x: Tensor, pair: ColumnPair) -> tuple[Tensor, Tensor]:
+    def project_key_value(self, run: Run, x: Tensor, pair: ColumnPair) -> tuple[tuple[Tensor], Tensor]:
         """`project` without queries, and what ties `project_query` to it."""
-        return pair.first(x, self.wk, self.wv)
+        projected, link = run("qkv", lambda x: pair.first(x, self.wk, self.wv), x)
+        return (projected,), link
 
-    def project_query(self, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:
+    def project_query(self, run: Run, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:
         """The rest of `project`, of the same x."""
-        return pair.second(x, link, self.wq)
+        return run("qkv", lambda x, link: pair.second(x, link, self.wq), x, link)
 
     def turn_key_value(self, projected: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
         """`turn` of what `project_key_value` gives."""
@@ -111,7 +120,7 @@ class Attention(nn.Module):
 
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `attend` gives -> the stream with attention's output."""
-        return _added(x, self.wo(attended), self.multiplier)
+        return added(x, self.wo(attended), self.multiplier)
 
 
 def _head_norm(
@@ -126,35 +135,9 @@ def _head_norm(
     return RMSNorm(model.head_dim, eps, plus_one=plus_one, tp=tp)
 
 
-class MLP(nn.Module):
-    """SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202), or GELU, exact or in its tanh form (GPT-2)."""
-
-    def __init__(self, model: Model, mesh: Mesh) -> None:
-        super().__init__()
-        hidden, ffn, bias, tp = model.hidden_size, model.ffn_hidden_size, model.biased_mlp, mesh.tp
-        self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
-        self.glu = geglu if model.activation == "geglu" else swiglu
-        self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
-        self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
-        self.approximate = "none" if model.activation == "gelu_exact" else "tanh"
-        self.multiplier = model.residual_multiplier
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[s or s/tp, b, h] -> gate, where there is one, and up side by side, [s, b, ffn/tp or twice that]."""
-        return self.up(x) if self.gate is None else column_parallel(x, self.gate, self.up)
-
-    def activate(self, x: Tensor) -> Tensor:
-        """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate=self.approximate) if self.gate is None else self.glu(x)
-
-    def leave(self, x: Tensor, activated: Tensor) -> Tensor:
-        """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
-        return _added(x, self.down(activated), self.multiplier)
-
-
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with norms of what is added, or with these alone, where the model
-    has them. With a parallel residual, x + attention(norm(x)) + mlp(norm(x)).
+    has them. With a parallel residual, x + attention(norm(x)) + mlp(norm(x)). Experts stand in the MLP's place.
 
     Args:
         layer: its global number.
@@ -164,15 +147,17 @@ class TransformerBlock(nn.Module):
     def __init__(self, model: Model, mesh: Mesh, layer: int, *, again: frozenset[Part] = frozenset()) -> None:
         super().__init__()
         self.cp = mesh.cp
-        self.again = _with_exchanges(model, effective(model, again), mesh.cp)
+        experts = model.has_experts(layer)
+        self.again = _with_exchanges(model, effective(model, again, experts=experts), mesh.cp)
         self.compiled = False
         self.parallel = model.parallel_residual
         self.multiplier = model.residual_multiplier
         self.attention_norm = make_norm(model, tp=mesh.tp) if model.pre_norms else None
-        self.attention = Attention(model, mesh, layer=layer)
+        self.attention = (Attention if model.latent is None else LatentAttention)(model, mesh, layer=layer)
         self.attention_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
         self.mlp_norm = make_norm(model, tp=mesh.tp) if model.pre_norms else None
-        self.mlp = MLP(model, mesh)
+        self.mlp = None if experts else MLP(model, mesh)
+        self.moe = MoE(model, mesh) if experts else None
         self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
     def forward(
@@ -199,21 +184,19 @@ class TransformerBlock(nn.Module):
         for norm in (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm):
             if norm is not None:
                 norm.compile()
-        turns = ("project", "turn")
+        turns = self.attention.compiled
         if self.cp is not None and self.cp.kind == "allgather":
             turns = ("turn_key_value", "turn_query")  # a `ColumnPair` is nothing for a compiler
-        for owner, names in (
-            (self.attention, (*turns, "leave")),
-            (self.mlp, ("enter", "activate", "leave")),
-        ):
-            for name in names:
+        mlp = self.mlp if self.moe is None else self.moe.shared  # what experts do goes by counts
+        for owner, names in ((self.attention, (*turns, "leave")), (mlp, ("enter", "activate", "leave"))):
+            for name in names if owner is not None else ():
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
         self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
-        mlp, entering = self.mlp, x
+        entering = x
         normed = x if self.attention_norm is None else run("norm", self.attention_norm, x)
         attended, gathered = self._attend(run, normed, rope, starts, cache)
         if self.attention_post_norm is None:
@@ -225,15 +208,20 @@ class TransformerBlock(nn.Module):
             x = on_backward(x, gathered.start)  # while the projection's gradients are computed
         read = entering if self.parallel else x
         normed = read if self.mlp_norm is None else run("norm", self.mlp_norm, read)
-        inside = run("gate_up", mlp.enter, normed)
-        activated = run("activation", mlp.activate, inside)
+        if self.mlp is None:
+            assert self.moe is not None
+            made = self.moe(run, normed)
+        else:
+            activated = run("activation", self.mlp.activate, run("gate_up", self.mlp.enter, normed))
+            if self.mlp_post_norm is None:
+                return run("down", self.mlp.leave, x, activated)
+            made = run("down", self.mlp.down, activated)
         if self.mlp_post_norm is None:
-            return run("down", mlp.leave, x, activated)
-        made = run("down", mlp.down, activated)
+            return added(x, made, self.multiplier)
         return run("norm", self._add_normed(self.mlp_post_norm), x, made)
 
     def _add_normed(self, norm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, made: _added(x, norm(made), self.multiplier)
+        return lambda x, made: added(x, norm(made), self.multiplier)
 
     def _attend(
         self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
@@ -243,8 +231,8 @@ class TransformerBlock(nn.Module):
         attention, cp = self.attention, self.cp
         if cp is not None and cp.kind == "allgather":
             return self._attend_to_gathered(run, normed, rope, starts, cp)
-        projected = run("qkv", attention.project, normed)
-        q, k, v = run("rotary", partial(attention.turn, rope=rope), projected)
+        projected = attention.project(run, normed)
+        q, k, v = run("rotary", partial(attention.turn, rope=rope), *projected)
         first = 0
         if cp is not None:
             q, k, v = run(HEADS, partial(to_heads, cp=cp), q, k, v)
@@ -260,13 +248,13 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Tensor, Gathered | None]:
         """See `_attend`: keys and values come first, and are gathered while queries are projected. In the backward pass
         their gradients are exchanged while that of this projection is computed."""
-        attention, pair = self.attention, ColumnPair(self.attention.wq.tp)
-        projected, link = run("qkv", partial(attention.project_key_value, pair=pair), normed)
-        mine = run("rotary", partial(attention.turn_key_value, rope=rope), projected)
-        begin, end = partial(begin_gather, cp=cp), partial(end_gather, cp=cp, kv_heads=mine[0].shape[2])
+        attention, pair = self.attention, ColumnPair(self.attention.wo.tp)
+        keys_values, link = attention.project_key_value(run, normed, pair)
+        mine = run("rotary", partial(attention.turn_key_value, rope=rope), *keys_values)
+        begin, end = partial(begin_gather, cp=cp), partial(end_gather, cp=cp, shapes=[x.shape[2:] for x in mine])
         gathering = begin(*mine)
-        projected = run("qkv", partial(attention.project_query, pair=pair), normed, link)
-        q = run("rotary", partial(attention.turn_query, rope=rope), projected)
+        queries = attention.project_query(run, normed, link, pair)
+        q = run("rotary", partial(attention.turn_query, rope=rope), queries)
         gathered = None
         if isinstance(run, Recomputation):
             gathered = run.gathered(begin, end, mine)
@@ -332,10 +320,6 @@ def _attend_pieces(
         attend(part, k, v, how, starts=begin, sinks=sinks, first_query=piece.start)
         for part, begin, piece in zip(q.split(sizes), begins, pieces, strict=True)
     )
-
-
-def _added(x: Tensor, made: Tensor, multiplier: float) -> Tensor:
-    return x + made if multiplier == 1.0 else torch.add(x, made, alpha=multiplier)
 
 
 def _join(*pieces: Tensor) -> Tensor:

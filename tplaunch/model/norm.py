@@ -26,6 +26,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, *, plus_one: bool, tp: TensorParallel) -> None:
         super().__init__()
+        self.size = size
         self.eps = eps
         self.plus_one = plus_one
         self.weight = parameter((size,), tp.mesh, (Replicate(),))

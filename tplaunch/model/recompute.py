@@ -70,6 +70,15 @@ class Recomputation:
         self._note(function, inputs, _as_tuple(outputs))
         return outputs
 
+    def note(self, part: str, function: Callable[..., Tensor], x: Tensor, output: Tensor) -> None:
+        """Let what a part gave that has run already be made again.
+
+        Args:
+            function: x -> output.
+        """
+        if part in self.again:
+            self._note(function, (x,), (output,))
+
     def gathered(
         self,
         begin: Callable[..., Tensor],

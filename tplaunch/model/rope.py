@@ -57,13 +57,13 @@ def attention_factor(scaling: RopeScaling | None) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-
-    def grown(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
-
     if scaling.mscale and scaling.mscale_all_dim:
-        return grown(scaling.mscale) / grown(scaling.mscale_all_dim)
-    return grown(1.0)
+        return _grown(scaling, scaling.mscale) / _grown(scaling, scaling.mscale_all_dim)
+    return _grown(scaling, 1.0)
+
+
+def _grown(scaling: RopeScaling, weight: float) -> float:
+    return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
 
 
 def rope_table(model: Model, positions: Tensor, dtype: torch.dtype, *, window: bool = False) -> Tensor:
@@ -133,6 +133,18 @@ def _rotate(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
     total[..., half:].addcmul_(wide[..., :half], sin[..., :half], value=sign)
     if total is not out:
         out.copy_(total)
+
+
+def turn_pairs(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
+    """Write [s, b, heads, rotary_dim], rotated or rotated back, to `out` of the same shape, by pairs of neighbours
+    where `apply_rope` has one half of the channels beside the other."""
+    cos, sin = table[..., : table.shape[-1] // 2].unbind(0)
+    if back:
+        sin = -sin
+    even, odd = x.to(table.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    places = out.unflatten(-1, (-1, 2))
+    places[..., 0].copy_(even * cos - odd * sin)
+    places[..., 1].copy_(odd * cos + even * sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -34,6 +34,27 @@ class Accumulator:
         self.total.index_put_((numbers,), rows.to(self.total.dtype), accumulate=True)
         self.begun = True
 
+    def add_each(self, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+        """Add lefts[i] @ rights[i] to the i-th of as many equal runs of rows: [rows, k] and [k, columns], k at least
+        0."""
+        for total, left, right in zip(self.total.chunk(len(lefts)), lefts, rights, strict=True):
+            if not left.shape[1]:
+                if not self.begun:
+                    total.zero_()
+            elif total.dtype != left.dtype:
+                product = left @ right
+                total.add_(product) if self.begun else total.copy_(product)
+            elif self.begun:
+                torch.addmm(total, left, right, out=total)
+            else:
+                torch.mm(left, right, out=total)
+        self.begun = True
+
+    def add(self, gradient: Tensor) -> None:
+        """Add what is there already, of the weight's shape."""
+        self.total.add_(gradient) if self.begun else self.total.copy_(gradient)
+        self.begun = True
+
     def finish(self) -> None:
         """End a step: without an addition the gradient is zero."""
         if not self.begun:

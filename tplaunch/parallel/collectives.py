@@ -25,7 +25,7 @@ from tplaunch.parallel.mesh import ContextParallel, Ranks, TensorParallel
 from tplaunch.torch_private import collective_ops, symmetric_memory_ops
 
 
-def start_all_reduce(x: Tensor, tp: TensorParallel, op: str = "sum") -> Tensor:
+def start_all_reduce(x: Tensor, tp: Ranks, op: str = "sum") -> Tensor:
     return collective_ops.all_reduce.default(x.contiguous(), op, tp.group.group_name)
 
 
@@ -41,6 +41,12 @@ def start_all_to_all(x: Tensor, cp: ContextParallel) -> Tensor:
     """The i-th of cp equal parts of dimension 0 goes to rank i; theirs come in the order of the ranks."""
     sizes = [len(x) // cp.size] * cp.size
     return collective_ops.all_to_all_single.default(x.contiguous(), sizes, sizes, cp.group.group_name)
+
+
+def start_uneven_all_to_all(x: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
+    """Rows of x to each rank, as many as `sent` says; theirs come in the order of the ranks, as many as `received`
+    says."""
+    return collective_ops.all_to_all_single.default(x.contiguous(), received, sent, ranks.group.group_name)
 
 
 def gather_matmul(x: Tensor, weights: list[Tensor], tp: TensorParallel) -> tuple[Tensor, list[Tensor]]:

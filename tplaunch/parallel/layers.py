@@ -347,6 +347,98 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + local(self.bias)
 
 
+class WholeLinear(nn.Module):
+    """A linear layer without a bias that every tp rank has whole, and applies to its own piece of the sequence with
+    sequence parallelism."""
+
+    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight = parameter((out_features, in_features), tp.mesh, (Replicate(),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return whole_linear(x, self)
+
+
+def whole_linear(x: Tensor, *layers: WholeLinear) -> Tensor:
+    """Several such layers' outputs of one input, side by side."""
+    return _WholeLinear.apply(x, *(local(layer.weight) for layer in layers))
+
+
+class _WholeLinear(torch.autograd.Function):
+    """See `whole_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.accumulators = [accumulator(weight) for weight in weights]
+        ctx.save_for_backward(x, *weights)
+        return _columns(x, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, *need_each = wanted(ctx, *range(1 + len(ctx.accumulators)))
+        x, *weights = saved(ctx, activations=any(need_each))
+        grad_x = _input_gradient(grad, weights) if need_x else None
+        grads: list[Tensor | None] = [None] * len(weights)
+        if any(need_each):
+            grads = _weight_gradients(ctx.accumulators, grad, x, weights)
+        return grad_x, *grads
+
+
+def widened(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """Apply column-parallel layers without biases, each to its own channels of one input, with one collective pair.
+    Matmuls are not fused with it.
+
+    Args:
+        x: [s or s/tp, b, channels], those of the first layer, those of the next, and others.
+
+    Returns:
+        [s, b, out_features/tp] of each layer, and the other channels whole, [s, b, rest].
+    """
+    return _Widened.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
+
+
+class _Widened(torch.autograd.Function):
+    """See `widened`; what is kept and when is gathered is as in `_ColumnParallel`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.tp = tp
+        ctx.accumulators = [accumulator(weight) for weight in weights]
+        ctx.save_for_backward(x, *weights)
+        *parts, rest = _channels(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
+        return *(F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tp: TensorParallel = ctx.tp
+        need_x, *need_each = wanted(ctx, 0, *range(2, 2 + len(ctx.accumulators)))
+        need_weights = any(need_each)
+        x, *weights = saved(ctx, activations=need_weights)
+        gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
+        grad_x, reducing = None, need_x and tp.size > 1
+        if need_x:
+            grad_x = torch.cat([*(grad @ weight for grad, weight in zip(grads, weights)), grads[-1]], -1)  # noqa: B905
+        if tp.sequence_parallel and need_weights:
+            gathering = wait(gathering)
+        if grad_x is not None and reducing:
+            grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
+        made: list[Tensor | None] = [None] * len(weights)
+        if need_weights:
+            parts = _channels(gathering, weights)[:-1]
+            each = zip(ctx.accumulators, grads[:-1], parts, weights, strict=True)
+            made = [_weight_gradients([into], grad, part, [weight])[0] for into, grad, part, weight in each]
+        if grad_x is not None and reducing:
+            grad_x = wait(grad_x)
+        return grad_x, None, *made
+
+
+def _channels(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What each weight is multiplied with, and the rest."""
+    sizes = [weight.shape[1] for weight in weights]
+    return x.split([*sizes, x.shape[-1] - sum(sizes)], -1)
+
+
 class VocabParallelEmbedding(nn.Module):
     """An embedding table whose rows are split over the tp ranks."""
 

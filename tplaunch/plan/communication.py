@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
-from tplaunch.recipe.schema import Part
-from tplaunch.spec.parameters import stage_parameters
+from tplaunch.spec.parameters import Parameter, stage_parameters
 
 Link = Literal["none", "node", "network"]
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
@@ -41,7 +40,8 @@ class Traffic(NamedTuple):
     """One kind of communication of one rank in one step.
 
     Args:
-        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "pp" or "dp" (of dp x cp).
+        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "ep", "expert_tp", "pp", "dp" (of
+            dp x cp) or "edp".
         what: what is sent and why.
         kind: the collective.
         calls: how often.
@@ -65,10 +65,14 @@ class Traffic(NamedTuple):
 
 def axis_group(case: Case, axis: str) -> Group:
     """The group of rank 0 on an axis: "tp", "cp", "pp", "dp" (shards, over dp x cp) or "replica" (copies of a shard,
-    HSDP)."""
+    HSDP); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
     topology = case.topology
     strides = {"tp": (1, topology.tp), "cp": (topology.tp, topology.cp), "dp": (topology.tp, case.shards)}
     strides["replica"] = (topology.tp * case.shards, case.replicas)
+    strides["expert_tp"] = (1, topology.expert_tp)
+    strides["ep"] = (topology.expert_tp, topology.ep)
+    strides["edp"] = (topology.expert_tp * topology.ep, case.expert_shards)
+    strides["expert replica"] = (topology.expert_tp * topology.ep * case.expert_shards, case.expert_replicas)
     strides["pp"] = (topology.tp * case.sharing, topology.pp)
     stride, size = strides[axis]
     nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
@@ -126,6 +130,7 @@ class BlockTraffic(NamedTuple):
         split_gathers: all-gathers that it adds, as both halves need a row-parallel layer's output gradient whole.
         mean_size, mean_seconds: bytes and seconds of one all-reduce of means over all heads, of which queries and keys
             have one each, both ways; 0: their norms are no such norms.
+        regions: of the block; with one alone, the MLP is none.
     """
 
     forward: float
@@ -137,29 +142,32 @@ class BlockTraffic(NamedTuple):
     split_gathers: int = 0
     mean_size: float = 0.0
     mean_seconds: float = 0.0
+    regions: int = 2
 
-    def again(self, parts: Iterable[Part]) -> dict[Kind, int]:
+    def again(self, parts: Iterable[str]) -> dict[Kind, int]:
         """The calls of parts that are made again in the backward pass, which nothing hides: those by which they enter
         or leave a region."""
         entering: Kind = "all-gather"
         leaving: Kind = "reduce-scatter" if "reduce-scatter" in self.call_seconds else "all-reduce"
-        kinds: dict[Part, Kind] = {"qkv": entering, "gate_up": entering, "attention_output": leaving, "down": leaving}
+        kinds: dict[str, Kind] = {"qkv": entering, "attention_output": leaving}
+        if self.regions == 2:
+            kinds |= {"gate_up": entering, "down": leaving}
         found = Counter(kinds[part] for part in parts if part in kinds)
         return {kind: count for kind, count in found.items() if kind in self.call_seconds}
 
-    def again_seconds(self, parts: Iterable[Part]) -> float:
+    def again_seconds(self, parts: Iterable[str]) -> float:
         """Seconds of these calls, and of means that are taken again."""
         parts = list(parts)
         calls = sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
         return calls + self.means_again(parts) * self.mean_seconds
 
-    def means_again(self, parts: Iterable[Part]) -> int:
+    def means_again(self, parts: Iterable[str]) -> int:
         """All-reduces of means that parts which are made again take again."""
         return 2 * sum(part == "rotary" for part in parts) if self.mean_size else 0
 
 
-def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:
-    """Two regions a block (attention, MLP), each entered and left once.
+def block_traffic(case: Case, input_backward: float, weight_backward: float, regions: int = 2) -> BlockTraffic:
+    """Two regions a block (attention, MLP), each entered and left once. Experts are no such region, shared ones are.
 
     Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
     backward pass, beside the weight gradient's matmul (Shoeybi et al. 2019). With it, all-gathers enter and
@@ -167,14 +175,14 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     al. 2022, section 4.2.2). What asynchronous tensor parallelism hides beyond that is not counted.
 
     Args:
-        input_backward, weight_backward: seconds of a block's backward halves, of which each region's column-parallel
-            layers take about a quarter.
+        input_backward, weight_backward: seconds of the regions' backward halves, of which their column-parallel layers
+            take about half.
     """
     group = axis_group(case, "tp")
     size = case.tokens * case.model.hidden_size * case.compute_bytes
     if group.size == 1:
         return BlockTraffic(0.0, 0.0, [], {}, 0.0)
-    beside_input, beside_weight = input_backward / 4, weight_backward / 4
+    beside_input, beside_weight = input_backward / (2 * regions), weight_backward / (2 * regions)
     mean_size, means = 0.0, 0.0
     if case.model.qk_norm_all_heads:
         mean_size = case.tokens * max(4.0, case.compute_bytes)
@@ -182,25 +190,26 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     if not case.sequence_parallel:
         reduce = collective_seconds(case, group, "all-reduce", size)
         hidden = max(0.0, reduce - beside_weight)
-        split = 2 * (reduce - hidden)
+        split = regions * (reduce - hidden)
         return BlockTraffic(
-            2 * (reduce + means),
-            2 * (hidden + means),
-            [("all-reduce", 2, 2)],
+            regions * reduce + 2 * means,
+            regions * hidden + 2 * means,
+            [("all-reduce", regions, regions)],
             {"all-reduce": reduce},
             size,
             split,
             mean_size=mean_size,
             mean_seconds=means,
+            regions=regions,
         )
     gather = collective_seconds(case, group, "all-gather", size)
     scatter = collective_seconds(case, group, "reduce-scatter", size)
-    backward = 2 * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
-    calls: list[tuple[Kind, int, int]] = [("all-gather", 2, 4), ("reduce-scatter", 2, 2)]
+    backward = regions * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
+    calls: list[tuple[Kind, int, int]] = [("all-gather", regions, 2 * regions), ("reduce-scatter", regions, regions)]
     seconds: dict[Kind, float] = {"all-gather": gather, "reduce-scatter": scatter}
-    split = 2 * (3 * gather + scatter) - backward
-    forward, backward = 2 * (gather + scatter + means), backward + 2 * means
-    return BlockTraffic(forward, backward, calls, seconds, size, split, 2, mean_size, means)
+    split = regions * (3 * gather + scatter) - backward
+    forward, backward = regions * (gather + scatter) + 2 * means, backward + 2 * means
+    return BlockTraffic(forward, backward, calls, seconds, size, split, regions, mean_size, means, regions)
 
 
 def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
@@ -216,48 +225,88 @@ def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
     return reduce * stage.first, reduce * stage.last
 
 
+class _Shared(NamedTuple):
+    """Weights of a rank that some ranks share.
+
+    Args:
+        axis: of these ranks.
+        what: they are, as it is said before "weights" and "gradients".
+        weights: how many.
+        group, replicas: ranks that they are split over, and those that hold copies.
+        tensors: how many parameters they are of.
+        blocks: how many blocks have some.
+    """
+
+    axis: str
+    what: str
+    weights: int
+    group: Group
+    replicas: Group
+    tensors: int
+    blocks: int
+
+
 def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, backward: float) -> list[Traffic]:
     """Gathering of weights and reduction of gradients of a rank, in one step.
 
     In flat buffers, once a step: gradients are reduced behind the last microbatch's backward pass, a call for each
     parameter (ZeRO 1) or each block (ZeRO 0), and after it where backward passes run in two halves; weights are
     gathered behind the next step's first forward pass. Under FSDP2, ZeRO 2 reduces each block behind each
-    microbatch's backward pass, and gathers as flat buffers do; ZeRO 3 gathers twice for each microbatch.
+    microbatch's backward pass, and gathers as flat buffers do; ZeRO 3 gathers twice for each microbatch. Experts are
+    shared by fewer ranks, edp, and go beside the rest, after it: the network is one.
 
     Args:
         forward, backward: seconds of one microbatch through all of the rank's stages.
     """
-    group, replicas = axis_group(case, "dp"), axis_group(case, "replica")
     m = 1 if case.flat else case.microbatches
-    gathered = sum(case.weights(stage) for stage in stages) * case.compute_bytes
-    reduced = sum(case.weights(stage) for stage in stages) * case.storage_bytes
-    blocks = max(1, sum(len(stage.layers) for stage in stages))
-    units = _parameters(case, stages) if case.flat else blocks
-    behind = backward if case.undivided_backward else 0.0
-    traffic = []
+    gathering = (forward + backward) / 2 if case.zero == 3 else forward
+    reducing = backward if case.undivided_backward else 0.0
+    traffic: list[Traffic] = []
 
-    def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int) -> None:
+    def add(
+        of: _Shared, what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int
+    ) -> None:
         once = collective_seconds(case, over, kind, size) + (units - 1) * _latency(case, over, kind)
         exposed = calls * max(0.0, once - hiding, once / units)
+        name = f"{of.what} {what}".strip()
         traffic.append(
-            Traffic("dp", what, kind, calls * units, size / units, over.link, over.size, once * calls, exposed)
+            Traffic(of.axis, name, kind, calls * units, size / units, over.link, over.size, once * calls, exposed)
         )
 
-    if group.size > 1:
-        hiding = (forward + backward) / 2 if case.zero == 3 else forward
-        add("weights", "all-gather", 2 * m if case.zero == 3 else 1, gathered, group, hiding, units)
-        add("gradients", "reduce-scatter", m, reduced, group, behind, units)
-    if replicas.size > 1:
-        shared = case.flat and group.size > 1  # then gradients are summed over replicas when all are scattered
-        hiding, units = (0.0, units) if shared else (behind, blocks)
-        add("gradients of replicas", "all-reduce", m, reduced / case.shards, replicas, hiding, units)
+    for of in _shared(case, stages):
+        gathered, reduced = of.weights * case.compute_bytes, of.weights * case.storage_bytes
+        units = of.tensors if case.flat else of.blocks
+        before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
+        if of.group.size > 1:
+            gathers = 2 * m if case.zero == 3 else 1
+            add(of, "weights", "all-gather", gathers, gathered, of.group, gathering - before["all-gather"], units)
+            add(of, "gradients", "reduce-scatter", m, reduced, of.group, reducing - before["reduce-scatter"], units)
+        if of.replicas.size > 1:
+            late = case.flat and of.group.size > 1  # then gradients are summed over replicas when all are scattered
+            hiding, units = (0.0, units) if late else (reducing - before["all-reduce"], of.blocks)
+            size = reduced / of.group.size
+            add(of, "gradients of replicas", "all-reduce", m, size, of.replicas, hiding, units)
     return traffic
 
 
-def _parameters(case: Case, stages: list[Stage]) -> int:
-    """How many parameters a rank's stages have."""
+def _shared(case: Case, stages: list[Stage]) -> list[_Shared]:
+    parameters = [p for p in _parameters(case, stages) if p.trained]
+    groups = axis_group(case, "dp"), axis_group(case, "replica")
+    count = sum(case.shared_weights(stage) for stage in stages)
+    blocks = max(1, sum(len(stage.layers) for stage in stages))
+    found = [_Shared("dp", "", count, *groups, sum(not p.expert for p in parameters), blocks)]
+    count = sum(case.expert_weights(stage) for stage in stages)
+    if count:
+        groups = axis_group(case, "edp"), axis_group(case, "expert replica")
+        blocks = sum(case.expert_layers(stage) for stage in stages)
+        found.append(_Shared("edp", "experts'", count, *groups, sum(p.expert for p in parameters), blocks))
+    return found
+
+
+def _parameters(case: Case, stages: list[Stage]) -> list[Parameter]:
+    """The parameters of a rank's stages."""
     model = case.model
-    return sum(len(stage_parameters(model, stage.layers, first=stage.first, last=stage.last)) for stage in stages)
+    return [p for s in stages for p in stage_parameters(model, s.layers, first=s.first, last=s.last)]
 
 
 def _latency(case: Case, group: Group, kind: Kind) -> float:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tplaunch.plan.case import Case
-from tplaunch.plan.memory import local_heads
-from tplaunch.recipe.schema import Part
+from tplaunch.plan.memory import head_width, local_heads
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
 
@@ -94,42 +93,82 @@ def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Pass
 
 
 def queries(case: Case) -> Passes:
-    """The projection to queries."""
-    assert case.model.head_dim is not None
-    return linear(case, case.tokens, local_heads(case)[0] * case.model.head_dim, case.model.hidden_size)
+    """The projection to queries; of latent attention, out of the short vector."""
+    latent = case.model.latent
+    into = latent.q_rank if latent and latent.q_rank else case.model.hidden_size
+    return linear(case, case.tokens, local_heads(case)[0] * head_width(case), into)
 
 
-def block_parts(case: Case) -> dict[Part, Passes]:
-    """Each part of a transformer block, at one place of it, on one rank, without communication; attention is the mean
-    of all blocks'. What is made again takes its forward pass once more."""
+def projections(case: Case) -> Passes:
+    """The projections to queries, keys and values."""
+    latent, heads = case.model.latent, local_heads(case)[0]
+    if latent is None:
+        return (
+            queries(case)
+            + linear(case, case.tokens, local_heads(case)[1] * head_width(case), case.model.hidden_size) * 2
+        )
+    short = linear(case, case.tokens, latent.kv_rank + latent.rope_dim, case.model.hidden_size)
+    norms = latent.kv_rank
+    if latent.q_rank:
+        short += linear(case, case.tokens, latent.q_rank, case.model.hidden_size)
+        norms += latent.q_rank
+    read = case.tokens * norms * case.compute_bytes
+    keys_values = linear(case, case.tokens, heads * (latent.nope_dim + latent.value_dim), latent.kv_rank)
+    return short + pointwise(case, 2 * read, 3 * read, kernels=4) + queries(case) + keys_values
+
+
+def block_parts(case: Case) -> dict[str, Passes]:
+    """Each part of a transformer block without experts, at one place of it, on one rank, without communication;
+    attention is the mean of all blocks'. What is made again takes its forward pass once more."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
-    assert model.head_dim is not None
-    heads, kv_heads = local_heads(case)
+    heads = local_heads(case)[0]
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    query_width, keys = heads * model.head_dim, kv_heads * model.head_dim
-    gated = model.gated
-    # Hidden states: a norm (read, write; backward: read twice, write) and a residual sum (two reads, a write).
-    slices = tp if case.sequence_parallel else 1
-    states = tokens * hidden * width / slices
-    residual = pointwise(case, 3 * states, 3 * states, kernels=1)
-    turned = tokens * (query_width + keys) * width
+    states, residual = _states(case), add_residual(case)
     rotary = Passes(0.0)
-    if model.position == "rope":  # widened, turned, narrowed: about four passes over q and k
+    if (
+        model.position == "rope"
+    ):  # widened, turned, narrowed: about four passes over q and k; values are copied, at most
+        turned = _queries_and_keys(case)
         rotary += pointwise(case, 4 * 2 * turned, 4 * 2 * turned, kernels=8)
     if model.qk_norm:
+        turned = _queries_and_keys(case)
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
-    inner = tokens * ffn * width
-    reads_and_writes = (5, 8) if gated else (2, 3)
     return {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
-        "qkv": queries(case) + linear(case, tokens, keys, hidden) * 2,
+        "qkv": projections(case),
         "rotary": rotary,
         "core_attention": attention_core(case, case.positions()),
-        "attention_output": linear(case, tokens, hidden, query_width) + residual,
-        "gate_up": linear(case, tokens, ffn, hidden) * (2 if gated else 1),
-        "activation": pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2),
+        "attention_output": linear(case, tokens, hidden, heads * model.value_dim) + residual,
+        "gate_up": linear(case, tokens, ffn, hidden) * (2 if model.gated else 1),
+        "activation": activation(case, tokens * ffn * width),
         "down": linear(case, tokens, hidden, ffn) + residual,
     }
+
+
+def _states(case: Case) -> float:
+    """Bytes of hidden states: a norm reads and writes them, and backward reads them twice and writes once."""
+    slices = case.topology.tp if case.sequence_parallel else 1
+    return case.tokens * case.model.hidden_size * case.compute_bytes / slices
+
+
+def add_residual(case: Case) -> Passes:
+    """A sum of two streams: two reads and a write."""
+    return pointwise(case, 3 * _states(case), 3 * _states(case), kernels=1)
+
+
+def activation(case: Case, inner: float) -> Passes:
+    """The MLP's.
+
+    Args:
+        inner: bytes of what it gives.
+    """
+    reads_and_writes = (5, 8) if case.model.gated else (2, 3)
+    return pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2)
+
+
+def _queries_and_keys(case: Case) -> float:
+    """Bytes of the queries and keys of one microbatch and a rank's heads."""
+    return case.tokens * sum(local_heads(case)) * head_width(case) * case.compute_bytes
 
 
 def head(case: Case) -> Passes:

@@ -6,6 +6,7 @@ Each is the model's own config.json (GPT-3: Brown et al. 2020, table 2.1; Megatr
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 
@@ -67,6 +68,25 @@ _GPT = {
     "linear_bias": True,
     "tie_embeddings": True,
 }
+_MIXTRAL = {"norm_eps": 1e-5, "rope_theta": 1000000.0}
+
+
+def _mixture(experts: int, top_k: int, ffn_hidden_size: int, **more: Any) -> dict[str, Any]:
+    return {"moe": {"experts": experts, "top_k": top_k, "ffn_hidden_size": ffn_hidden_size, **more}}
+
+
+_GPT_OSS = {
+    "norm_eps": 1e-5,
+    "activation": "swiglu_clamped",
+    "head_dim": 64,
+    "rope_theta": 150000.0,
+    "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position": 4096, "truncate": False},
+    "window": 128,
+    "window_layers": ["window", "full"],
+    "attention_sinks": True,
+    "qkv_bias": True,
+    "linear_bias": True,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llama2-7b": {**_sizes(4096, 32, 32, 32, 11008, 32000), **_LLAMA2},
@@ -111,6 +131,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "attention_scale": 168**-0.5,
     },
+    "mixtral-8x7b": {**_sizes(4096, 32, 32, 8, 14336, 32000), **_MIXTRAL, **_mixture(8, 2, 14336)},
+    "mixtral-8x22b": {**_sizes(6144, 56, 48, 8, 16384, 32768), **_MIXTRAL, **_mixture(8, 2, 16384)},
+    "qwen3-30b-a3b": {**_sizes(2048, 48, 32, 4, 6144, 151936), **_QWEN3, **_mixture(128, 8, 768)},
+    "qwen3-235b-a22b": {**_sizes(4096, 94, 64, 4, 12288, 151936), **_QWEN3, **_mixture(128, 8, 1536)},
+    # Without multi-token prediction. Scores are scaled by the square of YaRN's mscale (its first 14.8T tokens knew
+    # neither), and the router's biases move as in arXiv 2412.19437, section 4.2.
+    "deepseek-v3": {
+        **_sizes(7168, 61, 128, 128, 18432, 129280),
+        "norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40.0,
+            "original_max_position": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "attention_scale": 192**-0.5 * (0.1 * log(40.0) + 1) ** 2,
+        "latent": {"q_rank": 1536, "kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128},
+        **_mixture(
+            256,
+            8,
+            2048,
+            shared_ffn_hidden_size=2048,
+            dense_layers=3,
+            router="sigmoid",
+            scale=2.5,
+            groups=8,
+            top_groups=4,
+            bias_rate=0.001,
+        ),
+    },
+    "gpt-oss-20b": {**_sizes(2880, 24, 64, 8, 2880, 201088), **_GPT_OSS, **_mixture(32, 4, 2880, biases=True)},
+    "gpt-oss-120b": {**_sizes(2880, 36, 64, 8, 2880, 201088), **_GPT_OSS, **_mixture(128, 4, 2880, biases=True)},
     "gpt2-124m": {**_sizes(768, 12, 12, 12, 3072, 50257), **_GPT, "max_position": 1024},
     "gpt2-xl": {**_sizes(1600, 48, 25, 25, 6400, 50257), **_GPT, "max_position": 1024},
     "gpt3-175b": {**_sizes(12288, 96, 96, 96, 49152, 50257), **_GPT, "max_position": 2048},

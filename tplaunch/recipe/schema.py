@@ -205,7 +205,7 @@ class Model(Section):
     num_heads: Small = Field(description="query heads of each block")
     num_kv_heads: Small | None = Field(None, description="key/value heads (GQA); default num_heads")
     head_dim: Small | None = Field(None, description="default hidden_size / num_heads")
-    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls")
+    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls; with experts, of dense layers")
     vocab_size: Small = Field(description="tokens of the tokenizer, or more")
     make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="kind of the norms")
@@ -371,7 +371,9 @@ class Parallelism(Section):
     gpus_per_node: Small | None = Field(None, description="default: world size / nodes")
 
 
-Part = Literal["norm", "qkv", "rotary", "core_attention", "attention_output", "gate_up", "activation", "down"]
+Part = Literal[
+    "norm", "qkv", "rotary", "core_attention", "attention_output", "dispatch", "gate_up", "activation", "down"
+]
 
 
 class Recompute(Section):
@@ -680,6 +682,9 @@ class Hardware(Section):
 
     gpu: str | None = Field(
         None, description="a name of the table, such as h100-80gb, or a .json file that describes one"
+    )
+    imbalance: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="load of the rank whose experts get most tokens over the mean; 1: tokens go to all alike"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Training
 
@@ -26,10 +26,12 @@ PARTS: dict[Part, str] = {
     "core_attention": "softmax(q k^T) v, and the statistics of its softmax",
     "attention_output": "the projection after attention, and its sum with the block's input; with parallel_residual it "
     "saves nothing: nobody needs the sum",
-    "gate_up": "the MLP's first projections",
+    "dispatch": "tokens copied to their experts, and sent there where these are on other ranks; the router itself is "
+    "never made again: it chooses once",
+    "gate_up": "the MLP's first projections; with experts those of all experts, the shared ones among them, as below",
     "activation": "SwiGLU or GELU",
-    "down": "the MLP's last projection, and its sum; it saves something in a model with post_norms alone: the next "
-    "block's input is always kept",
+    "down": "the MLP's last projection, and its sum; it saves something in a model with post_norms alone, and not with "
+    "experts: the next block's input is always kept",
 }
 ALL: frozenset[Part] = frozenset(PARTS)
 CHEAP: frozenset[Part] = frozenset(("norm", "rotary", "activation"))  # element-wise: no matmul, no communication
@@ -71,9 +73,13 @@ def sets(training: Training, layers: range) -> dict[frozenset[Part], int]:
     return Counter(chosen(training, layer) for layer in layers)
 
 
-def effective(model: Model, parts: frozenset[Part]) -> frozenset[Part]:
-    """Of these parts those that save something, see `PARTS`; the others are not made again."""
-    return _effective(_kind(model), parts)
+def effective(model: Model, parts: frozenset[Part], *, experts: bool = False) -> frozenset[Part]:
+    """Of these parts those that save something, see `PARTS`; the others are not made again.
+
+    Args:
+        experts: of a block with experts, as below.
+    """
+    return _effective(_kind(model, experts=experts), parts)
 
 
 class _Kind(NamedTuple):
@@ -84,47 +90,62 @@ class _Kind(NamedTuple):
     norms_before: bool
     norms_after: bool
     parallel: bool
+    experts: bool
+    shared: bool
+    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
 
 
-def _kind(model: Model) -> _Kind:
+def _kind(model: Model, *, experts: bool) -> _Kind:
     rotates = model.position == "rope"
-    return _Kind(model.qk_norm, rotates, model.pre_norms, model.post_norms, model.parallel_residual)
+    shared = experts and model.moe is not None and model.moe.shared_ffn_hidden_size is not None
+    latent: Literal["", "keys", "all"] = ""
+    if model.latent is not None:
+        latent = "keys" if model.latent.q_rank is None else "all"
+    norms = model.pre_norms, model.post_norms
+    return _Kind(model.qk_norm, rotates, *norms, model.parallel_residual, experts, shared, latent)
 
 
 def _effective(kind: _Kind, parts: frozenset[Part]) -> frozenset[Part]:
-    norms_heads, rotates, _, norms_after, parallel = kind
-    without: set[Part] = set() if norms_after else {"down"}
+    norms_heads, rotates, _, norms_after, parallel, experts, _, latent = kind
+    without: set[Part] = set() if norms_after and not experts else {"down"}
+    if not experts:
+        without.add("dispatch")
     if parallel:
         without.add("attention_output")
-    if not norms_heads and not (rotates and {"qkv", "rotary"} <= parts):
+    if not norms_heads and not latent and not (rotates and {"qkv", "rotary"} <= parts):
         without |= {"qkv", "rotary"} if rotates else {"rotary"}
     return parts - without
 
 
-def block_steps(model: Model) -> tuple[Step, ...]:
+def block_steps(model: Model, *, experts: bool = False) -> tuple[Step, ...]:
     """The parts of a block in order, from `input` to `output`.
 
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
-    and norms of heads attends with what was `projected`.
+    and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
+    keys and values, and mostly queries, are made of. `dispatched`, `inside` and `activated` have a row for each token
+    and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what the
+    router keeps, which is never made again: small (`tplaunch.spec.experts`).
     """
-    return _steps(_kind(model))
+    return _steps(_kind(model, experts=experts))
 
 
 @cache
 def _steps(kind: _Kind) -> tuple[Step, ...]:
-    norms_heads, rotates, norms_before, norms_after, parallel = kind
+    norms_heads, rotates, norms_before, norms_after, parallel, experts, shared, latent = kind
     turns = norms_heads or rotates
     heads = ("turned", "projected") if norms_heads else ("turned",) if turns else ("projected",)
     rotary = [Step("rotary", ("projected",), ("turned",), ("projected",) if norms_heads else ())] if turns else []
     after: tuple[Step, ...] = (Step("attention_output", ("input", "attended"), ("middle",), ("attended",)),)
-    end: tuple[Step, ...] = (Step("down", ("middle", "activated"), ("output",), ("activated",)),)
+    inside: tuple[str, ...] = ("inside", "shared_inside") if shared else ("inside",)
+    activated: tuple[str, ...] = ("activated", "shared_activated") if shared else ("activated",)
+    end: tuple[Step, ...] = (Step("down", ("middle", *activated), ("output",), activated),)
     if norms_after:
         after = (
             Step("attention_output", ("attended",), ("attention_made",), ("attended",)),
             Step("norm", ("input", "attention_made"), ("middle",), ("attention_made",)),
         )
         end = (
-            Step("down", ("activated",), ("mlp_made",), ("activated",)),
+            Step("down", activated, ("mlp_made",), activated),
             Step("norm", ("middle", "mlp_made"), ("output",), ("mlp_made",)),
         )
     read, beside, before, between = "input", "middle", [], []
@@ -132,15 +153,29 @@ def _steps(kind: _Kind) -> tuple[Step, ...]:
         read, beside, normed = "normed", "middle_normed", "input" if parallel else "middle"
         before = [Step("norm", ("input",), ("normed",), ("input",))]
         between = [Step("norm", (normed,), ("middle_normed",), (normed,))]
+    projection = [Step("qkv", (read,), ("projected",), (read,)), *rotary]
+    if latent:
+        queries = ("queries",) if latent == "keys" else ()
+        projection = [
+            *(Step("qkv", (read,), (name,), (read,)) for name in (*queries, "latent")),
+            Step("norm", ("latent",), ("latent_normed",), ("latent",)),
+            Step("qkv", ("latent_normed",), ("projected",), ("latent_normed",)),
+            Step("rotary", (*queries, "projected"), ("turned",), ()),
+        ]
+    entered: tuple[str, ...] = (beside,)
+    dispatch = []
+    if experts:
+        entered = ("dispatched", beside) if shared else ("dispatched",)
+        dispatch = [Step("dispatch", (beside,), ("dispatched",), (beside, "routing"))]
     return (
         *before,
-        Step("qkv", (read,), ("projected",), (read,)),
-        *rotary,
+        *projection,
         Step("core_attention", heads, ("attended", "softmax"), (*heads, "attended", "softmax")),
         *after,
         *between,
-        Step("gate_up", (beside,), ("inside",), (beside,)),
-        Step("activation", ("inside",), ("activated",), ("inside",)),
+        *dispatch,
+        Step("gate_up", entered, inside, entered),
+        Step("activation", inside, activated, inside),
         *end,
     )
 
@@ -157,14 +192,14 @@ class Kept(NamedTuple):
     made: tuple[Step, ...]
 
 
-def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = None) -> Kept:
+def kept(model: Model, parts: frozenset[Part], needed: frozenset[str] | None = None, *, experts: bool = False) -> Kept:
     """What a block keeps for its backward pass, and what runs again there.
 
     Args:
         parts: what is made again.
         needed: tensors to be had; default: all that the backward pass needs.
     """
-    return _kept(_kind(model), parts, needed)
+    return _kept(_kind(model, experts=experts), parts, needed)
 
 
 @cache
