@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from tplaunch.model.gated import gated
 from tplaunch.model.mlp import MLP
@@ -50,12 +50,8 @@ class Router(nn.Module):
         self.spec = spec
         self.weight = parameter((spec.experts, model.hidden_size), tp.mesh, (Replicate(),))
         self.bias = parameter((spec.experts,), tp.mesh, (Replicate(),)) if spec.biases else None
-        correction = None
-        if spec.bias_rate is not None:
-            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-            plain = torch.zeros(spec.experts, dtype=wide)
-            correction = DTensor.from_local(plain, tp.mesh, (Replicate(),), run_check=False)
-        self.register_buffer("correction", correction)
+        has_correction = spec.bias_rate is not None
+        self.register_buffer("correction", torch.zeros(spec.experts, dtype=torch.float32) if has_correction else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, h] -> [tokens, experts]."""
@@ -66,8 +62,8 @@ class Router(nn.Module):
         """Scores [tokens, experts] -> the experts of each token, int64 [tokens, k]."""
         spec = self.spec
         with torch.no_grad():
-            if isinstance(self.correction, DTensor):
-                scores = scores + self.correction.to_local()
+            if self.correction is not None:
+                scores = scores + self.correction
             if spec.groups > 1:
                 grouped = scores.unflatten(-1, (spec.groups, -1))
                 best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(spec.top_groups, -1).indices

@@ -22,6 +22,11 @@ LEARNING: list[_Plot] = [
     ("norm of the weights", ["train/param_norm"]),
     ("learning rate", ["train/lr_decay", "train/lr_no_decay"]),
 ]
+EXPERTS: list[_Plot] = [
+    ("load of the fullest expert / mean", ["moe/load_max"]),
+    ("entropy of the load / even", ["moe/load_entropy"]),
+    ("auxiliary loss, z-loss", ["moe/aux_loss", "moe/z_loss"]),
+]
 SPEED: list[_Plot] = [
     ("tokens/s a GPU, measured and predicted", ["throughput/tokens_per_s_per_gpu", "plan/tokens_per_s_per_gpu"]),
     ("MFU, measured and predicted", ["throughput/mfu", "plan/mfu"]),
@@ -63,6 +68,7 @@ def make_workspace(recipe: Recipe) -> Workspace:
     table = MediaBrowser(title="ranks", media_keys=["rank/table"])
     sections = [
         section("Learning, by tokens", _TOKENS, LEARNING),
+        *([] if recipe.model.moe is None else [section("Experts, by tokens", _TOKENS, EXPERTS)]),
         section("Speed", _STEP, SPEED),
         section("Memory", _STEP, memory(recipe)),
         section("Reliability", _STEP, RELIABILITY),

@@ -99,24 +99,6 @@ def queries(case: Case) -> Passes:
     return linear(case, case.tokens, local_heads(case)[0] * head_width(case), into)
 
 
-def projections(case: Case) -> Passes:
-    """The projections to queries, keys and values."""
-    latent, heads = case.model.latent, local_heads(case)[0]
-    if latent is None:
-        return (
-            queries(case)
-            + linear(case, case.tokens, local_heads(case)[1] * head_width(case), case.model.hidden_size) * 2
-        )
-    short = linear(case, case.tokens, latent.kv_rank + latent.rope_dim, case.model.hidden_size)
-    norms = latent.kv_rank
-    if latent.q_rank:
-        short += linear(case, case.tokens, latent.q_rank, case.model.hidden_size)
-        norms += latent.q_rank
-    read = case.tokens * norms * case.compute_bytes
-    keys_values = linear(case, case.tokens, heads * (latent.nope_dim + latent.value_dim), latent.kv_rank)
-    return short + pointwise(case, 2 * read, 3 * read, kernels=4) + queries(case) + keys_values
-
-
 def block_parts(case: Case) -> dict[str, Passes]:
     """Each part of a transformer block without experts, at one place of it, on one rank, without communication;
     attention is the mean of all blocks'. What is made again takes its forward pass once more."""
@@ -135,7 +117,7 @@ def block_parts(case: Case) -> dict[str, Passes]:
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
     return {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
-        "qkv": projections(case),
+        "qkv": queries(case) + linear(case, tokens, local_heads(case)[1] * head_width(case), hidden) * 2,
         "rotary": rotary,
         "core_attention": attention_core(case, case.positions()),
         "attention_output": linear(case, tokens, hidden, heads * model.value_dim) + residual,

@@ -132,7 +132,7 @@ def expert_traffic(case: Case) -> Exchanges:
                 one.forward,
                 one.backward,
                 hidden,
-                "dispatch" if one.again else None,
+                "dispatched" if one.again else None,
                 one.again,
             )
         )

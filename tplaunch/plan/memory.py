@@ -78,6 +78,9 @@ def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
     tensors = {
         "input": hidden,
         "normed": hidden,
+        "queries": case.tokens * local_heads(case)[0] * head_width(case) * width,
+        "latent": latent_bytes(case),
+        "latent_normed": latent_bytes(case),
         "projected": projected,
         "turned": turned,
         "attended": attended_bytes(case) * (2 if exchanges_heads(case) else 1),  # kept before and after its exchange
@@ -121,6 +124,9 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, exper
     if case.model.qk_norm:
         numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
         statistics += case.tokens * numbers * max(4, case.compute_bytes)
+    if latent := case.model.latent:
+        own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
+        statistics += own * (1 if latent.q_rank is None else 2) * max(4, case.compute_bytes)
     return sum(tensors[name] for name in kept(case.model, parts, experts=experts).kept) + statistics
 
 
@@ -138,14 +144,23 @@ def head_width(case: Case) -> int:
 
 
 def projected_bytes(case: Case) -> float:
-    """Bytes of queries, keys and values of one microbatch and a rank's heads, as they are projected."""
+    """Bytes of queries, keys and values of one microbatch and a rank's heads, as they are projected; of latent
+    attention those that are made of narrow vectors."""
     (heads, kv_heads), latent = local_heads(case), case.model.latent
-    numbers = heads * head_width(case)
-    if latent is None:
-        numbers += 2 * kv_heads * head_width(case)
-    else:
-        numbers += heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
+    numbers = (heads + 2 * kv_heads) * head_width(case)
+    if latent is not None:
+        numbers = heads * (latent.nope_dim + latent.value_dim)
+        numbers += heads * head_width(case) if latent.q_rank is not None else 0
     return case.tokens * numbers * case.compute_bytes
+
+
+def latent_bytes(case: Case) -> float:
+    """Bytes of latent attention's narrow vectors of one microbatch that a rank makes; 0 without it."""
+    latent = case.model.latent
+    if latent is None:
+        return 0.0
+    slices = case.topology.tp if case.sequence_parallel else 1
+    return case.tokens / slices * ((latent.q_rank or 0) + latent.kv_rank + latent.rope_dim) * case.compute_bytes
 
 
 def turned_bytes(case: Case) -> float:

@@ -83,8 +83,8 @@ class Window:
 class TrainingLog:
     """Writes metrics records to `metrics.jsonl`, and hands them to their other readers, on rank 0.
 
-    Every rank makes one and calls the same methods. What a record needs of other ranks costs two collectives, at the
-    steps that end with one; the other steps cost none, and no wait for the device.
+    Every rank makes one and calls the same methods. What a record needs of other ranks costs two collectives, with
+    experts a third, at the steps that end with one; the other steps cost none, and no wait for the device.
 
     Args:
         step: the step that is logged.
@@ -167,7 +167,7 @@ class TrainingLog:
             more: further metrics: what a checkpoint cost, a validation loss.
         """
         loss, grad_norm = self._take_means(result)
-        norms = self.norms.take()
+        norms = self.norms.take() | self.step.balance.measure()
         measured = self._of_all_ranks(window)
         if not self.main:
             return

@@ -25,6 +25,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.batches import batch_size
 from tplaunch.spec.flops import model_flops_per_token
+from tplaunch.train.balance import Balance
 from tplaunch.train.batch import Batch
 from tplaunch.train.pipeline import Pipeline
 from tplaunch.train.schedule import ScheduledPipeline
@@ -79,6 +80,7 @@ class TrainStep:
         self.stop_requested = stop_requested
         self.stages = build_stages(recipe, mesh, draw=draw)
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
+        self.balance = Balance(self.stages, mesh, recipe)
         self.optimizer = ShardedOptimizer(self.stages, recipe, mesh)
         self.gradients = GradientFinalizer(
             self.stages,
@@ -103,6 +105,7 @@ class TrainStep:
         batch = batch.to(self.mesh.device)
         tokens = self.tokens_of(step)
         scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.balance.begin_step(step, scale)
         self.mark(step, "forward and backward")
         loss = self.pipeline.train(batch, loss_factor * scale / self.count_targets(batch, tokens))
         self.mark(step, "gradients")
@@ -117,6 +120,7 @@ class TrainStep:
             if factor != 1.0:
                 self.gradients.scale(factor)
             self.optimizer.step(learning_rate(recipe, step))
+            self.balance.update()
             progress.updates, progress.nonfinite = progress.updates + 1, 0
         else:
             progress.nonfinite, progress.skipped = progress.nonfinite + 1, progress.skipped + 1
