@@ -180,12 +180,12 @@ class MoE(nn.Module):
         activated = None
         if self.shared is not None:  # while rows are under way
             activated = run("activation", self.shared.activate, run("gate_up", self.shared.enter, normed))
-        rows, row_weights = end_dispatch(dispatched, routes)
+        rows, row_weights = end_dispatch(dispatched)
         if isinstance(run, Recomputation):
             run.note("dispatch", partial(dispatch_again, routes=routes), x, rows)
         combined = begin_combine(self.experts(run, rows, row_weights, routes.groups), routes)
         beside = None if activated is None or self.shared is None else self.shared.down(activated)
-        made = end_combine(combined, routes).view_as(tokens)
+        made = end_combine(combined).view_as(tokens)
         if cut:
             made = join_sequence(made, self.tp, len(normed))
         return made if beside is None else made + beside

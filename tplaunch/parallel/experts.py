@@ -149,57 +149,74 @@ def count(chosen: Tensor, experts: int) -> Tensor:
     )
 
 
-def begin_dispatch(x: Tensor, weights: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+class UnderWay:
+    """Rows between `begin_*` and `end_*`, and their gradients on the way back: other ones than those of which autograd
+    knows the shape, for a rank gets other rows than it sends. The graph has an empty tensor in their place.
+
+    Args:
+        routes: their way.
+    """
+
+    def __init__(self, routes: Routes) -> None:
+        self.routes = routes
+        self.link = torch.empty(0)
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def put(self, tensors: tuple[Tensor, ...], *, back: bool = False) -> None:
+        """Start to send rows to the ep ranks that hold their experts, or back to whose they are."""
+        if (ep := self.routes.ep) is not None:
+            sent, received = self.routes.sent, self.routes.received
+            sizes = (received, sent) if back else (sent, received)
+            tensors = tuple(start_uneven_all_to_all(x, *sizes, ep) for x in tensors)
+        self._tensors = tensors
+
+    def take(self) -> tuple[Tensor, ...]:
+        """What has come."""
+        tensors, self._tensors = self._tensors, ()
+        return tensors if self.routes.ep is None else tuple(wait(x) for x in tensors)
+
+
+def begin_dispatch(x: Tensor, weights: Tensor, routes: Routes) -> UnderWay:
     """Permute tokens and start to send them to their experts.
 
     Args:
         x: [tokens, h].
         weights: [tokens, k], of what each expert will make of a token.
-
-    Returns:
-        What `end_dispatch` waits for; good for nothing else.
     """
-    return _BeginDispatch.apply(x, weights, routes)
+    under_way = UnderWay(routes)
+    under_way.link = _BeginDispatch.apply(x, weights, under_way)
+    return under_way
 
 
-def end_dispatch(under_way: tuple[Tensor, Tensor], routes: Routes) -> tuple[Tensor, Tensor]:
+def end_dispatch(under_way: UnderWay) -> tuple[Tensor, Tensor]:
     """Wait for what `begin_dispatch` gave.
 
     Returns:
         Rows of this rank's experts, [rows, h], and their weights [rows].
     """
-    return under_way if routes.ep is None and routes.tp is None else _EndDispatch.apply(*under_way, routes)
+    return _EndDispatch.apply(under_way.link, under_way)
 
 
 @torch.no_grad()
 def dispatch_again(x: Tensor, routes: Routes) -> Tensor:
     """The rows of `end_dispatch` once more: [tokens, h] -> [rows, h]."""
-    rows = x.index_select(0, routes.tokens)
-    if routes.ep is not None:
-        rows = wait(_start(rows, routes))
+    under_way = UnderWay(routes)
+    under_way.put((x.index_select(0, routes.tokens),))
+    (rows,) = under_way.take()
     return _spread(rows, routes)
 
 
-def begin_combine(made: Tensor, routes: Routes) -> Tensor:
+def begin_combine(made: Tensor, routes: Routes) -> UnderWay:
     """Start to send back what the experts have made of their rows, [rows, h]; where several ranks share each expert,
-    that is summed first.
-
-    Returns:
-        What `end_combine` waits for; good for nothing else.
-    """
-    return made if routes.ep is None and routes.tp is None else _BeginCombine.apply(made, routes)
+    that is summed first."""
+    under_way = UnderWay(routes)
+    under_way.link = _BeginCombine.apply(made, under_way)
+    return under_way
 
 
-def end_combine(under_way: Tensor, routes: Routes) -> Tensor:
+def end_combine(under_way: UnderWay) -> Tensor:
     """Wait for what `begin_combine` gave, and sum each token's rows: [tokens, h]."""
-    return _EndCombine.apply(under_way, routes)
-
-
-def _start(rows: Tensor, routes: Routes, *, back: bool = False) -> Tensor:
-    """Start to send rows to the ep ranks that hold their experts, or back to whose they are."""
-    assert routes.ep is not None
-    sent, received = (routes.received, routes.sent) if back else (routes.sent, routes.received)
-    return start_uneven_all_to_all(rows, sent, received, routes.ep)
+    return _EndCombine.apply(under_way.link, under_way)
 
 
 def _spread(rows: Tensor, routes: Routes) -> Tensor:
@@ -230,61 +247,57 @@ def _sum_rows(rows: Tensor, routes: Routes) -> Tensor:
 
 class _BeginDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        ctx.routes = routes
-        rows, row_weights = x.index_select(0, routes.tokens), weights.flatten().index_select(0, routes.slots)
-        if routes.ep is None:
-            return rows, row_weights
-        return _start(rows, routes), _start(row_weights, routes)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, under_way: UnderWay) -> Tensor:
+        ctx.under_way, routes = under_way, under_way.routes
+        under_way.put((x.index_select(0, routes.tokens), weights.flatten().index_select(0, routes.slots)))
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        routes: Routes = ctx.routes
-        if routes.ep is not None:
-            grad, grad_weights = wait(grad), wait(grad_weights)
+    def backward(ctx: Any, link: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad, grad_weights = ctx.under_way.take()
+        routes: Routes = ctx.under_way.routes
         places = routes.places
         return _sum_rows(grad, routes), grad_weights.index_select(0, places.flatten()).view_as(places), None
 
 
 class _EndDispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        ctx.routes = routes
-        if routes.ep is not None:
-            rows, weights = wait(rows), wait(weights)
-        return _spread(rows, routes), _spread(weights, routes)
+    def forward(ctx: Any, link: Tensor, under_way: UnderWay) -> tuple[Tensor, Tensor]:
+        ctx.under_way = under_way
+        rows, weights = under_way.take()
+        return _spread(rows, under_way.routes), _spread(weights, under_way.routes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_weights: Tensor) -> tuple[Tensor, Tensor, None]:
-        routes: Routes = ctx.routes
-        grad, grad_weights = _gather_back(grad, routes), _gather_back(grad_weights, routes)
-        if routes.ep is None:
-            return grad, grad_weights, None
-        return _start(grad, routes, back=True), _start(grad_weights, routes, back=True), None
+    def backward(ctx: Any, grad: Tensor, grad_weights: Tensor) -> tuple[Tensor, None]:
+        routes: Routes = ctx.under_way.routes
+        ctx.under_way.put((_gather_back(grad, routes), _gather_back(grad_weights, routes)), back=True)
+        return grad.new_empty(0), None
 
 
 class _BeginCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, made: Tensor, routes: Routes) -> Tensor:
-        ctx.routes = routes
-        made = _gather_back(made, routes)
-        return made if routes.ep is None else _start(made, routes, back=True)
+    def forward(ctx: Any, made: Tensor, under_way: UnderWay) -> Tensor:
+        ctx.under_way = under_way
+        under_way.put((_gather_back(made, under_way.routes),), back=True)
+        return made.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread(grad if ctx.routes.ep is None else wait(grad), ctx.routes), None
+    def backward(ctx: Any, link: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.under_way.take()
+        return _spread(grad, ctx.under_way.routes), None
 
 
 class _EndCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, made: Tensor, routes: Routes) -> Tensor:
-        ctx.routes = routes
-        return _sum_rows(made if routes.ep is None else wait(made), routes)
+    def forward(ctx: Any, link: Tensor, under_way: UnderWay) -> Tensor:
+        ctx.under_way = under_way
+        (made,) = under_way.take()
+        return _sum_rows(made, under_way.routes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = grad.index_select(0, ctx.routes.tokens)
-        return rows if ctx.routes.ep is None else _start(rows, ctx.routes), None
+        ctx.under_way.put((grad.index_select(0, ctx.under_way.routes.tokens),))
+        return grad.new_empty(0), None
 
 
 class _Cut(torch.autograd.Function):
