@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tplaunch.kernels.fused import Kind
+from tplaunch.model.gated import gated, side_by_side
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.cross_entropy import IGNORE, output_cross_entropy
 from tplaunch.parallel.mesh import TensorParallel
 
 ROWS, BATCH, HEADS, VOCAB = 37, 2, (6, 2, 2), 5001
+KINDS: dict[Kind, int] = {"swiglu": 2500, "geglu": 300, "swiglu_clamped": 300}
 ALONE = cast(TensorParallel, SimpleNamespace(size=1, rank=0, sequence_parallel=False))
 
 
@@ -35,6 +38,16 @@ class Case:
     shape: tuple[int, ...]
     table: tuple[int, ...] = (2, ROWS, 1, 1, 8)
     begins_here: bool = False
+
+
+def _side_by_side(kind: Kind, x: Tensor, table: Tensor) -> Tensor:
+    return side_by_side(3 * x, kind)
+
+
+def _weighed(kind: Kind, x: Tensor, table: Tensor) -> Tensor:
+    """Of gate, up and weight in the columns of x."""
+    width = x.shape[1] // 2
+    return gated(*(3 * x[:, :-1]).split(width, 1), x[:, -1].contiguous(), kind)
 
 
 def _split(head_dim: int) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
@@ -60,8 +73,8 @@ def _loss(*, in_training: bool, **options: Any) -> Callable[[Tensor, Tensor], Se
 
 
 CASES = {
-    "swiglu": Case(lambda x, table: swiglu(x), (ROWS, BATCH, 2 * 2500)),
-    "geglu": Case(lambda x, table: geglu(x), (ROWS, BATCH, 2 * 300)),
+    **{kind: Case(partial(_side_by_side, kind), (ROWS, BATCH, 2 * width)) for kind, width in KINDS.items()},
+    **{f"{kind} of experts": Case(partial(_weighed, kind), (ROWS, 2 * width + 1)) for kind, width in KINDS.items()},
     "rotary": Case(_split(16), (ROWS, BATCH, sum(HEADS) * 16)),
     "partial rotary": Case(_split(22), (ROWS, BATCH, sum(HEADS) * 22), (2, ROWS, 1, 1, 6)),
     "positions of each sample": Case(_split(16), (ROWS, BATCH, sum(HEADS) * 16), (2, ROWS, BATCH, 1, 8)),

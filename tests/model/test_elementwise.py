@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from tplaunch.kernels.fused import Kind
+from tplaunch.model.gated import gated, side_by_side
 from tplaunch.model.norm import RMSNorm, _RMSNorm
 from tplaunch.model.rope import apply_rope, split_heads
-from tplaunch.model.swiglu import geglu, swiglu
 
 S, B, HEADS, KV, DIM = 5, 2, 3, 1, 8
 SIZES = [HEADS * DIM, KV * DIM, KV * DIM]
@@ -73,13 +75,21 @@ def test_a_projection_in_bf16_is_rotated_in_fp32() -> None:
     torch.testing.assert_close(grad, wide, rtol=0.01, atol=0.01)
 
 
-def test_swiglu() -> None:
-    x = draw(S, B, 2 * DIM)
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_gated_activations(kind: Kind) -> None:
+    x = (4 * torch.randn(2, 3, 8, dtype=torch.float64)).requires_grad_()
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(swiglu(x), F.silu(gate) * up)
-    assert gradcheck(swiglu, (x,))
-    torch.testing.assert_close(geglu(x), F.gelu(gate, approximate="tanh") * up)
-    assert gradcheck(geglu, (x,))
+    low = gate.clamp(max=7)
+    expected = {
+        "swiglu": F.silu(gate) * up,
+        "geglu": F.gelu(gate, approximate="tanh") * up,
+        "swiglu_clamped": low * torch.sigmoid(1.702 * low) * (up.clamp(-7, 7) + 1),
+    }[kind]
+    torch.testing.assert_close(side_by_side(x, kind), expected)
+    assert gradcheck(partial(side_by_side, kind=kind), (x,))
+    rows, weights = x.detach().flatten(0, 1).requires_grad_(), torch.rand(6, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(gated(*rows.chunk(2, -1), weights, kind), expected.flatten(0, 1) * weights.unsqueeze(-1))
+    assert gradcheck(lambda rows, weights: gated(*rows.chunk(2, -1), weights, kind), (rows, weights))
 
 
 def test_rms_norm() -> None:

@@ -8,11 +8,12 @@ torch's operations, and a compiler makes kernels of its own.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+Kind = Literal["swiglu", "geglu", "swiglu_clamped"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,31 +22,50 @@ def fits(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in _DTYPES and not torch.compiler.is_compiling()
 
 
-def gated(x: Tensor, *, gelu: bool) -> Tensor:
-    """act(gate) * up.
+def gated(gate: Tensor, up: Tensor, weights: Tensor | None, kind: Kind) -> Tensor:
+    """act(gate) * up * weight, see `tplaunch.model.gated`.
 
     Args:
-        x: [..., 2 f], gate before up.
-        gelu: act is GELU in its tanh form, else SiLU.
+        gate, up: [..., f], with one step from row to row; columns lie side by side.
+        weights: [...], or None.
+    """
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if out.numel():
+        grid, block = _rows_and_columns(out)
+        _kernels().gated[grid](gate, up, weights, out, _step(gate, up), gate.shape[-1], *_how(kind, weights), block)
+    return out
+
+
+def gated_backward(
+    gate: Tensor, up: Tensor, weights: Tensor | None, grad: Tensor, by_gate: Tensor, by_up: Tensor, kind: Kind
+) -> Tensor | None:
+    """The gradients of `gated`'s inputs, of what it gave.
+
+    Args:
+        by_gate, by_up: where those of gate and up are written, laid out like these.
 
     Returns:
-        [..., f].
+        Those of the weights, where there are some.
     """
-    x = x.contiguous()
-    width = x.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], width))
-    grid, block = _rows_and_columns(out)
-    _kernels().gated[grid](x, out, width, gelu, block)
-    return out
+    grad, width = grad.contiguous(), grad.shape[-1]
+    by_weights = None if weights is None else torch.empty_like(weights)
+    if grad.numel():
+        steps = _step(gate, up), _step(by_gate, by_up)
+        block = min(2048, _next_power_of_2(width))
+        _kernels().gated_backward[(grad.numel() // width,)](
+            gate, up, weights, grad, by_gate, by_up, by_weights, *steps, width, *_how(kind, weights), block
+        )
+    return by_weights
 
 
-def gated_backward(x: Tensor, grad: Tensor, *, gelu: bool) -> Tensor:
-    """The gradient of `gated`'s input: x [..., 2 f] and grad [..., f] -> [..., 2 f]."""
-    x, grad = x.contiguous(), grad.contiguous()
-    out = torch.empty_like(x)
-    grid, block = _rows_and_columns(grad)
-    _kernels().gated_backward[grid](x, grad, out, grad.shape[-1], gelu, block)
-    return out
+def _how(kind: Kind, weights: Tensor | None) -> tuple[int, bool]:
+    return get_args(Kind).index(kind), weights is not None
+
+
+def _step(*tensors: Tensor) -> int:
+    """Elements from row to row of all of them."""
+    (step,) = {tensor.stride(-2) for tensor in tensors}
+    return step
 
 
 def rotate(x: Tensor, table: Tensor, out: Tensor, *, heads: int, back: bool) -> None:

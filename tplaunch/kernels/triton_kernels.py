@@ -8,43 +8,74 @@ Rows are counted in 64 bits: a microbatch's activations can have more than 2^31 
 import triton
 import triton.language as tl
 
+SWIGLU, GEGLU, CLAMPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
-def _slope(gate, GELU: tl.constexpr):
+def _bounded(gate, up, KIND: tl.constexpr):
+    if KIND == CLAMPED:
+        return tl.minimum(gate, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+    else:  # noqa: RET505 (a compiler's branch: both sides are the function's end)
+        return gate, up
+
+
+@triton.jit
+def _slope(gate, KIND: tl.constexpr):
     """What the sigmoid reads of act(gate) = gate * sigmoid(slope), and its derivative by gate."""
-    if GELU:
+    if KIND == SWIGLU:
+        return gate, 1.0 + 0.0 * gate
+    elif KIND == CLAMPED:  # noqa: RET505
+        return 1.702 * gate, 1.702 + 0.0 * gate
+    else:
         cubic: tl.constexpr = 0.044715
         scale: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
         return scale * gate * (1 + cubic * gate * gate), scale * (1 + 3 * cubic * gate * gate)
-    else:  # noqa: RET505 (a compiler's branch: both sides are the function's end)
-        return gate, 1.0 + 0.0 * gate
 
 
 @triton.jit
-def gated(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def gated(gates, ups, weights, out, step, width, KIND: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(x + row * 2 * width + columns, inside, 0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * width + width + columns, inside, 0.0).to(tl.float32)
-    slope, _ = _slope(gate, GELU)
-    tl.store(out + row * width + columns, (gate * tl.sigmoid(slope) * up).to(out.dtype.element_ty), inside)
+    gate = tl.load(gates + row * step + columns, inside, 0.0).to(tl.float32)
+    up = tl.load(ups + row * step + columns, inside, 0.0).to(tl.float32)
+    gate, up = _bounded(gate, up, KIND)
+    slope, _ = _slope(gate, KIND)
+    made = gate * tl.sigmoid(slope) * up
+    if WEIGHED:
+        made *= tl.load(weights + row).to(tl.float32)
+    tl.store(out + row * width + columns, made.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def gated_backward(x, grad, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def gated_backward(
+    gates, ups, weights, grads, by_gates, by_ups, by_weights, step, by_step, width,
+    KIND: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    at = row * 2 * width + columns
-    gate = tl.load(x + at, inside, 0.0).to(tl.float32)
-    up = tl.load(x + at + width, inside, 0.0).to(tl.float32)
-    given = tl.load(grad + row * width + columns, inside, 0.0).to(tl.float32)
-    slope, steepness = _slope(gate, GELU)
-    share = tl.sigmoid(slope)
-    by_gate = given * up * share * (1 + gate * (1 - share) * steepness)
-    tl.store(out + at, by_gate.to(out.dtype.element_ty), inside)
-    tl.store(out + at + width, (given * gate * share).to(out.dtype.element_ty), inside)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weight = 1.0
+    if WEIGHED:
+        weight = tl.load(weights + row).to(tl.float32)
+    for begin in range(0, width, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        inside = columns < width
+        gate_there = tl.load(gates + row * step + columns, inside, 0.0).to(tl.float32)
+        up_there = tl.load(ups + row * step + columns, inside, 0.0).to(tl.float32)
+        grad = tl.load(grads + row * width + columns, inside, 0.0).to(tl.float32)
+        gate, up = _bounded(gate_there, up_there, KIND)
+        slope, steepness = _slope(gate, KIND)
+        share = tl.sigmoid(slope)
+        total += grad * up * gate * share
+        by_gate = grad * weight * up * share * (1 + gate * (1 - share) * steepness)
+        by_up = grad * weight * gate * share
+        if KIND == CLAMPED:
+            by_gate = tl.where(gate_there > 7.0, 0.0, by_gate)
+            by_up = tl.where(tl.abs(up_there) > 7.0, 0.0, by_up)
+        tl.store(by_gates + row * by_step + columns, by_gate.to(by_gates.dtype.element_ty), inside)
+        tl.store(by_ups + row * by_step + columns, by_up.to(by_ups.dtype.element_ty), inside)
+    if WEIGHED:
+        tl.store(by_weights + row, tl.sum(total, 0).to(by_weights.dtype.element_ty))
 
 
 @triton.jit

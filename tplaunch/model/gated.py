@@ -1,37 +1,42 @@
-"""What experts have between their matmuls: a gate and its activation, times up, times the weight that the router gives
-a row. With the weight here, and not behind the last matmul, nobody needs that matmul's output for the weight's gradient
-(Megatron-LM's experts do so, too)."""
+"""What gated MLPs have between their matmuls: a gate and its activation, times up (Shazeer 2020, arXiv 2002.05202); of
+experts, times the weight that the router gives a row, too. With the weight here, and not behind the last matmul, nobody
+needs that matmul's output for the weight's gradient (Megatron-LM's experts do so, too).
+
+Everything keeps what it reads: act(gate) is made again in the backward pass, for an element-wise operation costs less
+than the memory does.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tplaunch.kernels import fused
+from tplaunch.kernels.fused import Kind
 from tplaunch.parallel.split_backward import wanted
 
-Kind = Literal["swiglu", "geglu", "swiglu_clamped"]
 LIMIT, SLOPE = 7.0, 1.702  # gpt-oss: bounds of gate and up, and what the gate is multiplied by in its sigmoid
 
 
 def gated(gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
     """act(gate) * up * weight: [rows, f] twice, [rows] -> [rows, f].
 
-    It keeps what it reads; act(gate) is made again in the backward pass.
-
     Args:
         kind: SwiGLU, GeGLU in tanh form, or gpt-oss's: gate min(gate, 7), up between -7 and 7, gate sigmoid(1.702 gate)
             (up + 1).
     """
-    return _Gated.apply(gate, up, weights, kind)
+    return _Weighed.apply(gate, up, weights, kind)
 
 
-def swiglu_clamped(x: Tensor) -> Tensor:
-    """gpt-oss's, without weights, of gate and up side by side: [..., 2 f] -> [..., f]."""
-    gate, up = x.chunk(2, -1)
-    return _Gated.apply(gate, up, x.new_ones(x.shape[:-1]), "swiglu_clamped")
+def side_by_side(x: Tensor, kind: Kind) -> Tensor:
+    """act(gate) * up: [..., 2 f], gate before up -> [..., f]."""
+    if torch.compiler.is_compiling():  # which sees the same, and makes one kernel of each pass
+        gate, up = x.chunk(2, -1)
+        return _act(gate, kind) * _bounded(up, kind)
+    return _SideBySide.apply(x, kind)
 
 
 def _act(gate: Tensor, kind: Kind) -> Tensor:
@@ -43,37 +48,68 @@ def _act(gate: Tensor, kind: Kind) -> Tensor:
     return gate * torch.sigmoid(SLOPE * gate)
 
 
-def _act_backward(grad: Tensor, gate: Tensor, kind: Kind) -> Tensor:
-    """The gradient of gate; grad, that of `_act`, may be changed."""
+def _bounded(up: Tensor, kind: Kind) -> Tensor:
+    return up.clamp(-LIMIT, LIMIT) + 1 if kind == "swiglu_clamped" else up
+
+
+def _gradients(gate: Tensor, up: Tensor, grad: Tensor, kind: Kind, by_gate: Tensor, by_up: Tensor) -> None:
+    """Write the gradients of gate and up to tensors of their own, from that of act(gate) * up."""
+    torch.mul(grad, _bounded(up, kind), out=by_gate)
     if kind == "swiglu":
-        return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+        torch.ops.aten.silu.out(gate, out=by_up).mul_(grad)
+        torch.ops.aten.silu_backward.grad_input(by_gate, gate, grad_input=by_gate)
+        return
+    torch.mul(grad, _act(gate, kind), out=by_up)
     if kind == "geglu":
-        return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
+        by_gate.copy_(torch.ops.aten.gelu_backward(by_gate, gate, approximate="tanh"))
+        return
+    by_up.masked_fill_(up.abs() > LIMIT, 0.0)
     low = gate.clamp(max=LIMIT)
-    sigmoid = torch.sigmoid(SLOPE * low)
-    return grad.mul_(sigmoid * (1 + SLOPE * low * (1 - sigmoid))).masked_fill_(gate > LIMIT, 0.0)
+    share = torch.sigmoid(SLOPE * low)
+    by_gate.mul_(share * (1 + SLOPE * low * (1 - share))).masked_fill_(gate > LIMIT, 0.0)
 
 
-class _Gated(torch.autograd.Function):
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: Kind) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        if fused.fits(x):
+            return fused.gated(gate, up, None, kind)
+        return _act(gate, kind).mul_(_bounded(up, kind))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        (gate, up), (by_gate, by_up) = x.chunk(2, -1), out.chunk(2, -1)
+        if fused.fits(x):
+            fused.gated_backward(gate, up, None, grad, by_gate, by_up, ctx.kind)
+        else:
+            _gradients(gate, up, grad, ctx.kind, by_gate, by_up)
+        return out, None
+
+
+class _Weighed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(gate, up, weights)
+        if fused.fits(gate):
+            return fused.gated(gate, up, weights, kind)
         return _act(gate, kind).mul_(_bounded(up, kind)).mul_(weights.unsqueeze(-1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         gate, up, weights = ctx.saved_tensors
         kind: Kind = ctx.kind
-        need_weights = wanted(ctx, 0, 1, 2)[2]
-        acted, grad_acted = _act(gate, kind), grad * _bounded(up, kind)
-        grad_weights = (acted * grad_acted).sum(-1, dtype=weights.dtype) if need_weights else None
-        weights = weights.unsqueeze(-1)
-        grad_up = acted.mul_(grad).mul_(weights)
-        if kind == "swiglu_clamped":
-            grad_up.masked_fill_(up.abs() > LIMIT, 0.0)
-        return _act_backward(grad_acted.mul_(weights), gate, kind), grad_up, grad_weights, None
-
-
-def _bounded(up: Tensor, kind: Kind) -> Tensor:
-    return up.clamp(-LIMIT, LIMIT) + 1 if kind == "swiglu_clamped" else up
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        if fused.fits(gate):
+            by_weights = fused.gated_backward(gate, up, weights, grad, by_gate, by_up, kind)
+            return by_gate, by_up, by_weights, None
+        by_weights = None
+        if wanted(ctx, 0, 1, 2)[2]:
+            by_weights = (_act(gate, kind).mul_(_bounded(up, kind)).mul_(grad)).sum(-1, dtype=weights.dtype)
+        _gradients(gate, up, grad * weights.unsqueeze(-1), kind, by_gate, by_up)
+        return by_gate, by_up, by_weights, None

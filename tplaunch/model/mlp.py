@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tplaunch.model.gated import swiglu_clamped
+from tplaunch.model.gated import side_by_side
 from tplaunch.model.residual import added
-from tplaunch.model.swiglu import geglu, swiglu
 from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model
-
-_GATED = {"swiglu": swiglu, "geglu": geglu, "swiglu_clamped": swiglu_clamped}
 
 
 class MLP(nn.Module):
@@ -29,10 +26,9 @@ class MLP(nn.Module):
         ffn = model.ffn_hidden_size if ffn is None else ffn
         bias = model.biased_mlp if bias is None else bias
         self.gate = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp) if model.gated else None
-        self.glu = _GATED.get(model.activation)
+        self.activation = model.activation
         self.up = ColumnParallelLinear(hidden, ffn, bias=bias, tp=tp)
         self.down = RowParallelLinear(ffn, hidden, bias=bias, tp=tp)
-        self.approximate = "none" if model.activation == "gelu_exact" else "tanh"
         self.multiplier = model.residual_multiplier
 
     def enter(self, x: Tensor) -> Tensor:
@@ -41,7 +37,9 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """What `enter` gives -> [s, b, ffn/tp]."""
-        return F.gelu(x, approximate=self.approximate) if self.glu is None else self.glu(x)
+        if self.activation == "gelu" or self.activation == "gelu_exact":
+            return F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
+        return side_by_side(x, self.activation)
 
     def leave(self, x: Tensor, activated: Tensor) -> Tensor:
         """The residual stream [s or s/tp, b, h] and what `activate` gives -> the stream with the MLP's output."""
