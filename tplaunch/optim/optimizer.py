@@ -108,8 +108,9 @@ class ShardedOptimizer:
             update: whether to update at all, bool []; by default, yes.
         """
         if update is not None:  # as torch.amp.GradScaler tells an optimizer
-            divisor = torch.as_tensor(divisor, dtype=torch.float32, device=update.device)
-            self.inner.grad_scale, self.inner.found_inf = divisor, update.logical_not().float()  # type: ignore[attr-defined]
+            part: Any = self.parts["adamw"]
+            part.grad_scale = torch.as_tensor(divisor, dtype=torch.float32, device=update.device)
+            part.found_inf = update.logical_not().float()
         for sharding, shard, weight in self.shards:
             weight.grad = sharding.gradient(shard) if weight.numel() else None
         for part in self.parts.values():
