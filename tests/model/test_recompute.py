@@ -154,9 +154,7 @@ WORLDS = {
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),
     "ulysses2-tp2-sp": case(2, cp=2, cp_kind="ulysses", sequence_parallel=True),
     "ulysses4-gpt2": case(cp=4, cp_kind="ulysses", model=GPT2),
-    "zero-bubble-tp2-sp-latent": case(
-        2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=MODELS["latent"]
-    ),
+    "zero-bubble-tp2-sp-latent": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=MODELS["latent"]),
     "cp2-tp2-latent": case(2, cp=2, model=MODELS["latent"]),
 }
 

@@ -21,7 +21,8 @@ from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.huggingface.config import family_of, write_config
+from tplaunch.huggingface.config import write_config
+from tplaunch.huggingface.families import family_of
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.huggingface.ways import pack
 from tplaunch.parallel.precision import COMPUTE_DTYPE

@@ -28,7 +28,8 @@ from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular
-from tplaunch.huggingface.config import Family, Read
+from tplaunch.huggingface.config import Read
+from tplaunch.huggingface.families import Family
 from tplaunch.huggingface.tensors import HfTensor, embedding_name, hf_tensors, output_name
 from tplaunch.huggingface.ways import unpack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
@@ -113,6 +114,19 @@ def head_is_its_own(folder: Path, family: Family) -> bool:
             return True
         rows = range(0, one.get_shape()[0], _ROWS)
         return any(not torch.equal(one[at : at + _ROWS], other[at : at + _ROWS]) for at in rows)
+
+
+def holds(folder: Path, prefixes: tuple[str, ...]) -> bool:
+    """Whether a folder has tensors whose names begin like that.
+
+    Raises:
+        TplaunchError: a file cannot be read.
+    """
+    if not prefixes:
+        return False
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
+        return any(key.startswith(prefixes) for file in files for key in file.keys())  # noqa: SIM118 (no mapping)
 
 
 def _write(source: _Source, temporary: Path, final: Path) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.huggingface.config import (
+from tplaunch.huggingface.families import (
     DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
