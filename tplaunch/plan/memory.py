@@ -12,6 +12,7 @@ from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Block, Case, Stage
+from tplaunch.plan.muon import hidden
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
@@ -267,8 +268,11 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
     optimizer = case.recipe.optimizer
+    if optimizer.name == "muon":
+        of = hidden(case, stages)
+        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
     return copies * weights(case, stages)
 
