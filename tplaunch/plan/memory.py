@@ -362,13 +362,17 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     layers' outputs. On the first stage torch leaves all to the second half."""
     if stage.first:
         return 0.0
-    whole = case.tokens * case.model.hidden_size * case.compute_bytes
+    whole, moe = case.tokens * case.model.hidden_size * case.compute_bytes, case.model.moe
     total = 0.0
     for block, number in case.blocks(stage).items():
         tensors = block_tensors(case, experts=block.experts)
-        outputs = projected_bytes(case) + tensors["inside"] + 2 * whole
-        if block.experts:
-            outputs += tensors["dispatched"] + tensors["shared_inside"]
+        outputs = projected_bytes(case) + latent_bytes(case) + tensors["inside"] + whole
+        if moe is None or not block.experts:
+            outputs += whole
+        else:
+            logits = case.own_tokens * moe.experts * max(4, case.compute_bytes)
+            shared = tensors["shared_inside"] + whole * (moe.shared_ffn_hidden_size is not None)
+            outputs += logits + tensors["dispatched"] + shared
         total += number * outputs
     return total
 
