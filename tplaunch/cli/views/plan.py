@@ -267,7 +267,9 @@ def _expert_notes(case: Case) -> Iterator[str]:
         links += f", {format_bytes(far)} between {nodes} nodes" if nodes > 1 else ""
         yield f"all-to-all: a layer sends {format_bytes(size)} of a rank's rows each way, {links}"
     rows = case.expert_rows / case.local_experts
-    even = "tokens go to all experts alike" if case.imbalance == 1 else f"the fullest rank gets {case.imbalance:g} times"
+    even = (
+        "tokens go to all experts alike" if case.imbalance == 1 else f"the fullest rank gets {case.imbalance:g} times"
+    )
     yield (
         f"grouped matmuls: {rows:,.0f} rows an expert, {grouped_efficiency(case):.0%} as fast as large ones; {even} "
         "(hardware.imbalance)"
