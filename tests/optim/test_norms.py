@@ -14,6 +14,7 @@ TIED = {"tie_embeddings": True, "num_layers": 4}
 FOUR = {"num_layers": 4}
 BIASED = {"num_layers": 4, "num_kv_heads": 1, "qkv_bias": True, "linear_bias": True, "norm": "layernorm"}
 SGD = {"name": "sgd", "momentum": 0.9}
+MUON = {"name": "muon", "groups": [{"match": "layers.?.mlp.*", "lr": 1e-3, "weight_decay": 0.3}]}
 PLAIN_SGD = {"name": "sgd", "momentum": 0.0}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kv-copies-biases": case(2, 1, 2, model=BIASED),
     "sgd-dp2-zero1": case(1, 1, 2, model=FOUR, optimizer=SGD),
     "plain-sgd-tp2": case(2, model=FOUR, optimizer=PLAIN_SGD),
+    "muon-tp2-dp2-zero1": case(2, 1, 2, model={"num_layers": 4, "num_kv_heads": 1}, optimizer=MUON),
 }
 
 

@@ -9,6 +9,7 @@ from tplaunch.check.data import missing_files, tokenizer_problems
 from tplaunch.check.experts import expert_warnings, experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
+from tplaunch.check.optimizer import optimizer_problems, optimizer_warnings
 from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
@@ -77,8 +78,10 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     if dp is not None:
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
-    problems += [*run_problems(recipe), *hook_problems(recipe), *sample_problems(recipe), *tokenizer_problems(recipe)]
-    warnings = [*run_warnings(recipe), *expert_warnings(recipe), *observe_warnings(recipe), *sample_warnings(recipe)]
+    problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
+    problems += [*sample_problems(recipe), *tokenizer_problems(recipe)]
+    warnings = [*run_warnings(recipe), *optimizer_warnings(recipe), *expert_warnings(recipe)]
+    warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]
     missing = [*missing_files(recipe), *missing_packages(recipe)]
     (problems if need_data else warnings).extend(missing)
     if need_data and not missing:

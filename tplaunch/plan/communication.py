@@ -14,7 +14,9 @@ from typing import Literal, NamedTuple, get_args
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
+from tplaunch.plan.muon import hidden, moved_bytes
 from tplaunch.spec.parameters import Parameter, stage_parameters
+from tplaunch.spec.recompute import Step
 
 Link = Literal["none", "node", "network"]
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
@@ -41,7 +43,7 @@ class Traffic(NamedTuple):
 
     Args:
         axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "ep", "expert_tp", "pp", "dp" (of
-            dp x cp) or "edp".
+            dp x cp), "edp", or "stage" (all ranks of a pipeline stage).
         what: what is sent and why.
         kind: the collective.
         calls: how often.
@@ -65,7 +67,7 @@ class Traffic(NamedTuple):
 
 def axis_group(case: Case, axis: str) -> Group:
     """The group of rank 0 on an axis: "tp", "cp", "pp", "dp" (shards, over dp x cp) or "replica" (copies of a shard,
-    HSDP); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
+    HSDP), "stage" (tp x cp x dp); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
     topology = case.topology
     strides = {"tp": (1, topology.tp), "cp": (topology.tp, topology.cp), "dp": (topology.tp, case.shards)}
     strides["replica"] = (topology.tp * case.shards, case.replicas)
@@ -73,7 +75,8 @@ def axis_group(case: Case, axis: str) -> Group:
     strides["ep"] = (topology.expert_tp, topology.ep)
     strides["edp"] = (topology.expert_tp * topology.ep, case.expert_shards)
     strides["expert replica"] = (topology.expert_tp * topology.ep * case.expert_shards, case.expert_replicas)
-    strides["pp"] = (topology.tp * case.sharing, topology.pp)
+    strides["pp"] = (topology.stage_size, topology.pp)
+    strides["stage"] = (1, topology.stage_size)
     stride, size = strides[axis]
     nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
     return Group(size, nodes)
@@ -117,6 +120,18 @@ def send_seconds(case: Case, sender: int, receiver: int) -> float:
     return hidden_bytes(case) / (bandwidth * gpu.link_efficiency) + latency
 
 
+class Regions(NamedTuple):
+    """Where a block's tensor-parallel regions begin and end, by what is computed there (`tplaunch.spec.recompute`).
+
+    Args:
+        entered: with what is made of the gathered hidden states.
+        left: with what hidden states are summed up of.
+    """
+
+    entered: tuple[str, ...]
+    left: tuple[str, ...]
+
+
 class BlockTraffic(NamedTuple):
     """Tensor-parallel communication of one block for one microbatch, in seconds that are not hidden, with its calls.
 
@@ -126,11 +141,11 @@ class BlockTraffic(NamedTuple):
         calls: (kind, calls forward, calls backward).
         call_seconds: of one call of each kind.
         size: bytes of one call.
+        regions: of the block.
         split: seconds that a backward pass in two halves adds: each half's matmuls hide less.
         split_gathers: all-gathers that it adds, as both halves need a row-parallel layer's output gradient whole.
         mean_size, mean_seconds: bytes and seconds of one all-reduce of means over all heads, of which queries and keys
             have one each, both ways; 0: their norms are no such norms.
-        regions: of the block; with one alone, the MLP is none.
     """
 
     forward: float
@@ -138,38 +153,35 @@ class BlockTraffic(NamedTuple):
     calls: list[tuple[Kind, int, int]]
     call_seconds: dict[Kind, float]
     size: float
+    regions: Regions
     split: float = 0.0
     split_gathers: int = 0
     mean_size: float = 0.0
     mean_seconds: float = 0.0
-    regions: int = 2
 
-    def again(self, parts: Iterable[str]) -> dict[Kind, int]:
-        """The calls of parts that are made again in the backward pass, which nothing hides: those by which they enter
+    def again(self, made: Iterable[Step]) -> dict[Kind, int]:
+        """The calls of steps that are made again in the backward pass, which nothing hides: those by which they enter
         or leave a region."""
-        entering: Kind = "all-gather"
         leaving: Kind = "reduce-scatter" if "reduce-scatter" in self.call_seconds else "all-reduce"
-        kinds: dict[str, Kind] = {"qkv": entering, "attention_output": leaving}
-        if self.regions == 2:
-            kinds |= {"gate_up": entering, "down": leaving}
-        found = Counter(kinds[part] for part in parts if part in kinds)
-        return {kind: count for kind, count in found.items() if kind in self.call_seconds}
+        found: Counter[Kind] = Counter()
+        for name in (name for step in made for name in step.gives):
+            found["all-gather"] += name in self.regions.entered
+            found[leaving] += name in self.regions.left
+        return {kind: count for kind, count in found.items() if count and kind in self.call_seconds}
 
-    def again_seconds(self, parts: Iterable[str]) -> float:
+    def again_seconds(self, made: Iterable[Step]) -> float:
         """Seconds of these calls, and of means that are taken again."""
-        parts = list(parts)
-        calls = sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
-        return calls + self.means_again(parts) * self.mean_seconds
+        made = list(made)
+        calls = sum(count * self.call_seconds[kind] for kind, count in self.again(made).items())
+        return calls + self.means_again(made) * self.mean_seconds
 
-    def means_again(self, parts: Iterable[str]) -> int:
-        """All-reduces of means that parts which are made again take again."""
-        return 2 * sum(part == "rotary" for part in parts) if self.mean_size else 0
+    def means_again(self, made: Iterable[Step]) -> int:
+        """All-reduces of means that steps which are made again take again."""
+        return 2 * sum(step.part == "rotary" for step in made) if self.mean_size else 0
 
 
-def block_traffic(case: Case, input_backward: float, weight_backward: float, regions: int = 2) -> BlockTraffic:
-    """Two regions a block (attention, MLP), each entered and left once. Experts are no such region, shared ones are.
-
-    Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
+def block_traffic(case: Case, input_backward: float, weight_backward: float, regions: Regions) -> BlockTraffic:
+    """Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
     backward pass, beside the weight gradient's matmul (Shoeybi et al. 2019). With it, all-gathers enter and
     reduce-scatters leave; backward, the input is gathered again beside the input gradient's matmul (Korthikanti et
     al. 2022, section 4.2.2). What asynchronous tensor parallelism hides beyond that is not counted.
@@ -181,8 +193,9 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float, reg
     group = axis_group(case, "tp")
     size = case.tokens * case.model.hidden_size * case.compute_bytes
     if group.size == 1:
-        return BlockTraffic(0.0, 0.0, [], {}, 0.0)
-    beside_input, beside_weight = input_backward / (2 * regions), weight_backward / (2 * regions)
+        return BlockTraffic(0.0, 0.0, [], {}, 0.0, regions)
+    entered, left = len(regions.entered), len(regions.left)
+    beside_input, beside_weight = input_backward / (2 * left), weight_backward / (2 * left)
     mean_size, means = 0.0, 0.0
     if case.model.qk_norm_all_heads:
         mean_size = case.tokens * max(4.0, case.compute_bytes)
@@ -190,26 +203,26 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float, reg
     if not case.sequence_parallel:
         reduce = collective_seconds(case, group, "all-reduce", size)
         hidden = max(0.0, reduce - beside_weight)
-        split = regions * (reduce - hidden)
         return BlockTraffic(
-            regions * reduce + 2 * means,
-            regions * hidden + 2 * means,
-            [("all-reduce", regions, regions)],
+            left * reduce + 2 * means,
+            entered * hidden + 2 * means,
+            [("all-reduce", left, entered)],
             {"all-reduce": reduce},
             size,
-            split,
+            regions,
+            split=entered * (reduce - hidden),
             mean_size=mean_size,
             mean_seconds=means,
-            regions=regions,
         )
     gather = collective_seconds(case, group, "all-gather", size)
     scatter = collective_seconds(case, group, "reduce-scatter", size)
-    backward = regions * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
-    calls: list[tuple[Kind, int, int]] = [("all-gather", regions, 2 * regions), ("reduce-scatter", regions, regions)]
+    backward = left * gather
+    backward += entered * (max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
+    calls: list[tuple[Kind, int, int]] = [("all-gather", entered, left + entered), ("reduce-scatter", left, entered)]
     seconds: dict[Kind, float] = {"all-gather": gather, "reduce-scatter": scatter}
-    split = regions * (3 * gather + scatter) - backward
-    forward, backward = regions * (gather + scatter) + 2 * means, backward + 2 * means
-    return BlockTraffic(forward, backward, calls, seconds, size, split, regions, mean_size, means, regions)
+    split = left * 2 * gather + entered * (gather + scatter) - backward
+    forward, backward = entered * gather + left * scatter + 2 * means, backward + 2 * means
+    return BlockTraffic(forward, backward, calls, seconds, size, regions, split, left, mean_size, means)
 
 
 def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
@@ -279,13 +292,61 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
         if of.group.size > 1:
             gathers = 2 * m if case.zero == 3 else 1
-            add(of, "weights", "all-gather", gathers, gathered, of.group, gathering - before["all-gather"], units)
-            add(of, "gradients", "reduce-scatter", m, reduced, of.group, reducing - before["reduce-scatter"], units)
+            add(
+                of,
+                "weights",
+                "all-gather",
+                gathers,
+                gathered,
+                of.group,
+                max(0.0, gathering - before["all-gather"]),
+                units,
+            )
+            add(
+                of,
+                "gradients",
+                "reduce-scatter",
+                m,
+                reduced,
+                of.group,
+                max(0.0, reducing - before["reduce-scatter"]),
+                units,
+            )
         if of.replicas.size > 1:
             late = case.flat and of.group.size > 1  # then gradients are summed over replicas when all are scattered
-            hiding, units = (0.0, units) if late else (reducing - before["all-reduce"], of.blocks)
+            hiding, units = (0.0, units) if late else (max(0.0, reducing - before["all-reduce"]), of.blocks)
             size = reduced / of.group.size
             add(of, "gradients of replicas", "all-reduce", m, size, of.replicas, hiding, units)
+    return traffic + _muon_traffic(case, stages)
+
+
+def _muon_traffic(case: Case, stages: list[Stage]) -> list[Traffic]:
+    """Gradients of hidden matrices to the ranks that orthogonalise them, and updates back, in rounds of two calls; an
+    expert's among the ranks that share it. Bytes are those of the mean rank: what it has of all matrices, or what it
+    keeps (with copies that is more)."""
+    stage = axis_group(case, "stage")
+    if case.recipe.optimizer.name != "muon" or stage.size == 1:
+        return []
+    of, width = hidden(case, stages), moved_bytes(case)
+    if not of.rounds:
+        return []
+    sharing = case.topology.edp * case.topology.expert_tp
+    of_expert = Group(sharing, min(sharing, stage.nodes))
+    rows: list[tuple[str, float, float]] = [
+        ("gradients of matrices", of.total / stage.size, of.expert_total / stage.size),
+        ("updates of matrices", of.weights, of.expert_weights),
+    ]
+    traffic = []
+    for what, shared, experts in rows:
+        once = [part * width / of.rounds for part in (shared, experts)]
+        seconds = of.rounds * sum(
+            collective_seconds(case, group, "all-to-all", size)
+            for group, size in zip((stage, of_expert), once, strict=True)
+            if size
+        )
+        traffic.append(
+            Traffic("stage", what, "all-to-all", of.rounds, sum(once), stage.link, stage.size, seconds, seconds)
+        )
     return traffic
 
 

@@ -7,10 +7,12 @@ small ones lose more. What moves bytes only (norms, activations, residuals) is c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tplaunch.plan.case import Case
+from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import head_width, local_heads
+from tplaunch.plan.muon import hidden
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
 
@@ -99,24 +101,6 @@ def queries(case: Case) -> Passes:
     return linear(case, case.tokens, local_heads(case)[0] * head_width(case), into)
 
 
-def projections(case: Case) -> Passes:
-    """The projections to queries, keys and values."""
-    latent, heads = case.model.latent, local_heads(case)[0]
-    if latent is None:
-        return (
-            queries(case)
-            + linear(case, case.tokens, local_heads(case)[1] * head_width(case), case.model.hidden_size) * 2
-        )
-    short = linear(case, case.tokens, latent.kv_rank + latent.rope_dim, case.model.hidden_size)
-    norms = latent.kv_rank
-    if latent.q_rank:
-        short += linear(case, case.tokens, latent.q_rank, case.model.hidden_size)
-        norms += latent.q_rank
-    read = case.tokens * norms * case.compute_bytes
-    keys_values = linear(case, case.tokens, heads * (latent.nope_dim + latent.value_dim), latent.kv_rank)
-    return short + pointwise(case, 2 * read, 3 * read, kernels=4) + queries(case) + keys_values
-
-
 def block_parts(case: Case) -> dict[str, Passes]:
     """Each part of a transformer block without experts, at one place of it, on one rank, without communication;
     attention is the mean of all blocks'. What is made again takes its forward pass once more."""
@@ -135,7 +119,7 @@ def block_parts(case: Case) -> dict[str, Passes]:
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
     return {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
-        "qkv": projections(case),
+        "qkv": queries(case) + linear(case, tokens, local_heads(case)[1] * head_width(case), hidden) * 2,
         "rotary": rotary,
         "core_attention": attention_core(case, case.positions()),
         "attention_output": linear(case, tokens, hidden, heads * model.value_dim) + residual,
@@ -193,15 +177,26 @@ def embedding(case: Case) -> Passes:
     return Passes(move(case, 2 * states), 0.0, move(case, 3 * states + table))
 
 
-def optimizer_seconds(case: Case, kept: float, gathered: float) -> float:
+def optimizer_seconds(case: Case, pp_ranks: Iterable[int]) -> float:
     """The update of a rank's shard: weights, gradient and two moments read, all but the gradient written; before it,
-    the gradient's norm and its scaling.
+    the gradient's norm and its scaling; after it, weights in the compute dtype. Muon also has matrices to
+    orthogonalise (what it sends is not in here).
 
     Args:
-        kept: weights of the rank's shard.
-        gathered: weights that it converts to the compute dtype for the next step.
+        pp_ranks: pipeline ranks, of which the slowest counts.
     """
-    width = case.storage_bytes
-    update = (4 + 3 if case.recipe.optimizer.name == "adamw" else 2 + 1) * width
+    return max(_update_seconds(case, case.stages_on(rank)) for rank in pp_ranks)
+
+
+def _update_seconds(case: Case, stages: list[Stage]) -> float:
+    width, name = case.storage_bytes, case.recipe.optimizer.name
+    kept = sum(case.sharded_weights(stage) for stage in stages)
     clipping = 3 * width if case.recipe.training.grad_clip else width
-    return move(case, kept * (update + clipping)) + move(case, gathered * case.compute_bytes * 2)
+    seconds = move(case, kept * clipping) + move(case, kept * case.compute_bytes * 2)
+    if name != "muon":
+        return seconds + move(case, kept * (4 + 3 if name == "adamw" else 2 + 1) * width)
+    of, gpu = hidden(case, stages), case.gpu
+    mine = of.weights + of.expert_weights
+    # Of hidden matrices: gradient and momentum are read and written twice, weight and update once.
+    seconds += move(case, (kept - mine) * 7 * width + mine * 11 * width)
+    return seconds + of.flops / (gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency)

@@ -13,7 +13,6 @@ from tplaunch.plan.communication import axis_group, collective_seconds
 from tplaunch.plan.compute import Passes
 from tplaunch.plan.exchange import Exchange, Exchanges
 from tplaunch.plan.memory import attended_bytes, exchanged_bytes, gathered_keys
-from tplaunch.recipe.schema import Part
 
 
 def context_traffic(case: Case, queries: Passes, output: Passes) -> Exchanges:
@@ -42,13 +41,12 @@ def _keys_and_values(case: Case, queries: Passes, output: Passes) -> tuple[Excha
 
 def _heads_for_tokens(case: Case) -> tuple[Exchange, ...]:
     group = axis_group(case, "cp")
-    turned: Part = "rotary" if case.model.qk_norm or case.model.position == "rope" else "qkv"
+    turned = "turned" if case.model.qk_norm or case.model.position == "rope" else "projected"
     found = []
-    ways: tuple[tuple[str, float, Part], ...] = (
+    for what, size, again in (
         ("heads", exchanged_bytes(case), turned),
-        ("tokens", attended_bytes(case), "core_attention"),
-    )
-    for what, size, again in ways:
+        ("tokens", attended_bytes(case), "attended"),
+    ):
         seconds = collective_seconds(case, group, "all-to-all", size)
         found.append(Exchange("cp", group, what, "all-to-all", size, seconds, 1, 1, again=again))
     return tuple(found)

@@ -23,10 +23,12 @@ from tplaunch.plan.compute import Passes
 from tplaunch.plan.context import context_traffic
 from tplaunch.plan.exchange import Exchange, Exchanges
 from tplaunch.plan.experts import expert_parts, expert_traffic, grouped_efficiency, shared_parts
+from tplaunch.plan.latent import latent_parts, latent_traffic, regions
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
 from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
 from tplaunch.spec.parameters import active_parameter_count, layer_kinds, parameter_count
+from tplaunch.spec.recompute import Step as BlockStep
 from tplaunch.spec.recompute import block_steps, kept, sets
 
 # Training FLOPs from which the EU's AI Act (article 51) presumes that a general-purpose model carries systemic risk.
@@ -244,13 +246,14 @@ class BlockWork(NamedTuple):
     passes: Passes
     parts: dict[str, Passes]
     traffic: BlockTraffic
+    latent: Exchanges
     context: Exchanges
     experts: Exchanges
 
-    def again(self, made: Sequence[str]) -> float:
-        """Seconds, with communication, of the parts that run again in the backward pass."""
-        seconds = sum(self.parts[part].forward for part in made) + self.traffic.again_seconds(made)
-        return seconds + self.context.again_seconds(made) + self.experts.again_seconds(made)
+    def again(self, made: Sequence[BlockStep]) -> float:
+        """Seconds, with communication, of the steps that run again in the backward pass."""
+        seconds = sum(step_work(self.parts, step).forward for step in made) + self.traffic.again_seconds(made)
+        return seconds + sum(exchanges.again_seconds(made) for exchanges in (self.latent, self.context, self.experts))
 
     def attending(self, attention: Passes) -> BlockWork:
         """A block like this one but for its attention."""
@@ -265,21 +268,25 @@ def block_work(case: Case, *, experts: bool = False) -> BlockWork:
     Args:
         experts: of a block that has them.
     """
-    parts = compute.block_parts(case)
+    parts = compute.block_parts(case) | latent_parts(case)
+    parts |= expert_parts(case) if experts else {}
+    steps = block_steps(case.model, experts=experts)
+    passes = inside = sum((step_work(parts, step) for step in steps), Passes(0.0))
+    shared, exchanged = shared_parts(case), Exchanges()
     if experts:
-        parts |= expert_parts(case)
-    steps = [step.part for step in block_steps(case.model, experts=experts)]
-    passes = sum((parts[part] for part in steps), Passes(0.0))
+        attention = [step for step in steps if step.part in ("qkv", "rotary", "core_attention", "attention_output")]
+        works = [*(step_work(parts, step) for step in attention), *shared.values()]
+        inside, exchanged = sum(works, Passes(0.0)), expert_traffic(case)
+    traffic = block_traffic(
+        case, inside.input_backward, inside.weight_backward, regions(case, mlp=not experts or bool(shared))
+    )
     context = context_traffic(case, compute.queries(case), parts["attention_output"])
-    if not experts:
-        traffic = block_traffic(case, passes.input_backward, passes.weight_backward)
-        return BlockWork(passes, parts, traffic, context, Exchanges())
-    regions = compute.block_parts(case)
-    inside = ("qkv", "rotary", "core_attention", "attention_output")
-    dense = sum((regions[part] for part in inside), Passes(0.0)) + sum(shared_parts(case).values(), Passes(0.0))
-    has_shared = case.model.moe is not None and case.model.moe.shared_ffn_hidden_size is not None
-    traffic = block_traffic(case, dense.input_backward, dense.weight_backward, regions=2 if has_shared else 1)
-    return BlockWork(passes, parts, traffic, context, expert_traffic(case))
+    return BlockWork(passes, parts, traffic, latent_traffic(case), context, exchanged)
+
+
+def step_work(parts: dict[str, Passes], step: BlockStep) -> Passes:
+    """What a step of a block takes: its part, but where several steps are of one part, by what it gives."""
+    return parts.get(step.gives[0]) or parts[step.part]
 
 
 def block_works(case: Case) -> dict[bool, BlockWork]:
@@ -287,9 +294,9 @@ def block_works(case: Case) -> dict[bool, BlockWork]:
     return {experts: block_work(case, experts=experts) for experts in case.kinds}
 
 
-def made_again(case: Case, block: Block) -> list[str]:
-    """The parts of a block that run again in its backward pass, in order."""
-    return [step.part for step in kept(case.model, block.again, experts=block.experts).made]
+def made_again(case: Case, block: Block) -> tuple[BlockStep, ...]:
+    """The steps of a block that run again in its backward pass, in order."""
+    return kept(case.model, block.again, experts=block.experts).made
 
 
 class StageWorks:
@@ -330,6 +337,8 @@ class StageWorks:
             again += number * work.again(made_again(case, block))
             forward += number * work.traffic.forward
             backward += number * (work.traffic.backward + work.traffic.split * case.splits_backward(stage))
+            forward += number * work.latent.forward
+            backward += number * work.latent.backward
             for total, exchanges in ((context, work.context), (experts, work.experts)):
                 total[0] += number * exchanges.forward
                 total[1] += number * exchanges.backward
@@ -376,18 +385,21 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], blocks: dict[
     m, group = case.microbatches, axis_group(case, "tp")
     axis = "sp" if case.sequence_parallel else "tp"
     traffic: list[Traffic] = []
-    exposed, means = m * sum(sum(work.tensor_parallel) for work in mine), 0.0
+    exposed = means = 0.0
     one = next(iter(blocks.values())).traffic  # calls are alike in all blocks
     counts: dict[Kind, float] = {kind: 0.0 for kind, _, _ in one.calls}
     for stage in stages:
+        exposed += m * sum(end_traffic(case, stage))
         for block, n in case.blocks(stage).items():
             per_block, made = blocks[block.experts].traffic, made_again(case, block)
+            split = case.splits_backward(stage)
+            exposed += m * n * (per_block.forward + per_block.backward + per_block.split * split)
             exposed += m * n * per_block.again_seconds(made)
             for kind, forward, backward in per_block.calls:
                 counts[kind] += m * n * (forward + backward)
             for kind, calls in per_block.again(made).items():
                 counts[kind] += m * n * calls
-            if per_block.split_gathers and case.splits_backward(stage):
+            if per_block.split_gathers and split:
                 counts["all-gather"] += m * n * per_block.split_gathers
             # Of queries and keys, both ways.
             means += m * n * ((4 if per_block.mean_size else 0) + per_block.means_again(made))
@@ -407,7 +419,7 @@ def rank_traffic(case: Case, pp_rank: int, works: list[StageWork], blocks: dict[
 
 
 def _exchanges(case: Case, stages: list[Stage], blocks: dict[bool, BlockWork]) -> list[Traffic]:
-    """Of context and expert parallelism."""
+    """Of latent attention, context and expert parallelism."""
     m = case.microbatches
     found: dict[tuple[str, str, Kind, float], Traffic] = {}
 
@@ -422,9 +434,10 @@ def _exchanges(case: Case, stages: list[Stage], blocks: dict[bool, BlockWork]) -
 
     for stage in stages:
         for block, n in case.blocks(stage).items():
-            made = made_again(case, block)
-            for one in (*blocks[block.experts].context.all, *blocks[block.experts].experts.all):
-                more = one.again_calls if one.again in made else 0
+            given = {name for step in made_again(case, block) for name in step.gives}
+            work = blocks[block.experts]
+            for one in (*work.latent.all, *work.context.all, *work.experts.all):
+                more = one.again_calls if one.again in given else 0
                 add(one, m * n * (one.forward + one.backward + more), m * n * (sum(one.exposed()) + more * one.seconds))
     return list(found.values())
 
@@ -459,7 +472,6 @@ def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[lis
     longest = step.busy.index(max(step.busy))
     mine = [works[stage.index] for stage in case.stages_on(longest)]
     m = case.microbatches
-    kept = max(sum(case.sharded_weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp))
     return Breakdown(
         compute=m * sum(work.passes.total for work in mine),
         recompute=m * sum(work.recomputed for work in mine),
@@ -467,6 +479,8 @@ def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[lis
         context_parallel=m * sum(sum(work.context_parallel) for work in mine),
         expert_parallel=m * sum(sum(work.expert_parallel) for work in mine),
         pipeline=step.seconds - step.busy[longest],
-        data_parallel=max(sum(item.exposed for item in rank if item.axis in ("dp", "edp")) for rank in traffic),
-        optimizer=compute.optimizer_seconds(case, kept, kept),
+        data_parallel=max(
+            sum(item.exposed for item in rank if item.axis in ("dp", "edp", "stage")) for rank in traffic
+        ),
+        optimizer=compute.optimizer_seconds(case, range(case.topology.pp)),
     )

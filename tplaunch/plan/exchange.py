@@ -1,13 +1,13 @@
-"""What the ranks of a block exchange beside tensor parallelism: of context parallelism (`tplaunch.plan.context`), of
-experts (`tplaunch.plan.experts`)."""
+"""What the ranks of a block exchange beside hidden states: of context parallelism (`tplaunch.plan.context`), of
+experts (`tplaunch.plan.experts`), of latent attention (`tplaunch.plan.latent`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from tplaunch.plan.communication import Group, Kind
-from tplaunch.recipe.schema import Part
+from tplaunch.spec.recompute import Step
 
 
 class Exchange(NamedTuple):
@@ -22,7 +22,8 @@ class Exchange(NamedTuple):
         seconds: of one call.
         forward, backward: calls in each pass.
         hidden: seconds of them all that computation hides.
-        again: the part with which it is made again in the backward pass; None: it never is.
+        again: what is made of it (`tplaunch.spec.recompute`): made again in the backward pass, with it; None: it never
+            is.
         again_calls: how often.
     """
 
@@ -35,7 +36,7 @@ class Exchange(NamedTuple):
     forward: int
     backward: int
     hidden: tuple[float, float] = (0.0, 0.0)
-    again: Part | None = None
+    again: str | None = None
     again_calls: int = 1
 
     def exposed(self) -> tuple[float, float]:
@@ -58,6 +59,7 @@ class Exchanges(NamedTuple):
         """Seconds that nothing hides."""
         return sum(exchange.exposed()[1] for exchange in self.all)
 
-    def again_seconds(self, made: Collection[str]) -> float:
-        """Seconds of those that parts bring with them when they are made again, which nothing hides."""
-        return sum(exchange.again_calls * exchange.seconds for exchange in self.all if exchange.again in made)
+    def again_seconds(self, made: Iterable[Step]) -> float:
+        """Seconds of those that steps bring with them when they are made again, which nothing hides."""
+        given = {name for step in made for name in step.gives}
+        return sum(exchange.again_calls * exchange.seconds for exchange in self.all if exchange.again in given)

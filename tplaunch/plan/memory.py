@@ -12,8 +12,9 @@ from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Block, Case, Stage
+from tplaunch.plan.muon import hidden
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Part
+from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
@@ -78,6 +79,9 @@ def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
     tensors = {
         "input": hidden,
         "normed": hidden,
+        "queries": case.tokens * local_heads(case)[0] * head_width(case) * width,
+        "latent": latent_bytes(case),
+        "latent_normed": latent_bytes(case),
         "projected": projected,
         "turned": turned,
         "attended": attended_bytes(case) * (2 if exchanges_heads(case) else 1),  # kept before and after its exchange
@@ -99,13 +103,24 @@ def _expert_tensors(case: Case) -> dict[str, float]:
     row = moe.ffn_hidden_size // case.topology.expert_tp * width
     shared = case.tokens * ((moe.shared_ffn_hidden_size or 0) // case.topology.tp) * width
     return {
-        "routing": case.own_tokens * (moe.experts * max(4, width) + moe.top_k * (8 + max(4, width))),
+        "routing": _routing(case, moe),
         "dispatched": case.expert_rows * case.model.hidden_size * width,
         "inside": case.expert_rows * 2 * row,
         "activated": case.expert_rows * row,
         "shared_inside": 2 * shared,
         "shared_activated": shared,
     }
+
+
+def _routing(case: Case, moe: Experts) -> float:
+    """Bytes of what the router keeps: scores, the weights that are made of them, and where each row goes (int64)."""
+    wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
+    numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
+    numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
+    places = 4 * rows + moe.experts
+    if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
+        places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
+    return wide * numbers + 8 * places
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, experts: bool = False) -> float:
@@ -121,6 +136,9 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, exper
     if case.model.qk_norm:
         numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
         statistics += case.tokens * numbers * max(4, case.compute_bytes)
+    if latent := case.model.latent:
+        own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
+        statistics += own * (1 if latent.q_rank is None else 2) * max(4, case.compute_bytes)
     return sum(tensors[name] for name in kept(case.model, parts, experts=experts).kept) + statistics
 
 
@@ -138,14 +156,23 @@ def head_width(case: Case) -> int:
 
 
 def projected_bytes(case: Case) -> float:
-    """Bytes of queries, keys and values of one microbatch and a rank's heads, as they are projected."""
+    """Bytes of queries, keys and values of one microbatch and a rank's heads, as they are projected; of latent
+    attention those that are made of narrow vectors."""
     (heads, kv_heads), latent = local_heads(case), case.model.latent
-    numbers = heads * head_width(case)
-    if latent is None:
-        numbers += 2 * kv_heads * head_width(case)
-    else:
-        numbers += heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
+    numbers = (heads + 2 * kv_heads) * head_width(case)
+    if latent is not None:
+        numbers = heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
+        numbers += heads * head_width(case) if latent.q_rank is not None else 0
     return case.tokens * numbers * case.compute_bytes
+
+
+def latent_bytes(case: Case) -> float:
+    """Bytes of latent attention's narrow vectors of one microbatch that a rank makes; 0 without it."""
+    latent = case.model.latent
+    if latent is None:
+        return 0.0
+    slices = case.topology.tp if case.sequence_parallel else 1
+    return case.tokens / slices * ((latent.q_rank or 0) + latent.kv_rank + latent.rope_dim) * case.compute_bytes
 
 
 def turned_bytes(case: Case) -> float:
@@ -241,8 +268,11 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
     optimizer = case.recipe.optimizer
+    if optimizer.name == "muon":
+        of = hidden(case, stages)
+        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
     return copies * weights(case, stages)
 
@@ -332,13 +362,17 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     layers' outputs. On the first stage torch leaves all to the second half."""
     if stage.first:
         return 0.0
-    whole = case.tokens * case.model.hidden_size * case.compute_bytes
+    whole, moe = case.tokens * case.model.hidden_size * case.compute_bytes, case.model.moe
     total = 0.0
     for block, number in case.blocks(stage).items():
         tensors = block_tensors(case, experts=block.experts)
-        outputs = projected_bytes(case) + tensors["inside"] + 2 * whole
-        if block.experts:
-            outputs += tensors["dispatched"] + tensors["shared_inside"]
+        outputs = projected_bytes(case) + latent_bytes(case) + tensors["inside"] + whole
+        if moe is None or not block.experts:
+            outputs += whole
+        else:
+            logits = case.own_tokens * moe.experts * max(4, case.compute_bytes)
+            shared = tensors["shared_inside"] + whole * (moe.shared_ffn_hidden_size is not None)
+            outputs += logits + tensors["dispatched"] + shared
         total += number * outputs
     return total
 

@@ -45,16 +45,22 @@ def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Pa
     Args:
         layer: its global number.
     """
-    made = {step.part for step in kept(model, parts, experts=model.has_experts(layer)).made}
-    weights = 0
-    for parameter in block_parameters(model, layer):
-        *_, owner, name, _ = parameter.name.split(".")
-        if owner == "attention":
-            part: Part = "attention_output" if name == "wo" else "qkv"
-        else:
-            part = "gate_up" if name in ("gate", "up") else "down"
-        weights += _met(model, parameter) if part in made else 0
-    return 2.0 * weights + (attention_flops_per_token(model, positions) if "core_attention" in made else 0.0)
+    made = kept(model, parts, experts=model.has_experts(layer)).made
+    given = {name for step in made for name in step.gives} | {str(step.part) for step in made}
+    weights = sum(_met(model, p) for p in block_parameters(model, layer) if _gives(model, p) in given)
+    return 2.0 * weights + (attention_flops_per_token(model, positions) if "attended" in given else 0.0)
+
+
+def _gives(model: Model, parameter: Parameter) -> str:
+    """What is made with a matrix (`tplaunch.spec.recompute`)."""
+    *_, owner, name, _ = parameter.name.split(".")
+    if owner != "attention":
+        return "inside" if name in ("gate", "up") else "down"
+    if name == "wo":
+        return "attention_output"
+    if name.endswith("_a"):
+        return "latent"
+    return "queries" if model.latent is not None and name == "wq" else "projected"
 
 
 def model_flops_per_token(model: Model, positions: float) -> float:
