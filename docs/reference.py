@@ -20,7 +20,7 @@ from typer.main import get_command  # noqa: E402
 
 from tplaunch.cli.app import app  # noqa: E402
 from tplaunch.errors import Exit  # noqa: E402
-from tplaunch.huggingface.config import HAS  # noqa: E402
+from tplaunch.huggingface.families import HAS  # noqa: E402
 from tplaunch.recipe.explain import in_words  # noqa: E402
 from tplaunch.recipe.presets import PRESETS  # noqa: E402
 from tplaunch.recipe.schema import Recipe  # noqa: E402

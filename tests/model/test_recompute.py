@@ -154,9 +154,7 @@ WORLDS = {
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),
     "ulysses2-tp2-sp": case(2, cp=2, cp_kind="ulysses", sequence_parallel=True),
     "ulysses4-gpt2": case(cp=4, cp_kind="ulysses", model=GPT2),
-    "zero-bubble-tp2-sp-latent": case(
-        2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=MODELS["latent"]
-    ),
+    "zero-bubble-tp2-sp-latent": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=MODELS["latent"]),
     "cp2-tp2-latent": case(2, cp=2, model=MODELS["latent"]),
 }
 
@@ -217,7 +215,7 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
                 counter.add(getattr(tensor, "_local_tensor", tensor))
             before = counter.bytes - x.nbytes
             y = stage.module.layers["0"](x, stage.module.rope, None)
-            planned = block_activations(plan, chosen(recipe.training, 0))
+            planned = block_activations(plan, chosen(recipe.training, 0), experts=recipe.model.has_experts(0))
             deadline = time.monotonic() + 1
             while (held := counter.bytes - before - y.nbytes) > planned and time.monotonic() < deadline:
                 time.sleep(0.001)  # gloo's thread lets go of what it has summed a moment later

@@ -19,7 +19,10 @@ from tests.world import World
 
 GROUPS = [{"match": "layers.*.attention.w[kv].*", "lr": 1e-3, "weight_decay": 0.3}, {"match": "output.*", "lr": 3e-4}]
 # Fewer tokens than matrices have rows: most of their singular values are zero.
-FEW = {"training": {"global_batch_size": 4, "micro_batch_size": 1}, "model": {"hidden_size": 256, "ffn_hidden_size": 384}}
+FEW = {
+    "training": {"global_batch_size": 4, "micro_batch_size": 1},
+    "model": {"hidden_size": 256, "ffn_hidden_size": 384},
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "tp2-dp2-zero1": case(2, 1, 2),

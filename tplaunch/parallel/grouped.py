@@ -157,7 +157,7 @@ class _AddBias(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         bias, *weights = ctx.saved_tensors
         groups: Groups = ctx.groups
-        need_bias, need_weights = wanted(ctx, 1, 2)
+        _, need_bias, *need_weights = wanted(ctx, 0, 1, *([2] if weights else []))
         numbers = groups.numbers()
         grad_bias = grad_weights = None
         if need_bias:
@@ -165,6 +165,6 @@ class _AddBias(torch.autograd.Function):
             for each in weights:
                 belongs *= each
             grad_bias = belongs @ grad
-        if need_weights:
+        if any(need_weights):
             grad_weights = (grad * bias.index_select(0, numbers)).sum(-1, dtype=weights[0].dtype)
         return grad, grad_bias, grad_weights, None

@@ -292,11 +292,29 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
         if of.group.size > 1:
             gathers = 2 * m if case.zero == 3 else 1
-            add(of, "weights", "all-gather", gathers, gathered, of.group, gathering - before["all-gather"], units)
-            add(of, "gradients", "reduce-scatter", m, reduced, of.group, reducing - before["reduce-scatter"], units)
+            add(
+                of,
+                "weights",
+                "all-gather",
+                gathers,
+                gathered,
+                of.group,
+                max(0.0, gathering - before["all-gather"]),
+                units,
+            )
+            add(
+                of,
+                "gradients",
+                "reduce-scatter",
+                m,
+                reduced,
+                of.group,
+                max(0.0, reducing - before["reduce-scatter"]),
+                units,
+            )
         if of.replicas.size > 1:
             late = case.flat and of.group.size > 1  # then gradients are summed over replicas when all are scattered
-            hiding, units = (0.0, units) if late else (reducing - before["all-reduce"], of.blocks)
+            hiding, units = (0.0, units) if late else (max(0.0, reducing - before["all-reduce"]), of.blocks)
             size = reduced / of.group.size
             add(of, "gradients of replicas", "all-reduce", m, size, of.replicas, hiding, units)
     return traffic + _muon_traffic(case, stages)

@@ -141,7 +141,7 @@ def expert_traffic(case: Case) -> Exchanges:
 
 _SAID = {
     "rows": "tokens to experts and back",
-    "weights": "their weights",
+    "weights": "the router's weights",
     "counts": "tokens of each expert",
     "load": "load of each expert",
     "tokens": "tokens from experts",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tplaunch.plan.case import Block, Case, Stage
 from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Part
+from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
@@ -103,13 +103,24 @@ def _expert_tensors(case: Case) -> dict[str, float]:
     row = moe.ffn_hidden_size // case.topology.expert_tp * width
     shared = case.tokens * ((moe.shared_ffn_hidden_size or 0) // case.topology.tp) * width
     return {
-        "routing": case.own_tokens * (moe.experts * max(4, width) + moe.top_k * (8 + max(4, width))),
+        "routing": _routing(case, moe),
         "dispatched": case.expert_rows * case.model.hidden_size * width,
         "inside": case.expert_rows * 2 * row,
         "activated": case.expert_rows * row,
         "shared_inside": 2 * shared,
         "shared_activated": shared,
     }
+
+
+def _routing(case: Case, moe: Experts) -> float:
+    """Bytes of what the router keeps: scores, the weights that are made of them, and where each row goes (int64)."""
+    wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
+    numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
+    numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
+    places = 4 * rows + moe.experts
+    if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
+        places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
+    return wide * numbers + 8 * places
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, experts: bool = False) -> float:
@@ -150,7 +161,7 @@ def projected_bytes(case: Case) -> float:
     (heads, kv_heads), latent = local_heads(case), case.model.latent
     numbers = (heads + 2 * kv_heads) * head_width(case)
     if latent is not None:
-        numbers = heads * (latent.nope_dim + latent.value_dim)
+        numbers = heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
         numbers += heads * head_width(case) if latent.q_rank is not None else 0
     return case.tokens * numbers * case.compute_bytes
 
