@@ -19,7 +19,7 @@ from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import GPUS, Gpu
 from tplaunch.spec.parameters import parameter_count
-from tplaunch.spec.recompute import ALL
+from tplaunch.spec.recompute import ALL, block_steps
 from tplaunch.spec.resolve import resolve
 from tplaunch.units import GiB
 
@@ -50,10 +50,10 @@ class Point:
         # Theirs compute whole blocks again; ours leaves out the last projection and its sum, which nothing needs.
         model, work = self.case.model, block_work(self.case)
         whole = [
-            sum(self.case.recomputes(s).get(ALL, 0) for s in self.case.stages_on(r))
+            sum(n for s in self.case.stages_on(r) for block, n in self.case.blocks(s).items() if block.again == ALL)
             for r in range(self.case.topology.pp)
         ]
-        down = work.parts["down"].forward + work.traffic.again_seconds(["down"])
+        down = work.parts["down"].forward + work.traffic.again_seconds(block_steps(model)[-1:])
         seconds += self.case.microbatches * max(whole) * down / (1 - plan.step.bubble)
         flops += sum(whole) * 2 * model.ffn_hidden_size * model.hidden_size
         tokens = self.case.tokens_per_step / seconds / self.case.topology.world_size

@@ -38,7 +38,7 @@ def attend_packed(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """As `tplaunch.model.attend.attend`; [sq, b, heads, d of v]. The kernels have one width: values are padded to it."""
+    """As `tplaunch.model.attend.attend`, [sq, b, heads, d of v]; values are padded to the kernels' one width."""
     length, batch = q.shape[:2]
     width = v.shape[-1]
     if width < q.shape[-1]:

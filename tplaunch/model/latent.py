@@ -116,17 +116,19 @@ class LatentAttention(nn.Module):
         """`widen` of what `normalize_key_value` gives."""
         return widened(narrow, self.wkv_b)
 
-    def turn(self, queries: Tensor, key_value: Tensor, shared: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    def turn(self, queries: Tensor, key_value: Tensor, shared: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
         """Queries and keys [s, b, heads, nope_dim + rope_dim], and values [s, b, heads, value_dim], of what `project`
         gives."""
         return self.turn_query(queries, rope), *self.turn_key_value(key_value, shared, rope)
 
-    def turn_key_value(self, key_value: Tensor, shared: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+    def turn_key_value(self, key_value: Tensor, shared: Tensor, rope: Tensor | None) -> tuple[Tensor, ...]:
         """`turn` of what `project_key_value` gives."""
+        assert rope is not None
         return _KeysValues.apply(key_value.unflatten(-1, (self.heads, -1)), shared, rope, self.spec.nope_dim)
 
-    def turn_query(self, queries: Tensor, rope: Tensor) -> Tensor:
+    def turn_query(self, queries: Tensor, rope: Tensor | None) -> Tensor:
         """`turn` of what `project_query` gives."""
+        assert rope is not None
         return _Queries.apply(queries.unflatten(-1, (self.heads, -1)), rope, self.spec.nope_dim)
 
     def leave(self, x: Tensor, attended: Tensor) -> Tensor:
