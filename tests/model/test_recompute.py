@@ -215,7 +215,7 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
                 counter.add(getattr(tensor, "_local_tensor", tensor))
             before = counter.bytes - x.nbytes
             y = stage.module.layers["0"](x, stage.module.rope, None)
-            planned = block_activations(plan, chosen(recipe.training, 0))
+            planned = block_activations(plan, chosen(recipe.training, 0), experts=recipe.model.has_experts(0))
             deadline = time.monotonic() + 1
             while (held := counter.bytes - before - y.nbytes) > planned and time.monotonic() < deadline:
                 time.sleep(0.001)  # gloo's thread lets go of what it has summed a moment later

@@ -143,6 +143,11 @@ def test_a_rank_is_shown_with_its_groups(capsys: pytest.CaptureFixture[str]) -> 
     assert "rank 77: tp=5 dp=9 pp=0, node 9" in out
     assert "tp group: 72, 73, 74, 75, 76, 77, 78, 79" in out
     assert "stage 4: layers 21 to 25" in out
+    assert "ep group" not in out
+    assert run(["plan", "mixtral-8x7b", "--rank", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "  ep group: 8, 9, 10, 11, 12, 13, 14, 15\n  edp group: 1, 9, 17, 25\n" in out
+    assert "expert_tp group" not in out
     assert run(["plan", "llama3-70b", "--rank", "512"]) == 2
     assert "there is no rank 512" in capsys.readouterr().err
 

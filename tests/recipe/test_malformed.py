@@ -125,7 +125,7 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     "list for a section": ("optimizer: [adamw]\n", ["r:7:12: optimizer: expected a mapping", 'got ["adamw"]']),
     "null for a section": ("launch:\n", ["launch: expected a mapping (max_restarts,", "got null"]),
     "choice, near": ("topology: {schedule: 1F1B}\n", ["r:7:22:", "one of gpipe, 1f1b,", "did you mean 1f1b?"]),
-    "choice, far": ("optimizer: {name: lion}\n", ['optimizer.name: expected one of adamw, sgd, got "lion"']),
+    "choice, far": ("optimizer: {name: lion}\n", ['optimizer.name: expected one of adamw, sgd, muon, got "lion"']),
     "dp neither number nor auto": (
         "topology: {dp: all}\n",
         ['expected a whole number from 1 to 1,000,000 or auto, got "all"'],

@@ -129,7 +129,7 @@ def test_the_fold_of_deepseek_v3() -> None:
 
 
 def test_a_world_without_spread_experts_does_not_mention_them() -> None:
-    assert Topology(tp=2, dp=4).expert_sizes == ""
+    assert (Topology(tp=2, dp=4).expert_sizes, Topology(tp=2, dp=4).expert_axes) == ("", ())
     assert Topology(tp=2, dp=4).edp == 8
 
 

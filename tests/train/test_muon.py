@@ -18,7 +18,11 @@ from tests.train.test_topology_invariance import GPT2, TOLERANCE, plain, train
 from tests.world import World
 
 GROUPS = [{"match": "layers.*.attention.w[kv].*", "lr": 1e-3, "weight_decay": 0.3}, {"match": "output.*", "lr": 3e-4}]
-FEW = {"seq_len": 8, "global_batch_size": 4, "micro_batch_size": 1}  # fewer tokens than a matrix has rows
+# Fewer tokens than matrices have rows: most of their singular values are zero.
+FEW = {
+    "training": {"global_batch_size": 4, "micro_batch_size": 1},
+    "model": {"hidden_size": 256, "ffn_hidden_size": 384},
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "tp2-dp2-zero1": case(2, 1, 2),
@@ -32,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-zbv-sp": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True),
     "gpt2-tp2-pp2-dp2": case(2, 2, 2, model=GPT2),
     "cp2-dp2-zero1": case(1, 1, 2, cp=2),
-    "few-tokens-tp2-dp2": case(2, 1, 2, training=FEW),
+    "few-tokens-tp2-dp2": case(2, 1, 2, **FEW),
 }
 DEFAULT = {("tp2-dp2-zero1", "fp32"), ("tp2-dp2-zero3-sp", "fp64")}
 

@@ -144,9 +144,11 @@ def _sequence(recipe: Recipe) -> Iterator[Problem]:
 
 
 def expert_warnings(recipe: Recipe) -> Iterator[Problem]:
-    """Routers that are not held in balance, or that the loss cannot reach."""
+    """Routers that are not held in balance, or that the loss cannot reach; what is said of experts that are not."""
     moe = recipe.model.moe
     if moe is None:
+        if recipe.hardware.imbalance > 1:
+            yield Problem("has no effect: the model has no experts", key="hardware.imbalance")
         return
     if moe.top_k == 1 and moe.normalize:
         yield Problem(

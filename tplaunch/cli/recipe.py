@@ -166,11 +166,10 @@ def _report(checked: Checked) -> dict[str, Any]:
     from tplaunch.spec.parameters import active_parameter_count, parameter_count
 
     topology, training, model = checked.topology, checked.recipe.training, checked.recipe.model
-    experts = ("ep", "expert_tp", "edp") if topology.expert_sizes else ()
     return {
         "world_size": topology.world_size,
         **{axis: topology.size(axis) for axis in ("tp", "cp", "pp", "dp") if axis in topology.axes},
-        **{axis: topology.size(axis) for axis in experts},
+        **{axis: topology.size(axis) for axis in topology.expert_axes},
         "nodes": topology.nodes,
         "gpus_per_node": topology.ranks_per_node,
         "stage_layers": checked.recipe.topology.stage_layers,

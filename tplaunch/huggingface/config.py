@@ -8,216 +8,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from math import isclose, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.recipe.schema import Experts, Model, RopeScaling
+from tplaunch.huggingface.experts import Config, allowed_of_experts, read_experts, write_experts
+from tplaunch.huggingface.families import (
+    BIASES,
+    DEEPSEEK_V3,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT2_OWN,
+    GPT_NEOX,
+    GPT_OSS,
+    GRANITE,
+    HAS,
+    MISTRAL,
+    MIXTRAL,
+    NEOX_OWN,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    READ,
+    SMOLLM3,
+    Family,
+    family_of,
+    head_scalar,
+)
+from tplaunch.recipe.schema import Model, RopeScaling
 
-Config = dict[str, Any]
 CONFIG = "config.json"
-
-
-class Family(NamedTuple):
-    """An architecture of transformers: its `model_type` and its class."""
-
-    model_type: str
-    architecture: str
-
-
-GPT2 = Family("gpt2", "GPT2LMHeadModel")
-LLAMA = Family("llama", "LlamaForCausalLM")
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM")
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM")
-GRANITE = Family("granite", "GraniteForCausalLM")
-SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM")
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM")
-PHI3 = Family("phi3", "Phi3ForCausalLM")
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM")
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM")
-GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM")
-MIXTRAL = Family("mixtral", "MixtralForCausalLM")
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM")
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM")
-GPT_OSS = Family("gpt_oss", "GptOssForCausalLM")
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
-_ALL = (*_DENSE, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS)
-READ = {family.model_type: family for family in _ALL}
-
-# What decides how a model computes, and differs among families; what is not here, all have. Of a section that a model
-# has not, no field decides anything.
-_FIELDS = {
-    *("moe", "latent", "moe.shared_ffn_hidden_size", "moe.dense_layers", "moe.router", "moe.normalize", "moe.scale"),
-    *("moe.groups", "moe.top_groups", "moe.bias_rate", "moe.biases"),
-    *("norm", "activation", "position", "qkv_bias", "linear_bias", "mlp_bias", "qk_norm", "qk_norm_all_heads"),
-    *("attention_sinks", "norm_plus_one", "pre_norms", "post_norms", "parallel_residual", "scale_embeddings"),
-    *("rotary_fraction", "rope_layers", "rope_scaling", "window", "window_layers", "window_rope_theta"),
-    *("attention_softcap", "logit_softcap", "attention_scale"),
-    *("embedding_multiplier", "residual_multiplier", "logit_divisor"),
-}
-_BIASES = {"qkv_bias", "linear_bias"}  # one key in their files
-
-
-class Has(NamedTuple):
-    """What a family's models are.
-
-    Args:
-        own: fields that are so in all of them; what is in neither has its default.
-        free: fields that are told by a model's `config.json`.
-    """
-
-    own: dict[str, Any]
-    free: set[str]
-
-
-_GEMMA_OWN = {
-    "activation": "geglu",
-    "norm_plus_one": True,
-    "post_norms": True,
-    "scale_embeddings": True,
-}
-_NEOX_OWN = {"norm": "layernorm", "activation": "gelu_exact"}
-_GPT2_OWN = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "position": "learned",
-    "qkv_bias": True,
-    "linear_bias": True,
-}
-_WINDOWS = {"window", "window_layers"}
-_GEMMA_FREE = {*_WINDOWS, "rope_scaling", "attention_softcap", "logit_softcap", "attention_scale"}
-HAS = {
-    LLAMA: Has({}, {*_BIASES, "mlp_bias", "rope_scaling"}),
-    MISTRAL: Has({}, {"window", "rope_scaling"}),
-    QWEN2: Has({"qkv_bias": True}, {*_WINDOWS, "rope_scaling"}),
-    QWEN3: Has({"qk_norm": True}, {*_WINDOWS, "rope_scaling"}),
-    GRANITE: Has(
-        {},
-        {*_BIASES, "mlp_bias", "rope_scaling", "attention_scale"}
-        | {"embedding_multiplier", "residual_multiplier", "logit_divisor"},
-    ),
-    SMOLLM3: Has({}, {*_BIASES, *_WINDOWS, "mlp_bias", "rope_scaling", "rope_layers"}),
-    OLMO2: Has(
-        {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True},
-        {*_BIASES, "mlp_bias", "rope_scaling"},
-    ),
-    PHI3: Has({}, {"window", "rotary_fraction"}),
-    GEMMA2: Has(_GEMMA_OWN, _GEMMA_FREE),
-    GEMMA3: Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
-    GPT_NEOX: Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
-    GPT2: Has(_GPT2_OWN, {"rope_scaling"}),
-    MIXTRAL: Has({}, {"moe", "window", "rope_scaling"}),
-    QWEN3_MOE: Has(
-        {"qk_norm": True},
-        {*_BIASES, "mlp_bias", "moe", "moe.dense_layers", "moe.normalize", "window", "rope_scaling"},
-    ),
-    DEEPSEEK_V3: Has(
-        {"moe.router": "sigmoid"},
-        {"moe", "latent", "attention_scale", "rope_scaling", "moe.shared_ffn_hidden_size", "moe.dense_layers"}
-        | {"moe.normalize", "moe.scale", "moe.groups", "moe.top_groups", "moe.bias_rate"},
-    ),
-    GPT_OSS: Has(
-        {"activation": "swiglu_clamped", "attention_sinks": True, "moe.biases": True},
-        {*_BIASES, *_WINDOWS, "moe", "rope_scaling"},
-    ),
-}
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def family_of(model: Model) -> Family:
-    """The architecture that computes what a model computes: the one that it names, or the first that does.
-
-    Raises:
-        TplaunchError: there is none, or not the one that it names; names what stands in the way.
-    """
-    asked = _ALL if model.family is None else (READ[model.family],)
-    other = {family: list(_in_the_way(model, family)) for family in asked}
-    family = min(asked, key=lambda family: len(other[family]))
-    if not other[family]:
-        return family
-    what, nearest = "no architecture of transformers is this model", f"{family.model_type}, the nearest,"
-    if model.family is not None:
-        what, nearest = f"{model.family} of transformers is not this model", family.model_type
-    raise TplaunchError(Problem(what, why=f"{nearest} has no {other[family][0]}"))
-
-
-def _in_the_way(model: Model, family: Family) -> Iterable[str]:
-    """The fields of a model that a family has not."""
-    has = HAS[family]
-    for name in sorted(_FIELDS - has.free):
-        section, _, field = name.rpartition(".")
-        said = getattr(model, section) if section else model
-        if said is None:
-            continue
-        value, default = getattr(said, field), type(said).model_fields[field].default
-        if value != has.own.get(name, default):
-            yield name if isinstance(value, BaseModel) else f"{name}: {value}"
-    yield from _in_the_way_of_experts(model, family)
-    biased = (model.qkv_bias, model.linear_bias)
-    if has.free >= _BIASES and biased[0] != biased[1]:
-        yield f"{'qkv_bias' if biased[0] else 'linear_bias'} alone"
-    if family == OLMO2 and model.biased_mlp:
-        yield "biases on the MLP"
-    if family == GPT_NEOX and not model.biased_mlp:
-        yield "MLP without biases"
-    if "window_layers" not in has.free and len({model.window_of(layer) for layer in range(model.num_layers)}) > 1:
-        yield "window_layers"
-    if family in (GEMMA2, GEMMA3) and _head_scalar(model) is None:
-        yield f"attention_scale: {model.attention_scale}"
-    shared = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size  # None: a check says why
-    if family in (GPT2, GPT_NEOX) and not (shared and model.num_kv_heads == model.num_heads):
-        yield "heads that do not share hidden_size among them"
-
-
-def _in_the_way_of_experts(model: Model, family: Family) -> Iterable[str]:
-    """What of experts and of latent attention a family has otherwise."""
-    if "moe" not in HAS[family].free:
-        return
-    moe, latent = model.moe, model.latent
-    if moe is None:
-        yield "model without experts"
-    elif family == QWEN3_MOE and moe.dense_layers and model.biased_mlp:
-        yield "biases on the MLP"
-    if family != DEEPSEEK_V3:
-        return
-    if latent is None:
-        yield "attention that is not latent"
-    elif not isclose(model.attention_scale or _plain_scale(model.head_dim), _scale_of_scores(model)):
-        yield f"attention_scale: {model.attention_scale}"
-    if moe is not None:
-        shared = moe.shared_ffn_hidden_size
-        if moe.bias_rate is None or shared is None or shared % moe.ffn_hidden_size:
-            yield "moe without bias_rate" if moe.bias_rate is None else f"moe.shared_ffn_hidden_size: {shared}"
-
-
-def _plain_scale(head_dim: int | None) -> float:
-    return 1.0 if head_dim is None else head_dim**-0.5  # None: a check says why
-
-
-def _scale_of_scores(model: Model) -> float:
-    """What DeepSeek's code makes of a model's rotary scaling."""
-    scaling = model.rope_scaling
-    if scaling is None:
-        return _plain_scale(model.head_dim)
-    return _latent_scale(model.head_dim, scaling.mscale_all_dim, scaling.factor)
-
-
-def _latent_scale(head_dim: int | None, weight: float | None, factor: float) -> float:
-    """Factor of scores in latent attention: YaRN's temperature is that of all channels of a head, where few are turned
-    (`mscale_all_dim`, once for queries and once for keys)."""
-    return _plain_scale(head_dim) * (0.1 * weight * log(factor) + 1 if weight and factor > 1 else 1.0) ** 2
-
-
-def _head_scalar(model: Model) -> int | None:
-    """Gemma's `query_pre_attn_scalar`: what 1 / sqrt is taken of, to scale scores; None where it is no whole number."""
-    if model.attention_scale is None:
-        return model.head_dim
-    scalar = round(model.attention_scale**-2)
-    return scalar if scalar and scalar**-0.5 == model.attention_scale else None
 
 
 def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None) -> Config:
@@ -335,7 +161,7 @@ def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config
     found: Config = {
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": _head_scalar(model),
+        "query_pre_attn_scalar": head_scalar(model),
         "attn_logit_softcapping": model.attention_softcap,
         "final_logit_softcapping": model.logit_softcap,
         "sliding_window": model.window or seq_len,
@@ -368,45 +194,8 @@ def _own(model: Model, family: Family, seq_len: int) -> Config:
             **{name: 0.0 for name in ("embd_pdrop", "resid_pdrop")},
         }
     if model.moe is not None:
-        return _experts(model, model.moe, family)
+        return write_experts(model, model.moe, family)
     return {}
-
-
-def _experts(model: Model, moe: Experts, family: Family) -> Config:
-    """What is said of experts, and of latent attention."""
-    found: Config = {"num_experts_per_tok": moe.top_k, "output_router_logits": False}
-    if family in (MIXTRAL, GPT_OSS):
-        found |= {"num_local_experts": moe.experts, "intermediate_size": moe.ffn_hidden_size}
-        if family == GPT_OSS:
-            return {**found, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
-        usual = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size
-        return {**found, "router_jitter_noise": 0.0, "head_dim": None if usual else model.head_dim}
-    found |= {"moe_intermediate_size": moe.ffn_hidden_size, "norm_topk_prob": moe.normalize}
-    if family == QWEN3_MOE:
-        dense = list(range(moe.dense_layers))
-        return {**found, "num_experts": moe.experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
-    latent = model.latent
-    assert latent is not None
-    return {
-        **found,
-        "n_routed_experts": moe.experts,
-        "n_shared_experts": (moe.shared_ffn_hidden_size or 0) // moe.ffn_hidden_size,
-        "first_k_dense_replace": moe.dense_layers,
-        "moe_layer_freq": 1,
-        "n_group": moe.groups,
-        "topk_group": moe.top_groups,
-        "routed_scaling_factor": moe.scale,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "num_nextn_predict_layers": 0,
-        "head_dim": latent.rope_dim,  # transformers makes its rotary table of it
-        "q_lora_rank": latent.q_rank,
-        "kv_lora_rank": latent.kv_rank,
-        "qk_nope_head_dim": latent.nope_dim,
-        "qk_rope_head_dim": latent.rope_dim,
-        "v_head_dim": latent.value_dim,
-        "rope_interleave": True,
-    }
 
 
 class Read(NamedTuple):
@@ -529,6 +318,7 @@ _THETA = {GEMMA3: 1e6, SMOLLM3: 2e6, MIXTRAL: 1e6, GPT_OSS: 150_000.0}
 
 def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
     rope, has = _rope(config), HAS[family]
+    scaling = _read_scaling(rope, config)
     gemma = family in (GEMMA2, GEMMA3)
     fields = {
         "hidden_size": config.get("hidden_size"),
@@ -540,7 +330,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         "vocab_size": config.get("vocab_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3, MIXTRAL, GPT_OSS) else 1e-6),
         "rope_theta": rope.get("rope_theta") or _THETA.get(family, 10000.0),
-        "rope_scaling": _read_scaling(rope, config),
+        "rope_scaling": scaling,
         "tie_embeddings": config.get("tie_word_embeddings", gemma or family == SMOLLM3),
         "init_std": config.get("initializer_range", 0.02),
         **{name: value for name, value in has.own.items() if "." not in name},
@@ -548,7 +338,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         **_read_windows(config, family),
         **_read_own(config, family, rope),
         **(_read_gemma(config, family) if gemma else {}),
-        **(_read_experts(config, family) if "moe" in has.free else {}),
+        **(read_experts(config, family, scaling) if "moe" in has.free else {}),
     }
     allowed = {
         **_ANY_FAMILY,
@@ -557,9 +347,9 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
             if gemma
             else {"hidden_act": (None, "silu", "swish")}
         ),
-        "attention_bias": (None, False, True) if family == QWEN2 or has.free >= _BIASES else (None, False),
+        "attention_bias": (None, False, True) if family == QWEN2 or has.free >= BIASES else (None, False),
         "mlp_bias": (None, False, True) if "mlp_bias" in has.free and family != OLMO2 else (None, False),
-        **_allowed_of_experts(config, family),
+        **allowed_of_experts(config, family),
     }
     most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}
     most |= {MIXTRAL: 131_072, GPT_OSS: 131_072, QWEN3_MOE: 32768, DEEPSEEK_V3: 4096}
@@ -567,7 +357,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
 
 
 def _read_biases(config: Config, family: Family) -> Config:
-    if not HAS[family].free >= _BIASES:
+    if not HAS[family].free >= BIASES:
         return {}
     if family == GPT_OSS:
         return dict.fromkeys(("qkv_bias", "linear_bias"), bool(config.get("attention_bias", True)))
@@ -686,79 +476,6 @@ def _read_windows(config: Config, family: Family) -> Config:
     return found if len(kinds) == 1 else {**found, "window_layers": kinds}
 
 
-def _read_experts(config: Config, family: Family) -> Config:
-    """What is said of experts, and of latent attention."""
-    kv_heads = {MIXTRAL: 8, QWEN3_MOE: 4, GPT_OSS: 8}.get(family)
-    fields: Config = {"num_kv_heads": config.get("num_key_value_heads", kv_heads)}
-    moe: Config = {name.partition(".")[2]: value for name, value in HAS[family].own.items() if name.startswith("moe.")}
-    moe |= {"top_k": config.get("num_experts_per_tok", {MIXTRAL: 2, GPT_OSS: 4}.get(family, 8))}
-    experts, ffn = config.get("num_local_experts", config.get("num_experts")), config.get("intermediate_size")
-    if family == QWEN3_MOE:
-        experts, ffn = config.get("num_experts", experts), config.get("moe_intermediate_size")
-        moe |= {"dense_layers": len(_dense_layers(config)), "normalize": config.get("norm_topk_prob", False)}
-    if family == DEEPSEEK_V3:
-        experts, ffn = config.get("n_routed_experts", experts), config.get("moe_intermediate_size")
-        moe |= {
-            "dense_layers": config.get("first_k_dense_replace", 3),
-            "normalize": config.get("norm_topk_prob", True),
-            "scale": config.get("routed_scaling_factor", 2.5),
-            "groups": config.get("n_group", 8),
-            "top_groups": config.get("topk_group", 4),
-            "bias_rate": 0.0,  # they stay as they are, unless a recipe says otherwise
-        }
-        shared = config.get("n_shared_experts", 1)
-        if isinstance(shared, int) and isinstance(ffn, int):
-            moe["shared_ffn_hidden_size"] = shared * ffn
-        fields |= _read_latent(config)
-    return {**fields, "moe": {**moe, "experts": experts, "ffn_hidden_size": ffn}}
-
-
-def _dense_layers(config: Config) -> list[Any]:
-    """Layers of Qwen3-MoE without experts."""
-    said = config.get("mlp_only_layers") or []
-    return sorted(said) if isinstance(said, list) and all(isinstance(layer, int) for layer in said) else [None]
-
-
-def _read_latent(config: Config) -> Config:
-    nope, turned = config.get("qk_nope_head_dim", 128), config.get("qk_rope_head_dim", 64)
-    fields: Config = {
-        "head_dim": None,  # a file's is the part that is turned
-        "latent": {
-            "q_rank": config.get("q_lora_rank", 1536),
-            "kv_rank": config.get("kv_lora_rank", 512),
-            "nope_dim": nope,
-            "rope_dim": turned,
-            "value_dim": config.get("v_head_dim", 128),
-        },
-    }
-    said = _read_scaling(_rope(config), config)
-    weight, factor = (0.0, 1.0) if said is None else (said.get("mscale_all_dim"), said.get("factor", 1.0))
-    if all(type(number) in (int, float) for number in (nope, turned, weight, factor)):
-        scale = _latent_scale(nope + turned, weight, float(factor))
-        fields["attention_scale"] = None if scale == _plain_scale(nope + turned) else scale
-    return fields
-
-
-def _allowed_of_experts(config: Config, family: Family) -> dict[str, tuple[Any, ...]]:
-    """See `_ANY_FAMILY`."""
-    if family == MIXTRAL:
-        return {"router_jitter_noise": (None, 0, 0.0)}
-    if family == QWEN3_MOE:
-        first = list(range(len(_dense_layers(config))))
-        return {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, first)}
-    if family == GPT_OSS:
-        return {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7.0), "attention_bias": (None, False, True)}
-    if family == DEEPSEEK_V3:
-        return {
-            "rope_interleave": (None, True),
-            "scoring_func": (None, "sigmoid"),
-            "topk_method": (None, "noaux_tc"),
-            "moe_layer_freq": (None, 1),
-            "num_key_value_heads": (None, config.get("num_attention_heads")),
-        }
-    return {}
-
-
 def _read_gemma(config: Config, family: Family) -> Config:
     scalar = config.get("query_pre_attn_scalar", 256)
     fields = {
@@ -787,7 +504,7 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
-        **_GPT2_OWN,
+        **GPT2_OWN,
     }
     allowed = {
         **_ANY_FAMILY,
@@ -817,7 +534,7 @@ def _neox_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "qkv_bias": biased,
         "linear_bias": biased,
         "mlp_bias": True,
-        **_NEOX_OWN,
+        **NEOX_OWN,
     }
     allowed = {
         **_ANY_FAMILY,

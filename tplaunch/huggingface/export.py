@@ -21,7 +21,8 @@ from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.huggingface.config import family_of, write_config
+from tplaunch.huggingface.config import write_config
+from tplaunch.huggingface.families import family_of
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.huggingface.ways import pack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
@@ -94,7 +95,7 @@ def export(
         raise
     if len(shards) > 1:
         where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = {"total_size": elements * dtype.itemsize, "total_parameters": elements}
+        total = {"total_size": sum(tensor.bytes(dtype.itemsize) for tensor in tensors), "total_parameters": elements}
         _write_json(temporary / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     _write_json(temporary / "config.json", config)
     if tokenizer is not None and tokens is not None:
@@ -123,7 +124,7 @@ def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[
     shard: list[HfTensor] = []
     size = 0
     for tensor in tensors:
-        bytes_ = tensor.elements * itemsize
+        bytes_ = tensor.bytes(itemsize)
         if shard and size + bytes_ > max_bytes:
             yield shard
             shard, size = [], 0
@@ -147,7 +148,7 @@ def _read(
     found = {}
     for tensor in shard:
         names = [f"model.{part.name}" for part in tensor.parts]
-        kept = torch.promote_types(dtype, torch.float32) if tensor.parts[0].role == "buffer" else dtype
+        kept = torch.promote_types(dtype, torch.float32) if tensor.wide else dtype
         found[tensor.name] = pack(tensor, [ours[name] for name in names]).to(kept).contiguous()
         for name in names:
             if last[name] is tensor:

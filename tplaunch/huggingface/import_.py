@@ -28,7 +28,8 @@ from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular
-from tplaunch.huggingface.config import Family, Read
+from tplaunch.huggingface.config import Read
+from tplaunch.huggingface.families import Family
 from tplaunch.huggingface.tensors import HfTensor, embedding_name, hf_tensors, output_name
 from tplaunch.huggingface.ways import unpack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
@@ -115,6 +116,19 @@ def head_is_its_own(folder: Path, family: Family) -> bool:
         return any(not torch.equal(one[at : at + _ROWS], other[at : at + _ROWS]) for at in rows)
 
 
+def holds(folder: Path, prefixes: tuple[str, ...]) -> bool:
+    """Whether a folder has tensors whose names begin like that.
+
+    Raises:
+        TplaunchError: a file cannot be read.
+    """
+    if not prefixes:
+        return False
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
+        return any(key.startswith(prefixes) for file in files for key in file.keys())  # noqa: SIM118 (no mapping)
+
+
 def _write(source: _Source, temporary: Path, final: Path) -> None:
     """Write every tensor.
 
@@ -175,7 +189,7 @@ class _Source:
             found = file.get_slice(key)
             if tuple(found.get_shape()) != tensor.shape:
                 problems.append(f"{key} is {found.get_shape()}, and config.json makes it {list(tensor.shape)}")
-            if tensor.parts[0].trained:
+            if not tensor.wide:
                 dtypes.add(found.get_dtype())
             self._read[tensor.name] = file, key
             for place, part in enumerate(tensor.parts):
@@ -193,17 +207,17 @@ class _Source:
 
     def outline(self, name: str) -> Tensor:
         """A tensor's shape and dtype, without its numbers."""
-        part, _ = self.parts[name]
-        return torch.empty(part.shape, dtype=self._dtype(part), device="meta")
+        part, said = self.parts[name]
+        return torch.empty(part.shape, dtype=self._dtype(said[0][0]), device="meta")
 
-    def _dtype(self, part: Parameter) -> torch.dtype:
+    def _dtype(self, tensor: HfTensor) -> torch.dtype:
         dtype = COMPUTE_DTYPE[self.precision]
-        return dtype if part.trained else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(dtype, torch.float32) if tensor.wide else dtype
 
     def read(self, name: str) -> Tensor:
         """A tensor as our model has it; rows that pad the vocabulary are zero."""
         part, said = self.parts[name]
-        whole, first = torch.empty(part.shape, dtype=self._dtype(part)), 0
+        whole, first = torch.empty(part.shape, dtype=self._dtype(said[0][0])), 0
         for tensor, place in said:
             file, key = self._read[tensor.name]
             mine = unpack(tensor, file.get_tensor(key), place)

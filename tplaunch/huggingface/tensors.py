@@ -7,7 +7,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from tplaunch.huggingface.config import (
+from tplaunch.huggingface.families import (
     DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
@@ -46,6 +46,7 @@ class HfTensor(NamedTuple):
         way: how it is made of them.
         pieces: heads or experts that each part has.
         number: of those the expert's.
+        wide: it is never narrower than fp32, whatever the others are.
     """
 
     name: str
@@ -54,10 +55,15 @@ class HfTensor(NamedTuple):
     way: Way
     pieces: int = 1
     number: int = 0
+    wide: bool = False
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    def bytes(self, itemsize: int) -> int:
+        """What it takes, of a model with numbers of so many bytes."""
+        return self.elements * (max(itemsize, 4) if self.wide else itemsize)
 
 
 _LLAMA = {
@@ -204,7 +210,9 @@ def _made_of(name: str, parts: tuple[Parameter, ...], model: Model, family: Fami
         return [HfTensor(name, parts, shape[::-1], Way.COLUMNS)]
     if family == GPT_NEOX and others:
         return [HfTensor(name, parts, shape, Way.TURNS, model.num_heads)]
-    return [HfTensor(name, parts, shape, Way.ROWS)]
+    # transformers keeps them so, and writes them so.
+    wide = first.role == "buffer" or (family == DEEPSEEK_V3 and first.role == "router")
+    return [HfTensor(name, parts, shape, Way.ROWS, wide=wide)]
 
 
 def _made_of_experts(name: str, parts: tuple[Parameter, ...], moe: Experts, hidden: int) -> list[HfTensor]:

@@ -18,10 +18,9 @@ from torch.distributed.tensor import DTensor
 from tplaunch.model.build import Stage
 from tplaunch.optim.muon import HeldMatrix, Muon
 from tplaunch.parallel.mesh import Mesh
-from tplaunch.parallel.precision import STORAGE_DTYPE
 from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.muon import matrix_shape, rounds
+from tplaunch.spec.muon import DTYPE, matrix_shape, rounds
 from tplaunch.spec.optimizer import Group, Kind, group_of, groups_of, slots
 from tplaunch.spec.parameters import parameter_shapes
 from tplaunch.spec.slices import kept
@@ -80,7 +79,6 @@ class ShardedOptimizer:
         ]
         topology, layout = mesh.topology, recipe.topology
         rank = dist.get_rank() % topology.stage_size
-        low = recipe.training.precision == "bf16" and mesh.device.type == "cuda"
         return Muon(
             params,
             momentum=settings.momentum,
@@ -91,7 +89,7 @@ class ShardedOptimizer:
             rounds=rounds([parameter for parameter, _ in matrices], topology, layout),
             rank=rank,
             group=mesh.new_stage_group() if topology.stage_size > 1 else None,
-            dtype=torch.bfloat16 if low else STORAGE_DTYPE[recipe.training.precision],
+            dtype=getattr(torch, DTYPE[recipe.training.precision]),
         )
 
     @property

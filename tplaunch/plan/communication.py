@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
+from tplaunch.plan.muon import hidden, moved_bytes
 from tplaunch.spec.parameters import Parameter, stage_parameters
 from tplaunch.spec.recompute import Step
 
@@ -42,7 +43,7 @@ class Traffic(NamedTuple):
 
     Args:
         axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "ep", "expert_tp", "pp", "dp" (of
-            dp x cp) or "edp".
+            dp x cp), "edp", or "stage" (all ranks of a pipeline stage).
         what: what is sent and why.
         kind: the collective.
         calls: how often.
@@ -66,7 +67,7 @@ class Traffic(NamedTuple):
 
 def axis_group(case: Case, axis: str) -> Group:
     """The group of rank 0 on an axis: "tp", "cp", "pp", "dp" (shards, over dp x cp) or "replica" (copies of a shard,
-    HSDP); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
+    HSDP), "stage" (tp x cp x dp); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
     topology = case.topology
     strides = {"tp": (1, topology.tp), "cp": (topology.tp, topology.cp), "dp": (topology.tp, case.shards)}
     strides["replica"] = (topology.tp * case.shards, case.replicas)
@@ -74,7 +75,8 @@ def axis_group(case: Case, axis: str) -> Group:
     strides["ep"] = (topology.expert_tp, topology.ep)
     strides["edp"] = (topology.expert_tp * topology.ep, case.expert_shards)
     strides["expert replica"] = (topology.expert_tp * topology.ep * case.expert_shards, case.expert_replicas)
-    strides["pp"] = (topology.tp * case.sharing, topology.pp)
+    strides["pp"] = (topology.stage_size, topology.pp)
+    strides["stage"] = (1, topology.stage_size)
     stride, size = strides[axis]
     nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
     return Group(size, nodes)
@@ -315,6 +317,36 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
             hiding, units = (0.0, units) if late else (max(0.0, reducing - before["all-reduce"]), of.blocks)
             size = reduced / of.group.size
             add(of, "gradients of replicas", "all-reduce", m, size, of.replicas, hiding, units)
+    return traffic + _muon_traffic(case, stages)
+
+
+def _muon_traffic(case: Case, stages: list[Stage]) -> list[Traffic]:
+    """Gradients of hidden matrices to the ranks that orthogonalise them, and updates back, in rounds of two calls; an
+    expert's among the ranks that share it. Bytes are those of the mean rank: what it has of all matrices, or what it
+    keeps (with copies that is more)."""
+    stage = axis_group(case, "stage")
+    if case.recipe.optimizer.name != "muon" or stage.size == 1:
+        return []
+    of, width = hidden(case, stages), moved_bytes(case)
+    if not of.rounds:
+        return []
+    sharing = case.topology.edp * case.topology.expert_tp
+    of_expert = Group(sharing, min(sharing, stage.nodes))
+    rows: list[tuple[str, float, float]] = [
+        ("gradients of matrices", of.total / stage.size, of.expert_total / stage.size),
+        ("updates of matrices", of.weights, of.expert_weights),
+    ]
+    traffic = []
+    for what, shared, experts in rows:
+        once = [part * width / of.rounds for part in (shared, experts)]
+        seconds = of.rounds * sum(
+            collective_seconds(case, group, "all-to-all", size)
+            for group, size in zip((stage, of_expert), once, strict=True)
+            if size
+        )
+        traffic.append(
+            Traffic("stage", what, "all-to-all", of.rounds, sum(once), stage.link, stage.size, seconds, seconds)
+        )
     return traffic
 
 

@@ -7,10 +7,12 @@ small ones lose more. What moves bytes only (norms, activations, residuals) is c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tplaunch.plan.case import Case
+from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import head_width, local_heads
+from tplaunch.plan.muon import hidden
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
 
@@ -175,15 +177,26 @@ def embedding(case: Case) -> Passes:
     return Passes(move(case, 2 * states), 0.0, move(case, 3 * states + table))
 
 
-def optimizer_seconds(case: Case, kept: float, gathered: float) -> float:
+def optimizer_seconds(case: Case, pp_ranks: Iterable[int]) -> float:
     """The update of a rank's shard: weights, gradient and two moments read, all but the gradient written; before it,
-    the gradient's norm and its scaling.
+    the gradient's norm and its scaling; after it, weights in the compute dtype. Muon also has matrices to
+    orthogonalise (what it sends is not in here).
 
     Args:
-        kept: weights of the rank's shard.
-        gathered: weights that it converts to the compute dtype for the next step.
+        pp_ranks: pipeline ranks, of which the slowest counts.
     """
-    width = case.storage_bytes
-    update = (4 + 3 if case.recipe.optimizer.name == "adamw" else 2 + 1) * width
+    return max(_update_seconds(case, case.stages_on(rank)) for rank in pp_ranks)
+
+
+def _update_seconds(case: Case, stages: list[Stage]) -> float:
+    width, name = case.storage_bytes, case.recipe.optimizer.name
+    kept = sum(case.sharded_weights(stage) for stage in stages)
     clipping = 3 * width if case.recipe.training.grad_clip else width
-    return move(case, kept * (update + clipping)) + move(case, gathered * case.compute_bytes * 2)
+    seconds = move(case, kept * clipping) + move(case, kept * case.compute_bytes * 2)
+    if name != "muon":
+        return seconds + move(case, kept * (4 + 3 if name == "adamw" else 2 + 1) * width)
+    of, gpu = hidden(case, stages), case.gpu
+    mine = of.weights + of.expert_weights
+    # Of hidden matrices: gradient and momentum are read and written twice, weight and update once.
+    seconds += move(case, (kept - mine) * 7 * width + mine * 11 * width)
+    return seconds + of.flops / (gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency)

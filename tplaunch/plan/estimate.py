@@ -472,7 +472,6 @@ def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[lis
     longest = step.busy.index(max(step.busy))
     mine = [works[stage.index] for stage in case.stages_on(longest)]
     m = case.microbatches
-    kept = max(sum(case.sharded_weights(s) for s in case.stages_on(r)) for r in range(case.topology.pp))
     return Breakdown(
         compute=m * sum(work.passes.total for work in mine),
         recompute=m * sum(work.recomputed for work in mine),
@@ -480,6 +479,8 @@ def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[lis
         context_parallel=m * sum(sum(work.context_parallel) for work in mine),
         expert_parallel=m * sum(sum(work.expert_parallel) for work in mine),
         pipeline=step.seconds - step.busy[longest],
-        data_parallel=max(sum(item.exposed for item in rank if item.axis in ("dp", "edp")) for rank in traffic),
-        optimizer=compute.optimizer_seconds(case, kept, kept),
+        data_parallel=max(
+            sum(item.exposed for item in rank if item.axis in ("dp", "edp", "stage")) for rank in traffic
+        ),
+        optimizer=compute.optimizer_seconds(case, range(case.topology.pp)),
     )

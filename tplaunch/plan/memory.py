@@ -12,8 +12,9 @@ from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Block, Case, Stage
+from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Part
+from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
@@ -102,13 +103,24 @@ def _expert_tensors(case: Case) -> dict[str, float]:
     row = moe.ffn_hidden_size // case.topology.expert_tp * width
     shared = case.tokens * ((moe.shared_ffn_hidden_size or 0) // case.topology.tp) * width
     return {
-        "routing": case.own_tokens * (moe.experts * max(4, width) + moe.top_k * (8 + max(4, width))),
+        "routing": _routing(case, moe),
         "dispatched": case.expert_rows * case.model.hidden_size * width,
         "inside": case.expert_rows * 2 * row,
         "activated": case.expert_rows * row,
         "shared_inside": 2 * shared,
         "shared_activated": shared,
     }
+
+
+def _routing(case: Case, moe: Experts) -> float:
+    """Bytes of what the router keeps: scores, the weights that are made of them, and where each row goes (int64)."""
+    wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
+    numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
+    numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
+    places = 4 * rows + moe.experts
+    if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
+        places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
+    return wide * numbers + 8 * places
 
 
 def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, experts: bool = False) -> float:
@@ -149,7 +161,7 @@ def projected_bytes(case: Case) -> float:
     (heads, kv_heads), latent = local_heads(case), case.model.latent
     numbers = (heads + 2 * kv_heads) * head_width(case)
     if latent is not None:
-        numbers = heads * (latent.nope_dim + latent.value_dim)
+        numbers = heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
         numbers += heads * head_width(case) if latent.q_rank is not None else 0
     return case.tokens * numbers * case.compute_bytes
 
@@ -256,8 +268,11 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
     optimizer = case.recipe.optimizer
+    if optimizer.name == "muon":
+        of = hidden(case, stages)
+        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
     return copies * weights(case, stages)
 
@@ -347,13 +362,17 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     layers' outputs. On the first stage torch leaves all to the second half."""
     if stage.first:
         return 0.0
-    whole = case.tokens * case.model.hidden_size * case.compute_bytes
+    whole, moe = case.tokens * case.model.hidden_size * case.compute_bytes, case.model.moe
     total = 0.0
     for block, number in case.blocks(stage).items():
         tensors = block_tensors(case, experts=block.experts)
-        outputs = projected_bytes(case) + tensors["inside"] + 2 * whole
-        if block.experts:
-            outputs += tensors["dispatched"] + tensors["shared_inside"]
+        outputs = projected_bytes(case) + latent_bytes(case) + tensors["inside"] + whole
+        if moe is None or not block.experts:
+            outputs += whole
+        else:
+            logits = case.own_tokens * moe.experts * max(4, case.compute_bytes)
+            shared = tensors["shared_inside"] + whole * (moe.shared_ffn_hidden_size is not None)
+            outputs += logits + tensors["dispatched"] + shared
         total += number * outputs
     return total
 
@@ -479,6 +498,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         moments.append((step.gradients_at_loss[pp_rank], head))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]
+    if case.recipe.optimizer.name == "muon":
+        moments.append((gradients(case, stages), _Moment(0.0, working=update_bytes(case, stages))))
     gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),

@@ -231,8 +231,7 @@ def quick_look(case: Case, works: dict[bool, BlockWork]) -> float | None:
         sum(work.passes.weight_backward for work in slowest),
     )
     seconds += max(dp_exposed(case, case.stages_on(rank), ranks[rank]) for rank in ends)
-    kept = max(sum(case.sharded_weights(stage) for stage in case.stages_on(rank)) for rank in ends)
-    return seconds + compute.optimizer_seconds(case, kept, kept)
+    return seconds + compute.optimizer_seconds(case, ends)
 
 
 def schedule_seconds(case: Case, forward: float, inputs: float, weights: float) -> float:

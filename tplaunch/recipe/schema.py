@@ -315,7 +315,9 @@ class Model(Section):
 
     @property
     def biased_mlp(self) -> bool:
-        """Whether the MLP has biases."""
+        """Whether the MLP has biases; not where there is none, as all layers have experts."""
+        if self.moe is not None and not self.moe.dense_layers:
+            return False
         return self.linear_bias if self.mlp_bias is None else self.mlp_bias
 
     @property

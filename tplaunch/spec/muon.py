@@ -8,17 +8,21 @@ pipeline stage's ranks, in which all of them have matrices to work on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tplaunch.recipe.schema import Parallelism
+from tplaunch.recipe.schema import Parallelism, Precision
 from tplaunch.spec.parameters import Parameter
 from tplaunch.spec.slices import Rectangle, kept
 from tplaunch.spec.topology import Topology
 
 STEPS = 5  # of Newton-Schulz (Jordan 2024)
-ROUND = 2**25  # elements of the matrices that a rank orthogonalises in one round, as a mean
+# What matrices are orthogonalised in, and sent in: as Jordan does in bf16 runs, else what weights are kept in. Values
+# below fp16's smallest would be lost.
+DTYPE: dict[Precision, str] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float32"}
+ROUND = 2**25  # elements of the matrices that a rank orthogonalises in one round, as a mean, at least
+CHUNK = 2**23  # elements of the matrices of one size that it orthogonalises at once, at most, or one matrix
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,9 @@ def rounds(parameters: Sequence[Parameter], topology: Topology, layout: Parallel
     """
     ranks, all_matrices = topology.stage_size, list(matrices(parameters))
     holders = _holders(parameters, all_matrices, topology, layout)
-    order = sorted(range(len(all_matrices)), key=lambda number: -all_matrices[number].flops)
     total = [0.0] * ranks  # FLOPs of each rank, in the rounds before
     found = []
-    for numbers in _batches(order, all_matrices, ranks):
+    for numbers in batches(all_matrices, ranks):
         chosen, now = [], [0.0] * ranks
         for number in numbers:
             owner = min(holders[number], key=lambda rank: (now[rank], total[rank], rank))
@@ -154,12 +157,13 @@ def rounds(parameters: Sequence[Parameter], topology: Topology, layout: Parallel
     return found
 
 
-def _batches(order: Iterable[int], sizes: Sequence[Matrix], ranks: int) -> Iterator[list[int]]:
+def batches(every: Sequence[Matrix], ranks: int) -> Iterator[list[int]]:
+    """Which matrices, by their places, are orthogonalised at the same time by so many ranks, largest first."""
     batch: list[int] = []
     elements = 0
-    for number in order:
+    for number in sorted(range(len(every)), key=lambda number: -every[number].flops):
         batch.append(number)
-        elements += sizes[number].count
+        elements += every[number].count
         if elements >= ROUND * ranks and len(batch) % ranks == 0:
             yield batch
             batch, elements = [], 0

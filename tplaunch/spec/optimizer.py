@@ -33,6 +33,11 @@ class Group:
     weight_decay: float
 
 
+def is_hidden(parameter: Parameter) -> bool:
+    """Whether it is a matrix inside of a block, which Muon updates."""
+    return parameter.role in _HIDDEN
+
+
 def rule_of(settings: Optimizer, name: str) -> int | None:
     """Which of the recipe's groups a parameter is in, by its global name: the first that matches; None: in none."""
     return next((number for number, rule in enumerate(settings.groups) if fnmatchcase(name, rule.match)), None)
@@ -41,7 +46,7 @@ def rule_of(settings: Optimizer, name: str) -> int | None:
 def group_of(settings: Optimizer, parameter: Parameter) -> Group:
     """The group of a parameter that is trained."""
     kind: Kind = settings.name
-    if kind == "muon" and parameter.role not in _HIDDEN:
+    if kind == "muon" and not is_hidden(parameter):
         kind = "adamw"
     decayed = parameter.role in _DECAYED
     number = rule_of(settings, parameter.name)

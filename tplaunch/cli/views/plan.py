@@ -355,7 +355,7 @@ def _rank_lines(case: Case, rank: int) -> str:
     topology = case.topology
     at = topology.coordinates(rank)
     lines = [f"rank {rank}: {topology.describe(rank)}, node {topology.node(rank)}"]
-    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes + topology.expert_axes]
     for stage in case.stages_on(at.pp):
         ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
         blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"

@@ -57,9 +57,10 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
     for message in record.messages:
         calls["pp", message.kind] += 1
         moved["pp", message.kind] += message.bytes
+    stage = axis(topology, tuple(range(topology.stage_size)))
     planned: Counter[tuple[str, str]] = Counter()
     for traffic in simulation.plan.traffic[topology.coordinates(record.rank).pp]:
-        name = {"sp": "tp", "dp": _sharing(topology)}.get(traffic.axis, traffic.axis)
+        name = {"sp": "tp", "dp": _sharing(topology), "stage": stage}.get(traffic.axis, traffic.axis)
         planned[name, traffic.kind] += round(traffic.calls * traffic.bytes)
     return [
         [
