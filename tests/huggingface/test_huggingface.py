@@ -100,7 +100,13 @@ def train_on(raw: dict[str, Any], root: str) -> list[tuple[float, float]]:
     return results + train(made, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "llama-tied", "qwen3", "gpt2", "deepseek_v3"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "gpt_oss")),
+    ],
+)
 def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: World, family: str) -> None:
     model = saved(family, tmp_path / "theirs")
     assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
@@ -110,7 +116,7 @@ def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: 
         "name": "on",
         "model": extended.model.model_dump(),
         "checkpoint": {"initial": extended.checkpoint.initial},
-        "topology": {"tp": 2, "pp": 2, "dp": 1},
+        "topology": {"tp": 2, "pp": 2, "dp": 1, "ep": 2 if "moe" in MODELS[family] else 1},
         "training": {
             "seq_len": SEQ,
             "micro_batch_size": 2,

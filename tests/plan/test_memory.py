@@ -29,6 +29,7 @@ def values(
     microbatches: int = 4,
     model: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
     **topology: Any,
 ) -> dict[str, Any]:
     """A small model on any topology, as a recipe."""
@@ -39,6 +40,7 @@ def values(
         "model": {**sizes, "vocab_size": 2048, "norm": "layernorm", **(model or {})},
         "topology": {"tp": tp, "pp": pp, "dp": dp, **topology},
         "training": {**run, **(training or {})},
+        "optimizer": {"name": optimizer},
         "data": {"train": "data/train"},
     }
 
@@ -130,6 +132,10 @@ MEASURED: dict[str, dict[str, Any]] = {
         "microbatches": 8,
     },
     "tp 2, pp 2, dp 2": {"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True, **INTERLEAVED},
+    "muon": {"optimizer": "muon"},
+    "tp 2, dp 2, muon": {"tp": 2, "dp": 2, "sequence_parallel": True, "optimizer": "muon"},
+    "dp 4, zero 0, muon": {"dp": 4, "zero": 0, "optimizer": "muon"},
+    "tp 2, pp 2, dp 2, zero 3, muon": {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "optimizer": "muon"},
 }
 
 

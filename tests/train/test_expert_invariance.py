@@ -329,3 +329,42 @@ def test_experts_train_as_on_one_process(world: World, references: dict[str, See
         expected = pytest.approx(theirs, rel=tolerance if step <= same else 1e-2)
         assert ours == expected, f"step {step}"
     assert seen[0].curve[-1][0] < seen[0].curve[0][0], "nothing was learnt"
+
+
+LOSSES = {"num_layers": 4, "moe": {**MIXTRAL["moe"], "router": "sigmoid", "aux_loss": 1.0, "z_loss": 0.1}}
+CUT: dict[str, dict[str, Any]] = {
+    "microbatches of 8": {},
+    "microbatches of 1": {"micro_batch_size": 1},
+    "dp2": {"dp": 2, "micro_batch_size": 2},
+    "pp2": {"pp": 2, "micro_batch_size": 1},
+    "tp2-cp2-ep2": {"tp": 2, "cp": 2, "ep": 2, "micro_batch_size": 4},
+}
+
+
+def test_losses_of_routers_do_not_depend_on_how_a_batch_is_cut(world: World) -> None:
+    """Neither scaled by ranks, microbatches or targets that count, nor left out of the gradients (Automodel PR 1412 and
+    PR 3359, Megatron-LM issue 3672)."""
+    found = {}
+    for name, options in CUT.items():
+        layout = {key: value for key, value in options.items() if key != "micro_batch_size"}
+        training = {**DOCUMENTS, "steps": 1, "micro_batch_size": options.get("micro_batch_size", BATCH)}
+        raw = experts(**layout, model=LOSSES, training=training, precision="fp64")
+        found[name] = world.run(ranks(raw), train, raw)
+    (one,) = found.pop("microbatches of 8")
+    assert one.measured["moe/aux_loss"] > 0.9  # alpha times layers, at least, but for the smallest term
+    for name, seen in found.items():
+        gradients = {key: gradient for rank in seen for key, gradient in rank.gradients.items()}
+        assert gradients.keys() == one.gradients.keys()
+        for key, gradient in gradients.items():
+            assert gradient.sub(one.gradients[key]).norm() < 1e-9 * one.curve[0][1], f"{name}: {key}"
+        assert seen[0].measured == pytest.approx(one.measured, rel=1e-9), name
+    without = experts(
+        model={**LOSSES, "moe": {**LOSSES["moe"], "aux_loss": 0.0, "z_loss": 0.0}},
+        training={**DOCUMENTS, "steps": 1, "micro_batch_size": BATCH},
+        precision="fp64",
+    )
+    (plainly,) = world.run(1, train, without)
+    assert plainly.curve[0][0] == pytest.approx(one.curve[0][0], rel=1e-12), "the loss is the language model's alone"
+    for layer in range(4):
+        key = f"layers.{layer}.moe.router.weight"
+        assert one.gradients[key].sub(plainly.gradients[key]).norm() > 0.1 * one.gradients[key].norm()

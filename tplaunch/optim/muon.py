@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tplaunch.spec.muon import STEPS, Matrix, Piece, Round, scale
+from tplaunch.spec.muon import CHUNK, STEPS, Matrix, Piece, Round, scale
 from tplaunch.spec.slices import Rectangle
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients
@@ -126,15 +126,29 @@ class _Exchange:
 
     def run(self) -> None:
         """Gather, orthogonalise, scatter."""
-        mine = self._move([self._own(piece) for piece in self.given], self.given, self.gathered)
-        stacks = [mine.new_empty(len(numbers), *size) for size, numbers in self.load.items()]
+        stacks = self._gather()
+        for stack in stacks:
+            for some in stack.split(max(1, CHUNK // stack[0].numel())):
+                some.copy_(orthogonalize(some))
+        self._scatter(stacks)
+
+    def _gather(self) -> list[Tensor]:
+        """The matrices that this rank orthogonalises, those of one size together: [n, rows, columns] each."""
+        come = self._move([self._own(piece) for piece in self.given], self.given, self.gathered)
+        stacks = [come.new_empty(len(numbers), *size) for size, numbers in self.load.items()]
         whole = self._by_number(stacks)
-        for piece, values in _split(mine, self.gathered):
+        for piece, values in _split(come, self.gathered):
             _part(whole[piece.matrix], self.matrices[piece.matrix], piece).copy_(values)
-        whole = self._by_number([orthogonalize(stack) for stack in stacks])
+        return stacks
+
+    def _scatter(self, stacks: list[Tensor]) -> None:
+        """Send back what has become of them, and take this rank's parts of others; `stacks` is emptied."""
+        whole = self._by_number(stacks)
         parts = [_part(whole[piece.matrix], self.matrices[piece.matrix], piece) for piece in self.scattered]
-        mine = self._move(parts, self.scattered, self.returned)
-        for piece, values in _split(mine, self.returned):
+        stacks.clear()
+        whole.clear()
+        come = self._move(parts, self.scattered, self.returned)
+        for piece, values in _split(come, self.returned):
             self._own(piece).copy_(values)
 
     def _by_number(self, stacks: list[Tensor]) -> dict[int, Tensor]:
@@ -150,12 +164,15 @@ class _Exchange:
         return held.weight.grad[first : first + len(piece.of.rows)]
 
     def _move(self, parts: list[Tensor], sent: list[Piece], received: list[Piece]) -> Tensor:
-        """Send pieces to the ranks that they are for; what has come, flat, in the order of `received`."""
-        empty = torch.empty(0, dtype=self.dtype, device=self.held[0].weight.device)
-        flat = torch.cat([empty, *(part.reshape(-1).to(self.dtype) for part in parts)])
+        """Send pieces to the ranks that they are for; what has come, flat, in the order of `received`. `parts` is
+        emptied, so that what they are part of may go."""
+        theirs, ours = self._counts(received), self._counts(sent)
+        flat = torch.empty(sum(ours), dtype=self.dtype, device=self.held[0].weight.device)
+        for (_, values), part in zip(_split(flat, sent), parts, strict=True):
+            values.copy_(part)
+        parts.clear()
         if self.size == 1:
             return flat
-        theirs, ours = self._counts(received), self._counts(sent)
         come = flat.new_empty(sum(theirs))
         dist.all_to_all_single(come, flat, theirs, ours, group=self.group)
         return come

@@ -12,7 +12,7 @@ from math import lcm
 from typing import NamedTuple
 
 from tplaunch.plan.case import Block, Case, Stage
-from tplaunch.plan.muon import hidden
+from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
@@ -507,6 +507,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         moments.append((step.gradients_at_loss[pp_rank], head))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]
+    if case.recipe.optimizer.name == "muon":
+        moments.append((gradients(case, stages), _Moment(0.0, working=update_bytes(case, stages))))
     gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.recipe.schema import Model
-from tplaunch.spec.muon import DTYPE, batches, matrices
+from tplaunch.spec.muon import CHUNK, DTYPE, Matrix, batches, matrices
 from tplaunch.spec.optimizer import is_hidden
 from tplaunch.spec.parameters import Parameter, block_parameters, layer_kinds
 
@@ -23,6 +24,8 @@ class Hidden(NamedTuple):
         total, expert_total: elements of them all, on all ranks of the stages.
         flops: of Newton-Schulz, on the rank that has most to do.
         rounds: in which they are orthogonalised.
+        largest: share of all their elements that the largest round has.
+        working: elements of what that round has in memory as it orthogonalises.
     """
 
     weights: int
@@ -31,6 +34,8 @@ class Hidden(NamedTuple):
     expert_total: int
     flops: float
     rounds: int
+    largest: float
+    working: float
 
 
 class _Stages(NamedTuple):
@@ -57,6 +62,14 @@ def hidden(case: Case, stages: list[Stage]) -> Hidden:
     return Hidden(weights, expert_weights, *_work(model, layers))
 
 
+def update_bytes(case: Case, stages: list[Stage]) -> float:
+    """Temporaries of the update at their fullest: a round's matrices, as they come, as they lie, and as they leave."""
+    of = hidden(case, stages)
+    mine = (of.total + of.expert_total) / case.topology.stage_size * of.largest
+    kept = (of.weights + of.expert_weights) * of.largest
+    return max(2 * mine, mine + kept, 2 * kept, of.working) * moved_bytes(case)
+
+
 def moved_bytes(case: Case) -> int:
     """Bytes of an element that is gathered or scattered."""
     return _BYTES[DTYPE[case.recipe.training.precision]]
@@ -71,12 +84,25 @@ def _parameters(model: Model, layers: _Stages) -> list[Parameter]:
 
 
 @lru_cache(maxsize=256)
-def _work(model: Model, layers: _Stages) -> tuple[int, int, float, int]:
+def _work(model: Model, layers: _Stages) -> tuple[int, int, float, int, float, float]:
+    """The last six of `Hidden`."""
     parameters = _parameters(model, layers)
     every = list(matrices(parameters))
-    # The largest matrix is one rank's, however many there are.
-    flops = max((matrix.flops for matrix in every), default=0.0)
-    flops = max(flops, sum(matrix.flops for matrix in every) / layers.ranks)
+    rounds = [[every[number] for number in batch] for batch in batches(every, layers.ranks)]
+    if not rounds:
+        return 0, 0, 0.0, 0, 0.0, 0.0
+    total = sum(matrix.count for matrix in every)
     experts = sum(prod(parameter.shape) for parameter in parameters if parameter.expert)
-    total = sum(prod(parameter.shape) for parameter in parameters) - experts
-    return total, experts, flops, sum(1 for _ in batches(every, layers.ranks))
+    # The largest matrix is one rank's, however many there are.
+    flops = max(max(matrix.flops for matrix in every), sum(matrix.flops for matrix in every) / layers.ranks)
+    largest = max(sum(matrix.count for matrix in one) for one in rounds) / total
+    return total - experts, experts, flops, len(rounds), largest, max(_working(one, layers.ranks) for one in rounds)
+
+
+def _working(one: list[Matrix], ranks: int) -> float:
+    """Elements that a rank has in memory as it orthogonalises its part of a round: these, and of one chunk two products
+    and, before and after a step, the matrices."""
+    sizes = Counter((matrix.rows, matrix.columns) for matrix in one)
+    mine = {size: prod(size) * -(-count // ranks) for size, count in sizes.items()}
+    temporary = [min(mine[size], max(CHUNK, prod(size))) * (2 + 2 * min(size) / max(size)) for size in mine]
+    return max(max(map(prod, mine)), sum(matrix.count for matrix in one) / ranks) + max(temporary)

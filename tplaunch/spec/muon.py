@@ -21,7 +21,8 @@ STEPS = 5  # of Newton-Schulz (Jordan 2024)
 # What matrices are orthogonalised in, and sent in: as Jordan does in bf16 runs, else what weights are kept in. Values
 # below fp16's smallest would be lost.
 DTYPE: dict[Precision, str] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float32"}
-ROUND = 2**25  # elements of the matrices that a rank orthogonalises in one round, as a mean
+ROUND = 2**25  # elements of the matrices that a rank orthogonalises in one round, as a mean, at least
+CHUNK = 2**23  # elements of the matrices of one size that it orthogonalises at once, at most, or one matrix
 
 
 @dataclass(frozen=True)
