@@ -92,7 +92,7 @@ class _Kind(NamedTuple):
     parallel: bool
     experts: bool
     shared: bool
-    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
+    latent: Literal["", "keys", "all"]  # what is made of latents
 
 
 def _kind(model: Model, *, experts: bool) -> _Kind:
@@ -121,7 +121,7 @@ def block_steps(model: Model, *, experts: bool = False) -> tuple[Step, ...]:
     """The parts of a block in order, from `input` to `output`.
 
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
-    and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
+    and norms of heads attends with what was `projected`. With latent attention, `latent` are the latents that
     keys and values, and mostly queries, are made of. `dispatched`, `inside` and `activated` have a row for each token
     and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what the
     router keeps, which is never made again: small (`tplaunch.spec.experts`).
