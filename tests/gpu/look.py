@@ -2,9 +2,9 @@
 
     python -m tests.gpu.look SHAPE CONTENDER FOLDER FILE
 
-Writes FOLDER/profile-CONTENDER.txt, the 25 kernels that take longest, and a JSON object to FILE: the host's waits of a
-step, each with the line of tplaunch that causes it. On a GPU they are what `torch.cuda.set_sync_debug_mode` warns of;
-on the CPU, which never waits, the reads of a tensor's value that would be waits there, where nothing is compiled.
+Writes FOLDER/profile-SHAPE-CONTENDER.txt, the 25 kernels that take longest, and a JSON object to FILE: the host's waits
+of a step, each with the line of tplaunch that causes it. On a GPU they are what `torch.cuda.set_sync_debug_mode` warns
+of; on the CPU, which never waits, the reads of a tensor's value that would be waits there, where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(shape: str, contender: str, folder: str, file: str) -> None:
                 torch.cuda.synchronize(device)
     order = f"self_{device.type}_time_total"
     text = profiled.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=80)
-    (Path(folder) / f"profile-{contender}.txt").write_text(text)
+    (Path(folder) / f"profile-{shape}-{contender}.txt").write_text(text)
     Path(file).write_text(json.dumps(dict(found.most_common())))
 
 

@@ -43,13 +43,16 @@ class Part:
 
     Args:
         limit_s: seconds after which it is ended.
-        argv: after `python -m`; FIGURES, SHAPE1, SHAPE3 and OUT stand for the folder or file of its figures, the
-            shapes to measure and the folder of results.
+        argv: after `python -m`; FIGURES, the words of SHAPE_OF, and OUT stand for the folder or file of its
+            figures, the shapes to measure and the folder of results.
     """
 
     name: str
     limit_s: int
     argv: tuple[str, ...]
+
+
+SHAPE_OF = {"1b": "SHAPE1", "3b": "SHAPE3", "moe": "SHAPE_EXPERTS"}
 
 
 def _tests(name: str, limit_s: int) -> Part:
@@ -58,22 +61,29 @@ def _tests(name: str, limit_s: int) -> Part:
 
 
 def _speed(shape: str, contender: str, limit_s: int) -> Part:
-    argv = ("tests.gpu.speed", f"SHAPE{shape[0]}", contender, "FIGURES")
+    argv = ("tests.gpu.speed", SHAPE_OF[shape], contender, "FIGURES")
     return Part(f"{shape} {contender}", limit_s, argv)
 
 
-def _look(contender: str, limit_s: int) -> Part:
-    return Part(f"look {contender}", limit_s, ("tests.gpu.look", "SHAPE1", contender, "OUT", "FIGURES"))
+def _look(contender: str, limit_s: int, shape: str = "1b") -> Part:
+    name = f"look {contender}" if shape == "1b" else f"look {shape} {contender}"
+    return Part(name, limit_s, ("tests.gpu.look", SHAPE_OF[shape], contender, "OUT", "FIGURES"))
 
 
+TESTED = ("parity", "memory", "topologies", "kernels", "experts", "checkpoint", "launch")
 # Parts of a stage run at once, on a GPU: tests, whose times nobody reads.
 STAGES = (
     (_speed("1b", "tplaunch", 60),),
     (_look("tplaunch", 60),),
-    tuple(_tests(name, 200) for name in ("parity", "memory", "topologies", "kernels", "checkpoint", "launch")),
+    tuple(
+        _tests(name, 200) for name in ("parity", "memory", "topologies", "kernels", "experts", "checkpoint", "launch")
+    ),
     (_speed("1b", "transformers-compile", 90),),
     (_speed("1b", "tplaunch-compile", 90),),
     (_look("tplaunch-compile", 90),),
+    (_speed("moe", "tplaunch", 60),),
+    (_look("tplaunch", 60, "moe"),),
+    (_speed("moe", "transformers", 90),),
     (_tests("bench", 60),),
     (_speed("3b", "tplaunch", 60),),
     (_speed("3b", "transformers-compile", 120),),
@@ -91,7 +101,7 @@ def run_part(part: Part, out: Path, *, cpu: bool, limit_s: float) -> Outcome:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.json"):
         old.unlink()
-    shapes = {"SHAPE1": "tiny", "SHAPE3": "tiny"} if cpu else {"SHAPE1": "1b", "SHAPE3": "3b"}
+    shapes = {word: ("tiny-moe" if name == "moe" else "tiny") if cpu else name for name, word in SHAPE_OF.items()}
     places = {**shapes, "OUT": str(out), "FIGURES": str(folder / "measured.json")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path, report.FIGURES: str(folder)}

@@ -45,10 +45,10 @@ def ours(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], 
 
 def transformers(shape: Shape, device: torch.device, *, compile_: bool) -> Callable[[], object]:
     """The step that a reader of transformers' documentation writes, with the fused optimizer."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with device:
-        model = LlamaForCausalLM(shape.transformers())
+        model = AutoModelForCausalLM.from_config(shape.transformers()).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens = torch.randint(shape.vocab, (shape.batch, shape.seq))
     tokens = tokens.pin_memory() if device.type == "cuda" else tokens
