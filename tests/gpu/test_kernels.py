@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from tests.gpu.machine import choose, take_device
+from tests.kernels.cases import CASES as FUSED_CASES
+from tests.kernels.cases import difference
 from tests.recipes import case, resolved
 from tests.train.test_topology_invariance import train
 from tests.world import World
@@ -32,14 +34,10 @@ def test_compiled_follows_eager(world: World, note: Callable[..., None]) -> None
 
 def fused_here(name: str) -> list[float]:
     """Relative differences of a fused kernel's outputs and gradients from torch's operations in fp64 on the CPU."""
-    from tests.kernels.cases import CASES, difference
-
-    return difference(CASES[name], take_device())
+    return difference(FUSED_CASES[name], take_device())
 
 
-@pytest.mark.parametrize(
-    "name", ["swiglu", "geglu", "rotary", "partial rotary", "positions of each sample", "one head"]
-)
+@pytest.mark.parametrize("name", FUSED_CASES)
 def test_fused_kernels_are_right(world: World, note: Callable[..., None], name: str) -> None:
     (found,) = world.run(1, fused_here, name)
     note(worst_relative_difference=max(found))
