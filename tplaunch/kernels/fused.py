@@ -141,9 +141,9 @@ def logit_gradient(
         logits, labels, real, softcap: see `measure_logits`.
 
     Returns:
-        [tokens, columns]; 0 for padding.
+        [tokens, columns]; 0 for padding. Where the dtype is that of the logits it takes their place.
     """
-    out = torch.empty_like(logits, dtype=dtype)
+    out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     columns = logits.shape[1]
     grid, block = _rows_and_columns(out, 4096)
     _kernels().logit_gradient[grid](

@@ -121,7 +121,7 @@ class _Logits:
 
 
 class _FusedLogits:
-    """The same by one kernel each, which leave the logits as they are."""
+    """The same by one kernel each."""
 
     def __init__(self, logits: Tensor, labels: Tensor, columns: _Columns) -> None:
         self.columns, self.labels, self._values = columns, labels, logits
