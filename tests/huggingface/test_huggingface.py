@@ -192,6 +192,17 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
     assert read_config(config(tmp_path, {**gemma, **first})) == read_config(config(tmp_path, GEMMA3))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
+    model = Model.model_validate(MODELS[name])
+    said = write_config(model, seq_len=SEQ, precision="fp32", eod=0)
+    read = read_config(config(tmp_path, said))
+    same = {name: getattr(read.model, name) for name in ("family", "rope_layers")}  # a pattern may be said shorter
+    assert read.model == model.model_copy(update=same)
+    assert all(read.model.turns(layer) == model.turns(layer) for layer in range(LAYERS))
+    assert said == write_config(read.model, seq_len=read.seq_len, precision="fp32", eod=0)
+
+
 def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
     def windows(base: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
         model = read_config(config(tmp_path, base, **changes)).model

@@ -117,7 +117,7 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         "max_position_embeddings": seq_len,
         "hidden_act": "silu",
         "attention_bias": model.qkv_bias,
-        "mlp_bias": model.biased_mlp,
+        "mlp_bias": "mlp_bias" in HAS[family].free and model.biased_mlp,
         "attention_dropout": 0.0,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
