@@ -39,7 +39,7 @@ def attend_packed(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """As `tplaunch.model.attend.attend`, [sq, b, heads, d of v]. The kernels have one width; what is narrower is padded."""
+    """As `tplaunch.model.attend.attend`, [sq, b, heads, d of v]; what is narrower than the rest is padded."""
     length, batch = q.shape[:2]
     scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
     widest = max(q.shape[-1], width)
