@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -15,12 +18,16 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -30,12 +37,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
 WINDOW = 24
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, POSITIONS = 300, 64, 3, 4, 2, 112, 64
+EXPERT = 40
 SEQ = 96  # longer than POSITIONS, the context that rope scaling starts from
 
 _COMMON: dict[str, Any] = {
@@ -169,6 +179,80 @@ MODELS: dict[str, dict[str, Any]] = {
         "linear_bias": True,
         "tie_embeddings": True,
     },
+    "mixtral": {**_COMMON, "rope_theta": 1e6, "moe": {"experts": 8, "top_k": 2, "ffn_hidden_size": FFN}},
+    "mixtral-window": {**_COMMON, "window": WINDOW, "moe": {"experts": 4, "top_k": 1, "ffn_hidden_size": FFN}},
+    "qwen3_moe": {
+        **_COMMON,
+        "qk_norm": True,
+        "head_dim": 32,
+        "norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "moe": {"experts": 8, "top_k": 3, "ffn_hidden_size": EXPERT},
+    },
+    "qwen3_moe-dense-first": {
+        **_COMMON,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "linear_bias": True,
+        "mlp_bias": False,
+        "window": WINDOW,
+        "tie_embeddings": True,
+        "moe": {"experts": 4, "top_k": 2, "ffn_hidden_size": EXPERT, "dense_layers": 1, "normalize": False},
+    },
+    "deepseek_v3": {
+        **_COMMON,
+        "num_kv_heads": HEADS,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 8.0,
+            "original_max_position": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+        "attention_scale": 20**-0.5 * (0.1 * 0.7 * log(8.0) + 1) ** 2,
+        "latent": {"q_rank": 24, "kv_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10},
+        "moe": {
+            "experts": 8,
+            "top_k": 3,
+            "ffn_hidden_size": EXPERT,
+            "shared_ffn_hidden_size": 2 * EXPERT,
+            "dense_layers": 1,
+            "router": "sigmoid",
+            "scale": 2.5,
+            "groups": 4,
+            "top_groups": 2,
+            "bias_rate": 0.0,
+        },
+    },
+    "deepseek_v3-whole-queries": {
+        **_COMMON,
+        "num_kv_heads": HEADS,
+        "norm_eps": 1e-6,
+        "tie_embeddings": True,
+        "latent": {"kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "value_dim": 24},
+        "moe": {
+            "experts": 4,
+            "top_k": 2,
+            "ffn_hidden_size": EXPERT,
+            "shared_ffn_hidden_size": EXPERT,
+            "router": "sigmoid",
+            "normalize": False,
+            "bias_rate": 0.0,
+        },
+    },
+    "gpt_oss": {
+        **_COMMON,
+        "head_dim": 16,
+        "activation": "swiglu_clamped",
+        "attention_sinks": True,
+        "qkv_bias": True,
+        "linear_bias": True,
+        "window": WINDOW,
+        "window_layers": ["window", "full"],
+        "rope_theta": 150_000.0,
+        "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position": 32, "truncate": False},
+        "moe": {"experts": 8, "top_k": 4, "ffn_hidden_size": FFN, "biases": True},
+    },
 }
 
 
@@ -209,6 +293,62 @@ _OWN: dict[str, dict[str, Any]] = {
         "pad_token_id": None,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral-window": {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": WINDOW},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": EXPERT,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe-dense-first": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": EXPERT,
+        "mlp_only_layers": [0],
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": EXPERT,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_mtp_layers": 0,
+    },
+    "deepseek_v3-whole-queries": {
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": EXPERT,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "num_mtp_layers": 0,
+    },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,
+        "sliding_window": WINDOW,
+        "attn_implementation": "eager",
+    },
 }
 
 
@@ -245,13 +385,17 @@ def reference(family: str) -> PreTrainedModel:
             "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
             "gemma2": (Gemma2Config, Gemma2ForCausalLM),
             "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+            "mixtral": (MixtralConfig, MixtralForCausalLM),
+            "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+            "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+            "gpt_oss": (GptOssConfig, GptOssForCausalLM),
         }
         config, causal_lm = kinds[family.split("-")[0]]
         extra: dict[str, Any] = {"head_dim": spec["head_dim"]} if "head_dim" in spec else {}
         extra |= _OWN.get(family, {})
         if "rotary_fraction" in spec:
             rope["partial_rotary_factor"] = spec["rotary_fraction"]
-        heads = {} if config is GPTNeoXConfig else {"num_key_value_heads": KV_HEADS}
+        extra = ({} if config is GPTNeoXConfig else {"num_key_value_heads": KV_HEADS}) | extra
         eps = "layer_norm_eps" if config is GPTNeoXConfig else "rms_norm_eps"
         if family == "gemma3":
             rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -262,7 +406,6 @@ def reference(family: str) -> PreTrainedModel:
                 intermediate_size=FFN,
                 num_hidden_layers=LAYERS,
                 num_attention_heads=HEADS,
-                **heads,
                 **{eps: spec.get("norm_eps", 1e-5)},
                 max_position_embeddings=4 * SEQ,
                 rope_parameters=rope,
@@ -274,15 +417,51 @@ def reference(family: str) -> PreTrainedModel:
         for name, tensor in model.named_parameters():
             if name.endswith("bias") or "norm" in name or "ln_" in name:  # else they are 0 and 1
                 tensor.add_(0.1 * torch.randn_like(tensor))
+            elif name.endswith(("gate.weight", "router.weight")):  # else all experts have the same score
+                tensor.mul_(20.0)
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor.add_(0.1 * torch.randn_like(tensor))
     return model.eval()
 
 
 def tensors(model: Any, family: str, *, grad: bool = False) -> dict[str, Tensor]:
     """Weights, or gradients, under tplaunch's global names and shapes (vocabulary unpadded)."""
     found = {name: (t.grad if grad else t).detach() for name, t in model.named_parameters()}
-    if family.startswith("gpt"):
-        return _gpt2(found) if family == "gpt2" else _gpt_neox(found)
+    if not grad:
+        found |= {name: t for name, t in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    if family == "gpt2":
+        return _gpt2(found)
+    if family.startswith("gpt_neox"):
+        return _gpt_neox(found)
+    if "moe" in MODELS[family]:
+        found = _experts(found, in_turn=family == "gpt_oss")
     return _llama(_split(found), after=family.startswith(("gemma", "olmo2")))
+
+
+def _experts(found: dict[str, Tensor], *, in_turn: bool) -> dict[str, Tensor]:
+    """The experts of each layer below one another, gate and up apart.
+
+    Args:
+        in_turn: gate and up take turns, and matrices are [in, out] (gpt-oss).
+    """
+    out = {}
+    for name, tensor in found.items():
+        before, _, kind = name.partition(".experts.")
+        at = f"{before.removesuffix('.mlp')}.moe.experts"
+        if kind.startswith("gate_up_proj"):
+            which = "bias" if kind.endswith("bias") else "weight"
+            halves = (tensor[..., ::2], tensor[..., 1::2]) if in_turn else tensor.chunk(2, 1)
+            for half, new in zip(halves, ("gate", "up"), strict=True):
+                ours = half if in_turn else half.transpose(1, 2)
+                out[f"{at}.{new}.{which}"] = ours if which == "bias" else ours.flatten(0, 1)
+        elif kind == "down_proj_bias":
+            out[f"{at}.down.bias"] = tensor
+        elif kind == "down_proj":
+            out[f"{at}.down.weight"] = (tensor.transpose(1, 2) if in_turn else tensor).flatten(0, 1)
+        else:
+            out[name] = tensor
+    return out
 
 
 def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -349,6 +528,17 @@ def _llama(found: dict[str, Tensor], *, after: bool) -> dict[str, Tensor]:
         "self_attn.k_proj": "attention.wk",
         "self_attn.v_proj": "attention.wv",
         "self_attn.o_proj": "attention.wo",
+        "self_attn.q_a_proj": "attention.wq_a",
+        "self_attn.q_b_proj": "attention.wq_b",
+        "self_attn.kv_a_proj_with_mqa": "attention.wkv_a",
+        "self_attn.kv_b_proj": "attention.wkv_b",
+        "a_layernorm": "a_norm",
+        "mlp.gate.e_score_correction_bias": "moe.router.correction",
+        "mlp.gate.weight": "moe.router.weight",
+        "mlp.router.": "moe.router.",
+        "mlp.shared_experts.gate_proj": "moe.shared.gate",
+        "mlp.shared_experts.up_proj": "moe.shared.up",
+        "mlp.shared_experts.down_proj": "moe.shared.down",
         "self_attn.": "attention.",
         "mlp.gate_proj": "mlp.gate",
         "mlp.up_proj": "mlp.up",

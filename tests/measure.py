@@ -63,7 +63,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
     with StorageCounter() as counter:
         stages = build_stages(recipe, mesh)
         pipeline = make_pipeline(stages, mesh, recipe)
-        optimizer = ShardedOptimizer(stages, recipe.optimizer)
+        optimizer = ShardedOptimizer(stages, recipe, mesh)
         finalizer = GradientFinalizer(
             stages,
             mesh,
@@ -81,7 +81,9 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
             gradients = sum(sharding.gradient(shard).nbytes for sharding, shard in held)
             optimizer.step(1e-3)
             optimizer.zero_grad()
-        states = [t for state in optimizer.inner.state.values() for t in state.values() if t.numel() > 1]
+        states = [
+            t for part in optimizer.parts.values() for s in part.state.values() for t in s.values() if t.numel() > 1
+        ]
         return {
             "weights": sum(shard.weight.nbytes for _, shard in held),
             "optimizer": sum(t.nbytes for t in states),

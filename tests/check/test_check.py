@@ -472,6 +472,10 @@ class TestSamples:
         (["training.batch_ramp_up={start: 8, increment: 4, steps: 10}"], "training.batch_ramp_up"),
         (["data.validation={path}"], "data.validation"),
         (["optimizer.momentum=0.9"], "optimizer.momentum"),
+        (["optimizer={name: sgd, betas: [0.8, 0.9]}"], "optimizer.betas"),
+        (["optimizer={name: sgd, eps: 1e-6}"], "optimizer.eps"),
+        (["optimizer.groups=[{match: norm.weight}]"], "optimizer.groups[0]"),
+        (["optimizer.groups=[{match: 'layers.*', lr: 1e-4}, {match: 'layers.1.*', lr: 1e-5}]"], "optimizer.groups[1]"),
         (["topology.pp=2", "topology.zero=3"], "topology.zero"),
         (["topology.tp=2", "topology.async_tp=true"], "topology.async_tp"),
         (["checkpoint={every: 4, keep_every: 10}"], "checkpoint.keep_every"),
@@ -488,6 +492,27 @@ def test_warned_of(recipe: Path, overrides: list[str], key: str) -> None:
 
 def test_a_plain_recipe_has_no_warning(recipe: Path) -> None:
     assert check(recipe).warnings == []
+
+
+def test_what_muon_reads(recipe: Path) -> None:
+    checked = check(recipe, "optimizer={name: muon, betas: [0.8, 0.9], eps: 1e-6}")
+    assert checked.warnings == [] and checked.recipe.optimizer.momentum == 0.95
+    assert check(recipe).recipe.optimizer.momentum == 0.0
+    (problem,) = problems(recipe, "optimizer={name: muon, momentum: 1}")
+    assert problem.key == "optimizer.momentum" and "0.95" in problem.fix
+    (problem,) = problems(recipe, "optimizer={name: muon, betas: [1, 0.9]}")
+    assert problem.key == "optimizer.betas"
+
+
+def test_a_group_that_no_parameter_is_in(recipe: Path) -> None:
+    (problem,) = problems(
+        recipe, "optimizer.groups=[{match: '*norm*', weight_decay: 0.1}, {match: 'layers.*.attn.wq.weight', lr: 1e-4}]"
+    )
+    assert problem.key == "optimizer.groups[1].match" and problem.where
+    assert "layers.*.attn.wq.weight" in problem.what and "layers.*.attention.wq.weight" in problem.fix
+    check(recipe, "optimizer.groups=[{match: 'layers.[01].attention.w?.weight', lr: 0}]")
+    (problem,) = problems(recipe, "optimizer.groups=[{match: '*', weight_decay: -1}]")
+    assert problem.key == "optimizer.groups[0].weight_decay"
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -46,7 +47,8 @@ class TestList:
         out = output(capsys, "list")
         assert "  quickstart " in out
         assert "  llama3-8b " in out
-        assert "8.03B parameters" in out
+        assert re.search(r"^  llama3-8b +8.03B parameters$", out, re.M)
+        assert re.search(r"^  mixtral-8x7b +46.70B parameters, 12.88B active$", out, re.M)
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         found = json.loads(output(capsys, "list", "--json"))
@@ -113,6 +115,15 @@ class TestCheck:
         assert (report["world_size"], report["dp"], sum(report["stage_layers"])) == (16, 4, 4)
         assert report["microbatches"] == 2
         assert report["warnings"] == []
+
+    def test_experts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        report = json.loads(output(capsys, "check", "quickstart-experts", "--json", "--set", "topology.dp=4"))
+        assert (report["ep"], report["edp"], report["parameters"]) == (4, 2, 1_937_536)
+        assert report["parameters"] - report["active_parameters"] == 3 * 6 * 3 * 128 * 128  # 6 of 8 in 3 layers
+        assert (
+            not {"ep", "edp", "expert_tp", "active_parameters"}
+            & json.loads(output(capsys, "check", "quickstart", "--json")).keys()
+        )
 
     def test_warnings(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "warning: --set: optimizer.momentum: has no effect with adamw" in output(

@@ -82,6 +82,10 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("granite", 1, 1),
         ("smollm3-window", 1, 1),
         ("gpt_neox", 1, 1),
+        ("mixtral", 2, 1),
+        ("qwen3_moe", 1, 2),
+        ("deepseek_v3", 2, 2),
+        ("gpt_oss", 2, 1),
     ],
 )
 def test_tokens_are_those_of_transformers(

@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from tests.families import MODELS, SEQ, VOCAB, reference
+from tests.families import LAYERS, MODELS, SEQ, VOCAB, reference
 from tests.training import batch, train, trainer
 from tests.world import World
 from tplaunch.checkpoint.store import find_checkpoints
 from tplaunch.cli.main import run
 from tplaunch.errors import Exit, TplaunchError
-from tplaunch.huggingface.config import LLAMA as LLAMA_FAMILY
-from tplaunch.huggingface.config import READ, family_of, read_config, write_config
+from tplaunch.huggingface.config import read_config, write_config
 from tplaunch.huggingface.export import export
+from tplaunch.huggingface.families import LLAMA as LLAMA_FAMILY
+from tplaunch.huggingface.families import READ, family_of
 from tplaunch.huggingface.tensors import hf_tensors
 from tplaunch.recipe.load import load_recipe
+from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Model
 
 TOKENS = torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
@@ -98,7 +100,13 @@ def train_on(raw: dict[str, Any], root: str) -> list[tuple[float, float]]:
     return results + train(made, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "llama-tied", "qwen3", "gpt2", "deepseek_v3"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "gpt_oss")),
+    ],
+)
 def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: World, family: str) -> None:
     model = saved(family, tmp_path / "theirs")
     assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
@@ -108,7 +116,7 @@ def test_training_goes_on_from_theirs_and_they_from_ours(tmp_path: Path, world: 
         "name": "on",
         "model": extended.model.model_dump(),
         "checkpoint": {"initial": extended.checkpoint.initial},
-        "topology": {"tp": 2, "pp": 2, "dp": 1},
+        "topology": {"tp": 2, "pp": 2, "dp": 1, "ep": 2 if "moe" in MODELS[family] else 1},
         "training": {
             "seq_len": SEQ,
             "micro_batch_size": 2,
@@ -165,6 +173,10 @@ QWEN3 = write_config(Model.model_validate(MODELS["qwen3"]), seq_len=SEQ, precisi
 SMOLLM3 = write_config(Model.model_validate(MODELS["smollm3"]), seq_len=SEQ, precision="bf16", eod=0)
 NEOX = write_config(Model.model_validate(MODELS["gpt_neox"]), seq_len=SEQ, precision="bf16", eod=0)
 GEMMA3 = write_config(Model.model_validate(MODELS["gemma3"]), seq_len=SEQ, precision="bf16", eod=0)
+MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS = (
+    write_config(Model.model_validate(MODELS[family]), seq_len=SEQ, precision="bf16", eod=0)
+    for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+)
 SLIDING = {"use_sliding_window": True, "sliding_window": 128}
 GPT2 = write_config(Model.model_validate(MODELS["gpt2"]), seq_len=SEQ, precision="bf16", eod=0)
 
@@ -178,6 +190,17 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
     gemma = {key: value for key, value in GEMMA3.items() if key not in ("rope_parameters", "layer_types")}
     first = {"sliding_window_pattern": 3, "rope_theta": 1e6, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
     assert read_config(config(tmp_path, {**gemma, **first})) == read_config(config(tmp_path, GEMMA3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
+    model = Model.model_validate(MODELS[name])
+    said = write_config(model, seq_len=SEQ, precision="fp32", eod=0)
+    read = read_config(config(tmp_path, said))
+    same = {name: getattr(read.model, name) for name in ("family", "rope_layers")}  # a pattern may be said shorter
+    assert read.model == model.model_copy(update=same)
+    assert all(read.model.turns(layer) == model.turns(layer) for layer in range(LAYERS))
+    assert said == write_config(read.model, seq_len=read.seq_len, precision="fp32", eod=0)
 
 
 def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
@@ -201,7 +224,21 @@ def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "changes", "said"),
     [
-        (LLAMA, {"model_type": "mixtral"}, "model_type 'mixtral'"),
+        (LLAMA, {"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'"),
+        (DEEPSEEK_V3, {"model_type": "deepseek_v2"}, "model_type 'deepseek_v2'"),
+        (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        (MIXTRAL, {"num_local_experts": None}, "moe.experts"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        (QWEN3_MOE, {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        (DEEPSEEK_V3, {"rope_interleave": False}, "rope_interleave"),
+        (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method"),
+        (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func"),
+        (DEEPSEEK_V3, {"moe_layer_freq": 2}, "moe_layer_freq"),
+        (DEEPSEEK_V3, {"num_key_value_heads": 1}, "num_key_value_heads"),
+        (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias"),
+        (DEEPSEEK_V3, {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        (GPT_OSS, {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        (GPT_OSS, {"swiglu_limit": 5.0}, "swiglu_limit"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act"),
         (QWEN3, {"attention_bias": True}, "attention_bias"),
         (QWEN3, {"mlp_bias": True}, "mlp_bias"),
@@ -242,9 +279,11 @@ def test_what_would_compute_something_else_is_refused(
 
 NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 NEEDED |= {"n_embd", "n_layer", "n_head"}
+NEEDED |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"}
+MIXTURES = [MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS]
 
 
-@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2], ids=lambda base: base["model_type"])
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2, *MIXTURES], ids=lambda base: base["model_type"])
 def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any]) -> None:
     for key in base.keys() - {"model_type"}:
         less = {name: value for name, value in base.items() if name != key}
@@ -253,8 +292,15 @@ def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any
                 read_config(config(tmp_path, less))
             continue
         found = read_config(config(tmp_path, less))
-        if base is GPT2:  # its files leave out most: what transformers takes for them is what we take
-            assert found == read_config(config(tmp_path, GPT2Config(**less).to_dict())), key
+        heads = base is DEEPSEEK_V3 and key == "num_key_value_heads"  # without them theirs has 128
+        if base in (GPT2, *MIXTURES) and not heads:  # what transformers takes for what is left out is what we take
+            assert found == read_config(config(tmp_path, CONFIG_MAPPING[base["model_type"]](**less).to_dict())), key
+
+
+def test_gpt_oss_turns_by_yarn_where_nothing_is_said(tmp_path: Path) -> None:
+    less = {name: value for name, value in GPT_OSS.items() if not name.startswith("rope_")}
+    theirs = CONFIG_MAPPING["gpt_oss"](**less).to_dict()
+    assert read_config(config(tmp_path, less)) == read_config(config(tmp_path, theirs))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
@@ -335,6 +381,17 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Capture
         {**MODELS["gpt_neox"], "mlp_bias": False},
         {**MODELS["gpt_neox"], "num_kv_heads": 1},
         {**MODELS["gemma2"], "attention_scale": 0.3},
+        {**MODELS["mixtral"], "moe": None, "latent": MODELS["deepseek_v3"]["latent"]},
+        {**MODELS["mixtral"], "moe": {**MODELS["mixtral"]["moe"], "shared_ffn_hidden_size": 8}},
+        {**MODELS["mixtral"], "moe": {**MODELS["mixtral"]["moe"], "router": "sigmoid"}},
+        {**MODELS["mixtral"], "moe": {**MODELS["mixtral"]["moe"], "dense_layers": 1}},
+        {**MODELS["qwen3_moe-dense-first"], "mlp_bias": None},
+        {**MODELS["deepseek_v3"], "attention_scale": None},
+        {**MODELS["deepseek_v3"], "moe": {**MODELS["deepseek_v3"]["moe"], "bias_rate": None}},
+        {**MODELS["deepseek_v3"], "moe": {**MODELS["deepseek_v3"]["moe"], "shared_ffn_hidden_size": 9}},
+        {**MODELS["deepseek_v3"], "latent": None, "head_dim": 20},
+        {**MODELS["gpt_oss"], "activation": "swiglu"},
+        {**MODELS["gpt_oss"], "moe": {**MODELS["gpt_oss"]["moe"], "biases": False}},
     ],
     ids=str,
 )
@@ -352,6 +409,163 @@ def test_a_family_that_a_model_names_must_compute_it() -> None:
         family_of(llama.model_copy(update={"family": "qwen2"}))
     assert family_of(llama.model_copy(update={"window": 8})).model_type == "mistral"
     assert family_of(llama.model_copy(update={"window": 8, "window_layers": ["full", "window"]})) == READ["smollm3"]
+
+
+def test_configs_of_published_mixtures_of_experts_are_read(tmp_path: Path) -> None:
+    """As they lie on the Hub, where they leave out what their classes have by default, and say what is not read."""
+    mixtral = {
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    }
+    deepseek_v3 = {
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    }
+    gpt_oss = {
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    }
+    qwen3_moe = {
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    named = {"mixtral-8x7b": mixtral, "deepseek-v3": deepseek_v3, "gpt-oss-20b": gpt_oss, "qwen3-30b-a3b": qwen3_moe}
+    for preset, said in named.items():
+        ours = Model.model_validate(PRESETS[preset])
+        if ours.moe is not None and ours.moe.bias_rate:  # moved in its training; an imported one stays, unless asked
+            ours = ours.model_copy(update={"moe": ours.moe.model_copy(update={"bias_rate": 0.0})})
+        assert read_config(config(tmp_path, said)).model == ours, preset
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "theirs"
+    saved("deepseek_v3", folder)
+    found = load_file(folder / "model.safetensors")
+    more = {f"model.layers.{LAYERS}.{name}": torch.ones(4) for name in ("eh_proj.weight", "enorm.weight")}
+    save_file({**found, **more}, folder / "model.safetensors")
+    assert "none of the model's tensors" in refused(folder, capsys)  # config.json says that there are none
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "num_nextn_predict_layers": 1}))
+    assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
+    assert "left out" in capsys.readouterr().err
+
+
+def test_routers_of_deepseek_stay_wide(tmp_path: Path) -> None:
+    """As transformers keeps them; all else, and what a checkpoint is said to be in, is as narrow as it was."""
+    saved("deepseek_v3", tmp_path / "wide")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    assert run(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == Exit.DONE
+    assert run(["export", str(tmp_path / "ours" / "step-00000000"), str(tmp_path / "back")]) == Exit.DONE
+    theirs, back = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+    assert back.keys() == theirs.keys()
+    for name, tensor in back.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
+    wide = {name for name, tensor in back.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in back if ".mlp.gate." in name} and len(wide) == 2 * (LAYERS - 1)
 
 
 def test_no_rope_layers_by_their_interval(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "rotary_fraction": 0.5,
         "parallel_residual": True,
     },
+    "latent": {
+        "num_kv_heads": 4,
+        "latent": {"q_rank": 24, "kv_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10},
+    },
+    "latent, whole queries": {
+        "num_kv_heads": 4,
+        "latent": {"kv_rank": 16, "nope_dim": 12, "rope_dim": 8, "value_dim": 10},
+    },
 }
 # Each part alone, each two, all but one: chains of all lengths.
 SETS: list[Any] = [
@@ -84,7 +92,8 @@ AFTER: list[Any] = [*FEWER, {"again": ["down"]}, {"again": ["norm", "down"]}]
 
 def sets_of(model: str, otherwise: list[Any] = SETS) -> list[Any]:
     """What is tried of a model: of those that differ from another in some steps, less."""
-    return AFTER if MODELS[model].get("post_norms") else FEWER if model == "gpt_neox" else otherwise
+    fewer = model in ("gpt_neox", "latent, whole queries")
+    return AFTER if MODELS[model].get("post_norms") else FEWER if fewer else otherwise
 
 
 def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
@@ -145,6 +154,8 @@ WORLDS = {
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),
     "ulysses2-tp2-sp": case(2, cp=2, cp_kind="ulysses", sequence_parallel=True),
     "ulysses4-gpt2": case(cp=4, cp_kind="ulysses", model=GPT2),
+    "zero-bubble-tp2-sp-latent": case(2, 2, schedule="zbvzerobubble", sequence_parallel=True, model=MODELS["latent"]),
+    "cp2-tp2-latent": case(2, cp=2, model=MODELS["latent"]),
 }
 
 
@@ -154,6 +165,8 @@ MANY = {
     "ulysses2-tp2-sp",
     "ulysses4-gpt2",
     "fp64-tp4-sp-kv2",
+    "zero-bubble-tp2-sp-latent",
+    "cp2-tp2-latent",
 }  # processes, for what others show part by part
 
 
@@ -202,7 +215,7 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
                 counter.add(getattr(tensor, "_local_tensor", tensor))
             before = counter.bytes - x.nbytes
             y = stage.module.layers["0"](x, stage.module.rope, None)
-            planned = block_activations(plan, chosen(recipe.training, 0))
+            planned = block_activations(plan, chosen(recipe.training, 0), experts=recipe.model.has_experts(0))
             deadline = time.monotonic() + 1
             while (held := counter.bytes - before - y.nbytes) > planned and time.monotonic() < deadline:
                 time.sleep(0.001)  # gloo's thread lets go of what it has summed a moment later

@@ -95,7 +95,7 @@ def test_what_leaves_the_node_is_slow() -> None:
 
 def test_the_query_projection_hides_the_gathering() -> None:
     of = case("llama3-8b", *SHARED)
-    gather, back = context_traffic(of, Passes(0.0), Passes(0.0)).exchanges
+    gather, back = context_traffic(of, Passes(0.0), Passes(0.0)).all
     half = Passes(gather.seconds / 2)
     assert context_traffic(of, half, Passes(0.0)).forward == pytest.approx(gather.seconds / 2)
     assert context_traffic(of, half, half).backward == pytest.approx(gather.seconds + back.seconds)

@@ -22,7 +22,7 @@ from tplaunch.errors import RecipeError, TplaunchError
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change, with_values
 from tplaunch.plan.communication import Group, Kind, axis_group, collective_seconds
-from tplaunch.plan.estimate import Plan, block_work, estimate
+from tplaunch.plan.estimate import Plan, block_work, block_works, estimate
 from tplaunch.plan.recomputation import HEADROOM, options
 from tplaunch.plan.remedies import remedies
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg, timeline_trace
@@ -143,6 +143,11 @@ def test_a_rank_is_shown_with_its_groups(capsys: pytest.CaptureFixture[str]) -> 
     assert "rank 77: tp=5 dp=9 pp=0, node 9" in out
     assert "tp group: 72, 73, 74, 75, 76, 77, 78, 79" in out
     assert "stage 4: layers 21 to 25" in out
+    assert "ep group" not in out
+    assert run(["plan", "mixtral-8x7b", "--rank", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "  ep group: 8, 9, 10, 11, 12, 13, 14, 15\n  edp group: 1, 9, 17, 25\n" in out
+    assert "expert_tp group" not in out
     assert run(["plan", "llama3-70b", "--rank", "512"]) == 2
     assert "there is no rank 512" in capsys.readouterr().err
 
@@ -320,7 +325,7 @@ def test_tune_misses_nothing_that_planning_everything_finds() -> None:
             candidate = Change({**change.values, "training.recompute": option.value}).apply(own)
             assert candidate is not None
             plan = estimate(candidate)
-            glance = quick_look(candidate, block_work(candidate))
+            glance = quick_look(candidate, block_works(candidate))
             if plan.headroom >= HEADROOM * plan.case.gpu.memory:
                 best = plan if best is None or plan.step_seconds < best.step_seconds else best
                 if glance is not None:

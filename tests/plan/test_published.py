@@ -19,7 +19,7 @@ from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import GPUS, Gpu
 from tplaunch.spec.parameters import parameter_count
-from tplaunch.spec.recompute import ALL
+from tplaunch.spec.recompute import ALL, block_steps
 from tplaunch.spec.resolve import resolve
 from tplaunch.units import GiB
 
@@ -35,14 +35,15 @@ class Point:
         name: of the run there.
         case: the run as a recipe and hardware.
         measured: what was measured.
-        unit: of it: seconds of a step, model or hardware FLOPs utilisation, hardware TFLOP/s or tokens/s of a GPU.
+        unit: of it: seconds of a step, model or hardware FLOPs utilisation, model or hardware TFLOP/s or tokens/s of a
+            GPU, GPU-hours.
     """
 
     source: str
     name: str
     case: Case
     measured: float
-    unit: Literal["s", "mfu", "hardware TFLOP/s", "tokens/s"]
+    unit: Literal["s", "mfu", "TFLOP/s", "hardware TFLOP/s", "tokens/s", "K GPU-hours/T tokens"]
 
     def predicted(self) -> float:
         plan = estimate(self.case)
@@ -50,10 +51,10 @@ class Point:
         # Theirs compute whole blocks again; ours leaves out the last projection and its sum, which nothing needs.
         model, work = self.case.model, block_work(self.case)
         whole = [
-            sum(self.case.recomputes(s).get(ALL, 0) for s in self.case.stages_on(r))
+            sum(n for s in self.case.stages_on(r) for block, n in self.case.blocks(s).items() if block.again == ALL)
             for r in range(self.case.topology.pp)
         ]
-        down = work.parts["down"].forward + work.traffic.again_seconds(["down"])
+        down = work.parts["down"].forward + work.traffic.again_seconds(block_steps(model)[-1:])
         seconds += self.case.microbatches * max(whole) * down / (1 - plan.step.bubble)
         flops += sum(whole) * 2 * model.ffn_hidden_size * model.hidden_size
         tokens = self.case.tokens_per_step / seconds / self.case.topology.world_size
@@ -66,7 +67,8 @@ class Point:
     def error(self) -> float:
         """Error of the predicted step time, as a share of the measured; positive: predicted slower than it was."""
         predicted = self.predicted()
-        return predicted / self.measured - 1 if self.unit == "s" else self.measured / predicted - 1
+        takes = self.unit in ("s", "K GPU-hours/T tokens")
+        return predicted / self.measured - 1 if takes else self.measured / predicted - 1
 
 
 def case(

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tplaunch.cli.main import run
+from tplaunch.errors import RecipeError
+from tplaunch.recipe.explain import SYNONYMS
+from tplaunch.recipe.load import load_recipe
 
 # Line numbers below count from this head: its last line is line 6.
 HEAD = """\
@@ -122,7 +125,7 @@ TAILS: dict[str, tuple[str, list[str]]] = {
     "list for a section": ("optimizer: [adamw]\n", ["r:7:12: optimizer: expected a mapping", 'got ["adamw"]']),
     "null for a section": ("launch:\n", ["launch: expected a mapping (max_restarts,", "got null"]),
     "choice, near": ("topology: {schedule: 1F1B}\n", ["r:7:22:", "one of gpipe, 1f1b,", "did you mean 1f1b?"]),
-    "choice, far": ("optimizer: {name: lion}\n", ['optimizer.name: expected one of adamw, sgd, got "lion"']),
+    "choice, far": ("optimizer: {name: lion}\n", ['optimizer.name: expected one of adamw, sgd, muon, got "lion"']),
     "dp neither number nor auto": (
         "topology: {dp: all}\n",
         ['expected a whole number from 1 to 1,000,000 or auto, got "all"'],
@@ -323,3 +326,12 @@ def test_malformed_overrides(override: str, said: str, capsys: pytest.CaptureFix
     code, message = check(capsys, "r", "--set", override)
     assert code == 2
     assert said in message
+
+
+@pytest.mark.parametrize(("name", "key"), SYNONYMS.items())
+def test_other_trainers_names_lead_to_keys(name: str, key: str) -> None:
+    """`key` is there: setting it to nonsense is about its value, not its name."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("mixtral-8x7b", [f"{key}=[[nonsense]]"])
+    wrong = [problem.key for problem in caught.value.problems if problem.what.startswith("expected")]
+    assert [text.split("[")[0] for text in wrong] == [key], name

@@ -24,7 +24,8 @@ from tplaunch.units import GiB
         ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"),
         ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
         ("NVIDIA GB200", "gb200"),
-        ("NVIDIA H800", None),
+        ("NVIDIA H800", "h800-80gb"),
+        ("NVIDIA H800 PCIe", None),
         ("NVIDIA GeForce RTX 3090", None),
     ],
 )

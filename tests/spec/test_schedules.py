@@ -10,7 +10,7 @@ from tests.recipes import case, resolved
 from tplaunch.recipe.schema import Recipe, Schedule
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.schedules import SCHEDULES
-from tplaunch.spec.stages import layer_cost_ratio, stage_ranges
+from tplaunch.spec.stages import layer_costs, stage_ranges
 from tplaunch.spec.topology import Topology
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_resolved_is_refused() -> None:
 
 def test_a_block_that_is_recomputed_every_so_often_costs_so_much_more() -> None:
     def ends(recompute: object) -> tuple[float, float]:
-        return layer_cost_ratio(Recipe.model_validate(case(1, 2, training={"recompute": recompute})))
+        return layer_costs(Recipe.model_validate(case(1, 2, training={"recompute": recompute})))[:2]
 
     none, half, full = ends("none")[1], ends({"every": 2})[1], ends("full")[1]
     forward = 2 * 64 * (4 * 16 * 2 + 2 * 16 * 2 + 3 * 96) + 4 * 4 * 16 * 32 / 2

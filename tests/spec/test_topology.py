@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tplaunch.spec.schedules import SCHEDULES, stage_rank, stages_of
-from tplaunch.spec.stages import layer_ranges, split_layers
+from tplaunch.spec.stages import LayerCosts, layer_ranges, split_layers
 from tplaunch.spec.topology import AXES, EXPERT_AXES, Coordinates, ExpertCoordinates, Topology
 
 sizes = st.integers(1, 6)
@@ -129,7 +129,7 @@ def test_the_fold_of_deepseek_v3() -> None:
 
 
 def test_a_world_without_spread_experts_does_not_mention_them() -> None:
-    assert Topology(tp=2, dp=4).expert_sizes == ""
+    assert (Topology(tp=2, dp=4).expert_sizes, Topology(tp=2, dp=4).expert_axes) == ("", ())
     assert Topology(tp=2, dp=4).edp == 8
 
 
@@ -177,9 +177,9 @@ costs = st.floats(0, 5, allow_nan=False)
 def test_no_split_has_a_cheaper_costliest_stage(layers: int, stages: int, first: float, last: float) -> None:
     if layers < stages:
         with pytest.raises(ValueError, match="cannot fill"):
-            split_layers(layers, stages, first=first, last=last)
+            split_layers(layers, stages, LayerCosts(first, last))
         return
-    counts = split_layers(layers, stages, first=first, last=last)
+    counts = split_layers(layers, stages, LayerCosts(first, last))
     assert sum(counts) == layers
     assert len(counts) == stages
     assert min(counts) >= 1

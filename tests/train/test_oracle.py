@@ -21,6 +21,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.muon import PlainMuon
 from tests.training import trainer
 from tests.world import World
 from tplaunch.data.indexed import IndexedWriter
@@ -41,6 +42,12 @@ MODEL = {
 TOPOLOGIES = {"one": {"dp": 1}, "tp2-pp2": {"tp": 2, "pp": 2, "dp": 1, "sequence_parallel": True}}
 ADAMW = {"name": "adamw", "lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY}
 SGD = {"name": "sgd", "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0}
+MUON = {"name": "muon", "momentum": 0.8}
+GROUPS = [
+    {"match": "*.mlp.down.weight", "lr": LR / 3, "weight_decay": 0.1},
+    {"match": "layers.0.*", "lr": LR / 2},
+    {"match": "*norm.weight", "weight_decay": 0.2},
+]
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,15 @@ CASES = {
     # AdamW sees a gradient's direction more than its length; SGD sees both.
     "clipping-sgd": Case(training={"grad_clip": 1.9}, optimizer=SGD),
     "sgd": Case(optimizer={**SGD, "weight_decay": 0.02}),
+    "groups": Case(optimizer={"groups": GROUPS}),
+    "groups-sgd": Case(optimizer={**SGD, "weight_decay": 0.02, "groups": GROUPS}),
+    "muon": Case(optimizer=MUON),
+    "muon-groups-resumed": Case(
+        optimizer={**MUON, "groups": GROUPS},
+        lr_schedule={"decay": "cosine", "warmup_steps": 3, "min_lr": LR / 10},
+        rate=_cosine,
+        resumed=True,
+    ),
     "z-loss": Case(training={"z_loss": 0.03}),
     "eod-mask-loss": Case(training={"eod_mask_loss": True}),
     "documents": Case(training={"document_mask": True}),
@@ -224,36 +240,49 @@ class Reference:
         self.training = case.training or {}
         self.settings = {**ADAMW, **(case.optimizer or {})}
         self.model = transformers.LlamaForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
-        decayed, spared = [], []
-        for name, tensor in self.model.named_parameters():
-            (spared if "norm" in name or name.endswith("bias") else decayed).append(tensor)
-        groups = [
-            {"params": decayed, "weight_decay": self.settings["weight_decay"]},
-            {"params": spared, "weight_decay": 0.0},
-        ]
-        rate = self.settings["lr"]
-        if self.settings["name"] == "sgd":
-            self.optimizer: Any = torch.optim.SGD(groups, rate, self.settings["momentum"])
+        groups = [self._group(name, tensor) for name, tensor in self.model.named_parameters()]
+        rate, name = self.settings["lr"], self.settings["name"]
+        hidden = [group for group in groups if name == "muon" and group["hidden"]]
+        rest = [group for group in groups if name != "muon" or not group["hidden"]]
+        if name == "sgd":
+            self.optimizers: list[Any] = [torch.optim.SGD(rest, rate, self.settings["momentum"])]
         else:
-            self.optimizer = torch.optim.AdamW(groups, rate, BETAS, EPS)
-        self.scheduler = case.rate(self.optimizer) if case.rate else None
+            self.optimizers = [torch.optim.AdamW(rest, rate, BETAS, EPS)]
+        if hidden:
+            self.optimizers.append(PlainMuon(hidden, rate, momentum=self.settings["momentum"]))
+        self.schedulers = [case.rate(optimizer) for optimizer in self.optimizers if case.rate]
         self.validation: dict[int, float] = {}  # step -> mean loss over the validation data
+
+    def _group(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        """Each tensor by itself, with its rate and decay."""
+        layer = name.startswith("model.layers.0.")
+        spared = "norm" in name or name.endswith("bias")
+        rate, decay = self.settings["lr"], 0.0 if spared else self.settings["weight_decay"]
+        if "groups" in self.settings:  # GROUPS, as their order has it
+            if "down_proj" in name:
+                rate, decay = LR / 3, 0.1
+            elif layer:
+                rate = LR / 2
+            elif "norm" in name:
+                decay = 0.2
+        return {"params": [tensor], "lr": rate, "weight_decay": decay, "hidden": "_proj" in name}
 
     def curve(self) -> list[tuple[float, float, float]]:
         """(loss, gradient norm, rate) of every step."""
         found, done = [], 0
         for step in range(1, STEPS + 1):
-            if self.scheduler is not None:
-                self.scheduler.step()  # the rate of an update is that of its number, from 1
+            for scheduler in self.schedulers:
+                scheduler.step()  # the rate of an update is that of its number, from 1
             size = self._batch_size(step)
             loss = self._loss(self._places(range(done, done + size)))
             done += size
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             loss.backward()
             clip = self.training.get("grad_clip") or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            found.append((loss.item(), norm.item(), self.optimizer.param_groups[0]["lr"]))
-            self.optimizer.step()
+            found.append((loss.item(), norm.item(), self.optimizers[0].param_groups[0]["lr"]))
+            for optimizer in self.optimizers:
+                optimizer.step()
             every = self.training.get("eval_every")
             if every and (step % every == 0 or step == STEPS):
                 self.validation[step] = self._validate()

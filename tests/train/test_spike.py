@@ -42,7 +42,7 @@ def run(raw: dict[str, Any], root: str) -> list[tuple[int, float, float, int]]:
     made.resume("auto")
     while made.progress.step < END:
         result = made.step.run(batch(made), 10.0 if made.progress.step + 1 == SPIKE else 1.0)
-        (updates,) = {int(state["step"]) for state in made.step.optimizer.inner.state.values()}
+        (updates,) = {int(state["step"]) for state in made.step.optimizer.parts["adamw"].state.values()}
         curve.append((made.progress.step, result.loss, result.grad_norm, updates))
         made.handle_bad_step(result)
         if made.progress.step == SAVED:

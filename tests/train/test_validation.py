@@ -40,7 +40,7 @@ def losses(raw: dict[str, Any], validate: bool) -> list[float]:
     mesh = Mesh.of(recipe, torch.device("cpu"))
     stages = build_stages(recipe, mesh)
     pipeline = make_pipeline(stages, mesh, recipe)
-    optimizer = ShardedOptimizer(stages, recipe.optimizer)
+    optimizer = ShardedOptimizer(stages, recipe, mesh)
     finalizer = GradientFinalizer(
         stages, mesh, schedule=recipe.topology.schedule, num_stages=pipeline.num_stages, tied=False
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tplaunch.check.choices import choices, divisors, multiples
+from tplaunch.check.experts import mixture_problems
 from tplaunch.errors import Problem
-from tplaunch.recipe.schema import Model
+from tplaunch.recipe.schema import Latent, Model
 
 
 def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
@@ -17,7 +18,9 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
             fix=f"num_kv_heads: {choices(divisors(heads), kv_heads)}",
             key="model.num_kv_heads",
         )
-    if model.head_dim is None:
+    if model.latent is not None:
+        yield from _latent(model, model.latent)
+    elif model.head_dim is None:
         yield Problem(
             f"hidden_size {model.hidden_size} is not a multiple of num_heads {heads}, so head_dim is unknown",
             fix=f"hidden_size: {choices(multiples(heads, model.hidden_size), model.hidden_size)}, or state head_dim",
@@ -37,6 +40,7 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
             fix=f"rotary_fraction: {(model.rotary_dim + 2) // 2 * 2 / model.head_dim:g}",
             key="model.rotary_fraction",
         )
+    yield from mixture_problems(model)
     yield from _windows(model)
     yield from _block(model)
     if model.position == "learned":
@@ -68,6 +72,43 @@ def model_problems(model: Model, seq_len: int) -> Iterator[Problem]:
             fix="the published values are 1.0 and 4.0",
             key="model.rope_scaling",
         )
+
+
+def _latent(model: Model, latent: Latent) -> Iterator[Problem]:
+    """What goes with latent attention, whose keys and values come from one vector of all heads."""
+    if model.num_kv_heads != model.num_heads:
+        yield Problem(
+            f"{model.num_kv_heads} key/value heads, where latent attention makes those of all {model.num_heads} heads",
+            fix=f"num_kv_heads: {model.num_heads}, or leave it out",
+            key="model.num_kv_heads",
+        )
+    width = latent.nope_dim + latent.rope_dim
+    if model.head_dim != width:
+        yield Problem(
+            f"head_dim {model.head_dim} is not nope_dim {latent.nope_dim} + rope_dim {latent.rope_dim}",
+            fix=f"head_dim: {width}, or leave it out",
+            key="model.head_dim",
+        )
+    if latent.rope_dim % 2:
+        yield Problem(
+            f"rope_dim {latent.rope_dim} is odd",
+            why="rotary embeddings turn pairs of channels",
+            fix=f"rope_dim: {latent.rope_dim + 1}",
+            key="model.latent.rope_dim",
+        )
+    if model.position != "rope":
+        what = "turns rope_dim channels, but position is learned"
+        yield Problem(what, fix="position: rope, or latent: null", key="model.latent")
+    for key, plain in (
+        ("qk_norm", False),
+        ("qkv_bias", False),
+        ("rotary_fraction", 1.0),
+        ("window", None),
+        ("attention_sinks", False),
+    ):
+        if getattr(model, key) != plain:
+            what, fix = "latent attention has none", f"leave {key} out, or latent: null"
+            yield Problem(what, fix=fix, key=f"model.{key}")
 
 
 def _windows(model: Model) -> Iterator[Problem]:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tplaunch.check.data import missing_files, tokenizer_problems
+from tplaunch.check.experts import expert_warnings, experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
+from tplaunch.check.optimizer import optimizer_problems, optimizer_warnings
 from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
@@ -16,7 +18,7 @@ from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.parameters import parameter_count
+from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
 from tplaunch.units import format_count
@@ -44,9 +46,11 @@ class Checked(NamedTuple):
         where = f" on {topology.nodes} nodes" if topology.nodes > 1 else ""
         layers = "+".join(map(str, recipe.topology.stage_layers or ()))
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
+        spread = f", experts {topology.expert_sizes}" if topology.expert_sizes else ""
+        active = f" ({format_count(active_parameter_count(recipe.model))} active)" if recipe.model.moe else ""
         return (
-            f"{topology.sizes} = {topology.world_size} ranks{where}{split}; "
-            f"{format_count(parameter_count(recipe.model))} parameters in {training.precision}; "
+            f"{topology.sizes} = {topology.world_size} ranks{where}{spread}{split}; "
+            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
 
@@ -73,9 +77,11 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     problems += dp_problems
     if dp is not None:
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
-        problems += [*batch(recipe, dp), *profile_problems(recipe)]
-    problems += [*run_problems(recipe), *hook_problems(recipe), *sample_problems(recipe), *tokenizer_problems(recipe)]
-    warnings = [*run_warnings(recipe), *observe_warnings(recipe), *sample_warnings(recipe)]
+        problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
+    problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
+    problems += [*sample_problems(recipe), *tokenizer_problems(recipe)]
+    warnings = [*run_warnings(recipe), *optimizer_warnings(recipe), *expert_warnings(recipe)]
+    warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]
     missing = [*missing_files(recipe), *missing_packages(recipe)]
     (problems if need_data else warnings).extend(missing)
     if need_data and not missing:

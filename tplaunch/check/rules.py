@@ -10,6 +10,7 @@ from functools import partial
 from math import lcm
 
 from tplaunch.check.choices import choices, divisors, multiples, nearest
+from tplaunch.check.experts import experts
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.context import piece_count
@@ -27,6 +28,7 @@ def _problems(recipe: Recipe) -> Iterator[Problem]:
     yield from context_parallel(recipe)
     yield from replicas(recipe, recipe.topology.dp)
     yield from pipeline(recipe)
+    yield from experts(recipe)
     yield from batch(recipe, recipe.topology.dp)
 
 
@@ -42,7 +44,7 @@ def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
             fix=f"tp: {choices(filter(heads_fit, divisors(heads)), tp)}",
             key="topology.tp",
         )
-    if model.ffn_hidden_size % tp:
+    if not model.has_experts(0) and model.ffn_hidden_size % tp:
         yield Problem(
             f"ffn_hidden_size {model.ffn_hidden_size} is not divisible by tp = {tp}",
             fix=f"ffn_hidden_size: {choices(multiples(tp, model.ffn_hidden_size), model.ffn_hidden_size)}, "

@@ -18,8 +18,6 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
         recipe.lr_schedule,
         recipe.launch.slurm,
     )
-    if optimizer.name == "adamw" and max(optimizer.betas) >= 1:
-        yield Problem("each beta must be below 1", fix="the usual values are [0.9, 0.95]", key="optimizer.betas")
     if schedule.min_lr > optimizer.lr:
         yield Problem(f"min_lr {schedule.min_lr:g} is above lr {optimizer.lr:g}", key="lr_schedule.min_lr")
     if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > training.steps:
@@ -68,8 +66,6 @@ def run_warnings(recipe: Recipe) -> Iterator[Problem]:
             )
     if recipe.data.validation is not None and training.eval_every == 0:
         yield Problem("is never used: training.eval_every is 0", fix="set training.eval_every", key="data.validation")
-    if recipe.optimizer.momentum and recipe.optimizer.name != "sgd":
-        yield Problem(f"has no effect with {recipe.optimizer.name}", key="optimizer.momentum")
     if parallelism.async_tp and not (parallelism.sequence_parallel and parallelism.tp > 1):
         yield Problem(
             "has no effect: what it fuses matmuls with are the collectives of sequence parallelism",

@@ -59,12 +59,20 @@ def data_parallel(recipe: Recipe, gpus: int | None) -> tuple[int | None, list[Pr
 
 
 def placement_warnings(topology: Topology, async_tp: bool) -> Iterator[Problem]:
-    if topology.nodes > 1 and topology.gpus_per_node % topology.tp:
+    if topology.nodes == 1:
+        return
+    if topology.gpus_per_node % topology.tp:
         if async_tp:
             yield Problem("is off: tp groups cross nodes, where memory is not shared", key="topology.async_tp")
-        yield Problem(
-            f"tp groups of {topology.tp} cross nodes of {topology.gpus_per_node} GPUs",
-            why="every layer waits for its tp group, and the network is far slower than the links inside a node",
-            fix=f"tp: {choices(divisors(topology.gpus_per_node), topology.tp)}",
-            key="topology.tp",
-        )
+        yield _crossing(topology, "tp", "every layer waits for its tp group")
+    if topology.gpus_per_node % topology.expert_tp:
+        yield _crossing(topology, "expert_tp", "every layer of experts waits for its expert_tp group")
+
+
+def _crossing(topology: Topology, axis: str, waits: str) -> Problem:
+    return Problem(
+        f"{axis} groups of {topology.size(axis)} cross nodes of {topology.gpus_per_node} GPUs",
+        why=f"{waits}, and the network is far slower than the links inside a node",
+        fix=f"{axis}: {choices(divisors(topology.gpus_per_node), topology.size(axis))}",
+        key=f"topology.{axis}",
+    )

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Saved, SaveFailed
-from tplaunch.spec.parameters import parameter_count
+from tplaunch.spec.optimizer import all_slots, group_of, slots
+from tplaunch.spec.parameters import parameter_count, parameter_shapes
 from tplaunch.units import format_bytes
 
 State = dict[str, Any]
@@ -55,7 +56,6 @@ class CheckpointManager:
         run_dir: the run's directory.
         recipe: the recipe.
         tensors: gives everything to store or fill, with its global name (`named_tensors`).
-        slots: names of the state tensors that the optimizer keeps for each parameter.
         about: more facts for the manifest.
         files: more files that each checkpoint holds a copy of, by name; only rank 0's count.
         before_commit: called with the step when this rank's files are written; what it raises fails the save, like
@@ -68,7 +68,6 @@ class CheckpointManager:
         recipe: Recipe,
         tensors: Callable[[], list[tuple[str, Tensor]]],
         *,
-        slots: Sequence[str],
         about: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         before_commit: Callable[[int], None] = lambda step: None,
@@ -76,7 +75,7 @@ class CheckpointManager:
         self.run_dir = run_dir
         self.recipe = recipe
         self.tensors = tensors
-        self.slots = slots
+        self.slots = all_slots(recipe.optimizer)
         self.about = about or {}
         self.files = files or {}
         self.before_commit = before_commit
@@ -196,8 +195,9 @@ class CheckpointManager:
 
     def estimate_bytes(self) -> int:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
-        size = STORAGE_DTYPE[self.recipe.training.precision].itemsize
-        return parameter_count(self.recipe.model, padded=True) * (1 + len(self.slots)) * size
+        size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
+        parameters = parameter_shapes(self.recipe.model)
+        return size * sum(p.count * (1 + len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():
@@ -212,6 +212,7 @@ class CheckpointManager:
             "seq_len": self.recipe.training.seq_len,
             "precision": self.recipe.training.precision,
             "parameters": parameter_count(self.recipe.model),
+            "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
             **self.about,
             "tplaunch": tplaunch.__version__,
@@ -230,7 +231,10 @@ class CheckpointManager:
             Problem(f"{path} has {key.removeprefix('model.')}={theirs}, the recipe {ours}", key=key)
             for key, theirs, ours in model_differences(about["model"], self.recipe.model, weights_only=weights_only)
         ]
-        missing = set(self.slots) - set(about["optimizer_state"])
+        stored = set(about["optimizer_state"])
+        if about.get("optimizer") == "muon" != self.recipe.optimizer.name:
+            stored = set()  # of matrices it has Muon's, of all else AdamW's
+        missing = set(self.slots) - stored
         if missing and not weights_only:
             problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
         if problems:

@@ -18,10 +18,10 @@ def import_(
 
     Example: tplaunch import Llama-3.1-8B imported/llama
     """
-    from tplaunch.huggingface.folder import UNTIED, import_folder
+    from tplaunch.huggingface.folder import import_folder
 
     done = import_folder(folder, out)
-    if done.untied:
-        typer.echo(f"warning: {UNTIED}", err=True)
+    for text in done.warnings:
+        typer.echo(f"warning: {text}", err=True)
     typer.echo(f"{done.checkpoint}: {done.read.family.model_type}, takes sequences of up to {done.read.seq_len} tokens")
     typer.echo(f"train on from it: a recipe with `extends: {done.recipe}`")

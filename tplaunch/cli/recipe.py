@@ -35,18 +35,23 @@ def list_(as_json: JsonOption = False) -> None:
     from tplaunch.recipe.presets import PRESETS
     from tplaunch.recipe.schema import Model
     from tplaunch.recipe.shipped import shipped_recipes
-    from tplaunch.spec.parameters import parameter_count
+    from tplaunch.spec.parameters import active_parameter_count, parameter_count
     from tplaunch.units import format_count
 
     recipes = {name: _first_comment(path) for name, path in shipped_recipes().items()}
-    presets = {name: parameter_count(Model.model_validate(fields)) for name, fields in PRESETS.items()}
+    models = {name: Model.model_validate(fields) for name, fields in PRESETS.items()}
     if as_json:
-        echo_json({"recipes": recipes, "presets": presets})
+        echo_json({"recipes": recipes, "presets": {name: parameter_count(model) for name, model in models.items()}})
         return
     typer.echo("Recipes (tplaunch train NAME):")
     typer.echo(_columns(recipes.items(), width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     typer.echo("\nModel presets (model: {preset: NAME}):")
-    typer.echo(_columns((name, f"{format_count(count)} parameters") for name, count in presets.items()))
+
+    def sizes(model: Model) -> str:
+        active = f", {format_count(active_parameter_count(model))} active" if model.moe else ""
+        return f"{format_count(parameter_count(model))} parameters{active}"
+
+    typer.echo(_columns((name, sizes(model)) for name, model in models.items()))
 
 
 @app.command()
@@ -158,17 +163,19 @@ def _starter(name: str) -> str:
 
 def _report(checked: Checked) -> dict[str, Any]:
     """The figures of a checked recipe, in the order in which they are printed."""
-    from tplaunch.spec.parameters import parameter_count
+    from tplaunch.spec.parameters import active_parameter_count, parameter_count
 
-    topology, training = checked.topology, checked.recipe.training
+    topology, training, model = checked.topology, checked.recipe.training, checked.recipe.model
     return {
         "world_size": topology.world_size,
         **{axis: topology.size(axis) for axis in ("tp", "cp", "pp", "dp") if axis in topology.axes},
+        **{axis: topology.size(axis) for axis in topology.expert_axes},
         "nodes": topology.nodes,
         "gpus_per_node": topology.ranks_per_node,
         "stage_layers": checked.recipe.topology.stage_layers,
         "microbatches": training.global_batch_size // (topology.dp * training.micro_batch_size),
-        "parameters": parameter_count(checked.recipe.model),
+        "parameters": parameter_count(model),
+        **({"active_parameters": active_parameter_count(model)} if model.moe else {}),
         "tokens": training.steps * training.global_batch_size * training.seq_len,
     }
 

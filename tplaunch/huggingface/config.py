@@ -14,143 +14,36 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.huggingface.experts import Config, allowed_of_experts, read_experts, write_experts
+from tplaunch.huggingface.families import (
+    BIASES,
+    DEEPSEEK_V3,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT2_OWN,
+    GPT_NEOX,
+    GPT_OSS,
+    GRANITE,
+    HAS,
+    MISTRAL,
+    MIXTRAL,
+    NEOX_OWN,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    READ,
+    SMOLLM3,
+    Family,
+    family_of,
+    head_scalar,
+)
 from tplaunch.recipe.schema import Model, RopeScaling
 
-Config = dict[str, Any]
 CONFIG = "config.json"
-
-
-class Family(NamedTuple):
-    """An architecture of transformers: its `model_type` and its class."""
-
-    model_type: str
-    architecture: str
-
-
-GPT2 = Family("gpt2", "GPT2LMHeadModel")
-LLAMA = Family("llama", "LlamaForCausalLM")
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM")
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM")
-GRANITE = Family("granite", "GraniteForCausalLM")
-SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM")
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM")
-PHI3 = Family("phi3", "Phi3ForCausalLM")
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM")
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM")
-GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM")
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
-READ = {family.model_type: family for family in _ALL}
-
-# What decides how a model computes, and differs among families; what is not here, all have.
-_FIELDS = {
-    *("norm", "activation", "position", "qkv_bias", "linear_bias", "mlp_bias", "qk_norm", "qk_norm_all_heads"),
-    *("attention_sinks", "norm_plus_one", "pre_norms", "post_norms", "parallel_residual", "scale_embeddings"),
-    *("rotary_fraction", "rope_layers", "rope_scaling", "window", "window_layers", "window_rope_theta"),
-    *("attention_softcap", "logit_softcap", "attention_scale"),
-    *("embedding_multiplier", "residual_multiplier", "logit_divisor"),
-}
-_BIASES = {"qkv_bias", "linear_bias"}  # one key in their files
-
-
-class Has(NamedTuple):
-    """What a family's models are.
-
-    Args:
-        own: fields that are so in all of them; what is in neither has its default.
-        free: fields that are told by a model's `config.json`.
-    """
-
-    own: dict[str, Any]
-    free: set[str]
-
-
-_GEMMA_OWN = {
-    "activation": "geglu",
-    "norm_plus_one": True,
-    "post_norms": True,
-    "scale_embeddings": True,
-}
-_NEOX_OWN = {"norm": "layernorm", "activation": "gelu_exact"}
-_GPT2_OWN = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "position": "learned",
-    "qkv_bias": True,
-    "linear_bias": True,
-}
-_WINDOWS = {"window", "window_layers"}
-_GEMMA_FREE = {*_WINDOWS, "rope_scaling", "attention_softcap", "logit_softcap", "attention_scale"}
-HAS = {
-    LLAMA: Has({}, {*_BIASES, "mlp_bias", "rope_scaling"}),
-    MISTRAL: Has({}, {"window", "rope_scaling"}),
-    QWEN2: Has({"qkv_bias": True}, {*_WINDOWS, "rope_scaling"}),
-    QWEN3: Has({"qk_norm": True}, {*_WINDOWS, "rope_scaling"}),
-    GRANITE: Has(
-        {},
-        {*_BIASES, "mlp_bias", "rope_scaling", "attention_scale"}
-        | {"embedding_multiplier", "residual_multiplier", "logit_divisor"},
-    ),
-    SMOLLM3: Has({}, {*_BIASES, *_WINDOWS, "mlp_bias", "rope_scaling", "rope_layers"}),
-    OLMO2: Has(
-        {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True},
-        {*_BIASES, "mlp_bias", "rope_scaling"},
-    ),
-    PHI3: Has({}, {"window", "rotary_fraction"}),
-    GEMMA2: Has(_GEMMA_OWN, _GEMMA_FREE),
-    GEMMA3: Has({**_GEMMA_OWN, "qk_norm": True}, {*_GEMMA_FREE, "window_rope_theta"}),
-    GPT_NEOX: Has(_NEOX_OWN, {*_BIASES, "mlp_bias", "rope_scaling", "rotary_fraction", "parallel_residual"}),
-    GPT2: Has(_GPT2_OWN, {"rope_scaling"}),
-}
 _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def family_of(model: Model) -> Family:
-    """The architecture that computes what a model computes: the one that it names, or the first that does.
-
-    Raises:
-        TplaunchError: there is none, or not the one that it names; names what stands in the way.
-    """
-    asked = _ALL if model.family is None else (READ[model.family],)
-    other = {family: list(_in_the_way(model, family)) for family in asked}
-    family = min(asked, key=lambda family: len(other[family]))
-    if not other[family]:
-        return family
-    what, nearest = "no architecture of transformers is this model", f"{family.model_type}, the nearest,"
-    if model.family is not None:
-        what, nearest = f"{model.family} of transformers is not this model", family.model_type
-    raise TplaunchError(Problem(what, why=f"{nearest} has no {other[family][0]}"))
-
-
-def _in_the_way(model: Model, family: Family) -> Iterable[str]:
-    """The fields of a model that a family has not."""
-    has = HAS[family]
-    for name in sorted(_FIELDS - has.free):
-        value = getattr(model, name)
-        if value != has.own.get(name, Model.model_fields[name].default):
-            yield f"{name}: {value}"
-    biased = (model.qkv_bias, model.linear_bias)
-    if has.free >= _BIASES and biased[0] != biased[1]:
-        yield f"{'qkv_bias' if biased[0] else 'linear_bias'} alone"
-    if family == OLMO2 and model.biased_mlp:
-        yield "biases on the MLP"
-    if family == GPT_NEOX and not model.biased_mlp:
-        yield "MLP without biases"
-    if "window_layers" not in has.free and len({model.window_of(layer) for layer in range(model.num_layers)}) > 1:
-        yield "window_layers"
-    if family in (GEMMA2, GEMMA3) and _head_scalar(model) is None:
-        yield f"attention_scale: {model.attention_scale}"
-    shared = model.head_dim is None or model.head_dim * model.num_heads == model.hidden_size  # None: a check says why
-    if family in (GPT2, GPT_NEOX) and not (shared and model.num_kv_heads == model.num_heads):
-        yield "heads that do not share hidden_size among them"
-
-
-def _head_scalar(model: Model) -> int | None:
-    """Gemma's `query_pre_attn_scalar`: what 1 / sqrt is taken of, to scale scores; None where it is no whole number."""
-    if model.attention_scale is None:
-        return model.head_dim
-    scalar = round(model.attention_scale**-2)
-    return scalar if scalar and scalar**-0.5 == model.attention_scale else None
 
 
 def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None) -> Config:
@@ -224,7 +117,7 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         "max_position_embeddings": seq_len,
         "hidden_act": "silu",
         "attention_bias": model.qkv_bias,
-        "mlp_bias": model.biased_mlp,
+        "mlp_bias": "mlp_bias" in HAS[family].free and model.biased_mlp,
         "attention_dropout": 0.0,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
@@ -250,8 +143,12 @@ _KINDS = {"window": "sliding_attention", "full": "full_attention"}
 def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config:
     """What is said of windows, and of what comes with them in Gemma."""
     types = [_KINDS["full" if model.window_of(i) is None else "window"] for i in range(model.num_layers)]
-    if family in (MISTRAL, PHI3):
+    if family in (MISTRAL, PHI3, MIXTRAL):
         return {"sliding_window": model.window}
+    if family == QWEN3_MOE:
+        return {"use_sliding_window": model.window is not None, "sliding_window": model.window}
+    if family == GPT_OSS:
+        return {"sliding_window": model.window or seq_len, "layer_types": types}
     if family in (QWEN2, QWEN3, SMOLLM3) and _KINDS["window"] in types:
         return {
             "use_sliding_window": True,
@@ -264,7 +161,7 @@ def _windows(model: Model, family: Family, rope: Config, seq_len: int) -> Config
     found: Config = {
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": _head_scalar(model),
+        "query_pre_attn_scalar": head_scalar(model),
         "attn_logit_softcapping": model.attention_softcap,
         "final_logit_softcapping": model.logit_softcap,
         "sliding_window": model.window or seq_len,
@@ -296,6 +193,8 @@ def _own(model: Model, family: Family, seq_len: int) -> Config:
             "partial_rotary_factor": model.rotary_fraction,
             **{name: 0.0 for name in ("embd_pdrop", "resid_pdrop")},
         }
+    if model.moe is not None:
+        return write_experts(model, model.moe, family)
     return {}
 
 
@@ -306,11 +205,13 @@ class Read(NamedTuple):
         family: the architecture.
         model: as a recipe says it.
         seq_len: positions that it can take.
+        left_out: how tensors begin that the files may have and the model has not: those that predict further tokens.
     """
 
     family: Family
     model: Model
     seq_len: int
+    left_out: tuple[str, ...] = ()
 
 
 def is_model_folder(path: Path) -> bool:
@@ -334,6 +235,7 @@ def read_config(path: Path) -> Read:
         raise TplaunchError(Problem(f"{path}: model_type {kind!r} is none that tplaunch has", fix=f"known: {known}"))
     if bad := [key for key in ("rope_scaling", "rope_parameters") if not isinstance(config.get(key) or {}, dict)]:
         raise TplaunchError(Problem(f"{path}: {bad[0]} must be a mapping"))
+    _refuse_quantized(path, config)
     family = READ[kind]
     read = {GPT2: _gpt2_fields, GPT_NEOX: _neox_fields}.get(family)
     fields, seq_len, allowed = _llama_fields(config, family) if read is None else read(config)
@@ -349,19 +251,43 @@ def read_config(path: Path) -> Read:
         model = Model.model_validate(fields)
         if family_of(model) != family:
             model = Model.model_validate({**fields, "family": family.model_type})
-        return Read(family, model, seq_len)
+        return Read(family, model, seq_len, _left_out(config, family, model.num_layers))
     except ValidationError as error:
         texts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise TplaunchError(*(Problem(f"{path}: {text}") for text in texts)) from None
 
 
+def _left_out(config: Config, family: Family, layers: int) -> tuple[str, ...]:
+    if family != DEEPSEEK_V3:
+        return ()
+    more = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
+    return tuple(f"model.layers.{layers + i}." for i in range(more if isinstance(more, int) else 1))
+
+
 # Key -> values that say what our model does; None stands for a missing key, too.
-_ANY_FAMILY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "add_cross_attention": (None, False)}
+_ANY_FAMILY: dict[str, tuple[Any, ...]] = {"add_cross_attention": (None, False)}
+# How transformers makes floating-point numbers of what is quantized.
+_DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+
+
+def _refuse_quantized(path: Path, config: Config) -> None:
+    said = config.get("quantization_config")
+    if said is None:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    fix = "import the model before it was quantized"
+    if method in _DEQUANTIZED:
+        whole = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True), dtype='bfloat16'"
+        fix = f"with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
+    why = "quantized weights cannot be trained"
+    raise TplaunchError(Problem(f"{path}: quantization_config is {method or json.dumps(said)}", why=why, fix=fix))
 
 
 def _rotary(family: Family) -> dict[str, tuple[Any, ...]]:
     """As above, of the rotary parameters."""
-    scaled = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    scaled: tuple[str, ...] = ("llama3", "linear", "yarn") if "rope_scaling" in HAS[family].free else ()
+    if family == DEEPSEEK_V3:
+        scaled = ("yarn",)
     whole = {} if "rotary_fraction" in HAS[family].free else {"partial_rotary_factor": (None, 1, 1.0)}
     return {"rope_type": (None, "default", *scaled), **whole}
 
@@ -379,6 +305,8 @@ def _rope(config: Config) -> Config:
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if isinstance(full := new.get(_KINDS["full"]), dict):  # by kind of layer
         new = full
+    if config["model_type"] == GPT_OSS.model_type and not old and not new:
+        new = _GPT_OSS_ROPE
     found = {"rope_theta": config.get("rope_theta"), **old, **new}
     if found["rope_theta"] is None:
         found["rope_theta"] = config.get("rotary_emb_base")
@@ -387,27 +315,34 @@ def _rope(config: Config) -> Config:
     return found
 
 
+# What its class makes of a file that says nothing.
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+_THETA = {GEMMA3: 1e6, SMOLLM3: 2e6, MIXTRAL: 1e6, GPT_OSS: 150_000.0}
+
+
 def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str, tuple[Any, ...]]]:
     rope, has = _rope(config), HAS[family]
+    scaling = _read_scaling(rope, config)
     gemma = family in (GEMMA2, GEMMA3)
     fields = {
         "hidden_size": config.get("hidden_size"),
         "num_layers": config.get("num_hidden_layers"),
         "num_heads": config.get("num_attention_heads"),
         "num_kv_heads": config.get("num_key_value_heads", 4 if gemma else None),
-        "head_dim": config.get("head_dim", 256 if gemma else None),
+        "head_dim": config.get("head_dim", 256 if gemma else {GPT_OSS: 64}.get(family)),
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
-        "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3) else 1e-6),
-        "rope_theta": rope.get("rope_theta") or {GEMMA3: 1e6, SMOLLM3: 2e6}.get(family, 10000.0),
-        "rope_scaling": _read_scaling(rope, config),
+        "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3, MIXTRAL, GPT_OSS) else 1e-6),
+        "rope_theta": rope.get("rope_theta") or _THETA.get(family, 10000.0),
+        "rope_scaling": scaling,
         "tie_embeddings": config.get("tie_word_embeddings", gemma or family == SMOLLM3),
         "init_std": config.get("initializer_range", 0.02),
-        **has.own,
+        **{name: value for name, value in has.own.items() if "." not in name},
         **_read_biases(config, family),
         **_read_windows(config, family),
         **_read_own(config, family, rope),
         **(_read_gemma(config, family) if gemma else {}),
+        **(read_experts(config, family, scaling) if "moe" in has.free else {}),
     }
     allowed = {
         **_ANY_FAMILY,
@@ -416,16 +351,20 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
             if gemma
             else {"hidden_act": (None, "silu", "swish")}
         ),
-        "attention_bias": (None, False, True) if family == QWEN2 or has.free >= _BIASES else (None, False),
+        "attention_bias": (None, False, True) if family == QWEN2 or has.free >= BIASES else (None, False),
         "mlp_bias": (None, False, True) if "mlp_bias" in has.free and family != OLMO2 else (None, False),
+        **allowed_of_experts(config, family),
     }
-    most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}.get(family, 2048)
-    return fields, config.get("max_position_embeddings", most), allowed
+    most = {GEMMA2: 8192, GEMMA3: 131_072, SMOLLM3: 32768, PHI3: 4096}
+    most |= {MIXTRAL: 131_072, GPT_OSS: 131_072, QWEN3_MOE: 32768, DEEPSEEK_V3: 4096}
+    return fields, config.get("max_position_embeddings", most.get(family, 2048)), allowed
 
 
 def _read_biases(config: Config, family: Family) -> Config:
-    if not HAS[family].free >= _BIASES:
+    if not HAS[family].free >= BIASES:
         return {}
+    if family == GPT_OSS:
+        return dict.fromkeys(("qkv_bias", "linear_bias"), bool(config.get("attention_bias", True)))
     attention, mlp = (bool(config.get(f"{name}_bias", False)) for name in ("attention", "mlp"))
     return {"qkv_bias": attention, "linear_bias": attention, "mlp_bias": mlp and family != OLMO2}
 
@@ -496,16 +435,18 @@ def _layer_types(config: Config, family: Family) -> list[str] | None:
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or "window" not in HAS[family].free:
         return None
-    if family in (MISTRAL, PHI3):
-        window = config.get("sliding_window", 4096 if family == MISTRAL else None)
+    if family in (MISTRAL, PHI3, MIXTRAL, QWEN3_MOE):
+        window = config.get("sliding_window", 4096 if family in (MISTRAL, QWEN3_MOE) else None)
+        if family == QWEN3_MOE and not config.get("use_sliding_window"):
+            window = None
         return [_KINDS["window"]] * layers if window is not None else None
     window = config.get("sliding_window", None if family == SMOLLM3 else 4096)
     if family in (QWEN2, QWEN3, SMOLLM3) and not (config.get("use_sliding_window") and window):
         return None
     if isinstance(said := config.get("layer_types"), list):
         return said
-    if family in (GEMMA2, GEMMA3):
-        every = 2 if family == GEMMA2 else config.get("sliding_window_pattern", 6)
+    if family in (GEMMA2, GEMMA3, GPT_OSS):
+        every = config.get("sliding_window_pattern", 6) if family == GEMMA3 else 2
         return [_KINDS["window" if (i + 1) % every else "full"] for i in range(layers)]
     if family == SMOLLM3:
         return [_KINDS["full" if turns else "window"] for turns in _no_rope_layers(config) or ()]
@@ -534,7 +475,8 @@ def _read_windows(config: Config, family: Family) -> Config:
     if types is None or _KINDS["window"] not in types:
         return {}
     kinds = ["window" if kind == _KINDS["window"] else "full" for kind in types]
-    found, kinds = {"window": config.get("sliding_window", 4096)}, _repeated(kinds)
+    usual = 128 if family == GPT_OSS else 4096
+    found, kinds = {"window": config.get("sliding_window", usual)}, _repeated(kinds)
     return found if len(kinds) == 1 else {**found, "window_layers": kinds}
 
 
@@ -566,7 +508,7 @@ def _gpt2_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
-        **_GPT2_OWN,
+        **GPT2_OWN,
     }
     allowed = {
         **_ANY_FAMILY,
@@ -596,7 +538,7 @@ def _neox_fields(config: Config) -> tuple[Config, int, dict[str, tuple[Any, ...]
         "qkv_bias": biased,
         "linear_bias": biased,
         "mlp_bias": True,
-        **_NEOX_OWN,
+        **NEOX_OWN,
     }
     allowed = {
         **_ANY_FAMILY,

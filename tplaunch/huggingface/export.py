@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.huggingface.config import family_of, write_config
+from tplaunch.huggingface.config import write_config
+from tplaunch.huggingface.families import family_of
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
+from tplaunch.huggingface.ways import pack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Model, Precision
 
@@ -60,7 +63,7 @@ def export(
         precision: of the weights written: fp64, fp32, bf16 or fp16.
         seq_len: positions that the model was trained on.
         tokenizer: a tokenizer.json to put beside them.
-        shard_bytes: no file is larger, unless one tensor is.
+        shard_bytes: no file is larger, unless one tensor is, or a matrix of all experts of a layer.
 
     Raises:
         TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
@@ -93,7 +96,7 @@ def export(
         raise
     if len(shards) > 1:
         where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = {"total_size": elements * dtype.itemsize, "total_parameters": elements}
+        total = {"total_size": sum(tensor.bytes(dtype.itemsize) for tensor in tensors), "total_parameters": elements}
         _write_json(temporary / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     _write_json(temporary / "config.json", config)
     if tokenizer is not None and tokens is not None:
@@ -119,14 +122,16 @@ def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor]) -> dict[str, torch
 
 
 def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
+    """The tensors of each file. What is made of the same of ours stays together, so that ours are read once."""
     shard: list[HfTensor] = []
     size = 0
-    for tensor in tensors:
-        bytes_ = tensor.elements * itemsize
+    for _, group in groupby(tensors, key=lambda tensor: tensor.parts):
+        together = list(group)
+        bytes_ = sum(tensor.bytes(itemsize) for tensor in together)
         if shard and size + bytes_ > max_bytes:
             yield shard
             shard, size = [], 0
-        shard.append(tensor)
+        shard += together
         size += bytes_
     yield shard
 
@@ -142,15 +147,16 @@ def _read(
     parts = {f"model.{part.name}": part for tensor in shard for part in tensor.parts}
     ours = {name: torch.empty(part.shape, dtype=dtypes[name]) for name, part in parts.items()}
     load_tensors(ours, checkpoint, alone=True)
-    return {tensor.name: _pack(tensor, [ours.pop(f"model.{p.name}") for p in tensor.parts], dtype) for tensor in shard}
-
-
-def _pack(tensor: HfTensor, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if tensor.heads > 1:
-        whole = torch.stack([part.unflatten(0, (tensor.heads, -1)) for part in parts], 1).flatten(0, 2).to(dtype)
-    else:
-        whole = (parts[0] if len(parts) == 1 else torch.cat(parts))[: tensor.rows].to(dtype)
-    return (whole.t() if tensor.transposed else whole).contiguous()
+    last = {f"model.{part.name}": tensor for tensor in shard for part in tensor.parts}  # to be made of each
+    found = {}
+    for tensor in shard:
+        names = [f"model.{part.name}" for part in tensor.parts]
+        kept = torch.promote_types(dtype, torch.float32) if tensor.wide else dtype
+        found[tensor.name] = pack(tensor, [ours[name] for name in names]).to(kept).contiguous()
+        for name in names:
+            if last[name] is tensor:
+                del ours[name]
+    return found
 
 
 def _special_tokens(tokenizer: Path, tokens: Tokenizer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
 from tplaunch.huggingface.config import CONFIG, Read, read_config
-from tplaunch.huggingface.import_ import head_is_its_own, import_model
+from tplaunch.huggingface.import_ import head_is_its_own, holds, import_model
 from tplaunch.huggingface.recipe import model_recipe
 
 
@@ -25,13 +25,13 @@ class Imported(NamedTuple):
         checkpoint: its directory.
         recipe: the file to extend.
         read: what `config.json` says, with `tie_embeddings` as the weights have it.
-        untied: whether that is otherwise than `config.json` says.
+        warnings: what of the folder was taken otherwise than one may think.
     """
 
     checkpoint: Path
     recipe: Path
     read: Read
-    untied: bool
+    warnings: list[str]
 
 
 def import_folder(folder: Path, out: Path) -> Imported:
@@ -46,8 +46,11 @@ def import_folder(folder: Path, out: Path) -> Imported:
     name = checkpoint_name(0)
     if (out / name).exists():
         raise TplaunchError(Problem(f"{out / name} exists already", fix="name another folder, or remove it"))
-    untied = read.model.tie_embeddings and head_is_its_own(folder, read.family)
-    if untied:
+    warnings = []
+    if holds(folder, read.left_out):
+        warnings.append("layers that predict further tokens are left out: the model predicts the next one alone")
+    if read.model.tie_embeddings and head_is_its_own(folder, read.family):
+        warnings.append(UNTIED)
         read = read._replace(model=read.model.model_copy(update={"tie_embeddings": False}))
 
     def beside() -> None:
@@ -56,7 +59,7 @@ def import_folder(folder: Path, out: Path) -> Imported:
         write_atomic(out / "model.yaml", text)
 
     checkpoint = import_model(folder, out, read, before_commit=beside)
-    return Imported(checkpoint, out / "model.yaml", read, untied)
+    return Imported(checkpoint, out / "model.yaml", read, warnings)
 
 
 def cached_import(folder: Path, cache: Path) -> Path:
@@ -78,8 +81,8 @@ def cached_import(folder: Path, cache: Path) -> Path:
             _take_text(folder, out)
         else:
             show.say(f"importing {folder} to {out}")
-            if import_folder(folder, out).untied:
-                show.say(UNTIED)
+            for text in import_folder(folder, out).warnings:
+                show.say(text)
     return out
 
 

@@ -28,8 +28,10 @@ from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular
-from tplaunch.huggingface.config import Family, Read
+from tplaunch.huggingface.config import Read
+from tplaunch.huggingface.families import Family
 from tplaunch.huggingface.tensors import HfTensor, embedding_name, hf_tensors, output_name
+from tplaunch.huggingface.ways import unpack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter, parameter_count
@@ -64,7 +66,7 @@ def import_model(folder: Path, out: Path, read: Read, before_commit: Callable[[]
     temporary = out / f"{final.name}.tmp"
     with ExitStack() as opened:
         tied = output_name(read.family) if read.model.tie_embeddings else None
-        source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=tied)
+        source = _Source(folder, hf_tensors(read.model, read.family), opened, tied=tied, left_out=read.left_out)
         shutil.rmtree(temporary, ignore_errors=True)
         absent = [folder for folder in (out, *out.parents) if not folder.exists()]
         temporary.mkdir(parents=True)
@@ -114,6 +116,19 @@ def head_is_its_own(folder: Path, family: Family) -> bool:
         return any(not torch.equal(one[at : at + _ROWS], other[at : at + _ROWS]) for at in rows)
 
 
+def holds(folder: Path, prefixes: tuple[str, ...]) -> bool:
+    """Whether a folder has tensors whose names begin like that.
+
+    Raises:
+        TplaunchError: a file cannot be read.
+    """
+    if not prefixes:
+        return False
+    with ExitStack() as opened:
+        files = [opened.enter_context(_open(path)) for path in _files(folder)]
+        return any(key.startswith(prefixes) for file in files for key in file.keys())  # noqa: SIM118 (no mapping)
+
+
 def _write(source: _Source, temporary: Path, final: Path) -> None:
     """Write every tensor.
 
@@ -139,6 +154,7 @@ class _Source:
 
     Args:
         tied: an output matrix that may lie there, too, and is the embedding.
+        left_out: how the names of others begin that may lie there.
 
     Attributes:
         nonfinite: of the tensors read so far, those with numbers that are NaN or infinite: how many.
@@ -147,13 +163,21 @@ class _Source:
         TplaunchError: some are missing, too many, of another shape, or no floating-point numbers; says all.
     """
 
-    def __init__(self, folder: Path, tensors: list[HfTensor], opened: ExitStack, *, tied: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: list[HfTensor],
+        opened: ExitStack,
+        *,
+        tied: str | None,
+        left_out: tuple[str, ...] = (),
+    ) -> None:
         self.folder = folder
         self.nonfinite: dict[str, int] = {}
         files = [opened.enter_context(_open(path)) for path in _files(folder)]
         where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
         problems: list[str] = []
-        self.parts: dict[str, tuple[HfTensor, Parameter]] = {}
+        self.parts: dict[str, tuple[Parameter, list[tuple[HfTensor, int]]]] = {}  # where each is said
         self._read: dict[str, tuple[Any, str]] = {}  # our tensor's name in the files -> (file, key)
         dtypes = set()
         for tensor in tensors:
@@ -165,10 +189,12 @@ class _Source:
             found = file.get_slice(key)
             if tuple(found.get_shape()) != tensor.shape:
                 problems.append(f"{key} is {found.get_shape()}, and config.json makes it {list(tensor.shape)}")
-            dtypes.add(found.get_dtype())
+            if not tensor.wide:
+                dtypes.add(found.get_dtype())
             self._read[tensor.name] = file, key
-            self.parts.update({f"model.{part.name}": (tensor, part) for part in tensor.parts})
-        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and key != tied]
+            for place, part in enumerate(tensor.parts):
+                self.parts.setdefault(f"model.{part.name}", (part, []))[1].append((tensor, place))
+        extra = [key for key in where if not key.endswith(_NO_WEIGHTS) and not key.startswith(left_out) and key != tied]
         problems += [f"{key} is none of the model's tensors" for key in extra]
         if other := dtypes - _PRECISIONS.keys():
             problems.append(f"holds {', '.join(sorted(other))}: quantized weights cannot be trained")
@@ -181,26 +207,26 @@ class _Source:
 
     def outline(self, name: str) -> Tensor:
         """A tensor's shape and dtype, without its numbers."""
-        _, part = self.parts[name]
-        return torch.empty(part.shape, dtype=COMPUTE_DTYPE[self.precision], device="meta")
+        part, said = self.parts[name]
+        return torch.empty(part.shape, dtype=self._dtype(said[0][0]), device="meta")
+
+    def _dtype(self, tensor: HfTensor) -> torch.dtype:
+        dtype = COMPUTE_DTYPE[self.precision]
+        return torch.promote_types(dtype, torch.float32) if tensor.wide else dtype
 
     def read(self, name: str) -> Tensor:
         """A tensor as our model has it; rows that pad the vocabulary are zero."""
-        tensor, part = self.parts[name]
-        file, key = self._read[tensor.name]
-        whole = file.get_tensor(key)
-        whole = whole.t() if tensor.transposed else whole
-        place = tensor.parts.index(part)
-        if tensor.heads > 1:  # as many rows in each part of each head
-            mine = whole.unflatten(0, (tensor.heads, len(tensor.parts), -1))[:, place].flatten(0, 1)
-        else:
-            first = sum(before.shape[0] for before in tensor.parts[:place])
-            mine = whole[first : first + part.shape[0]]
-        mine = mine.to(COMPUTE_DTYPE[self.precision])
-        if bad := mine.numel() - int(mine.isfinite().sum()):
-            self.nonfinite[key] = self.nonfinite.get(key, 0) + bad
-        missing = part.shape[0] - mine.shape[0]
-        return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine.contiguous()
+        part, said = self.parts[name]
+        whole, first = torch.empty(part.shape, dtype=self._dtype(said[0][0])), 0
+        for tensor, place in said:
+            file, key = self._read[tensor.name]
+            mine = unpack(tensor, file.get_tensor(key), place)
+            whole[first : first + len(mine)] = mine
+            first += len(mine)
+            if bad := mine.numel() - int(mine.isfinite().sum()):
+                self.nonfinite[key] = self.nonfinite.get(key, 0) + bad
+        whole[first:] = 0
+        return whole
 
 
 _PRECISIONS: dict[str, Precision] = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}

@@ -135,8 +135,8 @@ def _attend(
     softcap: float | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Values [sq, b, heads, d of v], and the log-sum-exp of each query's scores, sinks among them, [b, heads, sq] in fp32
-    (fp64 for fp64)."""
+    """Values [sq, b, heads, d of v], and the log-sum-exp of each query's scores, sinks among them, [b, heads, sq] in
+    fp32 (fp64 for fp64)."""
     dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[2]
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     log_sum = q.new_empty((q.shape[1], q.shape[2], q.shape[0]), dtype=dtype)

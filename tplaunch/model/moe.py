@@ -116,7 +116,7 @@ class Experts(nn.Module):
         super().__init__()
         assert model.activation in ("swiglu", "geglu", "swiglu_clamped")  # others are refused
         self.kind = model.activation
-        self.first = ranks.tp.rank == 0  # of the ranks that share each expert
+        self.sharers = ranks.tp.size  # ranks that share each expert
         self.gate, self.up, self.down = (ExpertLinear(model, spec, ranks, out=out) for out in (False, False, True))
 
     def forward(self, run: Run, rows: Tensor, weights: Tensor, groups: Groups) -> Tensor:
@@ -125,9 +125,10 @@ class Experts(nn.Module):
         gate, up = run("gate_up", partial(self.enter, groups=groups), rows)
         activated = run("activation", partial(gated, kind=self.kind), gate, up, weights)
         made = grouped_row(activated, groups, local(self.down.weight))
-        if self.down.bias is None or not self.first:
+        if self.down.bias is None:
             return made
-        return add_group_bias(made, groups, local(self.down.bias), weights)
+        # Each of them adds its part of what none of them cuts: FSDP2 wants a gradient on every rank.
+        return add_group_bias(made, groups, local(self.down.bias) / self.sharers, weights)
 
     def enter(self, rows: Tensor, groups: Groups) -> tuple[Tensor, ...]:
         """Gate and up, [rows, f] each."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tplaunch.optim.gradients import GradientFinalizer, square_sum
+from tplaunch.optim.muon import Muon
 from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.recipe.schema import Model
 from tplaunch.spec.parameters import Parameter, parameter_shapes
@@ -50,7 +51,8 @@ class Norms:
         self._watched = self._with_blocks = False
         self._gradients: Tensor | None = None
         self._update: Tensor | None = None
-        optimizer.inner.register_step_post_hook(self._updated)
+        for part in optimizer.parts.values():
+            part.register_step_post_hook(self._updated)
 
     def watch(self, *, blocks: bool) -> None:
         """Measure the step that begins now; `blocks`: also the gradients of each block."""
@@ -106,7 +108,7 @@ class Norms:
                 weights = [weight for weight in group["params"] if id(weight) in mine]
                 if weights:
                     total += _update_square(optimizer, group, weights).to(self.device)
-            self._update = total
+            self._update = total if self._update is None else self._update + total
 
 
 @torch.no_grad()
@@ -124,6 +126,9 @@ def _update_square(optimizer: torch.optim.Optimizer, group: dict[str, Any], weig
     elif isinstance(optimizer, torch.optim.SGD):
         changes = _sgd_directions(optimizer, weights, decay, momentum=bool(group["momentum"]))
         scale = torch.tensor(lr if group["momentum"] else lr / (1 - lr * decay), dtype=torch.float64)
+    elif isinstance(optimizer, Muon):
+        changes = _muon_directions(weights, decay)
+        scale = torch.tensor(lr / (1 - lr * decay), dtype=torch.float64)
     else:
         raise TypeError(f"what {type(optimizer).__name__} does to a weight is not known")
     total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
@@ -153,6 +158,16 @@ def _sgd_directions(
         else:
             assert weight.grad is not None
             yield weight.grad.add(weight.detach(), alpha=decay)
+
+
+def _muon_directions(weights: list[Tensor], decay: float) -> Iterator[Tensor]:
+    """The update, which Muon leaves in the gradient, + decay * weight, piece by piece."""
+    for weight in weights:
+        assert weight.grad is not None
+        size = _piece(weight)
+        pairs = zip(weight.grad.reshape(-1).split(size), weight.detach().reshape(-1).split(size), strict=True)
+        for update, now in pairs:
+            yield update.add(now, alpha=decay)
 
 
 def _piece(tensor: Tensor) -> int:

@@ -1,71 +1,112 @@
 """The optimizer, on each rank's own shards: torch's fused AdamW, or SGD, on plain tensors that share memory with the
-DTensors.
+DTensors; or Muon for hidden matrices beside AdamW for the rest.
 
-The update is element by element, so that it needs no communication and no DTensor dispatch.
+AdamW's and SGD's updates are element by element, so that they need no communication; Muon gathers matrices
+(`tplaunch.optim.muon`). None needs DTensor dispatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tplaunch.model.build import Stage
+from tplaunch.optim.muon import HeldMatrix, Muon
+from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.shard import ParameterShard, Sharding
-from tplaunch.recipe.schema import Optimizer
-
-_DECAYED = frozenset({"matrix", "expert", "router", "embedding", "position", "output"})
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.muon import DTYPE, matrix_shape, rounds
+from tplaunch.spec.optimizer import Group, Kind, group_of, groups_of, slots
+from tplaunch.spec.parameters import parameter_shapes
+from tplaunch.spec.slices import kept
 
 
 class ShardedOptimizer:
-    """AdamW with decoupled decay on matrices only (Loshchilov & Hutter 2019, arXiv 1711.05101), or SGD.
+    """AdamW with decoupled decay on matrices only (Loshchilov & Hutter 2019, arXiv 1711.05101), SGD, or Muon and AdamW.
 
     Args:
         stages: this rank's stages.
-        settings: the recipe's section.
+        recipe: its optimizer, and what it is spread over.
+        mesh: the mesh.
+
+    Attributes:
+        parts: torch's optimizers, by the kind of parameters that each updates.
     """
 
-    def __init__(self, stages: list[Stage], settings: Optimizer) -> None:
-        self.settings = settings
+    def __init__(self, stages: list[Stage], recipe: Recipe, mesh: Mesh) -> None:
+        self.settings = recipe.optimizer
         self.shards: list[tuple[Sharding, ParameterShard, nn.Parameter]] = []
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        # Of the whole model, in one order, so that ranks of all stages tell the same rates.
+        self.groups: dict[Group, list[nn.Parameter]] = {
+            group: [] for group in groups_of(self.settings, parameter_shapes(recipe.model))
+        }
         for stage in stages:
             for shard in stage.sharding.shards:
-                weight = nn.Parameter(shard.weight)
-                self.shards.append((stage.sharding, shard, weight))
-                if weight.numel():
-                    groups[shard.parameter.role in _DECAYED].append(weight)
+                if shard.parameter.trained:
+                    weight = nn.Parameter(shard.weight)
+                    self.shards.append((stage.sharding, shard, weight))
+                    if weight.numel():
+                        self.groups[group_of(self.settings, shard.parameter)].append(weight)
         self.shardings = [stage.sharding for stage in stages]
-        decays = {True: settings.weight_decay, False: 0.0}
-        names = {True: "decay", False: "no_decay"}
-        params = [
-            {"params": shards, "weight_decay": decays[key], "name": names[key]}
-            for key, shards in groups.items()
-            if shards
+        self.parts: dict[Kind, torch.optim.Optimizer] = {}
+        for kind in dict.fromkeys(group.kind for group in self.groups):
+            self.parts[kind] = self._make(kind, recipe, mesh)
+        self._rates = dict.fromkeys((group.name for group in self.groups), self.settings.lr)
+
+    def _make(self, kind: Kind, recipe: Recipe, mesh: Mesh) -> torch.optim.Optimizer:
+        """The part for one kind of parameters."""
+        settings = self.settings
+        params: list[dict[str, Any]] = [
+            {"params": weights, "weight_decay": group.weight_decay, "factor": group.factor}
+            for group, weights in self.groups.items()
+            if group.kind == kind
         ]
-        if settings.name == "adamw":
+        if kind == "adamw":
             first, second = settings.betas
-            self.inner: torch.optim.Optimizer = torch.optim.AdamW(
-                params, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True
-            )
-        else:
-            self.inner = torch.optim.SGD(params, lr=settings.lr, momentum=settings.momentum)
+            return torch.optim.AdamW(params, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
+        assert settings.momentum is not None
+        if kind == "sgd":
+            return torch.optim.SGD(params, lr=settings.lr, momentum=settings.momentum)
+        matrices = [
+            (shard.parameter, weight)
+            for _, shard, weight in self.shards
+            if group_of(settings, shard.parameter).kind == "muon"
+        ]
+        topology, layout = mesh.topology, recipe.topology
+        rank = dist.get_rank() % topology.stage_size
+        return Muon(
+            params,
+            momentum=settings.momentum,
+            held=[
+                HeldMatrix(weight, kept(parameter, topology, layout, rank), matrix_shape(parameter))
+                for parameter, weight in matrices
+            ],
+            rounds=rounds([parameter for parameter, _ in matrices], topology, layout),
+            rank=rank,
+            group=mesh.new_stage_group() if topology.stage_size > 1 else None,
+            dtype=getattr(torch, DTYPE[recipe.training.precision]),
+        )
 
     def step(self, lr: float) -> None:
         """Update every shard from its gradient, and let the model compute with the new weights."""
         for sharding, shard, weight in self.shards:
             weight.grad = sharding.gradient(shard) if weight.numel() else None
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.step()
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = lr * group["factor"]
+            part.step()
+        self._rates = {group.name: lr * group.factor for group in self.groups}
         self.publish()
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """The rate of the last update, by the name of the group of parameters."""
-        return {group["name"]: group["lr"] for group in self.inner.param_groups}
+        """The rate of the last update, by the name of the group of parameters; the same on every rank."""
+        return self._rates
 
     def settle(self) -> None:
         """Make ready for weights to be read from a file into the shards, or for the world's end."""
@@ -84,13 +125,6 @@ class ShardedOptimizer:
         for sharding in self.shardings:
             sharding.zero_grad()
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the state tensors that each parameter has."""
-        if self.settings.name == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        return ("momentum_buffer",) if self.settings.momentum else ()
-
     def state(self) -> Iterator[tuple[str, DTensor]]:
         """State with its name, "global name.slot", as DTensors laid out like the parameter and sharing the
         optimizer's memory.
@@ -98,19 +132,21 @@ class ShardedOptimizer:
         State that the first update has yet to make is made here, zero, so that a checkpoint can be read into it.
         """
         for _, shard, weight in self.shards:
-            state = self.inner.state[weight]
-            for slot in self.slots:
+            kind = group_of(self.settings, shard.parameter).kind
+            state = self.parts[kind].state[weight]
+            for slot in slots(self.settings, kind):
                 if state.get(slot) is None:
                     state[slot] = torch.zeros_like(weight)
-                    if self.settings.name == "adamw":
+                    if kind == "adamw":
                         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=weight.device))
                 yield f"{shard.parameter.name}.{slot}", _like(shard.layout, state[slot])
 
     def set_updates(self, updates: int) -> None:
         """Set AdamW's step counter (bias correction) after loading a checkpoint."""
-        for state in self.inner.state.values():
-            if "step" in state:
-                state["step"].fill_(updates)
+        for part in self.parts.values():
+            for state in part.state.values():
+                if "step" in state:
+                    state["step"].fill_(updates)
 
 
 def _like(source: DTensor, shard: Tensor) -> DTensor:

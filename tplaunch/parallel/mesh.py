@@ -235,6 +235,11 @@ class Mesh:
         """
         return _group_of(self.topology.groups("pp"), timeout_s)
 
+    def new_stage_group(self) -> dist.ProcessGroup:
+        """The ranks of this rank's pipeline stage, in rank order; every rank must call it."""
+        world, size = self.topology.world_size, self.topology.stage_size
+        return _group_of(range(first, first + size) for first in range(0, world, size))
+
     def data_ranks(self, parameter: Parameter) -> DataRanks:
         """The ranks that hold the same slice of a parameter, and share the work of updating it."""
         if not parameter.expert:

@@ -11,7 +11,7 @@ from tplaunch.recipe.schema import Model, Part, Precision, Recipe
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
-from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters
+from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters, layer_kinds
 from tplaunch.spec.recompute import sets
 from tplaunch.spec.schedules import SCHEDULES, stages_of
 from tplaunch.spec.stages import stage_ranges
@@ -34,13 +34,32 @@ class Stage:
 _stages_of = lru_cache(maxsize=4096)(stages_of)
 
 
-class _Counts(NamedTuple):
-    """Weights of one rank in a block, before the blocks, after them, and in the embedding alone."""
+class Block(NamedTuple):
+    """What the work and the memory of a block depend on, beside its window.
 
-    block: int
+    Args:
+        experts: whether it has experts in place of the MLP.
+        again: the parts that it makes again in its backward pass.
+    """
+
+    experts: bool
+    again: frozenset[Part] = frozenset()
+
+
+class _Counts(NamedTuple):
+    """Trained weights of one rank in a block without experts, in one with them beside these, in its experts, before the
+    blocks, after them, and in the embedding alone."""
+
+    dense: int
+    sparse: int
+    experts: int
     first: int
     last: int
     embedding: int
+
+    def blocks(self, dense: int, sparse: int) -> int:
+        """Of so many blocks without and with experts, all but the experts'."""
+        return dense * self.dense + sparse * self.sparse
 
     def ends(self, stage: Stage, *, tied: bool) -> int:
         copy = self.embedding if tied and stage.last and not stage.first else 0
@@ -52,22 +71,38 @@ class _Sizes(NamedTuple):
     shard: _Counts
 
 
+class _Cut(NamedTuple):
+    """By how many ranks parameters are cut, and those of experts: `shards` and `expert_shards` by data parallelism."""
+
+    tp: int
+    shards: int
+    ep: int
+    expert_tp: int
+    expert_shards: int
+
+
 @lru_cache(maxsize=4096)
-def _sizes(model: Model, tp: int, shards: int) -> _Sizes:
-    def count(parameters: list[Parameter], parts: int) -> int:
-        shapes = [parameter.local_shape(tp) for parameter in parameters]
+def _sizes(model: Model, cut: _Cut) -> _Sizes:
+    kinds = {model.has_experts(layer): block_parameters(model, layer) for layer in layer_kinds(model)}
+
+    def count(parameters: list[Parameter], *, shard: bool, experts: bool = False) -> int:
+        parts = (cut.expert_shards if experts else cut.shards) if shard else 1
+        chosen = (p for p in parameters if p.trained and p.expert == experts)
+        shapes = [parameter.local_shape(cut.tp, cut.ep, cut.expert_tp) for parameter in chosen]
         return sum(-(-rows // parts) * prod(rest) for rows, *rest in shapes)
 
-    def counts(parts: int) -> _Counts:
+    def counts(*, shard: bool) -> _Counts:
         first = first_parameters(model)
         return _Counts(
-            count(block_parameters(model, 0), parts),
-            count(first, parts),
-            count(last_parameters(model), parts),
-            count(first[:1], parts),
+            count(kinds.get(False, []), shard=shard),
+            count(kinds.get(True, []), shard=shard),
+            count(kinds.get(True, []), shard=shard, experts=True),
+            count(first, shard=shard),
+            count(last_parameters(model), shard=shard),
+            count(first[:1], shard=shard),
         )
 
-    return _Sizes(counts(1), counts(shards))
+    return _Sizes(counts(shard=False), counts(shard=True))
 
 
 @dataclass(frozen=True)
@@ -149,6 +184,16 @@ class Case:
         return self.sharing // self.replicas
 
     @property
+    def expert_replicas(self) -> int:
+        """Of the ranks that work on the same experts, those that hold the same shard."""
+        return self.topology.edp if self.zero == 0 else self.recipe.topology.dp_replicate
+
+    @property
+    def expert_shards(self) -> int:
+        """Of these, ranks that experts and their optimizer state are split over."""
+        return self.topology.edp // self.expert_replicas
+
+    @property
     def microbatches(self) -> int:
         """Microbatches of one step on each data-parallel rank."""
         training = self.recipe.training
@@ -186,32 +231,90 @@ class Case:
 
     @cached_property
     def _sizes(self) -> _Sizes:
-        hashable = self.model.model_copy(update={"window_layers": None}) if self.model.window_layers else self.model
-        return _sizes(hashable, self.topology.tp, self.shards)
+        topology = self.topology
+        cut = _Cut(topology.tp, self.shards, topology.ep, topology.expert_tp, self.expert_shards)
+        return _sizes(self.model.model_copy(update={"window_layers": None, "rope_layers": None}), cut)
+
+    def block_weights(self, *, experts: bool) -> int:
+        """Weights of one block that one rank holds when it is gathered, its tensor-parallel slice; without those of
+        its experts."""
+        return self._sizes.whole.sparse if experts else self._sizes.whole.dense
 
     @property
-    def block_weights(self) -> int:
-        """Weights of one block that one rank holds when it is gathered: its tensor-parallel slice."""
-        return self._sizes.whole.block
+    def block_expert_weights(self) -> int:
+        """Weights of the experts of one block that one rank holds when they are gathered."""
+        return self._sizes.whole.experts
 
     def end_weights(self, stage: Stage) -> int:
         """Weights of a stage outside its blocks (embedding, positions, final norm, output), its tp slice."""
         return self._sizes.whole.ends(stage, tied=self.model.tie_embeddings)
 
+    def expert_layers(self, stage: Stage) -> int:
+        """How many blocks of a stage have experts."""
+        if self.model.moe is None:
+            return 0
+        return max(0, stage.layers.stop - max(stage.layers.start, self.model.moe.dense_layers))
+
+    def _of_stage(self, counts: _Counts, stage: Stage) -> int:
+        sparse = self.expert_layers(stage)
+        blocks = counts.blocks(len(stage.layers) - sparse, sparse)
+        return blocks + counts.ends(stage, tied=self.model.tie_embeddings)
+
     def weights(self, stage: Stage) -> int:
-        """Weights of a stage, its tp slice: what data parallelism gathers and shards."""
-        return len(stage.layers) * self.block_weights + self.end_weights(stage)
+        """Weights of a stage, its slice: what data parallelism gathers and shards."""
+        return self.shared_weights(stage) + self.expert_weights(stage)
+
+    def shared_weights(self, stage: Stage) -> int:
+        """Of them those that are no expert's: dp x cp shares them."""
+        return self._of_stage(self._sizes.whole, stage)
+
+    def expert_weights(self, stage: Stage) -> int:
+        """Of them those of experts: edp shares them."""
+        return self.expert_layers(stage) * self._sizes.whole.experts
 
     def sharded_weights(self, stage: Stage) -> int:
         """Weights of a stage that one rank updates. Data parallelism splits each tensor's first dimension into equal
         parts, rounded up: the first rank's share, the largest."""
         sizes = self._sizes.shard
-        return len(stage.layers) * sizes.block + sizes.ends(stage, tied=self.model.tie_embeddings)
+        return self._of_stage(sizes, stage) + self.expert_layers(stage) * sizes.experts
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of one microbatch that a rank routes: of those that it works on, its part over tensor parallelism."""
+        return self.tokens // self.topology.tp
+
+    @property
+    def imbalance(self) -> float:
+        """Rows of the fullest rank's experts over the mean."""
+        return self.recipe.hardware.imbalance
+
+    @property
+    def expert_rows(self) -> float:
+        """Rows that a rank's experts compute in one microbatch: a row for each token and expert that it goes to."""
+        moe = self.model.moe
+        return 0.0 if moe is None else self.own_tokens * moe.top_k * self.topology.expert_tp * self.imbalance
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of a layer of which a rank holds a part."""
+        return 0 if self.model.moe is None else self.model.moe.experts // self.topology.ep
 
     def positions(self, layers: range | None = None) -> float:
         """Positions that attention is counted with, mean of some layers or of all (`attended_positions`)."""
         return attended_positions(self.recipe, layers)
 
-    def recomputes(self, stage: Stage) -> dict[frozenset[Part], int]:
-        """How many blocks of a stage make again which parts in the backward pass."""
-        return sets(self.recipe.training, stage.layers)
+    def blocks(self, stage: Stage) -> dict[Block, int]:
+        """How many blocks of a stage are of each kind."""
+        training, first = self.recipe.training, stage.layers.stop - self.expert_layers(stage)
+        parts = {False: range(stage.layers.start, first), True: range(first, stage.layers.stop)}
+        return {
+            Block(experts, again): number
+            for experts, layers in parts.items()
+            if layers
+            for again, number in sets(training, layers).items()
+        }
+
+    @cached_property
+    def kinds(self) -> dict[bool, int]:
+        """How many blocks of the model have experts and how many have none; without what is not there."""
+        return {self.model.has_experts(layer): number for layer, number in layer_kinds(self.model).items()}

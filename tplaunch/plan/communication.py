@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
-from tplaunch.recipe.schema import Part
-from tplaunch.spec.parameters import stage_parameters
+from tplaunch.plan.muon import hidden, moved_bytes
+from tplaunch.spec.parameters import Parameter, stage_parameters
+from tplaunch.spec.recompute import Step
 
 Link = Literal["none", "node", "network"]
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
@@ -41,7 +42,8 @@ class Traffic(NamedTuple):
     """One kind of communication of one rank in one step.
 
     Args:
-        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "pp" or "dp" (of dp x cp).
+        axis: "tp", "sp" (tensor parallelism with sequence parallelism), "cp", "ep", "expert_tp", "pp", "dp" (of
+            dp x cp), "edp", or "stage" (all ranks of a pipeline stage).
         what: what is sent and why.
         kind: the collective.
         calls: how often.
@@ -65,11 +67,16 @@ class Traffic(NamedTuple):
 
 def axis_group(case: Case, axis: str) -> Group:
     """The group of rank 0 on an axis: "tp", "cp", "pp", "dp" (shards, over dp x cp) or "replica" (copies of a shard,
-    HSDP)."""
+    HSDP), "stage" (tp x cp x dp); of experts "ep", "expert_tp", "edp" (shards) or "expert replica"."""
     topology = case.topology
     strides = {"tp": (1, topology.tp), "cp": (topology.tp, topology.cp), "dp": (topology.tp, case.shards)}
     strides["replica"] = (topology.tp * case.shards, case.replicas)
-    strides["pp"] = (topology.tp * case.sharing, topology.pp)
+    strides["expert_tp"] = (1, topology.expert_tp)
+    strides["ep"] = (topology.expert_tp, topology.ep)
+    strides["edp"] = (topology.expert_tp * topology.ep, case.expert_shards)
+    strides["expert replica"] = (topology.expert_tp * topology.ep * case.expert_shards, case.expert_replicas)
+    strides["pp"] = (topology.stage_size, topology.pp)
+    strides["stage"] = (1, topology.stage_size)
     stride, size = strides[axis]
     nodes = min(size, (size - 1) * stride // case.fast_domain + 1)
     return Group(size, nodes)
@@ -113,6 +120,18 @@ def send_seconds(case: Case, sender: int, receiver: int) -> float:
     return hidden_bytes(case) / (bandwidth * gpu.link_efficiency) + latency
 
 
+class Regions(NamedTuple):
+    """Where a block's tensor-parallel regions begin and end, by what is computed there (`tplaunch.spec.recompute`).
+
+    Args:
+        entered: with what is made of the gathered hidden states.
+        left: with what hidden states are summed up of.
+    """
+
+    entered: tuple[str, ...]
+    left: tuple[str, ...]
+
+
 class BlockTraffic(NamedTuple):
     """Tensor-parallel communication of one block for one microbatch, in seconds that are not hidden, with its calls.
 
@@ -122,6 +141,7 @@ class BlockTraffic(NamedTuple):
         calls: (kind, calls forward, calls backward).
         call_seconds: of one call of each kind.
         size: bytes of one call.
+        regions: of the block.
         split: seconds that a backward pass in two halves adds: each half's matmuls hide less.
         split_gathers: all-gathers that it adds, as both halves need a row-parallel layer's output gradient whole.
         mean_size, mean_seconds: bytes and seconds of one all-reduce of means over all heads, of which queries and keys
@@ -133,48 +153,49 @@ class BlockTraffic(NamedTuple):
     calls: list[tuple[Kind, int, int]]
     call_seconds: dict[Kind, float]
     size: float
+    regions: Regions
     split: float = 0.0
     split_gathers: int = 0
     mean_size: float = 0.0
     mean_seconds: float = 0.0
 
-    def again(self, parts: Iterable[Part]) -> dict[Kind, int]:
-        """The calls of parts that are made again in the backward pass, which nothing hides: those by which they enter
+    def again(self, made: Iterable[Step]) -> dict[Kind, int]:
+        """The calls of steps that are made again in the backward pass, which nothing hides: those by which they enter
         or leave a region."""
-        entering: Kind = "all-gather"
         leaving: Kind = "reduce-scatter" if "reduce-scatter" in self.call_seconds else "all-reduce"
-        kinds: dict[Part, Kind] = {"qkv": entering, "gate_up": entering, "attention_output": leaving, "down": leaving}
-        found = Counter(kinds[part] for part in parts if part in kinds)
-        return {kind: count for kind, count in found.items() if kind in self.call_seconds}
+        found: Counter[Kind] = Counter()
+        for name in (name for step in made for name in step.gives):
+            found["all-gather"] += name in self.regions.entered
+            found[leaving] += name in self.regions.left
+        return {kind: count for kind, count in found.items() if count and kind in self.call_seconds}
 
-    def again_seconds(self, parts: Iterable[Part]) -> float:
+    def again_seconds(self, made: Iterable[Step]) -> float:
         """Seconds of these calls, and of means that are taken again."""
-        parts = list(parts)
-        calls = sum(count * self.call_seconds[kind] for kind, count in self.again(parts).items())
-        return calls + self.means_again(parts) * self.mean_seconds
+        made = list(made)
+        calls = sum(count * self.call_seconds[kind] for kind, count in self.again(made).items())
+        return calls + self.means_again(made) * self.mean_seconds
 
-    def means_again(self, parts: Iterable[Part]) -> int:
-        """All-reduces of means that parts which are made again take again."""
-        return 2 * sum(part == "rotary" for part in parts) if self.mean_size else 0
+    def means_again(self, made: Iterable[Step]) -> int:
+        """All-reduces of means that steps which are made again take again."""
+        return 2 * sum(step.part == "rotary" for step in made) if self.mean_size else 0
 
 
-def block_traffic(case: Case, input_backward: float, weight_backward: float) -> BlockTraffic:
-    """Two regions a block (attention, MLP), each entered and left once.
-
-    Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
+def block_traffic(case: Case, input_backward: float, weight_backward: float, regions: Regions) -> BlockTraffic:
+    """Without sequence parallelism one all-reduce leaves a region in the forward pass, and one enters it in the
     backward pass, beside the weight gradient's matmul (Shoeybi et al. 2019). With it, all-gathers enter and
     reduce-scatters leave; backward, the input is gathered again beside the input gradient's matmul (Korthikanti et
     al. 2022, section 4.2.2). What asynchronous tensor parallelism hides beyond that is not counted.
 
     Args:
-        input_backward, weight_backward: seconds of a block's backward halves, of which each region's column-parallel
-            layers take about a quarter.
+        input_backward, weight_backward: seconds of the regions' backward halves, of which their column-parallel layers
+            take about half.
     """
     group = axis_group(case, "tp")
     size = case.tokens * case.model.hidden_size * case.compute_bytes
     if group.size == 1:
-        return BlockTraffic(0.0, 0.0, [], {}, 0.0)
-    beside_input, beside_weight = input_backward / 4, weight_backward / 4
+        return BlockTraffic(0.0, 0.0, [], {}, 0.0, regions)
+    entered, left = len(regions.entered), len(regions.left)
+    beside_input, beside_weight = input_backward / (2 * left), weight_backward / (2 * left)
     mean_size, means = 0.0, 0.0
     if case.model.qk_norm_all_heads:
         mean_size = case.tokens * max(4.0, case.compute_bytes)
@@ -182,25 +203,26 @@ def block_traffic(case: Case, input_backward: float, weight_backward: float) -> 
     if not case.sequence_parallel:
         reduce = collective_seconds(case, group, "all-reduce", size)
         hidden = max(0.0, reduce - beside_weight)
-        split = 2 * (reduce - hidden)
         return BlockTraffic(
-            2 * (reduce + means),
-            2 * (hidden + means),
-            [("all-reduce", 2, 2)],
+            left * reduce + 2 * means,
+            entered * hidden + 2 * means,
+            [("all-reduce", left, entered)],
             {"all-reduce": reduce},
             size,
-            split,
+            regions,
+            split=entered * (reduce - hidden),
             mean_size=mean_size,
             mean_seconds=means,
         )
     gather = collective_seconds(case, group, "all-gather", size)
     scatter = collective_seconds(case, group, "reduce-scatter", size)
-    backward = 2 * (gather + max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
-    calls: list[tuple[Kind, int, int]] = [("all-gather", 2, 4), ("reduce-scatter", 2, 2)]
+    backward = left * gather
+    backward += entered * (max(0.0, gather - beside_input) + max(0.0, scatter - beside_weight))
+    calls: list[tuple[Kind, int, int]] = [("all-gather", entered, left + entered), ("reduce-scatter", left, entered)]
     seconds: dict[Kind, float] = {"all-gather": gather, "reduce-scatter": scatter}
-    split = 2 * (3 * gather + scatter) - backward
-    forward, backward = 2 * (gather + scatter + means), backward + 2 * means
-    return BlockTraffic(forward, backward, calls, seconds, size, split, 2, mean_size, means)
+    split = left * 2 * gather + entered * (gather + scatter) - backward
+    forward, backward = entered * gather + left * scatter + 2 * means, backward + 2 * means
+    return BlockTraffic(forward, backward, calls, seconds, size, regions, split, left, mean_size, means)
 
 
 def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
@@ -216,48 +238,136 @@ def end_traffic(case: Case, stage: Stage) -> tuple[float, float]:
     return reduce * stage.first, reduce * stage.last
 
 
+class _Shared(NamedTuple):
+    """Weights of a rank that some ranks share.
+
+    Args:
+        axis: of these ranks.
+        what: they are, as it is said before "weights" and "gradients".
+        weights: how many.
+        group, replicas: ranks that they are split over, and those that hold copies.
+        tensors: how many parameters they are of.
+        blocks: how many blocks have some.
+    """
+
+    axis: str
+    what: str
+    weights: int
+    group: Group
+    replicas: Group
+    tensors: int
+    blocks: int
+
+
 def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, backward: float) -> list[Traffic]:
     """Gathering of weights and reduction of gradients of a rank, in one step.
 
     In flat buffers, once a step: gradients are reduced behind the last microbatch's backward pass, a call for each
     parameter (ZeRO 1) or each block (ZeRO 0), and after it where backward passes run in two halves; weights are
     gathered behind the next step's first forward pass. Under FSDP2, ZeRO 2 reduces each block behind each
-    microbatch's backward pass, and gathers as flat buffers do; ZeRO 3 gathers twice for each microbatch.
+    microbatch's backward pass, and gathers as flat buffers do; ZeRO 3 gathers twice for each microbatch. Experts are
+    shared by fewer ranks, edp, and go beside the rest, after it: the network is one.
 
     Args:
         forward, backward: seconds of one microbatch through all of the rank's stages.
     """
-    group, replicas = axis_group(case, "dp"), axis_group(case, "replica")
     m = 1 if case.flat else case.microbatches
-    gathered = sum(case.weights(stage) for stage in stages) * case.compute_bytes
-    reduced = sum(case.weights(stage) for stage in stages) * case.storage_bytes
-    blocks = max(1, sum(len(stage.layers) for stage in stages))
-    units = _parameters(case, stages) if case.flat else blocks
-    behind = backward if case.undivided_backward else 0.0
-    traffic = []
+    gathering = (forward + backward) / 2 if case.zero == 3 else forward
+    reducing = backward if case.undivided_backward else 0.0
+    traffic: list[Traffic] = []
 
-    def add(what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int) -> None:
+    def add(
+        of: _Shared, what: str, kind: Kind, calls: int, size: float, over: Group, hiding: float, units: int
+    ) -> None:
         once = collective_seconds(case, over, kind, size) + (units - 1) * _latency(case, over, kind)
         exposed = calls * max(0.0, once - hiding, once / units)
+        name = f"{of.what} {what}".strip()
         traffic.append(
-            Traffic("dp", what, kind, calls * units, size / units, over.link, over.size, once * calls, exposed)
+            Traffic(of.axis, name, kind, calls * units, size / units, over.link, over.size, once * calls, exposed)
         )
 
-    if group.size > 1:
-        hiding = (forward + backward) / 2 if case.zero == 3 else forward
-        add("weights", "all-gather", 2 * m if case.zero == 3 else 1, gathered, group, hiding, units)
-        add("gradients", "reduce-scatter", m, reduced, group, behind, units)
-    if replicas.size > 1:
-        shared = case.flat and group.size > 1  # then gradients are summed over replicas when all are scattered
-        hiding, units = (0.0, units) if shared else (behind, blocks)
-        add("gradients of replicas", "all-reduce", m, reduced / case.shards, replicas, hiding, units)
+    for of in _shared(case, stages):
+        gathered, reduced = of.weights * case.compute_bytes, of.weights * case.storage_bytes
+        units = of.tensors if case.flat else of.blocks
+        before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
+        if of.group.size > 1:
+            gathers = 2 * m if case.zero == 3 else 1
+            add(
+                of,
+                "weights",
+                "all-gather",
+                gathers,
+                gathered,
+                of.group,
+                max(0.0, gathering - before["all-gather"]),
+                units,
+            )
+            add(
+                of,
+                "gradients",
+                "reduce-scatter",
+                m,
+                reduced,
+                of.group,
+                max(0.0, reducing - before["reduce-scatter"]),
+                units,
+            )
+        if of.replicas.size > 1:
+            late = case.flat and of.group.size > 1  # then gradients are summed over replicas when all are scattered
+            hiding, units = (0.0, units) if late else (max(0.0, reducing - before["all-reduce"]), of.blocks)
+            size = reduced / of.group.size
+            add(of, "gradients of replicas", "all-reduce", m, size, of.replicas, hiding, units)
+    return traffic + _muon_traffic(case, stages)
+
+
+def _muon_traffic(case: Case, stages: list[Stage]) -> list[Traffic]:
+    """Gradients of hidden matrices to the ranks that orthogonalise them, and updates back, in rounds of two calls; an
+    expert's among the ranks that share it. Bytes are those of the mean rank: what it has of all matrices, or what it
+    keeps (with copies that is more)."""
+    stage = axis_group(case, "stage")
+    if case.recipe.optimizer.name != "muon" or stage.size == 1:
+        return []
+    of, width = hidden(case, stages), moved_bytes(case)
+    if not of.rounds:
+        return []
+    sharing = case.topology.edp * case.topology.expert_tp
+    of_expert = Group(sharing, min(sharing, stage.nodes))
+    rows: list[tuple[str, float, float]] = [
+        ("gradients of matrices", of.total / stage.size, of.expert_total / stage.size),
+        ("updates of matrices", of.weights, of.expert_weights),
+    ]
+    traffic = []
+    for what, shared, experts in rows:
+        once = [part * width / of.rounds for part in (shared, experts)]
+        seconds = of.rounds * sum(
+            collective_seconds(case, group, "all-to-all", size)
+            for group, size in zip((stage, of_expert), once, strict=True)
+            if size
+        )
+        traffic.append(
+            Traffic("stage", what, "all-to-all", of.rounds, sum(once), stage.link, stage.size, seconds, seconds)
+        )
     return traffic
 
 
-def _parameters(case: Case, stages: list[Stage]) -> int:
-    """How many parameters a rank's stages have."""
+def _shared(case: Case, stages: list[Stage]) -> list[_Shared]:
+    parameters = [p for p in _parameters(case, stages) if p.trained]
+    groups = axis_group(case, "dp"), axis_group(case, "replica")
+    count = sum(case.shared_weights(stage) for stage in stages)
+    blocks = max(1, sum(len(stage.layers) for stage in stages))
+    found = [_Shared("dp", "", count, *groups, sum(not p.expert for p in parameters), blocks)]
+    count = sum(case.expert_weights(stage) for stage in stages)
+    if count:
+        groups = axis_group(case, "edp"), axis_group(case, "expert replica")
+        blocks = sum(case.expert_layers(stage) for stage in stages)
+        found.append(_Shared("edp", "experts'", count, *groups, sum(p.expert for p in parameters), blocks))
+    return found
+
+
+def _parameters(case: Case, stages: list[Stage]) -> list[Parameter]:
+    """The parameters of a rank's stages."""
     model = case.model
-    return sum(len(stage_parameters(model, stage.layers, first=stage.first, last=stage.last)) for stage in stages)
+    return [p for s in stages for p in stage_parameters(model, s.layers, first=s.first, last=s.last)]
 
 
 def _latency(case: Case, group: Group, kind: Kind) -> float:

@@ -7,11 +7,12 @@ small ones lose more. What moves bytes only (norms, activations, residuals) is c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tplaunch.plan.case import Case
-from tplaunch.plan.memory import local_heads
-from tplaunch.recipe.schema import Part
+from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.memory import head_width, local_heads
+from tplaunch.plan.muon import hidden
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
 
@@ -94,42 +95,64 @@ def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Pass
 
 
 def queries(case: Case) -> Passes:
-    """The projection to queries."""
-    assert case.model.head_dim is not None
-    return linear(case, case.tokens, local_heads(case)[0] * case.model.head_dim, case.model.hidden_size)
+    """The projection to queries; of latent attention, out of the short vector."""
+    latent = case.model.latent
+    into = latent.q_rank if latent and latent.q_rank else case.model.hidden_size
+    return linear(case, case.tokens, local_heads(case)[0] * head_width(case), into)
 
 
-def block_parts(case: Case) -> dict[Part, Passes]:
-    """Each part of a transformer block, at one place of it, on one rank, without communication; attention is the mean
-    of all blocks'. What is made again takes its forward pass once more."""
+def block_parts(case: Case) -> dict[str, Passes]:
+    """Each part of a transformer block without experts, at one place of it, on one rank, without communication;
+    attention is the mean of all blocks'. What is made again takes its forward pass once more."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
-    assert model.head_dim is not None
-    heads, kv_heads = local_heads(case)
+    heads = local_heads(case)[0]
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    query_width, keys = heads * model.head_dim, kv_heads * model.head_dim
-    gated = model.gated
-    # Hidden states: a norm (read, write; backward: read twice, write) and a residual sum (two reads, a write).
-    slices = tp if case.sequence_parallel else 1
-    states = tokens * hidden * width / slices
-    residual = pointwise(case, 3 * states, 3 * states, kernels=1)
-    turned = tokens * (query_width + keys) * width
+    states, residual = _states(case), add_residual(case)
     rotary = Passes(0.0)
-    if model.position == "rope":  # widened, turned, narrowed: about four passes over q and k
+    if (
+        model.position == "rope"
+    ):  # widened, turned, narrowed: about four passes over q and k; values are copied, at most
+        turned = _queries_and_keys(case)
         rotary += pointwise(case, 4 * 2 * turned, 4 * 2 * turned, kernels=8)
     if model.qk_norm:
+        turned = _queries_and_keys(case)
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
-    inner = tokens * ffn * width
-    reads_and_writes = (5, 8) if gated else (2, 3)
     return {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
-        "qkv": queries(case) + linear(case, tokens, keys, hidden) * 2,
+        "qkv": queries(case) + linear(case, tokens, local_heads(case)[1] * head_width(case), hidden) * 2,
         "rotary": rotary,
         "core_attention": attention_core(case, case.positions()),
-        "attention_output": linear(case, tokens, hidden, query_width) + residual,
-        "gate_up": linear(case, tokens, ffn, hidden) * (2 if gated else 1),
-        "activation": pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2),
+        "attention_output": linear(case, tokens, hidden, heads * model.value_dim) + residual,
+        "gate_up": linear(case, tokens, ffn, hidden) * (2 if model.gated else 1),
+        "activation": activation(case, tokens * ffn * width),
         "down": linear(case, tokens, hidden, ffn) + residual,
     }
+
+
+def _states(case: Case) -> float:
+    """Bytes of hidden states: a norm reads and writes them, and backward reads them twice and writes once."""
+    slices = case.topology.tp if case.sequence_parallel else 1
+    return case.tokens * case.model.hidden_size * case.compute_bytes / slices
+
+
+def add_residual(case: Case) -> Passes:
+    """A sum of two streams: two reads and a write."""
+    return pointwise(case, 3 * _states(case), 3 * _states(case), kernels=1)
+
+
+def activation(case: Case, inner: float) -> Passes:
+    """The MLP's.
+
+    Args:
+        inner: bytes of what it gives.
+    """
+    reads_and_writes = (5, 8) if case.model.gated else (2, 3)
+    return pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2)
+
+
+def _queries_and_keys(case: Case) -> float:
+    """Bytes of the queries and keys of one microbatch and a rank's heads."""
+    return case.tokens * sum(local_heads(case)) * head_width(case) * case.compute_bytes
 
 
 def head(case: Case) -> Passes:
@@ -154,15 +177,26 @@ def embedding(case: Case) -> Passes:
     return Passes(move(case, 2 * states), 0.0, move(case, 3 * states + table))
 
 
-def optimizer_seconds(case: Case, kept: float, gathered: float) -> float:
+def optimizer_seconds(case: Case, pp_ranks: Iterable[int]) -> float:
     """The update of a rank's shard: weights, gradient and two moments read, all but the gradient written; before it,
-    the gradient's norm and its scaling.
+    the gradient's norm and its scaling; after it, weights in the compute dtype. Muon also has matrices to
+    orthogonalise (what it sends is not in here).
 
     Args:
-        kept: weights of the rank's shard.
-        gathered: weights that it converts to the compute dtype for the next step.
+        pp_ranks: pipeline ranks, of which the slowest counts.
     """
-    width = case.storage_bytes
-    update = (4 + 3 if case.recipe.optimizer.name == "adamw" else 2 + 1) * width
+    return max(_update_seconds(case, case.stages_on(rank)) for rank in pp_ranks)
+
+
+def _update_seconds(case: Case, stages: list[Stage]) -> float:
+    width, name = case.storage_bytes, case.recipe.optimizer.name
+    kept = sum(case.sharded_weights(stage) for stage in stages)
     clipping = 3 * width if case.recipe.training.grad_clip else width
-    return move(case, kept * (update + clipping)) + move(case, gathered * case.compute_bytes * 2)
+    seconds = move(case, kept * clipping) + move(case, kept * case.compute_bytes * 2)
+    if name != "muon":
+        return seconds + move(case, kept * (4 + 3 if name == "adamw" else 2 + 1) * width)
+    of, gpu = hidden(case, stages), case.gpu
+    mine = of.weights + of.expert_weights
+    # Of hidden matrices: gradient and momentum are read and written twice, weight and update once.
+    seconds += move(case, (kept - mine) * 7 * width + mine * 11 * width)
+    return seconds + of.flops / (gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency)

@@ -8,74 +8,24 @@ pass, beside the gradients of the output projection; their gradients go back bes
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
-
 from tplaunch.plan.case import Case
-from tplaunch.plan.communication import Kind, axis_group, collective_seconds
+from tplaunch.plan.communication import axis_group, collective_seconds
 from tplaunch.plan.compute import Passes
-from tplaunch.plan.memory import exchanged_heads, gathered_keys, head_bytes, local_heads
-from tplaunch.recipe.schema import Part
+from tplaunch.plan.exchange import Exchange, Exchanges
+from tplaunch.plan.memory import attended_bytes, exchanged_bytes, gathered_keys
 
 
-class Exchange(NamedTuple):
-    """One kind of exchange of a block, for one microbatch.
-
-    Args:
-        what: is exchanged.
-        kind: the collective.
-        bytes: of one call (`communication.Traffic`).
-        seconds: of one call.
-        forward, backward: calls in each pass.
-        hidden: seconds of them all that computation hides.
-        again: the part with which it is made again in the backward pass; None: it never is.
-    """
-
-    what: str
-    kind: Kind
-    bytes: float
-    seconds: float
-    forward: int
-    backward: int
-    hidden: tuple[float, float] = (0.0, 0.0)
-    again: Part | None = None
-
-    def exposed(self) -> tuple[float, float]:
-        """Seconds that nothing hides, forward and backward."""
-        return self.forward * self.seconds - self.hidden[0], self.backward * self.seconds - self.hidden[1]
-
-
-class ContextTraffic(NamedTuple):
-    """The exchanges of a block for one microbatch."""
-
-    exchanges: tuple[Exchange, ...] = ()
-
-    @property
-    def forward(self) -> float:
-        """Seconds that nothing hides."""
-        return sum(exchange.exposed()[0] for exchange in self.exchanges)
-
-    @property
-    def backward(self) -> float:
-        """Seconds that nothing hides."""
-        return sum(exchange.exposed()[1] for exchange in self.exchanges)
-
-    def again_seconds(self, made: Collection[Part]) -> float:
-        """Seconds of those that parts bring with them when they are made again, which nothing hides."""
-        return sum(exchange.seconds for exchange in self.exchanges if exchange.again in made)
-
-
-def context_traffic(case: Case, queries: Passes, output: Passes) -> ContextTraffic:
+def context_traffic(case: Case, queries: Passes, output: Passes) -> Exchanges:
     """The exchanges of a block.
 
     Args:
         queries, output: the projections before and after attention, which hide what is gathered.
     """
     if case.topology.cp == 1:
-        return ContextTraffic()
+        return Exchanges()
     if case.recipe.topology.cp_kind == "ulysses":
-        return ContextTraffic(_heads_for_tokens(case))
-    return ContextTraffic(_keys_and_values(case, queries, output))
+        return Exchanges(_heads_for_tokens(case))
+    return Exchanges(_keys_and_values(case, queries, output))
 
 
 def _keys_and_values(case: Case, queries: Passes, output: Passes) -> tuple[Exchange, ...]:
@@ -84,17 +34,19 @@ def _keys_and_values(case: Case, queries: Passes, output: Passes) -> tuple[Excha
     hidden = min(gather, queries.forward), min(gather, output.total - output.forward)
     back = 0.0, min(scatter, queries.total - queries.forward)
     return (
-        Exchange("keys and values", "all-gather", size, gather, 1, 1, hidden),
-        Exchange("their gradients", "all-to-all", size, scatter, 0, 1, back),
+        Exchange("cp", group, "keys and values", "all-gather", size, gather, 1, 1, hidden),
+        Exchange("cp", group, "their gradients", "all-to-all", size, scatter, 0, 1, back),
     )
 
 
 def _heads_for_tokens(case: Case) -> tuple[Exchange, ...]:
-    group, heads = axis_group(case, "cp"), local_heads(case)[0]
-    turned: Part = "rotary" if case.model.qk_norm or case.model.position == "rope" else "qkv"
+    group = axis_group(case, "cp")
+    turned = "turned" if case.model.qk_norm or case.model.position == "rope" else "projected"
     found = []
-    for what, count, again in (("heads", exchanged_heads(case), turned), ("tokens", heads, "core_attention")):
-        size = case.tokens * count * head_bytes(case)
+    for what, size, again in (
+        ("heads", exchanged_bytes(case), turned),
+        ("tokens", attended_bytes(case), "attended"),
+    ):
         seconds = collective_seconds(case, group, "all-to-all", size)
-        found.append(Exchange(what, "all-to-all", size, seconds, 1, 1, again=again))
+        found.append(Exchange("cp", group, what, "all-to-all", size, seconds, 1, 1, again=again))
     return tuple(found)

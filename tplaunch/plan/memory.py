@@ -11,9 +11,10 @@ from __future__ import annotations
 from math import lcm
 from typing import NamedTuple
 
-from tplaunch.plan.case import Case, Stage
+from tplaunch.plan.case import Block, Case, Stage
+from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Part
+from tplaunch.recipe.schema import Experts, Part
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
@@ -62,24 +63,29 @@ def hidden_bytes(case: Case) -> float:
     return case.tokens * case.model.hidden_size * case.compute_bytes / slices
 
 
-def block_tensors(case: Case) -> dict[str, float]:
-    """Bytes of a block's tensors for one microbatch, by their names in `tplaunch.spec.recompute`."""
+def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
+    """Bytes of a block's tensors for one microbatch, by their names in `tplaunch.spec.recompute`.
+
+    Args:
+        experts: of a block that has them.
+    """
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
-    assert model.head_dim is not None
-    heads, kv_heads = local_heads(case)
-    head, hidden = tokens * model.head_dim * width, hidden_bytes(case)
+    hidden = hidden_bytes(case)
     ffn = tokens * (model.ffn_hidden_size // tp) * width
-    projected, turned = heads + 2 * kv_heads, heads + (1 if model.qk_norm else 2) * kv_heads
+    projected, turned = projected_bytes(case), turned_bytes(case)
     if exchanges_heads(case):  # then what attention keeps is what it was given
-        turned = exchanged_heads(case)
+        turned = exchanged_bytes(case)
         projected = projected if model.qk_norm or model.position == "rope" else turned
-    return {
+    tensors = {
         "input": hidden,
         "normed": hidden,
-        "projected": projected * head,
-        "turned": turned * head,
-        "attended": heads * head * (2 if exchanges_heads(case) else 1),  # kept before and after it is exchanged
-        "softmax": tokens * heads * max(4, width),
+        "queries": case.tokens * local_heads(case)[0] * head_width(case) * width,
+        "latent": latent_bytes(case),
+        "latent_normed": latent_bytes(case),
+        "projected": projected,
+        "turned": turned,
+        "attended": attended_bytes(case) * (2 if exchanges_heads(case) else 1),  # kept before and after its exchange
+        "softmax": tokens * local_heads(case)[0] * max(4, width),
         "attention_made": hidden,
         "middle": hidden,
         "middle_normed": hidden,
@@ -87,21 +93,53 @@ def block_tensors(case: Case) -> dict[str, float]:
         "activated": ffn,
         "mlp_made": hidden,
     }
+    return {**tensors, **_expert_tensors(case)} if experts else tensors
 
 
-def block_activations(case: Case, parts: frozenset[Part] = frozenset()) -> float:
+def _expert_tensors(case: Case) -> dict[str, float]:
+    """Of them those that a block with experts has in place of the MLP's."""
+    moe, width = case.model.moe, case.compute_bytes
+    assert moe is not None
+    row = moe.ffn_hidden_size // case.topology.expert_tp * width
+    shared = case.tokens * ((moe.shared_ffn_hidden_size or 0) // case.topology.tp) * width
+    return {
+        "routing": _routing(case, moe),
+        "dispatched": case.expert_rows * case.model.hidden_size * width,
+        "inside": case.expert_rows * 2 * row,
+        "activated": case.expert_rows * row,
+        "shared_inside": 2 * shared,
+        "shared_activated": shared,
+    }
+
+
+def _routing(case: Case, moe: Experts) -> float:
+    """Bytes of what the router keeps: scores, the weights that are made of them, and where each row goes (int64)."""
+    wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
+    numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
+    numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
+    places: float = 4 * rows + moe.experts
+    if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
+        places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
+    return wide * numbers + 8 * places
+
+
+def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, experts: bool = False) -> float:
     """Bytes that one block keeps for its backward pass, for one microbatch: tensors, and the statistics of norms, which
     are fp32 numbers for each token, and for each head where heads have norms of their own.
 
     Args:
         parts: what it makes again.
+        experts: of a block that has them.
     """
-    tensors = block_tensors(case)
+    tensors = block_tensors(case, experts=experts)
     statistics = 2 * (case.model.pre_norms + case.model.post_norms) * norm_statistics(case)
     if case.model.qk_norm:
         numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
         statistics += case.tokens * numbers * max(4, case.compute_bytes)
-    return sum(tensors[name] for name in kept(case.model, parts).kept) + statistics
+    if latent := case.model.latent:
+        own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
+        statistics += own * (1 if latent.q_rank is None else 2) * max(4, case.compute_bytes)
+    return sum(tensors[name] for name in kept(case.model, parts, experts=experts).kept) + statistics
 
 
 def local_heads(case: Case) -> tuple[int, int]:
@@ -111,10 +149,42 @@ def local_heads(case: Case) -> tuple[int, int]:
     return model.num_heads // tp, max(1, model.num_kv_heads // tp)
 
 
-def head_bytes(case: Case) -> int:
-    """Bytes of a token in one head."""
+def head_width(case: Case) -> int:
+    """Numbers of a token's query, or key, in one head."""
     assert case.model.head_dim is not None
-    return case.model.head_dim * case.compute_bytes
+    return case.model.head_dim
+
+
+def projected_bytes(case: Case) -> float:
+    """Bytes of queries, keys and values of one microbatch and a rank's heads, as they are projected; of latent
+    attention those that are made of narrow vectors."""
+    (heads, kv_heads), latent = local_heads(case), case.model.latent
+    numbers = (heads + 2 * kv_heads) * head_width(case)
+    if latent is not None:
+        numbers = heads * (latent.nope_dim + latent.value_dim) + latent.rope_dim
+        numbers += heads * head_width(case) if latent.q_rank is not None else 0
+    return case.tokens * numbers * case.compute_bytes
+
+
+def latent_bytes(case: Case) -> float:
+    """Bytes of latent attention's narrow vectors of one microbatch that a rank makes; 0 without it."""
+    latent = case.model.latent
+    if latent is None:
+        return 0.0
+    slices = case.topology.tp if case.sequence_parallel else 1
+    return case.tokens / slices * ((latent.q_rank or 0) + latent.kv_rank + latent.rope_dim) * case.compute_bytes
+
+
+def turned_bytes(case: Case) -> float:
+    """The same as they are turned; where heads have norms of their own, without values, which stay as projected."""
+    heads, kv_heads = local_heads(case)
+    values = 0 if case.model.qk_norm else kv_heads * case.model.value_dim
+    return case.tokens * ((heads + kv_heads) * head_width(case) + values) * case.compute_bytes
+
+
+def attended_bytes(case: Case) -> float:
+    """Bytes of what attention gives for one microbatch and a rank's heads."""
+    return case.tokens * local_heads(case)[0] * case.model.value_dim * case.compute_bytes
 
 
 def exchanges_heads(case: Case) -> bool:
@@ -122,16 +192,18 @@ def exchanges_heads(case: Case) -> bool:
     return case.topology.cp > 1 and case.recipe.topology.cp_kind == "ulysses"
 
 
-def exchanged_heads(case: Case) -> int:
-    """Heads of queries, keys and values that a rank gives for tokens: Ulysses repeats keys and values until each of cp
-    ranks gets as many."""
+def exchanged_bytes(case: Case) -> float:
+    """Bytes of the heads of queries, keys and values that a rank gives for tokens: Ulysses repeats keys and values
+    until each of cp ranks gets as many."""
     heads, kv_heads = local_heads(case)
-    return heads + 2 * lcm(kv_heads, case.topology.cp)
+    width, repeated = head_width(case), lcm(kv_heads, case.topology.cp)
+    return case.tokens * (heads * width + repeated * (width + case.model.value_dim)) * case.compute_bytes
 
 
 def gathered_keys(case: Case) -> float:
     """Bytes of the keys and values of whole sequences, of one microbatch and a rank's heads."""
-    return case.tokens * case.topology.cp * 2 * local_heads(case)[1] * head_bytes(case)
+    width = (head_width(case) + case.model.value_dim) * case.compute_bytes
+    return case.tokens * case.topology.cp * local_heads(case)[1] * width
 
 
 def norm_statistics(case: Case) -> float:
@@ -162,7 +234,8 @@ def documents(case: Case) -> float:
 
 def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
-    total = sum(n * block_activations(case, parts) for parts, n in case.recomputes(stage).items()) + documents(case)
+    total = documents(case)
+    total += sum(n * block_activations(case, b.again, experts=b.experts) for b, n in case.blocks(stage).items())
     if stage.first:
         total += embedding_activations(case)
     if stage.last:
@@ -184,7 +257,7 @@ def gathered_weights(case: Case, stages: list[Stage]) -> float:
     if case.zero < 3 or case.flat:
         whole = sum(case.weights(stage) for stage in stages) * case.compute_bytes
         return whole - weights(case, stages) if case.flat and case.storage_bytes == case.compute_bytes else whole
-    at_work = case.block_weights if any(stage.layers for stage in stages) else 0
+    at_work = max((_unit_weights(case, block.experts) for block in _kinds(case, stages)), default=0)
     return (sum(case.end_weights(stage) for stage in stages) + at_work) * case.compute_bytes
 
 
@@ -195,8 +268,11 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
     optimizer = case.recipe.optimizer
+    if optimizer.name == "muon":
+        of = hidden(case, stages)
+        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
     return copies * weights(case, stages)
 
@@ -218,41 +294,42 @@ def loss_working(case: Case) -> float:
     return max(summing, following) + case.tokens * model.hidden_size * width
 
 
-def block_working(case: Case, parts: frozenset[Part]) -> float:
+def block_working(case: Case, parts: frozenset[Part], *, experts: bool = False) -> float:
     """Temporaries of a block's backward pass at its fullest, less what was kept and is used up by then.
 
     Args:
         parts: what is made again.
+        experts: of a block that has them.
     """
-    return max(_mlp_working(case, parts), _gathered_working(case, parts))
+    block = Block(experts, parts)
+    return max(_expert_working(case, block) if experts else _mlp_working(case, block), _gathered_working(case, block))
 
 
-def _gathered_working(case: Case, parts: frozenset[Part]) -> float:
+def _gathered_working(case: Case, block: Block) -> float:
     """In the backward pass of attention over context parallelism: gathered keys and values, their gradients, these as
     they are sent and as they come; the gradients of queries and of the hidden states."""
     if case.topology.cp == 1 or exchanges_heads(case):
         return 0.0
-    tensors, stays = block_tensors(case), kept(case.model, parts).kept
-    gone = ("attended", "softmax", "middle", "middle_normed", "inside", "activated")
-    queries = case.tokens * local_heads(case)[0] * head_bytes(case)
+    tensors = block_tensors(case, experts=block.experts)
+    stays = kept(case.model, block.again, experts=block.experts).kept
+    inside = ("routing", "dispatched", "inside", "activated", "shared_inside", "shared_activated")
+    gone = ("attended", "softmax", "middle", "middle_normed", *inside)
+    queries = case.tokens * local_heads(case)[0] * head_width(case) * case.compute_bytes
     used_up = sum(tensors[name] for name in gone if name in stays)
-    (attention,) = (step for step in block_steps(case.model) if step.part == "core_attention")
-    again = _made_again(case, parts, *attention.needs)
+    (attention,) = (s for s in block_steps(case.model, experts=block.experts) if s.part == "core_attention")
+    again = _made_again(case, block, *attention.needs)
     return 4 * gathered_keys(case) + queries + hidden_bytes(case) + again - used_up
 
 
-def _made_again(case: Case, parts: frozenset[Part], *names: str) -> float:
-    """Bytes of what is made again until some tensors are there, and its own users await.
-
-    Args:
-        parts: what is made again.
-    """
-    tensors, awaited = block_tensors(case), {name for step in block_steps(case.model) for name in step.needs}
-    made = kept(case.model, parts, frozenset(names)).made
+def _made_again(case: Case, block: Block, *names: str) -> float:
+    """Bytes of what is made again until some tensors are there, and its own users await."""
+    tensors, experts = block_tensors(case, experts=block.experts), block.experts
+    awaited = {name for step in block_steps(case.model, experts=experts) for name in step.needs}
+    made = kept(case.model, block.again, frozenset(names), experts=experts).made
     return sum(tensors[name] for step in made for name in step.gives if name in awaited)
 
 
-def _mlp_working(case: Case, parts: frozenset[Part]) -> float:
+def _mlp_working(case: Case, block: Block) -> float:
     """In the MLP: gradients of its inside; the down projection's gradient, where no matmul adds it to the sum by
     itself; the hidden states' gradient, whole and as a slice; what was made again by then, and its own users await."""
     model, tp, width = case.model, case.topology.tp, case.compute_bytes
@@ -262,10 +339,31 @@ def _mlp_working(case: Case, parts: frozenset[Part]) -> float:
     product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
     tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
-    gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, parts).kept)
+    gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, block.again).kept)
     (first,) = (step.needs[0] for step in block_steps(model) if step.part == "gate_up")
-    again = max(_made_again(case, parts, "inside", "activated"), _made_again(case, parts, first) - gone)
+    again = max(_made_again(case, block, "inside", "activated"), _made_again(case, block, first) - gone)
     return (inside + product + whole) * width + hidden_bytes(case) + again
+
+
+def _expert_working(case: Case, block: Block) -> float:
+    """In the experts, at the fullest of four moments: gradients of rows come and are put in order; the last matmul's
+    gradients are made; the activation's; the first matmuls'. With them are the gradient of the hidden states, that of
+    what shared experts read, and what was made again by then."""
+    moe, width = case.model.moe, case.compute_bytes
+    assert moe is not None
+    tensors, expert_tp = block_tensors(case, experts=True), case.topology.expert_tp
+    rows, activated = tensors["dispatched"], tensors["activated"]
+    sorted_once_more = case.topology.ep * expert_tp > 1 and case.local_experts > 1
+    coming = rows * (1 + sorted_once_more) + (rows * (1 + 1 / expert_tp) if expert_tp > 1 else 0.0)
+    # A matrix's gradient, where no matmul adds it to the sum by itself; else two wait until they are handed over.
+    in_place = case.accumulates_in_place and case.storage_bytes == width
+    product = 0.0 if in_place else case.block_expert_weights / 3 * width
+    waiting = product if case.accumulates_in_place else 2 * product
+    again = _made_again(case, block, "dispatched", "inside", "activated")
+    last, between = rows + activated + product, 3 * activated
+    first = rows + waiting - activated
+    beside = hidden_bytes(case) * (1 + (moe.shared_ffn_hidden_size is not None))
+    return max(coming, again + max(last, between, first)) + beside
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
@@ -273,12 +371,19 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
     layers' outputs. On the first stage torch leaves all to the second half."""
     if stage.first:
         return 0.0
-    model, tp = case.model, case.topology.tp
-    assert model.head_dim is not None
-    heads, kv_heads = local_heads(case)
-    inside = (2 if model.gated else 1) * (model.ffn_hidden_size // tp)
-    outputs = (heads + 2 * kv_heads) * model.head_dim + inside + 2 * model.hidden_size
-    return len(stage.layers) * case.tokens * outputs * case.compute_bytes
+    whole, moe = case.tokens * case.model.hidden_size * case.compute_bytes, case.model.moe
+    total = 0.0
+    for block, number in case.blocks(stage).items():
+        tensors = block_tensors(case, experts=block.experts)
+        outputs = projected_bytes(case) + latent_bytes(case) + tensors["inside"] + whole
+        if moe is None or not block.experts:
+            outputs += whole
+        else:
+            logits = case.own_tokens * moe.experts * max(4, case.compute_bytes)
+            shared = tensors["shared_inside"] + whole * (moe.shared_ffn_hidden_size is not None)
+            outputs += logits + tensors["dispatched"] + shared
+        total += number * outputs
+    return total
 
 
 def reducing(case: Case, unit: float) -> float:
@@ -291,7 +396,18 @@ def reducing(case: Case, unit: float) -> float:
 
 def gathering(case: Case) -> float:
     """With ZeRO 3, the next block's weights on their way."""
-    return case.block_weights * case.compute_bytes if case.zero == 3 and not case.flat else 0.0
+    if case.zero < 3 or case.flat:
+        return 0.0
+    return max(_unit_weights(case, experts) for experts in case.kinds) * case.compute_bytes
+
+
+def _unit_weights(case: Case, experts: bool) -> int:
+    """Weights of a block that are gathered together."""
+    return case.block_weights(experts=experts) + (case.block_expert_weights if experts else 0)
+
+
+def _kinds(case: Case, stages: list[Stage]) -> set[Block]:
+    return {block for stage in stages for block in case.blocks(stage)}
 
 
 def pipeline_buffers(case: Case, pp_rank: int) -> float:
@@ -313,7 +429,10 @@ _FRAGMENTATION = 0.03  # of what is allocated and freed in every step
 def overhead(case: Case, transient: float) -> float:
     """Bytes beside torch's allocations: CUDA context, workspaces, communicators, and what fragmentation wastes."""
     topology = case.topology
-    groups = sum(size > 1 for size in (topology.tp, topology.pp, case.shards, case.replicas))
+    sizes = [topology.tp, topology.pp, case.shards, case.replicas]
+    if case.model.moe is not None:
+        sizes += [topology.ep, topology.expert_tp, case.expert_shards, case.expert_replicas]
+    groups = sum(size > 1 for size in sizes)
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 
 
@@ -348,9 +467,11 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
         if stage.layers:
             moments += _block_moments(case, stage, after_head, gathered + lingering)
             if not case.flat:
-                one = block_activations(case, chosen(case.recipe.training, stage.layers[-1]))
+                last_block = stage.layers[-1]
+                experts = case.model.has_experts(last_block)
+                one = block_activations(case, chosen(case.recipe.training, last_block), experts=experts)
                 left = max(0.0, after_head - one)
-                moments.append(_Moment(left, buffers=gathered + reducing(case, case.block_weights)))
+                moments.append(_Moment(left, buffers=gathered + reducing(case, _unit_weights(case, experts))))
     if ends and not case.flat:
         left = max(0.0, held - max(stage_activations(case, stage) for stage in stages))
         moments.append(_Moment(left, buffers=reducing(case, ends)))
@@ -358,17 +479,18 @@ def _moments(case: Case, stages: list[Stage], held: float) -> list[_Moment]:
 
 
 def _block_moments(case: Case, stage: Stage, held: float, buffers: float) -> list[_Moment]:
-    """The backward pass of a stage's last block of each set of parts that are made again."""
+    """The backward pass of a stage's last block of each kind and set of parts that are made again."""
     moments = []
-    unseen = set(case.recomputes(stage))
+    unseen = set(case.blocks(stage))
     for layer in reversed(stage.layers):
-        parts = chosen(case.recipe.training, layer)
-        if parts in unseen:
-            moments.append(_Moment(held, working=block_working(case, parts), buffers=buffers))
-            unseen.remove(parts)
+        block = Block(case.model.has_experts(layer), chosen(case.recipe.training, layer))
+        if block in unseen:
+            working = block_working(case, block.again, experts=block.experts)
+            moments.append(_Moment(held, working=working, buffers=buffers))
+            unseen.remove(block)
         if not unseen:
             break
-        held = max(0.0, held - block_activations(case, parts))
+        held = max(0.0, held - block_activations(case, block.again, experts=block.experts))
     return moments
 
 
@@ -385,6 +507,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
         moments.append((step.gradients_at_loss[pp_rank], head))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]
+    if case.recipe.optimizer.name == "muon":
+        moments.append((gradients(case, stages), _Moment(0.0, working=update_bytes(case, stages))))
     gradient, fullest = max(moments, key=lambda item: item[0] + item[1].total)
     return Memory(
         weights=weights(case, stages),

@@ -11,13 +11,14 @@ from itertools import combinations
 from typing import NamedTuple
 
 from tplaunch.check.recipe import Checked
-from tplaunch.plan.case import Case
+from tplaunch.plan.case import Block, Case
 from tplaunch.plan.change import Change, with_values
-from tplaunch.plan.estimate import BlockWork, Plan, block_work, estimate
+from tplaunch.plan.estimate import BlockWork, Plan, block_works, estimate, made_again
 from tplaunch.plan.memory import block_activations
 from tplaunch.recipe.schema import Model, Part, Recompute
 from tplaunch.spec.gpu import Gpu
-from tplaunch.spec.recompute import ALL, CHEAP, PARTS, effective, kept
+from tplaunch.spec.parameters import layer_kinds
+from tplaunch.spec.recompute import ALL, CHEAP, PARTS, effective
 
 # Fraction of GPU memory to leave free, against fragmentation.
 HEADROOM = 0.05
@@ -28,8 +29,8 @@ class Option(NamedTuple):
 
     Args:
         value: as `training.recompute` says it.
-        seconds: of making them again, for one microbatch of one block, with communication.
-        kept: bytes that one block then keeps for one microbatch.
+        seconds: of making them again, for one microbatch of one block, with communication; the mean of all blocks.
+        kept: bytes that one block then keeps for one microbatch, the mean.
     """
 
     value: str | Recompute
@@ -55,46 +56,65 @@ class PartCost(NamedTuple):
 
 def part_costs(plan: Plan) -> list[PartCost]:
     """What each part saves and costs, in the order of a block."""
-    case = plan.case
-    work, nothing = block_work(case), block_activations(case)
+    case, works = plan.case, block_works(plan.case)
     stages = case.stages_on(plan.fullest)
-    blocks = sum(len(stage.layers) for stage in stages)
-    held = plan.step.in_flight[plan.fullest] * blocks / len(stages)
     found = []
     for parts in _smallest(case.model):
-        saved = nothing - block_activations(case, frozenset(parts))
-        seconds = case.microbatches * blocks * work.again(kept(case.model, frozenset(parts)))
-        found.append(PartCost(parts, saved, held * saved, seconds))
+        again, saved = frozenset(parts), {}
+        seconds = rank = 0.0
+        for experts in case.kinds:
+            block = Block(experts, again)
+            keeps = block_activations(case, again, experts=experts)
+            saved[experts] = block_activations(case, experts=experts) - keeps
+            number = sum(case.expert_layers(s) if experts else len(s.layers) - case.expert_layers(s) for s in stages)
+            seconds += case.microbatches * number * works[experts].again(made_again(case, block))
+            rank += plan.step.in_flight[plan.fullest] * number / len(stages) * saved[experts]
+        found.append(PartCost(parts, max(saved.values()), rank, seconds))
     return found
 
 
 def _smallest(model: Model) -> Iterator[tuple[Part, ...]]:
     """The parts that save something by themselves, and pairs that do so only together."""
-    possible = [part for part in PARTS if part in effective(model, ALL)]
+    possible = [part for part in PARTS if part in _effective(model, ALL)]
     for number, part in enumerate(possible):
-        if effective(model, frozenset((part,))):
+        if _effective(model, frozenset((part,))):
             yield (part,)
             continue
         for other in possible[number + 1 :]:
-            if effective(model, frozenset((part, other))) == {part, other}:
+            if _effective(model, frozenset((part, other))) == {part, other}:
                 yield part, other
 
 
-def options(case: Case, work: BlockWork | None = None) -> list[Option]:
+def _effective(model: Model, parts: frozenset[Part]) -> frozenset[Part]:
+    """Of these parts those that save something in any of a model's blocks."""
+    kinds = {model.has_experts(layer) for layer in layer_kinds(model)}
+    return frozenset().union(*(effective(model, parts, experts=experts) for experts in kinds))
+
+
+def options(case: Case, works: dict[bool, BlockWork] | None = None) -> list[Option]:
     """The sets of parts worth having, cheapest first: each keeps less than all that are cheaper.
 
     Args:
-        work: of one block of the case, where it is known.
+        works: of a block of each kind of the case, where they are known.
     """
-    work, model = work or block_work(case), case.model
-    parts = [part for part in PARTS if part in effective(model, ALL)]
-    sets = {effective(model, frozenset(some)) for n in range(len(parts) + 1) for some in combinations(parts, n)}
-    found = [Option(_value(model, some), work.again(kept(model, some)), block_activations(case, some)) for some in sets]
+    works, model = works or block_works(case), case.model
+    parts = [part for part in PARTS if part in _effective(model, ALL)]
+    sets = {_effective(model, frozenset(some)) for n in range(len(parts) + 1) for some in combinations(parts, n)}
+    found = [_option(case, works, some) for some in sets]
     best: list[Option] = []
     for option in sorted(found, key=lambda option: option[1:]):
         if not best or option.kept < best[-1].kept:
             best.append(option)
     return best
+
+
+def _option(case: Case, works: dict[bool, BlockWork], parts: frozenset[Part]) -> Option:
+    seconds = keeps = 0.0
+    for experts, number in case.kinds.items():
+        share = number / case.model.num_layers
+        seconds += share * works[experts].again(made_again(case, Block(experts, parts)))
+        keeps += share * block_activations(case, parts, experts=experts)
+    return Option(_value(case.model, parts), seconds, keeps)
 
 
 def cheapest(found: list[Option], fits: Callable[[Option], bool]) -> Option | None:
@@ -147,6 +167,6 @@ def _value(model: Model, parts: frozenset[Part]) -> str | Recompute:
     """The shortest way to say that blocks make these parts again."""
     named: dict[str, frozenset[Part]] = {"none": frozenset(), "cheap": CHEAP, "full": ALL}
     for name, meant in named.items():
-        if effective(model, meant) == parts:
+        if _effective(model, meant) == parts:
             return name
     return Recompute(again=[part for part in PARTS if part in parts])

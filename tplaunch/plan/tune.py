@@ -16,7 +16,7 @@ from tplaunch.plan import compute, memory
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
-from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_work, dp_exposed, estimate
+from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_works, dp_exposed, estimate
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Recipe
@@ -101,7 +101,7 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         node_size: GPUs of a node; default: those of a usual node with this GPU.
     """
     per_node = min(gpus, node_size or min(case.gpu.node_size, 8))
-    blocks: dict[tuple[int, int, bool, int], tuple[BlockWork, list[Option]]] = {}
+    blocks: dict[tuple[int | bool, ...], tuple[dict[bool, BlockWork], list[Option]]] = {}
     legal = 0
     ranked: list[tuple[float, int, Change, Case]] = []
     for change in candidates(case, gpus, per_node):
@@ -111,12 +111,12 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
         legal += 1
         parallelism = candidate.recipe.topology
         key = (
-            *(parallelism.tp, parallelism.cp, candidate.sequence_parallel),
+            *(parallelism.tp, parallelism.cp, candidate.sequence_parallel, parallelism.ep, parallelism.expert_tp),
             candidate.recipe.training.micro_batch_size,
         )
         if key not in blocks:
-            work = block_work(candidate)
-            blocks[key] = work, options(candidate, work)
+            works = block_works(candidate)
+            blocks[key] = works, options(candidate, works)
         best = _with_cheapest_recomputation(case, change, *blocks[key])
         if best is not None:
             ranked.append((best[0], len(ranked), *best[1:]))
@@ -144,7 +144,7 @@ def _both_kinds(case: Case, ranked: list[tuple[Change, Case]]) -> Iterator[tuple
 
 
 def _with_cheapest_recomputation(
-    case: Case, change: Change, block: BlockWork, found: list[Option]
+    case: Case, change: Change, works: dict[bool, BlockWork], found: list[Option]
 ) -> tuple[float, Change, Case] | None:
     """Seconds of a topology's step by formula, with the first of the options that makes it fit."""
     looks: dict[float, tuple[float, Change, Case]] = {}  # by what the option keeps
@@ -153,7 +153,7 @@ def _with_cheapest_recomputation(
         whole = Change({**change.values, "training.recompute": option.value})
         candidate = whole.apply(case)
         assert candidate is not None, "recomputation breaks no rule"
-        seconds = quick_look(candidate, block)
+        seconds = quick_look(candidate, works)
         if seconds is not None:
             looks[option.kept] = seconds, whole, candidate
         return seconds is not None
@@ -204,13 +204,13 @@ def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, i
         yield from ((name, count) for count in counts if count * pp <= layers)
 
 
-def quick_look(case: Case, block: BlockWork) -> float | None:
+def quick_look(case: Case, works: dict[bool, BlockWork]) -> float | None:
     """Seconds of a case's step by formula; None where its first or its last pipeline rank does not fit.
 
     Args:
-        block: the work of one of its blocks.
+        works: the work of a block of each kind.
     """
-    works_of = StageWorks(case, block)
+    works_of = StageWorks(case, works)
     pp = case.topology.pp
     ends = [0, pp - 1] if pp > 1 else [0]
     held, in_flight = [0.0] * pp, [0.0] * pp
@@ -231,8 +231,7 @@ def quick_look(case: Case, block: BlockWork) -> float | None:
         sum(work.passes.weight_backward for work in slowest),
     )
     seconds += max(dp_exposed(case, case.stages_on(rank), ranks[rank]) for rank in ends)
-    kept = max(sum(case.sharded_weights(stage) for stage in case.stages_on(rank)) for rank in ends)
-    return seconds + compute.optimizer_seconds(case, kept, kept)
+    return seconds + compute.optimizer_seconds(case, ends)
 
 
 def schedule_seconds(case: Case, forward: float, inputs: float, weights: float) -> float:

@@ -135,8 +135,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixtral-8x22b": {**_sizes(6144, 56, 48, 8, 16384, 32768), **_MIXTRAL, **_mixture(8, 2, 16384)},
     "qwen3-30b-a3b": {**_sizes(2048, 48, 32, 4, 6144, 151936), **_QWEN3, **_mixture(128, 8, 768)},
     "qwen3-235b-a22b": {**_sizes(4096, 94, 64, 4, 12288, 151936), **_QWEN3, **_mixture(128, 8, 1536)},
-    # Without multi-token prediction. Scores are scaled by the square of YaRN's mscale (its report trains on 4096 tokens,
-    # without either), and the router's biases move as in arXiv 2412.19437, section 4.2.
+    # Without multi-token prediction. Scores are scaled by the square of YaRN's mscale (its first 14.8T tokens knew
+    # neither), and the router's biases move as in arXiv 2412.19437, section 4.2.
     "deepseek-v3": {
         **_sizes(7168, 61, 128, 128, 18432, 129280),
         "norm_eps": 1e-6,

@@ -191,6 +191,10 @@ Family = Literal[
     "gemma3_text",
     "gpt_neox",
     "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
 ]
 
 
@@ -205,7 +209,7 @@ class Model(Section):
     num_heads: Small = Field(description="query heads of each block")
     num_kv_heads: Small | None = Field(None, description="key/value heads (GQA); default num_heads")
     head_dim: Small | None = Field(None, description="default hidden_size / num_heads")
-    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls")
+    ffn_hidden_size: Small = Field(description="width of the MLP between its matmuls; with experts, of dense layers")
     vocab_size: Small = Field(description="tokens of the tokenizer, or more")
     make_vocab_size_divisible_by: Small = Field(128, description="the vocabulary is padded to a multiple of this")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="kind of the norms")
@@ -311,7 +315,9 @@ class Model(Section):
 
     @property
     def biased_mlp(self) -> bool:
-        """Whether the MLP has biases."""
+        """Whether the MLP has biases; not where there is none, as all layers have experts."""
+        if self.moe is not None and not self.moe.dense_layers:
+            return False
         return self.linear_bias if self.mlp_bias is None else self.mlp_bias
 
     @property
@@ -458,19 +464,47 @@ class Training(Section):
     eval_steps: Small = Field(8, description="global batches of one validation")
 
 
-class Optimizer(Section):
-    """AdamW (decoupled decay, on matrices only) or plain SGD."""
+class ParameterGroup(Section):
+    """Parameters with a learning rate or a decay of their own."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="kind")
+    match: Text = Field(
+        description="a pattern of parameter names, such as layers.*.attention.w?.weight; of several groups that match "
+        "a name, the first has it"
+    )
+    lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="their highest learning rate; over the run it moves in proportion to all others"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="their decay, norms and biases not left out; default: as without the group"
+    )
+
+
+class Optimizer(Section):
+    """AdamW (decoupled decay, on matrices only), plain SGD, or Muon: momentum orthogonalised by Newton-Schulz (Jordan
+    2024), for the matrices of the blocks and of experts, with AdamW for embeddings, output, router, norms and biases.
+    Muon's updates are as large as AdamW's, so that its lr and weight_decay fit (Moonlight, arXiv 2502.16982)."""
+
+    name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="kind")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="highest learning rate")
     betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.95], description="decay of the running means of gradients and of their squares, adamw only"
+        [0.9, 0.95],
+        description="decay of the running means of gradients and of their squares, of what AdamW updates",
     )
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the mean square, adamw only")
+    eps: Annotated[float, Field(gt=0)] = Field(
+        1e-8, description="added to the root of the mean square, of what AdamW updates"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.1, description="decoupled, of matrices: not of norms and biases"
     )
-    momentum: Probability = Field(0.0, description="sgd only")
+    momentum: Probability | None = Field(None, description="sgd and muon; default 0, of muon 0.95")
+    groups: list[ParameterGroup] = Field([], description="parameters with a learning rate or a decay of their own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("momentum") is None:
+            values = {**values, "momentum": 0.95 if values.get("name") == "muon" else 0.0}
+        return values
 
 
 class LrSchedule(Section):
@@ -654,6 +688,9 @@ class Hardware(Section):
 
     gpu: str | None = Field(
         None, description="a name of the table, such as h100-80gb, or a .json file that describes one"
+    )
+    imbalance: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="load of the rank whose experts get most tokens over the mean; 1: tokens go to all alike"
     )
 
 

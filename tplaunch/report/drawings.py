@@ -190,10 +190,14 @@ def topology_svg(topology: Topology) -> tuple[str, str]:
 
 def in_words(topology: Topology, model: Any) -> str:
     """A topology in a sentence, for those who cannot see the picture."""
-    from tplaunch.spec.parameters import parameter_count
+    from tplaunch.spec.parameters import active_parameter_count, parameter_count
 
     sizes = " \u00d7 ".join(f"{axis.upper()} {topology.size(axis)}" for axis in topology.axes)
+    experts = " \u00d7 ".join(f"{axis.upper()} {topology.size(axis)}" for axis in topology.expert_axes)
+    active = f", {format_count(active_parameter_count(model))} of them active" if model.moe else ""
+    if experts:
+        sizes += f" (experts: {experts})"
     return (
         f"{topology.world_size:,} ranks = {sizes}, on {topology.nodes:,} node{'s' * (topology.nodes != 1)}; "
-        f"{format_count(parameter_count(model))} parameters."
+        f"{format_count(parameter_count(model))} parameters{active}."
     )

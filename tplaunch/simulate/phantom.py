@@ -174,7 +174,8 @@ class Phantom(TorchDispatchMode):
 
 
 def _communicate(func: OpOverload, args: Any, kwargs: Any) -> Any:
-    """Ask the fake process group on empty tensors: it copies what it is given."""
+    """Ask the fake process group on empty tensors, which are not split: it copies what it is given."""
+    args = tuple([] if isinstance(arg, list) and arg and isinstance(arg[0], int) else arg for arg in args)
     result = func(*tree_map_only(Tensor, lambda t: torch.empty(0, dtype=t.dtype), args), **kwargs)
     return (args[0], *result[1:]) if isinstance(result, tuple) else result
 

@@ -70,6 +70,7 @@ def sbatch_options(recipe: Recipe, topology: Topology, *, tasks: int, log_dir: P
     """
     slurm = recipe.launch.slurm
     sizes = f"{topology.world_size} ranks = {topology.sizes}"
+    sizes += f", experts {topology.expert_sizes}" if topology.expert_sizes else ""
     rows = [
         (f"--job-name={recipe.name}", "as squeue shows it"),
         (f"--nodes={topology.nodes}", sizes),

@@ -7,21 +7,25 @@ appendix, and Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 from __future__ import annotations
 
 from tplaunch.recipe.schema import Model, Part
-from tplaunch.spec.parameters import block_parameters, layer_kinds
+from tplaunch.spec.parameters import Parameter, block_parameters, layer_kinds
 from tplaunch.spec.recompute import kept
 
 
 def block_matmul_parameters(model: Model, layer: int) -> int:
     """Weights of one block that every token is multiplied with; of experts, those of as many as it goes to."""
-    parameters = block_parameters(model, layer)
-    chosen = sum(p.count for p in parameters if p.role == "expert")
-    if model.moe is not None:
-        chosen = chosen // model.moe.experts * model.moe.top_k
-    return chosen + sum(p.count for p in parameters if p.role in ("matrix", "router"))
+    return sum(_met(model, p) for p in block_parameters(model, layer))
+
+
+def _met(model: Model, parameter: Parameter) -> int:
+    """Weights of a parameter that a token is multiplied with."""
+    if parameter.role == "expert":
+        assert model.moe is not None
+        return parameter.count // model.moe.experts * model.moe.top_k
+    return parameter.count if parameter.role in ("matrix", "router") else 0
 
 
 def matmul_parameters(model: Model) -> int:
-    """Weights that every token is multiplied with: the blocks' matrices and the output layer (tied or not).
+    """Weights that a token is multiplied with: the blocks' matrices and the output layer (tied or not).
 
     The embedding lookup, positions, norms and biases multiply nothing. The vocabulary is unpadded.
     """
@@ -35,17 +39,28 @@ def attention_flops_per_token(model: Model, positions: float) -> float:
     return 2.0 * model.num_heads * (model.head_dim + model.value_dim) * positions
 
 
-def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part]) -> float:
-    """FLOPs of what one block makes again for one token, where these parts are made again."""
-    matrices: dict[Part, tuple[str, ...]] = {
-        "qkv": ("attention.wq", "attention.wk", "attention.wv"),
-        "attention_output": ("attention.wo",),
-        "gate_up": ("mlp.gate", "mlp.up"),
-    }
-    made = {step.part for step in kept(model, parts).made}
-    names = tuple(f"{name}.weight" for part in made for name in matrices.get(part, ()))
-    weights = sum(p.count for p in block_parameters(model, 0) if p.name.endswith(names)) if names else 0
-    return 2.0 * weights + (attention_flops_per_token(model, positions) if "core_attention" in made else 0.0)
+def repeated_flops_per_token(model: Model, positions: float, parts: frozenset[Part], layer: int = 0) -> float:
+    """FLOPs of what one block makes again for one token, where these parts are made again.
+
+    Args:
+        layer: its global number.
+    """
+    made = kept(model, parts, experts=model.has_experts(layer)).made
+    given = {name for step in made for name in step.gives} | {str(step.part) for step in made}
+    weights = sum(_met(model, p) for p in block_parameters(model, layer) if _gives(model, p) in given)
+    return 2.0 * weights + (attention_flops_per_token(model, positions) if "attended" in given else 0.0)
+
+
+def _gives(model: Model, parameter: Parameter) -> str:
+    """What is made with a matrix (`tplaunch.spec.recompute`)."""
+    *_, owner, name, _ = parameter.name.split(".")
+    if owner != "attention":
+        return "inside" if name in ("gate", "up") else "down"
+    if name == "wo":
+        return "attention_output"
+    if name.endswith("_a"):
+        return "latent"
+    return "queries" if model.latent is not None and name == "wq" else "projected"
 
 
 def model_flops_per_token(model: Model, positions: float) -> float:
@@ -53,7 +68,8 @@ def model_flops_per_token(model: Model, positions: float) -> float:
 
     The standard formula, by which MFU is quoted (PaLM appendix B; torchtitan counts alike, and so does Narayanan et
     al. 2021 without its recomputation). N is `matmul_parameters`: without the embedding lookup, with the output
-    layer. Attention is counted in full, not halved for the causal mask. Recomputation is not counted.
+    layer; of experts those that a token goes to. Attention is counted in full, not halved for the causal mask; where
+    values have another width than queries and keys, with the mean of both. Recomputation is not counted.
 
     Args:
         positions: that attention is counted with (`tplaunch.spec.attention.attended_positions`): the sequence's length,

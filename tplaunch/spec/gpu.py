@@ -111,6 +111,18 @@ _TABLE = [
         matmul_efficiency=0.60,
         attention_efficiency=0.25,
     ),
+    Gpu(
+        name="h800-80gb",  # an H100 with less fp64 and NVLink (DeepSeek-AI 2025, arXiv 2505.09343, section 2.1)
+        peak=_peaks(fp64=1, fp32=67, half=989.4),
+        memory=int(79.1 * GiB),
+        memory_bandwidth=3.35e12,
+        node_size=8,
+        link_bandwidth=200e9,
+        network_bandwidth=50e9,
+        power=700,
+        matmul_efficiency=0.60,
+        attention_efficiency=0.25,
+    ),
     # PCIe cards and single-chip modules: peaks from their data sheets, efficiencies of the SXM modules, unmeasured.
     Gpu(
         name="a100-pcie-40gb",
@@ -259,6 +271,7 @@ _DEVICE_NAMES = [
     (r"\bH100 NVL\b", "h100-nvl"),
     (r"\bH100 PCIe\b", "h100-pcie"),
     (r"\bH100 80GB HBM3\b", "h100-80gb"),
+    (r"\bH800\b(?! PCIe| NVL)", "h800-80gb"),
     (r"\bH20\b", "h20"),
     (r"\bA100-SXM4-80GB\b", "a100-80gb"),
     (r"\bA100-SXM4-40GB\b", "a100-40gb"),

@@ -114,12 +114,16 @@ class Topology:
         return " x ".join(f"{axis} {self.size(axis)}" for axis in ("tp", "cp", "pp", "dp") if axis in self.axes)
 
     @property
-    def expert_sizes(self) -> str:
-        """The sizes that layers with experts see, in words, "expert_tp 2 x ep 8 x edp 4"; "" where they are not cut."""
+    def expert_axes(self) -> tuple[str, ...]:
+        """The axes of layers with experts that are shown beside: none where experts are not spread."""
         if self.ep == self.expert_tp == 1:
-            return ""
-        shown = [axis for axis in EXPERT_AXES[:3] if axis != "expert_tp" or self.expert_tp > 1]
-        return " x ".join(f"{axis} {self.size(axis)}" for axis in shown)
+            return ()
+        return tuple(axis for axis in EXPERT_AXES[:3] if axis != "expert_tp" or self.expert_tp > 1)
+
+    @property
+    def expert_sizes(self) -> str:
+        """Their sizes in words: "expert_tp 2 x ep 8 x edp 4"."""
+        return " x ".join(f"{axis} {self.size(axis)}" for axis in self.expert_axes)
 
     def size(self, axis: str) -> int:
         """Ranks of a group of an axis, of `AXES` or `EXPERT_AXES`."""

@@ -24,7 +24,7 @@ from tplaunch.run.ranks import MEASURED, PLACE, RanksLog
 from tplaunch.run.samples import COLUMNS, SamplesLog
 from tplaunch.spec.batches import batch_size
 from tplaunch.spec.gpu import detect_gpu
-from tplaunch.spec.parameters import parameter_count
+from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.train.clock import PARTS, StepClock
 from tplaunch.train.memory import peak_memory
 from tplaunch.train.step import StepResult, TrainStep
@@ -312,12 +312,13 @@ class TrainingLog:
         return record
 
     def _facts(self) -> dict[str, Any]:
-        topology = self.step.mesh.topology
+        topology, model = self.step.mesh.topology, self.step.recipe.model
         return {
             "world_size": topology.world_size,
-            **{axis: topology.size(axis) for axis in topology.axes},
+            **{axis: topology.size(axis) for axis in topology.axes + topology.expert_axes},
             "nodes": topology.nodes,
-            "parameters": parameter_count(self.step.recipe.model),
+            "parameters": parameter_count(model),
+            **({"active_parameters": active_parameter_count(model)} if model.moe else {}),
             "attempt": self.attempt,
             "versions": versions(),
             **({"slurm": job} if (job := slurm_job()) else {}),

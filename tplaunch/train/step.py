@@ -81,7 +81,7 @@ class TrainStep:
         self.stages = build_stages(recipe, mesh, draw=draw)
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
         self.balance = Balance(self.stages, mesh, recipe)
-        self.optimizer = ShardedOptimizer(self.stages, recipe.optimizer)
+        self.optimizer = ShardedOptimizer(self.stages, recipe, mesh)
         self.gradients = GradientFinalizer(
             self.stages,
             mesh,

@@ -89,7 +89,6 @@ class Trainer:
             run_dir,
             recipe,
             lambda: named_tensors(self.step.stages, self.step.optimizer.state()),
-            slots=self.step.optimizer.slots,
             about={
                 "wandb_id": run_id(run_dir) if logs_wandb else None,
                 "seed": recipe.training.seed,

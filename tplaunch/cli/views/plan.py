@@ -12,10 +12,12 @@ from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.communication import axis_group
 from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
+from tplaunch.plan.experts import bytes_by_link, grouped_efficiency
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
 from tplaunch.spec.attention import document_length
+from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
 
@@ -79,9 +81,10 @@ def _headline(case: Case) -> str:
     schedule += f" x {parallelism.virtual_stages}" if parallelism.virtual_stages > 1 else ""
     sequence = ", sequence parallel" if case.sequence_parallel else ""
     context = f", cp {topology.cp} ({parallelism.cp_kind})" if topology.cp > 1 else ""
+    experts = f"; experts: {topology.expert_sizes}" if topology.expert_sizes else ""
     return (
         f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
-        f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}\n"
+        f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}{experts}\n"
         f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
         f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
     )
@@ -229,7 +232,7 @@ def _traffic_table(plan: Plan, pp_rank: int) -> str:
 
 
 def _notes(case: Case) -> Iterator[str]:
-    """What a rank has of each sequence, and how attention was counted."""
+    """What a rank has of each sequence and of the experts, and how attention was counted."""
     topology, parallelism, data = case.topology, case.recipe.topology, case.recipe.data
     if topology.cp > 1:
         nodes = axis_group(case, "cp").nodes
@@ -237,9 +240,40 @@ def _notes(case: Case) -> Iterator[str]:
         sent = "heads are exchanged" if parallelism.cp_kind == "ulysses" else "keys and values are gathered"
         where = f"over the network, between {nodes} nodes" if nodes > 1 else "inside a node"
         yield f"context parallel: a rank holds {held:,} tokens of each sequence; {sent} {where}"
+    yield from _expert_notes(case)
     if length := document_length(case.recipe):
         why = "" if data.document_length else ": no data are at hand, and data.document_length is not given"
         yield f"attention within documents, which are taken to be {length:,} tokens long{why}"
+
+
+def _expert_notes(case: Case) -> Iterator[str]:
+    """How many experts there are, where they are, what goes to them, and how fast they are."""
+    moe, topology = case.model.moe, case.topology
+    if moe is None:
+        return
+    total, active = parameter_count(case.model), active_parameter_count(case.model)
+    yield (
+        f"parameters: {format_count(total)} in all, of which a token meets {format_count(active)}: "
+        f"{moe.top_k} of {moe.experts} experts a layer{', and the shared ones' if moe.shared_ffn_hidden_size else ''}"
+    )
+    slices = f" 1/{topology.expert_tp} of each of" if topology.expert_tp > 1 else ""
+    copies = f"; {topology.edp} ranks hold the same" if topology.edp > 1 else ""
+    yield f"experts: a rank holds{slices} {case.local_experts} of a layer's {moe.experts}{copies}"
+    if topology.ep > 1:
+        size = case.own_tokens * moe.top_k * case.model.hidden_size * case.compute_bytes
+        near, far = bytes_by_link(case, size)
+        nodes = axis_group(case, "ep").nodes
+        links = f"{format_bytes(near)} of it inside the node"
+        links += f", {format_bytes(far)} between {nodes} nodes" if nodes > 1 else ""
+        yield f"all-to-all: a layer sends {format_bytes(size)} of a rank's rows each way, {links}"
+    rows = case.expert_rows / case.local_experts
+    even = (
+        "tokens go to all experts alike" if case.imbalance == 1 else f"the fullest rank gets {case.imbalance:g} times"
+    )
+    yield (
+        f"grouped matmuls: {rows:,.0f} rows an expert, {grouped_efficiency(case):.0%} as fast as large ones; {even} "
+        "(hardware.imbalance)"
+    )
 
 
 def _seconds(value: float) -> str:
@@ -252,6 +286,7 @@ def _time_table(plan: Plan) -> str:
         "recompute": "recomputation",
         "tensor_parallel": "tp, not hidden",
         "context_parallel": "cp, not hidden",
+        "expert_parallel": "ep, not hidden",
         "pipeline": "pipeline waiting",
         "data_parallel": "dp, not hidden",
         "optimizer": "optimizer",
@@ -320,7 +355,7 @@ def _rank_lines(case: Case, rank: int) -> str:
     topology = case.topology
     at = topology.coordinates(rank)
     lines = [f"rank {rank}: {topology.describe(rank)}, node {topology.node(rank)}"]
-    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes]
+    lines += [f"  {axis} group: {_ranks(topology.group(axis, rank))}" for axis in topology.axes + topology.expert_axes]
     for stage in case.stages_on(at.pp):
         ends = ", the embedding" * stage.first + ", the head and loss" * stage.last
         blocks = f"layers {stage.layers.start} to {stage.layers.stop - 1}" if stage.layers else "no layers"
