@@ -117,7 +117,7 @@ def _routing(case: Case, moe: Experts) -> float:
     wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
     numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
     numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
-    places = 4 * rows + moe.experts
+    places: float = 4 * rows + moe.experts
     if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
         places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
     return wide * numbers + 8 * places

@@ -18,11 +18,12 @@ from tplaunch.recipe.schema import Model, Part, Training
 
 # In the order of a block.
 PARTS: dict[Part, str] = {
-    "norm": "all norms of the block but those of heads; what they read is kept, and a number or two a token",
+    "norm": "all norms of the block but those of heads, and those of latents; what they read is kept, and a number or "
+    "two a token",
     "qkv": "the projection to queries, keys and values; in a model that rotates, but has no norms of heads, it saves "
-    "nothing by itself: what is kept are the rotated ones",
+    "nothing by itself: what is kept are the rotated ones; with latent attention, by itself the latents",
     "rotary": "norms of heads and rotation; without norms of heads it saves nothing by itself, but with qkv: the "
-    "projection would be kept instead",
+    "projection would be kept instead, of latent attention a smaller one: all heads share a part of their keys",
     "core_attention": "softmax(q k^T) v, and the statistics of its softmax",
     "attention_output": "the projection after attention, and its sum with the block's input; with parallel_residual it "
     "saves nothing: nobody needs the sum",
