@@ -1,6 +1,8 @@
 """Write the pages of `docs/reference` again, from the commands and the recipe as they are in the code.
 
 python docs/reference.py       `tests/docs/test_reference.py` fails where it was not run after a change
+
+It writes README's table of model families again, too.
 """
 
 from __future__ import annotations
@@ -11,21 +13,23 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
 sys.path[:0] = [str(HERE.parent)]
 
 from typer.main import get_command  # noqa: E402
 
 from tplaunch.cli.app import app  # noqa: E402
 from tplaunch.errors import Exit  # noqa: E402
-from tplaunch.huggingface.families import HAS  # noqa: E402
+from tplaunch.huggingface.families import HAS, READ  # noqa: E402
 from tplaunch.recipe.explain import in_words  # noqa: E402
 from tplaunch.recipe.presets import PRESETS  # noqa: E402
-from tplaunch.recipe.schema import Recipe  # noqa: E402
+from tplaunch.recipe.schema import Family, Recipe  # noqa: E402
 
 MADE = "<!-- Made by `python docs/reference.py`: not to be edited. -->\n"
+_TABLE = re.compile(r"(<!-- families: [^>]*-->\n).*?(<!-- end of families -->)", re.DOTALL)
 _TYPE = re.compile(r" <[\w\[\]]+>$")  # what Typer appends to the name of an argument
 
 
@@ -36,6 +40,7 @@ def pages() -> dict[Path, str]:
         folder / "commands.md": commands_page(),
         folder / "recipe.md": recipe_page(),
         folder / "families.md": families_page(),
+        README: readme(README.read_text(encoding="utf-8")),
     }
 
 
@@ -90,11 +95,31 @@ def families_page() -> str:
         rows.append((f"`{family.model_type}`", family.architecture, always or "as a recipe that says none", told))
     text = (
         "What of a `config.json` is read as which key of `model`, beside sizes, norm_eps, rope_theta, tie_embeddings "
-        "and init_std, which all have. A value that the last columns have no room for is refused, by name. `export` "
+        "and init_std, which all have, and `moe` stands for its sizes. A value that the last columns have no room for is refused, by name. `export` "
         "writes the first family that computes the model, or `model.family`.\n"
     )
     head = ("model_type", "class", "always", "as its config.json says")
     return "\n".join([MADE, "# Model families\n", text, _table(head, rows)])
+
+
+def readme(text: str) -> str:
+    """README with its table of families as it should be."""
+    rows = []
+    for family, has in HAS.items():
+        needs = [name for name in (*has.own, *sorted(has.free)) if "." not in name and name not in _ALL_HAVE]
+        read, written = READ.get(family.model_type) == family, family.model_type in get_args(Family)
+        needed = ", ".join(f"`{name}`" for name in needs)
+        rows.append((family.models, f"`{family.model_type}`", _mark(read), _mark(written), needed or "nothing"))
+    table = _table(("models", "model_type", "import", "export", "of `model`, beside Llama's sizes"), rows)
+    assert _TABLE.search(text)
+    return _TABLE.sub(lambda found: found[1] + table + found[2], text)
+
+
+_ALL_HAVE = {"rope_scaling"}
+
+
+def _mark(yes: bool) -> str:
+    return "yes" if yes else "no"
 
 
 def recipe_page() -> str:

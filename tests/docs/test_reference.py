@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 
 from tests.docs.pages import DOCS, ROOT
 from tplaunch.errors import Exit
-from tplaunch.recipe.schema import Recipe
+from tplaunch.huggingface.families import READ
+from tplaunch.recipe.schema import Family, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,19 @@ def reference() -> ModuleType:
 
 def test_the_pages_are_those_of_this_code(reference: ModuleType) -> None:
     pages: dict[Path, str] = reference.pages()
-    assert {path.name for path in pages} == {path.name for path in (DOCS / "reference").glob("*.md")}
+    assert pages.keys() == {ROOT / "README.md", *(DOCS / "reference").glob("*.md")}
     for path, text in pages.items():
         assert path.read_text() == text, f"{path.name} is stale: python docs/reference.py"
+
+
+def test_the_readme_has_a_row_for_each_family(reference: ModuleType) -> None:
+    text = reference.readme((ROOT / "README.md").read_text())
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "| yes | yes |" in line]
+    assert len(rows) == len(READ) == len(get_args(Family))
+    assert reference.readme(text) == text
+    for model_type, needs in (("llama", "`qkv_bias`"), ("deepseek_v3", "`latent`, `moe`"), ("mixtral", "`moe`")):
+        (row,) = (line for line in rows if f"| `{model_type}` |" in line)
+        assert needs in row
 
 
 def test_every_key_says_what_it_is() -> None:

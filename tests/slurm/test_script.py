@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -496,3 +497,9 @@ def test_a_thousand_nodes_get_their_ranks_in_order(bench: Bench) -> None:
         assert len({place[member] for member in topology.group("cp", rank)}) == 2
         rank += 1
     assert rank == len(place) == 8192
+
+
+def test_a_script_says_how_experts_are_spread() -> None:
+    assert "# 8 ranks = tp 2 x pp 2 x dp 2\n" in script_of(recipe_of())
+    spread = script_of(recipe_of(), replace(TWO_NODES, ep=4))
+    assert "# 8 ranks = tp 2 x pp 2 x dp 2, experts ep 4 x edp 1\n" in spread

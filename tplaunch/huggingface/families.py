@@ -13,28 +13,29 @@ from tplaunch.recipe.schema import Model
 
 
 class Family(NamedTuple):
-    """An architecture of transformers: its `model_type` and its class."""
+    """An architecture of transformers: its `model_type` and its class, and what its models are called."""
 
     model_type: str
     architecture: str
+    models: str
 
 
-GPT2 = Family("gpt2", "GPT2LMHeadModel")
-LLAMA = Family("llama", "LlamaForCausalLM")
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM")
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM")
-MISTRAL = Family("mistral", "MistralForCausalLM")
-GRANITE = Family("granite", "GraniteForCausalLM")
-SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM")
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM")
-PHI3 = Family("phi3", "Phi3ForCausalLM")
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM")
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM")
-GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM")
-MIXTRAL = Family("mixtral", "MixtralForCausalLM")
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM")
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM")
-GPT_OSS = Family("gpt_oss", "GptOssForCausalLM")
+GPT2 = Family("gpt2", "GPT2LMHeadModel", "GPT-2")
+LLAMA = Family("llama", "LlamaForCausalLM", "Llama 2 and 3")
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "Qwen2 and 2.5")
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "Qwen3")
+MISTRAL = Family("mistral", "MistralForCausalLM", "Mistral")
+GRANITE = Family("granite", "GraniteForCausalLM", "Granite 3")
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3")
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM", "OLMo 2")
+PHI3 = Family("phi3", "Phi3ForCausalLM", "Phi-3 and Phi-4")
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", "Gemma 2")
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", "Gemma 3 (text)")
+GPT_NEOX = Family("gpt_neox", "GPTNeoXForCausalLM", "GPT-NeoX and Pythia")
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", "Mixtral")
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3-MoE")
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", "DeepSeek-V3 and R1")
+GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", "gpt-oss")
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3, OLMO2, PHI3, GEMMA2, GEMMA3, GPT_NEOX, GPT2)
 _ALL = (*_DENSE, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS)
 READ = {family.model_type: family for family in _ALL}

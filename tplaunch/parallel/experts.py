@@ -162,6 +162,11 @@ class UnderWay:
         self.link = torch.empty(0)
         self._tensors: tuple[Tensor, ...] = ()
 
+    def take_link(self) -> Tensor:
+        """That tensor, once: if it stayed here, the graph would hold this and this the graph, in a circle."""
+        link, self.link = self.link, torch.empty(0)
+        return link
+
     def put(self, tensors: tuple[Tensor, ...], *, back: bool = False) -> None:
         """Start to send rows to the ep ranks that hold their experts, or back to whose they are."""
         if (ep := self.routes.ep) is not None:
@@ -194,7 +199,7 @@ def end_dispatch(under_way: UnderWay) -> tuple[Tensor, Tensor]:
     Returns:
         Rows of this rank's experts, [rows, h], and their weights [rows].
     """
-    return _EndDispatch.apply(under_way.link, under_way)
+    return _EndDispatch.apply(under_way.take_link(), under_way)
 
 
 @torch.no_grad()
@@ -216,7 +221,7 @@ def begin_combine(made: Tensor, routes: Routes) -> UnderWay:
 
 def end_combine(under_way: UnderWay) -> Tensor:
     """Wait for what `begin_combine` gave, and sum each token's rows: [tokens, h]."""
-    return _EndCombine.apply(under_way.link, under_way)
+    return _EndCombine.apply(under_way.take_link(), under_way)
 
 
 def _spread(rows: Tensor, routes: Routes) -> Tensor:
