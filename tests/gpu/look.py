@@ -65,7 +65,7 @@ def waits(step: Callable[[], object], device: torch.device) -> Counter[str]:
         return places
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             places[place()] += 1
 
     with warnings.catch_warnings():
