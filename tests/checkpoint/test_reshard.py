@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,26 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "tp2-pp2-dp2-sp": {"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True},
     "tp2-pp2-interleaved": {"tp": 2, "pp": 2, "schedule": "interleaved1f1b"},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "dp2-ep2-zero0": {"dp": 2, "ep": 2, "zero": 0},
+    "dp4-ep2": {"dp": 4, "ep": 2},
+    "dp3-ep3-zero3": {"dp": 3, "ep": 3, "zero": 3},
+    "dp4-hsdp-etp2-zero2": {"dp": 4, "expert_tp": 2, "zero": 2, "dp_replicate": 2},
+    "dp6": {"dp": 3, "tp": 2},  # six parts of the rows of all experts
+    "tp2-etp2-sp": {"tp": 2, "expert_tp": 2, "sequence_parallel": True},
+    "cp2-tp2-ep2": {"cp": 2, "tp": 2, "ep": 2},
+    "pp2-ep2-zbv": {"pp": 2, "dp": 2, "ep": 2, "schedule": "zbvzerobubble"},
+    "tp2-pp2-dp2-ep2-etp2": {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "expert_tp": 2},
+}
+MOE = {"experts": 6, "top_k": 2, "ffn_hidden_size": 16, "dense_layers": 1, "biases": True, "bias_rate": 0.01}
 Curve = list[tuple[float, float]]
 
 
-def recipe(name: str, *, tied: bool) -> dict[str, Any]:
-    model = {"hidden_size": 32, "num_layers": 4, "tie_embeddings": tied}
-    training = {"seq_len": 16, "global_batch_size": 8, "steps": BEFORE + AFTER}
-    return case(**TOPOLOGIES[name], model=model, training=training)
+def recipe(layout: dict[str, Any], *, tied: bool, moe: dict[str, Any] | None = None) -> dict[str, Any]:
+    model = {"hidden_size": 32, "num_layers": 4, "tie_embeddings": tied, "moe": moe}
+    training = {"seq_len": 16, "global_batch_size": 12 if moe else 8, "steps": BEFORE + AFTER}
+    return case(**layout, model=model, training=training | ({"micro_batch_size": 1} if moe else {}))
 
 
 def save_and_go_on(raw: dict[str, Any], root: str) -> Curve:
@@ -57,8 +71,8 @@ def go_on_from(raw: dict[str, Any], root: str, checkpoints: dict[str, str]) -> d
     return curves
 
 
-def check(world: World, root: Path, names: list[str], *, tied: bool) -> None:
-    recipes = {name: recipe(name, tied=tied) for name in names}
+def check(world: World, root: Path, recipes: dict[str, dict[str, Any]]) -> None:
+    names = list(recipes)
     whole: dict[str, Curve] = {}
     for name, raw in recipes.items():
         whole[name] = world.run(ranks(raw), save_and_go_on, raw, str(root / name))[0]
@@ -75,15 +89,33 @@ def check(world: World, root: Path, names: list[str], *, tied: bool) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def dense(names: Iterable[str] = TOPOLOGIES, *, tied: bool = False) -> dict[str, dict[str, Any]]:
+    return {name: recipe(TOPOLOGIES[name], tied=tied) for name in names}
+
+
+def mixtures(names: Iterable[str] = MIXTURES) -> dict[str, dict[str, Any]]:
+    return {name: recipe(MIXTURES[name], tied=True, moe=MOE) for name in names}
+
+
 def test_there_and_back(world: World, tmp_path: Path) -> None:
-    check(world, tmp_path, ["one", "tp2-pp2-dp2-sp"], tied=False)
+    check(world, tmp_path, dense(["one", "tp2-pp2-dp2-sp"]))
 
 
 def test_checkpoints_are_free_of_context_parallelism(world: World, tmp_path: Path) -> None:
-    check(world, tmp_path, ["one", "cp4"], tied=False)
+    check(world, tmp_path, dense(["one", "cp4"]))
+
+
+def test_checkpoints_are_free_of_expert_parallelism(world: World, tmp_path: Path) -> None:
+    """Router corrections among them."""
+    check(world, tmp_path, mixtures(["dp4-ep2", "tp2-etp2-sp"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_topology_goes_on_from_every_other(world: World, tmp_path: Path, tied: bool) -> None:
-    check(world, tmp_path, list(TOPOLOGIES), tied=tied)
+    check(world, tmp_path, dense(tied=tied))
+
+
+@pytest.mark.slow
+def test_experts_go_on_from_every_topology_on_every_other(world: World, tmp_path: Path) -> None:
+    check(world, tmp_path, mixtures())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tests.families import LAYERS, MODELS, SEQ, VOCAB, reference
 from tests.training import batch, train, trainer
@@ -192,6 +192,17 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
     assert read_config(config(tmp_path, {**gemma, **first})) == read_config(config(tmp_path, GEMMA3))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
+    model = Model.model_validate(MODELS[name])
+    said = write_config(model, seq_len=SEQ, precision="fp32", eod=0)
+    read = read_config(config(tmp_path, said))
+    same = {name: getattr(read.model, name) for name in ("family", "rope_layers")}  # a pattern may be said shorter
+    assert read.model == model.model_copy(update=same)
+    assert all(read.model.turns(layer) == model.turns(layer) for layer in range(LAYERS))
+    assert said == write_config(read.model, seq_len=read.seq_len, precision="fp32", eod=0)
+
+
 def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
     def windows(base: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
         model = read_config(config(tmp_path, base, **changes)).model
@@ -268,9 +279,11 @@ def test_what_would_compute_something_else_is_refused(
 
 NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 NEEDED |= {"n_embd", "n_layer", "n_head"}
+NEEDED |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"}
+MIXTURES = [MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS]
 
 
-@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2], ids=lambda base: base["model_type"])
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2, *MIXTURES], ids=lambda base: base["model_type"])
 def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any]) -> None:
     for key in base.keys() - {"model_type"}:
         less = {name: value for name, value in base.items() if name != key}
@@ -279,8 +292,15 @@ def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any
                 read_config(config(tmp_path, less))
             continue
         found = read_config(config(tmp_path, less))
-        if base is GPT2:  # its files leave out most: what transformers takes for them is what we take
-            assert found == read_config(config(tmp_path, GPT2Config(**less).to_dict())), key
+        heads = base is DEEPSEEK_V3 and key == "num_key_value_heads"  # without them theirs has 128
+        if base in (GPT2, *MIXTURES) and not heads:  # what transformers takes for what is left out is what we take
+            assert found == read_config(config(tmp_path, CONFIG_MAPPING[base["model_type"]](**less).to_dict())), key
+
+
+def test_gpt_oss_turns_by_yarn_where_nothing_is_said(tmp_path: Path) -> None:
+    less = {name: value for name, value in GPT_OSS.items() if not name.startswith("rope_")}
+    theirs = CONFIG_MAPPING["gpt_oss"](**less).to_dict()
+    assert read_config(config(tmp_path, less)) == read_config(config(tmp_path, theirs))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])

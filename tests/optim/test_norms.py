@@ -13,6 +13,10 @@ STEPS = 3
 TIED = {"tie_embeddings": True, "num_layers": 4}
 FOUR = {"num_layers": 4}
 BIASED = {"num_layers": 4, "num_kv_heads": 1, "qkv_bias": True, "linear_bias": True, "norm": "layernorm"}
+EXPERTS = {
+    "num_layers": 4,
+    "moe": {"experts": 4, "top_k": 2, "ffn_hidden_size": 32, "biases": True, "dense_layers": 1, "bias_rate": 0.01},
+}
 SGD = {"name": "sgd", "momentum": 0.9}
 MUON = {"name": "muon", "groups": [{"match": "layers.?.mlp.*", "lr": 1e-3, "weight_decay": 0.3}]}
 PLAIN_SGD = {"name": "sgd", "momentum": 0.0}
@@ -28,6 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-dp2-tied": case(2, 2, 2, model=TIED),
     "kv-copies-biases": case(2, 1, 2, model=BIASED),
     "sgd-dp2-zero1": case(1, 1, 2, model=FOUR, optimizer=SGD),
+    "experts-tp2-ep2": case(2, model=EXPERTS, ep=2),
+    "experts-tp4-sp-etp2-zero0": case(4, model=EXPERTS, expert_tp=2, sequence_parallel=True, zero=0),
+    "experts-tp2-dp2-ep2-etp2": case(2, 1, 2, model=EXPERTS, ep=2, expert_tp=2),
+    "experts-dp4-hsdp-ep2-zero3": case(1, 1, 4, model=EXPERTS, ep=2, zero=3, dp_replicate=2),
     "plain-sgd-tp2": case(2, model=FOUR, optimizer=PLAIN_SGD),
     "muon-tp2-dp2-zero1": case(2, 1, 2, model={"num_layers": 4, "num_kv_heads": 1}, optimizer=MUON),
 }

@@ -91,6 +91,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cp2-tp2-pp2-ep2-etp2": experts(2, 2, cp=2, ep=2, expert_tp=2, model=DEEPSEEK),
     "cp2-dp2-ep2-zero2": experts(1, 1, 2, cp=2, ep=2, zero=2, model={**BALANCED, **QWEN3}),
     "ulysses2-dp2-ep4": experts(1, 1, 2, cp=2, cp_kind="ulysses", ep=4, model=DEEPSEEK, training=DOCUMENTS),
+    "compile-tp2-ep2-sp": experts(2, ep=2, sequence_parallel=True, model=DEEPSEEK, training={"compile": True}),
     "fp64-tp2-dp2-ep2-sp": experts(2, 1, 2, ep=2, sequence_parallel=True, model=DEEPSEEK, precision="fp64"),
     "fp64-tp2-dp4-ep2-etp2-zero3-cheap": experts(
         2, 1, 4, ep=2, expert_tp=2, zero=3, model=GPT_OSS, precision="fp64", training={"recompute": "cheap"}
@@ -278,6 +279,38 @@ def compare_choices(
     return named
 
 
+def test_a_near_tie_that_was_turned_is_named() -> None:
+    one = {(4, 1, 3 * SEQ + 5): Choice((2, 7), 3e-8), (4, 2, 3 * SEQ + 5): Choice((0, 1), 0.1)}
+    turned = {(4, 1, 3 * SEQ + 5): Choice((2, 5), 3e-8), (4, 2, 3 * SEQ + 5): Choice((0, 3), 0.1)}
+    tie, after = compare_choices(turned, one, tie=TIE)
+    assert tie == "step 4, layer 1, sample 3, token 5: experts (2, 5) instead of (2, 7), scores 3.0e-08 apart"
+    assert after.startswith("step 4, layer 2")  # which comes of it
+    assert compare_choices(one, one, tie=0.0) == []
+    for other, theirs in ((turned, one | {(4, 1, 3 * SEQ + 5): Choice((2, 7), 0.01)}), (turned, {})):
+        with pytest.raises(AssertionError):
+            compare_choices(other, theirs, tie=TIE)
+    with pytest.raises(AssertionError, match="no near tie"):
+        compare_choices(turned, one, tie=0.0)
+
+
+def test_the_gap_of_a_choice() -> None:
+    """Between the last expert or group that is chosen and the first that is not, with the corrections."""
+    import torch
+
+    from tplaunch.model.moe import Router
+    from tplaunch.recipe.schema import Experts
+
+    spec = Experts(experts=6, top_k=2, ffn_hidden_size=8, groups=3, top_groups=2, bias_rate=0.0)
+    router = Router.__new__(Router)
+    torch.nn.Module.__init__(router)
+    router.spec, router.correction = spec, torch.tensor([0.0, 0.0, 0.0, 0.5, 0.0, 0.0])
+    scores = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.35], [0.9, 0.1, 0.2, 0.0, 0.75, 0.7]])
+    assert gaps(router, scores).tolist() == pytest.approx([0.25, 0.05]), "of the groups, of the experts"
+    scores = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.59]])
+    assert gaps(router, scores).tolist() == pytest.approx([0.01])
+    assert router.choose(scores).sort(-1).values.tolist() == [[0, 3]]
+
+
 def test_the_readme_counts_them() -> None:
     readme = Path(__file__).parents[2] / "README.md"
     assert f"(`tests/train/test_expert_invariance.py`, {len(CASES)} combinations)" in readme.read_text()
@@ -329,3 +362,45 @@ def test_experts_train_as_on_one_process(world: World, references: dict[str, See
         expected = pytest.approx(theirs, rel=tolerance if step <= same else 1e-2)
         assert ours == expected, f"step {step}"
     assert seen[0].curve[-1][0] < seen[0].curve[0][0], "nothing was learnt"
+
+
+LOSSES: dict[str, Any] = {
+    "num_layers": 4,
+    "moe": {**MIXTRAL["moe"], "router": "sigmoid", "aux_loss": 1.0, "z_loss": 0.1},
+}
+CUT: dict[str, dict[str, Any]] = {
+    "microbatches of 8": {},
+    "microbatches of 1": {"micro_batch_size": 1},
+    "dp2": {"dp": 2, "micro_batch_size": 2},
+    "pp2": {"pp": 2, "micro_batch_size": 1},
+    "tp2-cp2-ep2": {"tp": 2, "cp": 2, "ep": 2, "micro_batch_size": 4},
+}
+
+
+def test_losses_of_routers_do_not_depend_on_how_a_batch_is_cut(world: World) -> None:
+    """Neither scaled by ranks, microbatches or targets that count, nor left out of the gradients (Automodel PR 1412 and
+    PR 3359, Megatron-LM issue 3672)."""
+    found = {}
+    for name, options in CUT.items():
+        layout = {key: value for key, value in options.items() if key != "micro_batch_size"}
+        training = {**DOCUMENTS, "steps": 1, "micro_batch_size": options.get("micro_batch_size", BATCH)}
+        raw = experts(**layout, model=LOSSES, training=training, precision="fp64")
+        found[name] = world.run(ranks(raw), train, raw)
+    (one,) = found.pop("microbatches of 8")
+    assert one.measured["moe/aux_loss"] > 0.9  # alpha times layers, at least, but for the smallest term
+    for name, seen in found.items():
+        gradients = {key: gradient for rank in seen for key, gradient in rank.gradients.items()}
+        assert gradients.keys() == one.gradients.keys()
+        for key, gradient in gradients.items():
+            assert gradient.sub(one.gradients[key]).norm() < 1e-9 * one.curve[0][1], f"{name}: {key}"
+        assert seen[0].measured == pytest.approx(one.measured, rel=1e-9), name
+    without = experts(
+        model={**LOSSES, "moe": {**LOSSES["moe"], "aux_loss": 0.0, "z_loss": 0.0}},
+        training={**DOCUMENTS, "steps": 1, "micro_batch_size": BATCH},
+        precision="fp64",
+    )
+    (plainly,) = world.run(1, train, without)
+    assert plainly.curve[0][0] == pytest.approx(one.curve[0][0], rel=1e-12), "the loss is the language model's alone"
+    for layer in range(4):
+        key = f"layers.{layer}.moe.router.weight"
+        assert one.gradients[key].sub(plainly.gradients[key]).norm() > 0.1 * one.gradients[key].norm()

@@ -1,5 +1,5 @@
-"""Every kind of fault on two topologies: real processes, real checkpoints. A run that was hit ends with the weights,
-bit for bit, of one that was not."""
+"""Every kind of fault on two topologies, kills with experts too: real processes, real checkpoints. A run that was hit
+ends with the weights, bit for bit, of one that was not."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ from tplaunch.run.directory import RunDir
 from tplaunch.train.straggler import find_stragglers
 
 TOPOLOGIES = {"tp2": shape(2, 1, 1), "dp2": shape(1, 1, 2)}
+EXPERTS = [
+    *shape(1, 1, 2),
+    *("topology.ep=2", "model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn_hidden_size=32"),
+    "model.moe.bias_rate=0.01",
+]
 STEPS, EVERY = 12, 4
 TINY = [
     *(f"training.steps={STEPS}", "training.seq_len=32", "training.micro_batch_size=2", "training.global_batch_size=4"),
@@ -93,7 +98,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     cache = tmp_path_factory.mktemp("cache")
 
     def run(root: Path, topology: str, *settings: str, fault: str = "") -> Run:
-        words = command(root, *{**TOPOLOGIES, "pp2": shape(1, 2, 1)}[topology], *TINY, *settings)
+        words = command(root, *{**TOPOLOGIES, "pp2": shape(1, 2, 1), "ep2": EXPERTS}[topology], *TINY, *settings)
         variables = environment(cache) | ({"TPLAUNCH_FAULT": fault} if fault else {})
         done = subprocess.run(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return Run(RunDir(root), done.returncode, done.stdout)
@@ -131,8 +136,14 @@ def noticed_after_s(run: Run) -> float:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.kind)
+@pytest.mark.parametrize(
+    ("row", "topology"),
+    [
+        *((row, topology) for topology in TOPOLOGIES for row in TABLE),
+        *((row, "ep2") for row in TABLE if row.kind in ("sigkill", "kill_during_save")),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Row) else value,
+)
 def test_fault(
     tmp_path: Path, launch: Callable[..., Run], undisturbed: Callable[[str], Run], row: Row, topology: str
 ) -> None:
