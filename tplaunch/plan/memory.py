@@ -432,6 +432,8 @@ def overhead(case: Case, transient: float) -> float:
     sizes = [topology.tp, topology.pp, case.shards, case.replicas]
     if case.model.moe is not None:
         sizes += [topology.ep, topology.expert_tp, case.expert_shards, case.expert_replicas]
+    elif case.recipe.optimizer.name == "muon" and topology.pp > 1:  # else the world's, or that of experts, serves
+        sizes.append(topology.stage_size)
     groups = sum(size > 1 for size in sizes)
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 
