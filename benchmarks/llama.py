@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchtitan.models.llama3 import TransformerModelArgs
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MixtralConfig
 
 ROPE_THETA, NORM_EPS = 500_000.0, 1e-5
 
@@ -19,6 +19,8 @@ class Shape:
     Args:
         micro: sequences in a microbatch.
         batch: sequences in a step, of all data-parallel ranks together.
+        experts: of each layer, as wide as `ffn`; 0: a dense MLP.
+        top_k: experts that a token goes to.
     """
 
     hidden: int
@@ -30,6 +32,8 @@ class Shape:
     seq: int
     micro: int
     batch: int
+    experts: int = 0
+    top_k: int = 2
 
     @property
     def tokens(self) -> int:
@@ -41,9 +45,10 @@ class Shape:
         return self.batch // (self.micro * dp)
 
     def __str__(self) -> str:
+        experts = f" of each of {self.experts} experts, top {self.top_k}" if self.experts else ""
         return (
             f"hidden size {self.hidden:,}, {self.layers} layers, {self.heads} heads, {self.kv_heads} key/value heads, "
-            f"ffn {self.ffn:,}, vocabulary {self.vocab:,}, sequence {self.seq:,}, micro batch {self.micro}, "
+            f"ffn {self.ffn:,}{experts}, vocabulary {self.vocab:,}, sequence {self.seq:,}, micro batch {self.micro}, "
             f"batch {self.batch}"
         )
 
@@ -64,6 +69,7 @@ class Shape:
                 "vocab_size": self.vocab,
                 "rope_theta": ROPE_THETA,
                 "norm_eps": NORM_EPS,
+                **({"moe": self._moe()} if self.experts else {}),
             },
             "topology": topology,
             "training": {
@@ -76,24 +82,30 @@ class Shape:
             "data": {"train": "none"},  # tokens are random
         }
 
-    def transformers(self) -> LlamaConfig:
-        """The configuration of transformers' Llama."""
-        from transformers import LlamaConfig
+    def _moe(self) -> dict[str, Any]:
+        return {"experts": self.experts, "top_k": self.top_k, "ffn_hidden_size": self.ffn}
 
-        return LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.ffn,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.seq,
-            rms_norm_eps=NORM_EPS,
-            tie_word_embeddings=False,
-            use_cache=False,
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-            attn_implementation="sdpa",
-        )
+    def transformers(self) -> LlamaConfig | MixtralConfig:
+        """The configuration of transformers' Llama, or of its Mixtral."""
+        from transformers import LlamaConfig, MixtralConfig
+
+        shared: dict[str, Any] = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.seq,
+            "rms_norm_eps": NORM_EPS,
+            "tie_word_embeddings": False,
+            "use_cache": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+            "attn_implementation": "sdpa",
+        }
+        if self.experts:
+            return MixtralConfig(**shared, num_local_experts=self.experts, num_experts_per_tok=self.top_k)
+        return LlamaConfig(**shared)
 
     def torchtitan(self) -> TransformerModelArgs:
         """The arguments of torchtitan's Llama 3, which computes the MLP's width from a factor."""

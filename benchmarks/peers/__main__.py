@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.peers.measure import measure
 from benchmarks.peers.table import page
-from benchmarks.peers.work import GRIDS, SHAPES, TRAINERS, Grid
+from benchmarks.peers.work import SHAPES, TRAINERS, Grid, grids
 
 # megatron-core and torchtitan ask for packages that nothing here uses: they come without theirs.
 PACKAGES = ["torch==2.13.0", "transformers", "numpy", "einops", "tyro", "datasets<4.8", "tensorboard", "torchdata"]
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure everything in turn, round by round, so that what else the machine does meets all alike."""
     for _ in range(arguments.rounds):
         for shape in arguments.shape:
-            for grid in arguments.topologies:
+            for grid in arguments.topologies or grids(shape):
                 for trainer in arguments.trainers:
                     result = measure(trainer, shape, grid, arguments.steps, arguments.venv)
                     with arguments.output.open("a") as file:
@@ -50,7 +50,7 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--steps", type=int, default=8)
     command.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
-    command.add_argument("--topologies", type=Grid.parse, nargs="+", default=GRIDS, metavar="TP,PP,DP")
+    command.add_argument("--topologies", type=Grid.parse, nargs="+", metavar="TP,PP,DP[,EP]")
     command.add_argument("--trainers", choices=TRAINERS, nargs="+", default=TRAINERS)
     command = commands.add_parser("table", help="make the page of the results")
     command.add_argument("results", type=Path)

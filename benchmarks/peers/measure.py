@@ -32,7 +32,7 @@ def measure(trainer: str, shape: str, grid: Grid, steps: int, venv: Path) -> dic
     started_with = os.getloadavg()[0]
     what = {"trainer": trainer, "shape": shape, "grid": list(grid)}
     machine = {"cpu": cpu_model(), "cores": count_cores(), "load": started_with, "threads": threads(grid.ranks)}
-    if reason := cannot(trainer, grid):
+    if reason := cannot(trainer, shape, grid):
         return {**what, "failed": reason}
     environment = {
         **os.environ,

@@ -59,8 +59,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 CudaRNGStatesTracker.fork = lambda self, *_, **__: contextlib.nullcontext()  # for dropout, of which there is none
 
 job = start()
-shape, (tp, pp, dp) = job.shape, job.grid
-parallel_state.initialize_model_parallel(tp, pp)
+shape, (tp, pp, dp, ep) = job.shape, job.grid
+parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
+experts = {
+    "num_moe_experts": shape.experts,
+    "moe_ffn_hidden_size": shape.ffn,
+    "moe_router_topk": shape.top_k,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "alltoall",
+    "expert_model_parallel_size": ep,
+}
 config = TransformerConfig(
     num_layers=shape.layers,
     hidden_size=shape.hidden,
@@ -86,13 +94,14 @@ config = TransformerConfig(
     apply_rope_fusion=False,
     finalize_model_grads_func=finalize_model_grads,
     deallocate_pipeline_outputs=True,
+    **(experts if shape.experts else {}),
 )
 model = DistributedDataParallel(
     config,
     DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=dp > 1),
     GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(num_experts=shape.experts or None, normalization="RMSNorm"),
         shape.vocab,
         shape.seq,
         pre_process=parallel_state.is_pipeline_first_stage(),

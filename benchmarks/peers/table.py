@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.work import GRIDS, OURS, SHAPES, TRAINERS, Grid
+from benchmarks.peers.work import OURS, SHAPES, TRAINERS, Grid, grids
 
 Result = dict[str, Any]
 HEAD = """\
@@ -15,7 +15,7 @@ HEAD = """\
 tplaunch beside other trainers on the same work: one optimizer step of a Llama-like model in fp32 on random tokens,
 fused AdamW, no clipping of gradients, on CPU and gloo, every trainer with the same number of threads. Data-parallel
 ranks hold the model and its optimizer whole (tplaunch with ZeRO 0, DDP of transformers and megatron-core); torchtitan
-shards them, as it does by itself. They take turns, round by round. Figures are medians over the rounds of each round's
+shards them, as it does by itself. With experts, transformers' ranks hold all of them. They take turns, round by round. Figures are medians over the rounds of each round's
 median step; in brackets the least and the most. Memory is the resident size that the largest rank had at most.
 `python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`.
 """
@@ -32,7 +32,11 @@ def page(results: Sequence[Result]) -> str:
     for name, shape in SHAPES.items():
         if any(result["shape"] == name for result in done):
             mine = [result for result in done if result["shape"] == name]
-            parts += [f"\n## {name}\n\n{str(shape).capitalize()}.\n", _speeds(mine), _memory(mine)]
+            parts += [
+                f"\n## {name}\n\n{str(shape).capitalize()}.\n",
+                _speeds(mine, grids(name)),
+                _memory(mine, grids(name)),
+            ]
     return "\n".join([*parts, _not_measured(results)])
 
 
@@ -59,27 +63,29 @@ def _counted(threads: Iterable[tuple[int, bool]]) -> str:
     )
 
 
-def _speeds(results: Sequence[Result]) -> str:
+def _speeds(results: Sequence[Result], where: Sequence[Grid]) -> str:
     """Tokens/s, and ours over the best other."""
 
     def tokens_per_s(result: Result) -> float:
         return SHAPES[result["shape"]].tokens / median(result["seconds"])
 
-    return "Tokens/s:\n\n" + _grid_table(results, tokens_per_s, max, "of the best")
+    return "Tokens/s:\n\n" + _grid_table(results, where, tokens_per_s, max, "of the best")
 
 
-def _memory(results: Sequence[Result]) -> str:
+def _memory(results: Sequence[Result], where: Sequence[Grid]) -> str:
     """Megabytes, and ours over the leanest other."""
-    return "Memory, MB:\n\n" + _grid_table(results, lambda result: result["peak_memory"] / 1e6, min, "of the leanest")
+    return "Memory, MB:\n\n" + _grid_table(
+        results, where, lambda result: result["peak_memory"] / 1e6, min, "of the leanest"
+    )
 
 
-def _grid_table(results: Sequence[Result], figure: Any, best: Any, title: str) -> str:
+def _grid_table(results: Sequence[Result], where: Sequence[Grid], figure: Any, best: Any, title: str) -> str:
     rows = [f"| TP x PP x DP | {' | '.join(TRAINERS)} | tplaunch, {title} other | rounds |"]
     rows.append("|---" * (len(TRAINERS) + 3) + "|")
-    for grid in GRIDS:
+    for grid in where:
         found: dict[str, list[float]] = {}
         for result in results:
-            if tuple(result["grid"]) == grid:
+            if Grid(*result["grid"]) == grid:
                 found.setdefault(result["trainer"], []).append(figure(result))
         if not found:
             continue
@@ -102,9 +108,9 @@ def _not_measured(results: Sequence[Result]) -> str:
     """Every trainer, shape and topology without a figure, and why; and what no result could show."""
     lines: dict[str, list[str]] = {}
     for name in SHAPES:
-        for grid in GRIDS:
+        for grid in grids(name):
             for trainer in TRAINERS:
-                of = [r for r in results if (r["trainer"], r["shape"], tuple(r["grid"])) == (trainer, name, grid)]
+                of = [r for r in results if (r["trainer"], r["shape"], Grid(*r["grid"])) == (trainer, name, grid)]
                 failed = [result["failed"] for result in of if "failed" in result]
                 if not of:
                     lines.setdefault(f"{trainer}: was not run", []).append(f"{name} {grid}")

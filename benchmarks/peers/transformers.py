@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM: one process, or torch's DDP."""
+"""transformers' LlamaForCausalLM or MixtralForCausalLM: one process, or torch's DDP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.peers.driver import Microbatches, adamw, measure, start
@@ -16,7 +16,7 @@ from benchmarks.peers.driver import Microbatches, adamw, measure, start
 logging.set_verbosity_error()
 job = start()
 shape, dp = job.shape, job.grid.dp
-model: torch.nn.Module = LlamaForCausalLM(shape.transformers())
+model: torch.nn.Module = AutoModelForCausalLM.from_config(shape.transformers())
 model.train()
 if dp > 1:
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)

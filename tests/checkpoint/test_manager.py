@@ -12,6 +12,7 @@ import pytest
 from tests.recipes import case
 from tests.training import trainer
 from tests.world import World
+from tplaunch.checkpoint.metadata import read_metadata
 from tplaunch.checkpoint.store import read_manifest
 from tplaunch.cli.main import run
 
@@ -151,6 +152,22 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(world: World, tmp_pat
     assert "rope_theta=10000.0, the recipe 500000.0" in error  # fixes no shape, but what the weights mean
     assert "exp_avg, exp_avg_sq" in error
     assert world.run(1, load, {**sgd, "training": {**sgd["training"], "steps": 9}}, str(tmp_path)) == [(1, "")]
+
+
+def test_what_muon_keeps_is_no_other_optimizers(world: World, tmp_path: Path) -> None:
+    """Of matrices it is a momentum, of all else AdamW's moments: names alone would let AdamW go on from it."""
+    muon = {**TINY, "optimizer": {"name": "muon"}}
+    world.run(1, save_all, muon, str(tmp_path / "muon"), [1])
+    stored = read_metadata(tmp_path / "muon" / "checkpoints" / "step-00000001").tensors
+    state = {name.removeprefix("optimizer.") for name in stored if name.startswith("optimizer.")}
+    assert "layers.0.attention.wk.weight.momentum_buffer" in state and "embedding.weight.exp_avg_sq" in state
+    assert not state & {"layers.0.mlp.up.weight.exp_avg", "output.weight.momentum_buffer"}
+    assert world.run(1, load, muon, str(tmp_path / "muon")) == [(1, "")]
+    ((step, error),) = world.run(1, load, TINY, str(tmp_path / "muon"))
+    assert step is None and "exp_avg, exp_avg_sq" in error and "optimizer.name" in error
+    world.run(1, save_all, TINY, str(tmp_path / "adamw"), [1])
+    ((step, error),) = world.run(1, load, muon, str(tmp_path / "adamw"))
+    assert step is None and "has no momentum_buffer" in error
 
 
 def test_no_checkpoint_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True, "window": 100},
     "fp32": {"documents": True, "dtype": "float32"},
     "fp32, causal": {"dtype": "float32"},
+    "narrower values": {"value_dim": 32},
+    "narrower values, fp32": {"value_dim": 32, "dtype": "float32"},
+    "narrower values, documents": {"value_dim": 32, "documents": True},
+    "narrower values, sinks": {"value_dim": 32, "sinks": True},
 }
 
 
@@ -84,9 +88,10 @@ def attention_here(asked: dict[str, Any]) -> tuple[list[float], float]:
     device, length, first = take_device(), 1500, asked.get("first_query", 0)
     dtype = getattr(torch, asked.get("dtype", "bfloat16"))
     random = torch.Generator().manual_seed(0)
-    sizes = ((length - first, 2, 8, 64), (length, 2, 2, 64), (length, 2, 2, 64), (8,))
+    value_dim = asked.get("value_dim", 64)
+    sizes = ((length - first, 2, 8, 64), (length, 2, 2, 64), (length, 2, 2, value_dim), (8,))
     leaves = [torch.randn(size, generator=random).to(dtype) for size in sizes]
-    grad = torch.randn(length - first, 2, 512, generator=random).to(dtype)
+    grad = torch.randn(length - first, 2, 8 * value_dim, generator=random).to(dtype)
     places = torch.arange(length).repeat(2, 1)
     places[0, 700:] -= 700
     places[1, 130:] -= 130

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
 from tests.families import LAYERS, MODELS, SEQ, VOCAB, reference
 from tests.training import batch, train, trainer
@@ -192,6 +199,17 @@ def test_configs_of_transformers_4_and_of_published_models_are_read(tmp_path: Pa
     assert read_config(config(tmp_path, {**gemma, **first})) == read_config(config(tmp_path, GEMMA3))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
+    model = Model.model_validate(MODELS[name])
+    said = write_config(model, seq_len=SEQ, precision="fp32", eod=0)
+    read = read_config(config(tmp_path, said))
+    same = {name: getattr(read.model, name) for name in ("family", "rope_layers")}  # a pattern may be said shorter
+    assert read.model == model.model_copy(update=same)
+    assert all(read.model.turns(layer) == model.turns(layer) for layer in range(LAYERS))
+    assert said == write_config(read.model, seq_len=read.seq_len, precision="fp32", eod=0)
+
+
 def test_windows_that_are_there_and_that_are_not(tmp_path: Path) -> None:
     def windows(base: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
         model = read_config(config(tmp_path, base, **changes)).model
@@ -268,9 +286,11 @@ def test_what_would_compute_something_else_is_refused(
 
 NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 NEEDED |= {"n_embd", "n_layer", "n_head"}
+NEEDED |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"}
+MIXTURES = [MIXTRAL, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS]
 
 
-@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2], ids=lambda base: base["model_type"])
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, GPT2, *MIXTURES], ids=lambda base: base["model_type"])
 def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any]) -> None:
     for key in base.keys() - {"model_type"}:
         less = {name: value for name, value in base.items() if name != key}
@@ -279,8 +299,15 @@ def test_a_key_that_an_old_upload_leaves_out(tmp_path: Path, base: dict[str, Any
                 read_config(config(tmp_path, less))
             continue
         found = read_config(config(tmp_path, less))
-        if base is GPT2:  # its files leave out most: what transformers takes for them is what we take
-            assert found == read_config(config(tmp_path, GPT2Config(**less).to_dict())), key
+        heads = base is DEEPSEEK_V3 and key == "num_key_value_heads"  # without them theirs has 128
+        if base in (GPT2, *MIXTURES) and not heads:  # what transformers takes for what is left out is what we take
+            assert found == read_config(config(tmp_path, CONFIG_MAPPING[base["model_type"]](**less).to_dict())), key
+
+
+def test_gpt_oss_turns_by_yarn_where_nothing_is_said(tmp_path: Path) -> None:
+    less = {name: value for name, value in GPT_OSS.items() if not name.startswith("rope_")}
+    theirs = CONFIG_MAPPING["gpt_oss"](**less).to_dict()
+    assert read_config(config(tmp_path, less)) == read_config(config(tmp_path, theirs))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
@@ -518,6 +545,31 @@ def test_configs_of_published_mixtures_of_experts_are_read(tmp_path: Path) -> No
         if ours.moe is not None and ours.moe.bias_rate:  # moved in its training; an imported one stays, unless asked
             ours = ours.model_copy(update={"moe": ours.moe.model_copy(update={"bias_rate": 0.0})})
         assert read_config(config(tmp_path, said)).model == ours, preset
+
+
+def test_what_is_said_of_mxfp4_makes_a_model_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"num_hidden_layers": 1, "num_local_experts": 4, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    packed = {}
+    for name, tensor in tensors(tmp_path / "whole").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = tensor
+            continue
+        experts, into, out = tensor.shape  # as gpt-oss is published: blocks of 32 numbers of 4 bits, and their scales
+        packed[f"{name}_blocks"] = torch.randint(0, 256, (experts, out, into // 32, 16), dtype=torch.uint8)
+        packed[f"{name}_scales"] = torch.full((experts, out, into // 32), 120, dtype=torch.uint8)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((tmp_path / "whole" / "config.json").read_text())
+    left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": quantized}))
+    fix = refused(folder, capsys).partition("with transformers: ")[2].strip()
+    names = {"FOLDER": folder, "NEW": tmp_path / "new", "AutoModelForCausalLM": AutoModelForCausalLM}
+    eval(fix, {**names, "Mxfp4Config": Mxfp4Config})
+    assert run(["import", str(tmp_path / "new"), str(tmp_path / "ours")]) == Exit.DONE
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

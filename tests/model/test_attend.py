@@ -55,10 +55,10 @@ def documents(keys: int, first_query: int) -> Tensor:
     return document_starts(positions)[:, first_query:]
 
 
-def inputs(queries: int, keys: int, dtype: torch.dtype, kv: int = KV) -> list[Tensor]:
+def inputs(queries: int, keys: int, dtype: torch.dtype, kv: int = KV, value_dim: int = D) -> list[Tensor]:
     random = torch.Generator().manual_seed(queries + keys)
-    sizes = ((queries, HEADS), (keys, kv), (keys, kv))
-    found = [torch.randn(n, B, heads, D, generator=random, dtype=torch.float64) for n, heads in sizes]
+    sizes = ((queries, HEADS, D), (keys, kv, D), (keys, kv, value_dim))
+    found = [torch.randn(n, B, heads, d, generator=random, dtype=torch.float64) for n, heads, d in sizes]
     found.append(torch.randn(HEADS, generator=random, dtype=torch.float64))
     return [x.to(dtype).requires_grad_(torch.is_grad_enabled()) for x in found]
 
@@ -71,8 +71,19 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out * weight).sum(), leaves))
 
 
-def compare(how: Attending, *, first_query: int, keys: int, masked: bool, sunk: bool, dtype: torch.dtype) -> None:
-    leaves = inputs(keys - first_query, keys + 2, dtype)  # two keys after the last query are seen by none
+def compare(
+    how: Attending,
+    *,
+    first_query: int,
+    keys: int,
+    masked: bool,
+    sunk: bool,
+    dtype: torch.dtype,
+    value_dim: int = D,
+) -> None:
+    leaves = inputs(
+        keys - first_query, keys + 2, dtype, value_dim=value_dim
+    )  # two keys after the last query are seen by none
     more: dict[str, Any] = {"first_query": first_query, "starts": documents(keys, first_query) if masked else None}
     if sunk:
         more["sinks"] = leaves[3]
@@ -99,6 +110,15 @@ def test_blocks_give_what_the_formula_does(monkeypatch: pytest.MonkeyPatch, how:
     monkeypatch.setattr(attend_blocked, "_SCORES", 16_000)  # blocks of several sizes
     for first_query, dtype in ((0, torch.float64), (37, torch.float64), (0, torch.float32), (37, torch.bfloat16)):
         compare(HOWS[how], first_query=first_query, keys=150, masked=masked, sunk=sunk, dtype=dtype)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("value_dim", [D // 2, D + 8])
+def test_values_of_another_width(how: str, value_dim: int) -> None:
+    for first_query, dtype in ((0, torch.float64), (37, torch.float64), (0, torch.float32), (149, torch.float64)):
+        for masked in (False, True):
+            shape: dict[str, Any] = {"keys": 150, "masked": masked, "sunk": masked, "value_dim": value_dim}
+            compare(HOWS[how], first_query=first_query, dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("window", [1, 8])
@@ -152,7 +172,7 @@ def packed_by_hand(q: Tensor, k: Tensor, v: Tensor, pack: Any, left: int, *how: 
         first = theirs.stop - theirs.start - count
         window = Attending(None if left < 0 else left + 1, softcap, scale)
         parts = (q[mine, None], k[theirs, None], v[theirs, None])
-        outputs.append(dense(*parts, window, first_query=first)[:, 0].unflatten(-1, (-1, D)))
+        outputs.append(dense(*parts, window, first_query=first)[:, 0].unflatten(-1, (-1, v.shape[-1])))
     return torch.cat(outputs)
 
 
@@ -169,7 +189,9 @@ def test_what_a_gpu_would_be_given(
     monkeypatch.setattr(attend_flex, "_compiled", lambda: attend_flex.flex_attention)
     how = Attending(window, 2.0 if kernel != "varlen" else None, 0.2)
     with torch.set_grad_enabled(kernel != "flex"):  # which has no backward pass on a CPU
-        compare(how, first_query=first_query, keys=keys, masked=masked, sunk=kernel == "flex", dtype=torch.float32)
+        shape: dict[str, Any] = {"first_query": first_query, "keys": keys, "masked": masked, "sunk": kernel == "flex"}
+        for value_dim in (D, D // 2):
+            compare(how, dtype=torch.float32, value_dim=value_dim, **shape)
 
 
 def test_blocks_that_all_queries_see_are_whole() -> None:
@@ -211,13 +233,17 @@ TAKEN = [
     ({"dtype": FULL}, "sdpa"),
     ({"dtype": torch.float64}, "blocked"),
     ({"sinks": True, "queries": 1, "first_query": 8}, "blocked"),
+    ({"device": "cpu", "value_dim": 64}, "blocked"),
+    ({"head_dim": 192}, "sdpa"),
+    ({"head_dim": 192, "value_dim": 128, "documents": True}, "varlen"),
+    ({"value_dim": 320, "documents": True}, "flex"),
 ]
 
 
 @pytest.mark.parametrize(("case", "kernel"), TAKEN, ids=str)
 def test_which_kernel_is_taken(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], kernel: str) -> None:
     usual = {"how": Attending(), "device": "cuda", "dtype": HALF, "head_dim": 128, "queries": 64, "first_query": 0}
-    asked = {**usual, "documents": False, "sinks": False, **case}
+    asked = {**usual, "value_dim": case.get("head_dim", 128), "documents": False, "sinks": False, **case}
     how = asked.pop("how")
     monkeypatch.setattr(chooser, "_has_flash_attn", lambda: False)
     assert choose(how, **asked) == kernel

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from tplaunch.model.gated import LIMIT, SLOPE, Kind, gated, swiglu_clamped
 from tplaunch.model.norm import RMSNorm, _RMSNorm
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.swiglu import geglu, swiglu
@@ -124,3 +125,29 @@ def test_rms_norm_in_bf16_is_torchs_and_keeps_its_input_alone() -> None:
         torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(theirs, (x, weight), grad), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)
+
+
+def reference_gated(gate: Tensor, up: Tensor, weights: Tensor, kind: str) -> Tensor:
+    if kind == "swiglu_clamped":
+        low = gate.clamp(max=LIMIT)
+        return low * torch.sigmoid(SLOPE * low) * (up.clamp(-LIMIT, LIMIT) + 1) * weights[:, None]
+    acted = F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")
+    return acted * up * weights[:, None]
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "swiglu_clamped"])
+def test_what_experts_have_between_their_matmuls(kind: Kind) -> None:
+    gate, up = (5 * torch.randn(S, 4, dtype=torch.float64) for _ in range(2))  # some are clamped
+    gate[0, 0], up[1, 1], up[2, 2] = 9.0, 8.0, -8.0
+    inputs = (gate.requires_grad_(), up.requires_grad_(), torch.rand(S, dtype=torch.float64).requires_grad_())
+    torch.testing.assert_close(gated(*inputs, kind), reference_gated(*inputs, kind))
+    assert gradcheck(lambda *x: gated(*x, kind), inputs)
+
+
+def test_gpt_oss_activation_of_a_dense_mlp() -> None:
+    x = draw(S, B, 8)
+    gate, up = x.chunk(2, -1)
+    ones = torch.ones(S * B, dtype=torch.float64)
+    expected = reference_gated(gate.flatten(0, 1), up.flatten(0, 1), ones, "swiglu_clamped").view(S, B, 4)
+    torch.testing.assert_close(swiglu_clamped(x), expected)
+    assert gradcheck(swiglu_clamped, (x,))

@@ -47,6 +47,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "rope_layers": ["rope", "none"],
     },
+    "experts": {
+        "moe": {
+            "experts": 6,
+            "top_k": 2,
+            "ffn_hidden_size": 40,
+            "shared_ffn_hidden_size": 48,
+            "aux_loss": 0.01,
+            "z_loss": 0.01,
+        }
+    },
     "gpt_neox": {
         **{key: value for key, value in GPT2.items() if key not in ("position", "max_position")},
         "activation": "gelu_exact",
@@ -83,6 +93,8 @@ FEWER: list[Any] = [
     {"again": ["norm", "qkv"]},
     {"save": ["core_attention"]},
     {"save": ["attention_output", "gate_up"]},
+    {"again": ["dispatch"]},
+    {"again": ["norm", "dispatch", "activation"]},
 ]
 
 
@@ -149,6 +161,10 @@ WORLDS = {
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
     "zero3-gemma": case(1, 1, 2, zero=3, model=MODELS["gemma, sinks"]),
     "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
+    "ep2": case(1, 1, 2, ep=2, model=MODELS["experts"]),
+    "ep2-zero3": case(1, 1, 2, ep=2, zero=3, model=MODELS["experts"]),
+    "ep2-tp2-sp": case(2, ep=2, sequence_parallel=True, model=MODELS["experts"]),
+    "expert-tp2-zero-bubble": case(2, 2, expert_tp=2, schedule="zbvzerobubble", model=MODELS["experts"]),
     "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
     "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),

@@ -35,15 +35,18 @@ def mine(x: Tensor, cp: ContextParallel) -> Tensor:
     return torch.cat([x[piece.start : piece.stop] for piece in cp.pieces(len(x))])
 
 
-def attention(cp_size: int, kind: str, heads: tuple[int, int], window: int | None, documents: bool) -> list[float]:
+def attention(
+    cp_size: int, kind: str, heads: tuple[int, int], window: int | None, documents: bool, value_dim: int = D
+) -> list[float]:
     """The largest differences of output and gradients of q, k and v from those of one rank."""
     from tplaunch.model.attend import Attending, attend, document_starts
     from tplaunch.model.block import _attend_pieces
     from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
 
     cp, how = shared(cp_size, kind), Attending(window)
-    whole = [drawn(S, B, count, D + i)[..., :D].contiguous() for i, count in enumerate((heads[0], heads[1], heads[1]))]
-    grad = drawn(S, B, heads[0] * D)
+    widths = [(heads[0], D), (heads[1], D), (heads[1], value_dim)]
+    whole = [drawn(S, B, count, D + i)[..., :d].contiguous() for i, (count, d) in enumerate(widths)]
+    grad = drawn(S, B, heads[0] * value_dim)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
     starts = document_starts(positions) if documents else None
     for x in whole:
@@ -70,12 +73,13 @@ def attention(cp_size: int, kind: str, heads: tuple[int, int], window: int | Non
 )
 def test_attention_is_that_of_one_rank(world: World, cp: int, kind: str, heads: tuple[int, int]) -> None:
     for differences in world.run(cp, all_ways, cp, kind, heads):
-        assert len(differences) == 4 and max(map(max, differences)) < 1e-12
+        assert len(differences) == 5 and max(map(max, differences)) < 1e-12
 
 
 def all_ways(cp: int, kind: str, heads: tuple[int, int]) -> list[list[float]]:
-    """`attention` with and without a window and documents."""
-    return [attention(cp, kind, heads, *way) for way in product((None, 7), (False, True))]
+    """`attention` with and without a window and documents, and with narrower values."""
+    ways = [*product((None, 7), (False, True)), (None, True, D // 2)]
+    return [attention(cp, kind, heads, *way) for way in ways]
 
 
 def sums(cp_size: int) -> tuple[list[float], int]:

@@ -35,14 +35,15 @@ class Point:
         name: of the run there.
         case: the run as a recipe and hardware.
         measured: what was measured.
-        unit: of it: seconds of a step, model or hardware FLOPs utilisation, hardware TFLOP/s or tokens/s of a GPU.
+        unit: of it: seconds of a step, model or hardware FLOPs utilisation, model or hardware TFLOP/s or tokens/s of a
+            GPU, GPU-hours.
     """
 
     source: str
     name: str
     case: Case
     measured: float
-    unit: Literal["s", "mfu", "hardware TFLOP/s", "tokens/s"]
+    unit: Literal["s", "mfu", "TFLOP/s", "hardware TFLOP/s", "tokens/s", "K GPU-hours/T tokens"]
 
     def predicted(self) -> float:
         plan = estimate(self.case)
@@ -66,7 +67,8 @@ class Point:
     def error(self) -> float:
         """Error of the predicted step time, as a share of the measured; positive: predicted slower than it was."""
         predicted = self.predicted()
-        return predicted / self.measured - 1 if self.unit == "s" else self.measured / predicted - 1
+        takes = self.unit in ("s", "K GPU-hours/T tokens")
+        return predicted / self.measured - 1 if takes else self.measured / predicted - 1
 
 
 def case(

@@ -154,6 +154,27 @@ def test_ranks_that_share_sequences_exchange_and_hold_what_is_planned() -> None:
         assert plan.memory[0].allocated == pytest.approx(first.peak, rel=0.05)
 
 
+def test_muon_exchanges_what_is_planned() -> None:
+    """Matrices go to the ranks that orthogonalise them, and back; how much a rank has may differ from its peers'."""
+    of = case(
+        "quickstart",
+        "topology={tp: 2, pp: 2, dp: 2}",
+        "model={hidden_size: 128, num_layers: 10, num_heads: 8, num_kv_heads: 4, ffn_hidden_size: 320}",
+        "optimizer.name=muon",
+    )
+    with processes() as go:
+        records = list(go(simulate_rank, [(of.recipe, rank) for rank in range(4)]))
+    moved = [[c for c in record.collectives if c.kind == "all-to-all"] for record in records]
+    planned = [t for t in estimate(of).traffic[0] if t.axis == "stage"]
+    assert {c.group for each in moved for c in each} == {(0, 1, 2, 3)}
+    assert all(len(each) == sum(t.calls for t in planned) for each in moved)
+    mean = sum(c.bytes for each in moved for c in each) / 4
+    assert mean == pytest.approx(sum(t.calls * t.bytes for t in planned), rel=0.1)
+    assert len({sum(c.bytes for c in each) for each in moved}) > 1
+    for record in records[1:]:
+        assert differing_collective(0, records[0].collectives, record.rank, record.collectives) is None
+
+
 def test_ranks_of_dp_and_cp_together_are_of_dp() -> None:
     topology = Topology(tp=2, cp=2, dp=2, pp=2)
     groups = [topology.group("tp", 0), topology.group("cp", 0), (0, 2, 4, 6), topology.group("pp", 0), tuple(range(16))]

@@ -14,10 +14,12 @@ import pytest
 
 from tests.checkpoint.test_reshard import AFTER, BEFORE, go_on_from, save_and_go_on
 from tests.recipes import case, ranks
+from tests.train.test_expert_invariance import DEEPSEEK, GPT_OSS, MIXTRAL
 from tests.train.test_topology_invariance import GPT2, TOLERANCE, plain, train
 from tests.world import World
 
 GROUPS = [{"match": "layers.*.attention.w[kv].*", "lr": 1e-3, "weight_decay": 0.3}, {"match": "output.*", "lr": 3e-4}]
+LATENT = {"latent": {"q_rank": 24, "kv_rank": 16, "nope_dim": 8, "rope_dim": 8, "value_dim": 12}, "num_kv_heads": 4}
 # Fewer tokens than matrices have rows: most of their singular values are zero.
 FEW = {
     "training": {"global_batch_size": 4, "micro_batch_size": 1},
@@ -38,7 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
     "cp2-dp2-zero1": case(1, 1, 2, cp=2),
     "few-tokens-tp2-dp2": case(2, 1, 2, **FEW),
 }
-DEFAULT = {("tp2-dp2-zero1", "fp32"), ("tp2-dp2-zero3-sp", "fp64")}
+# In fp64 alone: rounding would turn near ties of routers.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "experts-tp2-dp2-ep2-etp2": case(2, 1, 2, ep=2, expert_tp=2, model=DEEPSEEK),
+    "experts-tp2-dp2-ep2-zero1": case(2, 1, 2, ep=2, model=MIXTRAL, sequence_parallel=True),
+    "experts-dp4-ep2-zero3": case(1, 1, 4, ep=2, zero=3, model=DEEPSEEK),
+    "experts-dp4-ep2-zero0": case(1, 1, 4, ep=2, zero=0, model=MIXTRAL),
+    "experts-tp2-pp2-dp2-ep4-zbv": case(2, 2, 2, ep=4, schedule="zbvzerobubble", model=DEEPSEEK),
+    "experts-cp2-dp4-ep2-hsdp": case(1, 1, 4, cp=2, ep=2, dp_replicate=2, model=GPT_OSS),
+    "latent-tp4-dp2": case(4, 1, 2, model=LATENT),
+}
+DEFAULT = {("tp2-dp2-zero1", "fp32"), ("tp2-dp2-zero3-sp", "fp64"), ("experts-tp2-dp2-ep2-etp2", "fp64")}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +62,15 @@ def references() -> dict[str, list[tuple[float, float]]]:
     ("name", "precision"),
     [
         pytest.param(name, precision, marks=[] if (name, precision) in DEFAULT else [pytest.mark.slow])
-        for name in CASES
+        for name in (*CASES, *EXPERTS)
         for precision in ("fp32", "fp64")
+        if precision == "fp64" or name in CASES
     ],
 )
 def test_curve_is_that_of_one_process(
     world: World, references: dict[str, list[tuple[float, float]]], name: str, precision: str
 ) -> None:
-    raw = muon(CASES[name], precision)
+    raw = muon({**CASES, **EXPERTS}[name], precision)
     reference = plain(raw)
     if (key := repr(reference)) not in references:
         (references[key],) = world.run(1, train, reference)

@@ -117,7 +117,7 @@ def write_config(model: Model, *, seq_len: int, precision: str, eod: int | None)
         "max_position_embeddings": seq_len,
         "hidden_act": "silu",
         "attention_bias": model.qkv_bias,
-        "mlp_bias": model.biased_mlp,
+        "mlp_bias": "mlp_bias" in HAS[family].free and model.biased_mlp,
         "attention_dropout": 0.0,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
@@ -278,7 +278,8 @@ def _refuse_quantized(path: Path, config: Config) -> None:
     fix = "import the model before it was quantized"
     if method in _DEQUANTIZED:
         whole = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True), dtype='bfloat16'"
-        fix = f"with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
+        needs = " (needs accelerate)" if method == "fp8" else ""
+        fix = f"with transformers{needs}: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
     why = "quantized weights cannot be trained"
     raise TplaunchError(Problem(f"{path}: quantization_config is {method or json.dumps(said)}", why=why, fix=fix))
 
@@ -305,6 +306,8 @@ def _rope(config: Config) -> Config:
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if isinstance(full := new.get(_KINDS["full"]), dict):  # by kind of layer
         new = full
+    if config["model_type"] == GPT_OSS.model_type and not old and not new:
+        new = _GPT_OSS_ROPE
     found = {"rope_theta": config.get("rope_theta"), **old, **new}
     if found["rope_theta"] is None:
         found["rope_theta"] = config.get("rotary_emb_base")
@@ -313,6 +316,8 @@ def _rope(config: Config) -> Config:
     return found
 
 
+# What its class makes of a file that says nothing.
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 _THETA = {GEMMA3: 1e6, SMOLLM3: 2e6, MIXTRAL: 1e6, GPT_OSS: 150_000.0}
 
 
@@ -325,7 +330,7 @@ def _llama_fields(config: Config, family: Family) -> tuple[Config, int, dict[str
         "num_layers": config.get("num_hidden_layers"),
         "num_heads": config.get("num_attention_heads"),
         "num_kv_heads": config.get("num_key_value_heads", 4 if gemma else None),
-        "head_dim": config.get("head_dim", 256 if gemma else None),
+        "head_dim": config.get("head_dim", 256 if gemma else {GPT_OSS: 64}.get(family)),
         "ffn_hidden_size": config.get("intermediate_size"),
         "vocab_size": config.get("vocab_size"),
         "norm_eps": config.get("rms_norm_eps", 1e-5 if family in (OLMO2, PHI3, MIXTRAL, GPT_OSS) else 1e-6),

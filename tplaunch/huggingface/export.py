@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def export(
         precision: of the weights written: fp64, fp32, bf16 or fp16.
         seq_len: positions that the model was trained on.
         tokenizer: a tokenizer.json to put beside them.
-        shard_bytes: no file is larger, unless one tensor is.
+        shard_bytes: no file is larger, unless one tensor is, or a matrix of all experts of a layer.
 
     Raises:
         TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
@@ -121,14 +122,16 @@ def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor]) -> dict[str, torch
 
 
 def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
+    """The tensors of each file. What is made of the same of ours stays together, so that ours are read once."""
     shard: list[HfTensor] = []
     size = 0
-    for tensor in tensors:
-        bytes_ = tensor.bytes(itemsize)
+    for _, group in groupby(tensors, key=lambda tensor: tensor.parts):
+        together = list(group)
+        bytes_ = sum(tensor.bytes(itemsize) for tensor in together)
         if shard and size + bytes_ > max_bytes:
             yield shard
             shard, size = [], 0
-        shard.append(tensor)
+        shard += together
         size += bytes_
     yield shard
 

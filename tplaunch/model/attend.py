@@ -114,7 +114,8 @@ def choose(
         how: its window is None where all keys are in it.
     """
     on_gpu = device == "cuda"
-    narrow = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    fits = head_dim % 8 == value_dim % 8 == 0 and max(head_dim, value_dim) <= 256
+    narrow = dtype in (torch.bfloat16, torch.float16) and fits
     causal = how.window is None and how.softcap is None and not (documents or sinks)
     if not on_gpu and value_dim != head_dim:  # SDPA's kernel for a CPU has one width
         return "blocked"

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Pack(NamedTuple):
@@ -38,11 +39,11 @@ def attend_packed(
     softcap: float | None,
     scale: float | None,
 ) -> Tensor:
-    """As `tplaunch.model.attend.attend`, [sq, b, heads, d of v]; values are padded to the kernels' one width."""
+    """As `tplaunch.model.attend.attend`, [sq, b, heads, d of v]; what is narrower than the rest is padded."""
     length, batch = q.shape[:2]
-    width = v.shape[-1]
-    if width < q.shape[-1]:
-        v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
+    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    widest = max(q.shape[-1], width)
+    q, k, v = (x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     if starts is None:
         starts = q.new_zeros((), dtype=torch.int64).expand(batch, length)
     pack = _pack_of(starts, first_query)

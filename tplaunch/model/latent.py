@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values, and mostly queries
-too, are made of vectors that are narrower than they are and that no head has to itself.
+too, are made of latents: vectors that are narrower than they are, and that no head has to itself.
 
-What makes the narrow vectors is whole on every tp rank, what widens them is split by heads. Between the two lies the
-edge of the tensor-parallel region: with sequence parallelism it is the narrow vectors that are gathered.
+What makes the latents is whole on every tp rank, what widens them is split by heads. Between the two lies the
+edge of the tensor-parallel region: with sequence parallelism it is the latents that are gathered.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tplaunch.parallel.layers import (
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model
 
-_EPS = 1e-6  # of the narrow vectors' norms, whatever the model's: DeepSeek's and transformers' code have it so
+_EPS = 1e-6  # of the latents' norms, whatever the model's: DeepSeek's and transformers' code have it so
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention whose heads are widened from narrow vectors; the interface of `block.Attention`.
+    """Causal self-attention whose heads are widened from latents; the interface of `block.Attention`.
 
     A head's query and key have `nope_dim` channels that are not turned and after them `rope_dim` that are, pair by
     neighbouring pair; those of the key are one vector for all heads.
@@ -75,8 +75,8 @@ class LatentAttention(nn.Module):
         return run("qkv", self.widen, narrow)
 
     def project_key_value(self, run: Run, x: Tensor, pair: ColumnPair) -> tuple[tuple[Tensor, ...], Tensor]:
-        """`project` without queries, and what ties `project_query` to it, which is nothing: the two gather other narrow
-        vectors."""
+        """`project` without queries, and what ties `project_query` to it, which is nothing: the two gather other
+        latents."""
         return self._key_value(run, x), x.new_empty(0)
 
     def project_query(self, run: Run, x: Tensor, link: Tensor, pair: ColumnPair) -> Tensor:

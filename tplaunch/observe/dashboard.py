@@ -20,7 +20,7 @@ LEARNING: list[_Plot] = [
     ("gradient norm", ["train/grad_norm"]),
     ("update / weight", ["train/update_ratio"]),
     ("norm of the weights", ["train/param_norm"]),
-    ("learning rate", ["train/lr_decay", "train/lr_no_decay"]),
+    ("learning rate", ["train/lr_decay", "train/lr_no_decay", "train/lr_muon"]),
 ]
 EXPERTS: list[_Plot] = [
     ("load of the fullest expert / mean", ["moe/load_max"]),

@@ -117,7 +117,7 @@ def _routing(case: Case, moe: Experts) -> float:
     wide, own, rows = max(4, case.compute_bytes), case.own_tokens, case.own_tokens * moe.top_k
     numbers = own * moe.experts + case.expert_rows + (rows + own) * moe.normalize
     numbers += own * (moe.experts + 1) * (moe.z_loss > 0)
-    places = 4 * rows + moe.experts
+    places: float = 4 * rows + moe.experts
     if case.topology.ep * case.topology.expert_tp > 1:  # those that come from other ranks are sorted once more
         places += case.local_experts + (2 * case.expert_rows if case.local_experts > 1 else 0)
     return wide * numbers + 8 * places
@@ -346,15 +346,24 @@ def _mlp_working(case: Case, block: Block) -> float:
 
 
 def _expert_working(case: Case, block: Block) -> float:
-    """In the experts: gradients of their inside and of what is dispatched, and the matrices' gradients, where no matmul
-    adds them to the sum by itself; the hidden states' gradient; what was made again by then."""
+    """In the experts, at the fullest of four moments: gradients of rows come and are put in order; the last matmul's
+    gradients are made; the activation's; the first matmuls'. With them are the gradient of the hidden states, that of
+    what shared experts read, and what was made again by then."""
     moe, width = case.model.moe, case.compute_bytes
     assert moe is not None
-    tensors = block_tensors(case, experts=True)
-    weights = case.block_expert_weights // 3
-    product = 0 if case.accumulates_in_place and case.storage_bytes == width else weights * width
+    tensors, expert_tp = block_tensors(case, experts=True), case.topology.expert_tp
+    rows, activated = tensors["dispatched"], tensors["activated"]
+    sorted_once_more = case.topology.ep * expert_tp > 1 and case.local_experts > 1
+    coming = rows * (1 + sorted_once_more) + (rows * (1 + 1 / expert_tp) if expert_tp > 1 else 0.0)
+    # A matrix's gradient, where no matmul adds it to the sum by itself; else two wait until they are handed over.
+    in_place = case.accumulates_in_place and case.storage_bytes == width
+    product = 0.0 if in_place else case.block_expert_weights / 3 * width
+    waiting = product if case.accumulates_in_place else 2 * product
     again = _made_again(case, block, "dispatched", "inside", "activated")
-    return tensors["inside"] + tensors["dispatched"] + product + 2 * hidden_bytes(case) + again
+    last, between = rows + activated + product, 3 * activated
+    first = rows + waiting - activated
+    beside = hidden_bytes(case) * (1 + (moe.shared_ffn_hidden_size is not None))
+    return max(coming, again + max(last, between, first)) + beside
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
@@ -423,6 +432,8 @@ def overhead(case: Case, transient: float) -> float:
     sizes = [topology.tp, topology.pp, case.shards, case.replicas]
     if case.model.moe is not None:
         sizes += [topology.ep, topology.expert_tp, case.expert_shards, case.expert_replicas]
+    elif case.recipe.optimizer.name == "muon" and topology.pp > 1:  # else the world's, or that of experts, serves
+        sizes.append(topology.stage_size)
     groups = sum(size > 1 for size in sizes)
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 

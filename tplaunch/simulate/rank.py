@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tplaunch.model.build import Stage
+from tplaunch.parallel import experts
 from tplaunch.parallel.flat import FlatSharding
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
@@ -111,11 +112,19 @@ def _in_a_world(recipe: Recipe, rank: int, recorder: Recorder) -> Iterator[tuple
             replaced(dist, "new_group", _fake_group(dist.new_group)),
             recorder.watching_pipeline(),
             replaced(F, "rms_norm", fused_rms_norm),
+            replaced(experts, "read_counts", balanced_counts),
             Phantom(recorder.record) as phantom,
         ):
             yield mesh, phantom
     finally:
         dist.destroy_process_group()
+
+
+def balanced_counts(counts: Tensor, total: int) -> list[int]:
+    """`tplaunch.parallel.experts.read_counts` where there are no numbers: every expert gets as many rows, from every
+    rank. A rest goes where equal runs of counts still have equal sums."""
+    places = counts.numel()
+    return [(place + 1) * total // places - place * total // places for place in range(places)]
 
 
 def _fake_group(new_group):  # type: ignore[no-untyped-def]

@@ -18,11 +18,12 @@ from tplaunch.recipe.schema import Model, Part, Training
 
 # In the order of a block.
 PARTS: dict[Part, str] = {
-    "norm": "all norms of the block but those of heads; what they read is kept, and a number or two a token",
+    "norm": "all norms of the block but those of heads, and those of latents; what they read is kept, and a number or "
+    "two a token",
     "qkv": "the projection to queries, keys and values; in a model that rotates, but has no norms of heads, it saves "
-    "nothing by itself: what is kept are the rotated ones",
+    "nothing by itself: what is kept are the rotated ones; with latent attention, by itself the latents",
     "rotary": "norms of heads and rotation; without norms of heads it saves nothing by itself, but with qkv: the "
-    "projection would be kept instead",
+    "projection would be kept instead, of latent attention a smaller one: all heads share a part of their keys",
     "core_attention": "softmax(q k^T) v, and the statistics of its softmax",
     "attention_output": "the projection after attention, and its sum with the block's input; with parallel_residual it "
     "saves nothing: nobody needs the sum",
@@ -92,7 +93,7 @@ class _Kind(NamedTuple):
     parallel: bool
     experts: bool
     shared: bool
-    latent: Literal["", "keys", "all"]  # what is made of narrow vectors
+    latent: Literal["", "keys", "all"]  # what is made of latents
 
 
 def _kind(model: Model, *, experts: bool) -> _Kind:
@@ -121,7 +122,7 @@ def block_steps(model: Model, *, experts: bool = False) -> tuple[Step, ...]:
     """The parts of a block in order, from `input` to `output`.
 
     `turned` are queries, keys and values (with norms of heads: queries and keys) after rotary; a model without rotation
-    and norms of heads attends with what was `projected`. With latent attention, `latent` are the narrow vectors that
+    and norms of heads attends with what was `projected`. With latent attention, `latent` are the latents that
     keys and values, and mostly queries, are made of. `dispatched`, `inside` and `activated` have a row for each token
     and expert that it goes to; `shared_inside` and `shared_activated` are of shared experts. `routing` is what the
     router keeps, which is never made again: small (`tplaunch.spec.experts`).

@@ -254,7 +254,7 @@ def _expert_notes(case: Case) -> Iterator[str]:
     total, active = parameter_count(case.model), active_parameter_count(case.model)
     yield (
         f"parameters: {format_count(total)} in all, of which a token meets {format_count(active)}: "
-        f"{moe.top_k} of {moe.experts} experts a layer{', and the shared ones' * (moe.shared_ffn_hidden_size is not None)}"
+        f"{moe.top_k} of {moe.experts} experts a layer{', and the shared ones' if moe.shared_ffn_hidden_size else ''}"
     )
     slices = f" 1/{topology.expert_tp} of each of" if topology.expert_tp > 1 else ""
     copies = f"; {topology.edp} ranks hold the same" if topology.edp > 1 else ""

@@ -9,7 +9,7 @@ from typer import style
 from tplaunch.cli.views.table import columns
 from tplaunch.simulate.rank import RankRecord
 from tplaunch.simulate.world import Simulation
-from tplaunch.spec.topology import AXES, Topology
+from tplaunch.spec.topology import EXPERT_AXES, Coordinates, ExpertCoordinates, Topology
 from tplaunch.units import format_bytes, format_count
 
 
@@ -21,6 +21,8 @@ def report(simulation: Simulation) -> str:
         f"{case.recipe.name}: {topology.sizes} = {topology.world_size:,} ranks, "
         f"one step of {case.microbatches} microbatches of the real trainer, on tensors that hold nothing"
     ]
+    if case.model.moe is not None:
+        parts.append("routing is taken to be balanced: every expert gets as many tokens")
     rows = []
     for record in simulation.records:
         place = topology.coordinates(record.rank)
@@ -51,7 +53,7 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
     calls: Counter[tuple[str, str]] = Counter()
     moved: Counter[tuple[str, str]] = Counter()
     for collective in record.collectives:
-        key = (axis(topology, collective.group), collective.kind)
+        key = (axis(topology, collective.group, collective.kind), collective.kind)
         calls[key] += 1
         moved[key] += collective.bytes
     for message in record.messages:
@@ -61,6 +63,8 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
     planned: Counter[tuple[str, str]] = Counter()
     for traffic in simulation.plan.traffic[topology.coordinates(record.rank).pp]:
         name = {"sp": "tp", "dp": _sharing(topology), "stage": stage}.get(traffic.axis, traffic.axis)
+        if name in EXPERT_AXES[:3]:  # by whatever name the same ranks have elsewhere
+            name = axis(topology, tuple(topology.group(name, record.rank)), traffic.kind)
         planned[name, traffic.kind] += round(traffic.calls * traffic.bytes)
     return [
         [
@@ -74,13 +78,28 @@ def _traffic(simulation: Simulation, record: RankRecord) -> list[list[str]]:
     ]
 
 
-def axis(topology: Topology, group: tuple[int, ...]) -> str:
-    """The axis on which a group's ranks differ; "dp" for dp and cp, "world" for others."""
-    first, last = topology.coordinates(group[0]), topology.coordinates(group[-1])
-    differing = [name for name in AXES if getattr(first, name) != getattr(last, name)]
+def axis(topology: Topology, group: tuple[int, ...], kind: str = "") -> str:
+    """The axis on which a group's ranks differ; "dp" for dp and cp, else one of the experts', "world" for others. What
+    all-to-alls go along is the experts' axis first, but for ranks that share a sequence.
+
+    Args:
+        kind: of the collective.
+    """
+    first, last = group[0], group[-1]
+    differing = _differing(topology.coordinates(first), topology.coordinates(last))
+    of_experts = _differing(topology.expert_coordinates(first), topology.expert_coordinates(last))
+    if kind == "all-to-all" and differing != ["cp"] and of_experts in (["ep"], ["expert_tp"]):
+        return of_experts[0]
     if differing == ["cp", "dp"]:
         return "dp"
-    return differing[0] if len(differing) == 1 else "world" if differing else "alone"
+    for axes in (differing, of_experts):
+        if len(axes) == 1:
+            return axes[0]
+    return "world" if differing else "alone"
+
+
+def _differing(one: Coordinates | ExpertCoordinates, other: Coordinates | ExpertCoordinates) -> list[str]:
+    return [name for name, at, there in zip(one._fields, one, other, strict=True) if at != there]
 
 
 def _sharing(topology: Topology) -> str:
