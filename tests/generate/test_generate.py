@@ -12,9 +12,11 @@ import torch
 from tests.families import MODELS, SEQ, VOCAB, reference
 from tests.recipes import resolved
 from tests.world import World
+from tplaunch.checkpoint.origin import origin_of
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.run import check
 from tplaunch.generate.sample import Sampling, pick
 from tplaunch.model.cache import KeyValueCache
 
@@ -28,7 +30,7 @@ def _recipe(family: str, tp: int, pp: int) -> Any:
         {
             "name": "generate",
             "model": MODELS[family],
-            "topology": {"tp": tp, "pp": pp, "dp": 1},
+            "topology": {"tp": tp, "pp": pp, "dp": 1, "ep": tp if "moe" in MODELS[family] else 1},
             "training": {"seq_len": SEQ, "global_batch_size": pp, "steps": 1, "precision": "fp32"},
             "data": {"train": "unused"},
         }
@@ -99,6 +101,15 @@ def test_tokens_are_those_of_transformers(
         assert tokens == theirs[0, len(PROMPT) :].tolist()
         assert all(value < 1e-4 for value in difference)
     assert sum(len(difference) for _, difference in results) == tp
+
+
+def test_ranks_share_experts(imported: dict[str, Path]) -> None:
+    def shared(family: str, tp: int) -> int:
+        found = origin_of(imported[family])
+        return check(found, tp, 1).recipe.topology.ep
+
+    assert [shared("mixtral", tp) for tp in (1, 2)] == [1, 2]
+    assert shared("qwen3", 2) == 1
 
 
 def test_a_cache_says_when_it_is_misused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from tplaunch.check.recipe import Checked, check_recipe
@@ -65,16 +66,17 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
 
 
 def check(origin: Origin, tp: int, pp: int) -> Checked:
-    """The model on TP x PP ranks of this machine.
+    """The model on TP x PP ranks of this machine; TP ranks share experts, too.
 
     Raises:
         RecipeError: it cannot be split so, or there are fewer GPUs.
     """
+    ep = 1 if origin.model.moe is None else gcd(tp, origin.model.moe.experts)
     recipe = Recipe.model_validate(
         {
             "name": "generate",
             "model": origin.model.model_dump(),
-            "topology": {"tp": tp, "pp": pp, "dp": 1},
+            "topology": {"tp": tp, "pp": pp, "dp": 1, "ep": ep},
             "training": {
                 "seq_len": origin.seq_len,
                 "global_batch_size": pp,
