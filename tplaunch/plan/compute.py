@@ -85,13 +85,10 @@ def attention_core(case: Case, positions: float) -> Passes:
 
 
 def pointwise(case: Case, forward: float, backward: float, kernels: int) -> Passes:
-    """Element-wise work that moves so many bytes in `kernels` kernels each way.
-
-    Compiled, neighbouring ones run as one, which reads and writes about half as much.
-    """
-    fused = 0.5 if case.recipe.training.compile else 1.0
-    latency = fused * kernels * case.gpu.kernel_latency
-    return Passes(move(case, forward * fused) + latency, move(case, backward * fused) + latency)
+    """Element-wise work that moves so many bytes in `kernels` kernels each way (`tplaunch.kernels.fused`; compiled, it
+    is much the same)."""
+    latency = kernels * case.gpu.kernel_latency
+    return Passes(move(case, forward) + latency, move(case, backward) + latency)
 
 
 def queries(case: Case) -> Passes:
@@ -109,11 +106,9 @@ def block_parts(case: Case) -> dict[str, Passes]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
     states, residual = _states(case), add_residual(case)
     rotary = Passes(0.0)
-    if (
-        model.position == "rope"
-    ):  # widened, turned, narrowed: about four passes over q and k; values are copied, at most
-        turned = _queries_and_keys(case)
-        rotary += pointwise(case, 4 * 2 * turned, 4 * 2 * turned, kernels=8)
+    if model.position == "rope":  # read and written; values are copied with them
+        turned = _queries_and_keys(case) + tokens * local_heads(case)[1] * model.value_dim * width
+        rotary += pointwise(case, 2 * turned, 2 * turned, kernels=2)
     if model.qk_norm:
         turned = _queries_and_keys(case)
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
@@ -146,8 +141,8 @@ def activation(case: Case, inner: float) -> Passes:
     Args:
         inner: bytes of what it gives.
     """
-    reads_and_writes = (5, 8) if case.model.gated else (2, 3)
-    return pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=2)
+    reads_and_writes = (3, 5) if case.model.gated else (2, 3)
+    return pointwise(case, reads_and_writes[0] * inner, reads_and_writes[1] * inner, kernels=1)
 
 
 def _queries_and_keys(case: Case) -> float:
@@ -161,9 +156,10 @@ def head(case: Case) -> Passes:
     model, tp, tokens = case.model, case.topology.tp, case.tokens
     columns = model.padded_vocab_size // tp
     output = linear(case, tokens, columns, model.hidden_size)
-    # Widened logits are read and written about four times each way, in fp32.
-    fp32_logits = tokens * columns * max(4, case.compute_bytes)
-    logits = pointwise(case, 4 * fp32_logits, 5 * fp32_logits, kernels=10)
+    # Written by the matmul in fp32, read for their sums and for their gradient, which is written in the compute dtype.
+    wide = tokens * columns * max(4, case.compute_bytes)
+    narrow = tokens * columns * case.compute_bytes
+    logits = pointwise(case, 2 * wide - narrow, wide + narrow, kernels=5)
     if case.accumulates_in_place:
         return Passes((output + logits).total)
     return output + logits + Passes(0.0, output.forward)
