@@ -12,7 +12,6 @@ import torch
 from tests.families import MODELS, SEQ, VOCAB, reference
 from tests.recipes import resolved
 from tests.world import World
-from tplaunch.checkpoint.origin import origin_of
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
