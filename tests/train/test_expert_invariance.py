@@ -449,3 +449,34 @@ def test_narrow_weights_of_experts_follow_their_master_weights(world: World) -> 
         curves.append(seen[0][0])
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=5e-3)
+
+
+def gathered(raw: dict[str, Any]) -> list[int]:
+    """All-gathers that have begun when each router of a forward pass chooses."""
+    import torch
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from tests.training import batch
+    from tplaunch.model.moe import Router
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.train.step import TrainStep
+
+    recipe = resolved(raw)
+    made = TrainStep(recipe, Mesh.of(recipe, torch.device("cpu")))
+    counts, choose = [], Router.choose
+    with CommDebugMode() as mode:
+
+        def counted(router: Router, scores: Tensor) -> Tensor:
+            counts.append(sum(n for op, n in mode.get_comm_counts().items() if "gather" in str(op)))
+            return choose(router, scores)
+
+        setattr(Router, "choose", counted)  # noqa: B010
+        made.run(batch(made))
+    return counts[: recipe.model.num_layers]
+
+
+def test_experts_are_gathered_before_their_router_has_chosen(world: World) -> None:
+    """By ZeRO 3: while the attention before it is at work, not when the host has read whom it chose."""
+    raw = experts(1, 1, 2, zero=3, training={"micro_batch_size": 4, "steps": 1})
+    # The ends of the model, then a block and its experts at a time.
+    assert world.run(2, gathered, raw) == [[3, 5]] * 2
