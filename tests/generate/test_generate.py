@@ -12,13 +12,13 @@ import torch
 from tests.families import MODELS, SEQ, VOCAB, reference
 from tests.recipes import resolved
 from tests.world import World
-from tplaunch.checkpoint.origin import origin_of
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
-from tplaunch.generate.run import check
+from tplaunch.generate.run import generation_topology
 from tplaunch.generate.sample import Sampling, pick
 from tplaunch.model.cache import KeyValueCache
+from tplaunch.recipe.schema import Model
 
 PROMPT = torch.randint(0, VOCAB, (7,), generator=torch.Generator().manual_seed(5)).tolist()
 MOST = 24
@@ -30,7 +30,7 @@ def _recipe(family: str, tp: int, pp: int) -> Any:
         {
             "name": "generate",
             "model": MODELS[family],
-            "topology": {"tp": tp, "pp": pp, "dp": 1, "ep": tp if "moe" in MODELS[family] else 1},
+            "topology": generation_topology(Model.model_validate(MODELS[family]), tp, pp),
             "training": {"seq_len": SEQ, "global_batch_size": pp, "steps": 1, "precision": "fp32"},
             "data": {"train": "unused"},
         }
@@ -103,13 +103,13 @@ def test_tokens_are_those_of_transformers(
     assert sum(len(difference) for _, difference in results) == tp
 
 
-def test_ranks_share_experts(imported: dict[str, Path]) -> None:
-    def shared(family: str, tp: int) -> int:
-        found = origin_of(imported[family])
-        return check(found, tp, 1).recipe.topology.ep
-
-    assert [shared("mixtral", tp) for tp in (1, 2)] == [1, 2]
-    assert shared("qwen3", 2) == 1
+def test_every_rank_holds_its_part_of_the_experts() -> None:
+    """Not all of them, which would fit on no GPU."""
+    moe = {"experts": 12, "top_k": 2, "ffn_hidden_size": 64}
+    experts = Model.model_validate({**MODELS["llama"], "moe": moe})
+    assert generation_topology(experts, 4, 2) == {"tp": 4, "pp": 2, "dp": 1, "ep": 4, "expert_tp": 1}
+    assert generation_topology(experts, 8, 1) == {"tp": 8, "pp": 1, "dp": 1, "ep": 4, "expert_tp": 2}
+    assert generation_topology(Model.model_validate(MODELS["llama"]), 4, 1)["ep"] == 1
 
 
 def test_a_cache_says_when_it_is_misused() -> None:

@@ -16,7 +16,7 @@ from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.launch.helper import run_module
 from tplaunch.machine import count_gpus
 from tplaunch.recipe.load import LoadedRecipe
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,16 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
 
 
 def check(origin: Origin, tp: int, pp: int) -> Checked:
-    """The model on TP x PP ranks of this machine; TP ranks share experts, too.
+    """The model on TP x PP ranks of this machine.
 
     Raises:
         RecipeError: it cannot be split so, or there are fewer GPUs.
     """
-    ep = 1 if origin.model.moe is None else gcd(tp, origin.model.moe.experts)
     recipe = Recipe.model_validate(
         {
             "name": "generate",
             "model": origin.model.model_dump(),
-            "topology": {"tp": tp, "pp": pp, "dp": 1, "ep": ep},
+            "topology": generation_topology(origin.model, tp, pp),
             "training": {
                 "seq_len": origin.seq_len,
                 "global_batch_size": pp,
@@ -87,6 +86,12 @@ def check(origin: Origin, tp: int, pp: int) -> Checked:
         }
     )
     return check_recipe(LoadedRecipe(recipe, origin.checkpoint, {}), gpus=count_gpus() or None, need_data=False)
+
+
+def generation_topology(model: Model, tp: int, pp: int) -> dict[str, int]:
+    """The section `topology`: tp ranks share the experts of a layer, too, and where there are fewer, each expert."""
+    ep = 1 if model.moe is None else gcd(tp, model.moe.experts)
+    return {"tp": tp, "pp": pp, "dp": 1, "ep": ep, "expert_tp": 1 if model.moe is None else tp // ep}
 
 
 def run_generate(checked: Checked, request: dict[str, Any]) -> list[dict[str, Any]]:
