@@ -66,7 +66,7 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
 
 
 def check(origin: Origin, tp: int, pp: int) -> Checked:
-    """The model on TP x PP ranks of this machine; TP ranks share experts, too.
+    """The model on TP x PP ranks of this machine.
 
     Raises:
         RecipeError: it cannot be split so, or there are fewer GPUs.
