@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,9 @@ def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 torch.cuda.current_device = lambda: "cpu"
 torch.cuda.synchronize = lambda *_: None  # one function each: dynamo, which is imported, refuses two names for one
 torch.cuda.set_device = lambda *_: None
+torch.cuda.Stream = torch.cuda.Event = lambda *_, **__: Mock()
+torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Mock()
+torch.cuda.stream = lambda _: contextlib.nullcontext()
 torch.Tensor.cuda = lambda self, *_, **__: self
 torch.nn.Module.cuda = lambda self, *_, **__: self
 for name in ("zeros", "ones", "empty", "tensor", "arange", "full"):
@@ -54,8 +58,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine, which defines it, is not installed
 CudaRNGStatesTracker.fork = lambda self, *_, **__: contextlib.nullcontext()  # for dropout, of which there is none
 
 job = start()

@@ -15,8 +15,9 @@ HEAD = """\
 tplaunch beside other trainers on the same work: one optimizer step of a Llama-like model in fp32 on random tokens,
 fused AdamW, no clipping of gradients, on CPU and gloo, every trainer with the same number of threads. Data-parallel
 ranks hold the model and its optimizer whole (tplaunch with ZeRO 0, DDP of transformers and megatron-core); torchtitan
-shards them, as it does by itself. With experts, transformers' ranks hold all of them. They take turns, round by round. Figures are medians over the rounds of each round's
-median step; in brackets the least and the most. Memory is the resident size that the largest rank had at most.
+shards them, as it does by itself. With experts, transformers' ranks hold all of them. They take turns, round by round.
+Figures are medians over the rounds of each round's median step; in brackets the least and the most. Memory is the
+resident size that the largest rank had at most.
 `python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`.
 """
 

@@ -51,7 +51,7 @@ for name, module in list(sys.modules.items()):
 
 job = start()
 logging.getLogger().setLevel(logging.ERROR)
-shape, (tp, pp, dp) = job.shape, job.grid
+shape, (tp, pp, dp, _) = job.shape, job.grid
 dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=1, tp=tp, pp=pp, ep=1, etp=1, world_size=job.grid.ranks)
 dims.build_mesh()
 config = JobConfig()

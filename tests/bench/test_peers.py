@@ -12,7 +12,7 @@ import pytest
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.measure import our_recipe
 from benchmarks.peers.table import page
-from benchmarks.peers.work import GRIDS, SHAPES, cannot
+from benchmarks.peers.work import GRIDS, SHAPES, Grid, cannot, grids
 from tests.recipes import resolved
 
 
@@ -91,5 +91,14 @@ def test_our_recipe_is_one_at_every_topology(shape: str) -> None:
 
 
 def test_what_a_trainer_cannot_do_has_a_reason() -> None:
-    assert [cannot("transformers", grid) is not None for grid in GRIDS] == [False, True, True, False, True, True]
-    assert not any(cannot("tplaunch", grid) for grid in GRIDS)
+    cannots = [cannot("transformers", "small", grid) is not None for grid in GRIDS]
+    assert cannots == [False, True, True, False, True, True]
+    assert not any(cannot("tplaunch", "small", grid) for grid in GRIDS)
+    assert [cannot("torchtitan", shape, Grid(1, 1, 1)) is not None for shape in SHAPES] == [False, False, True]
+
+
+def test_experts_have_topologies_of_their_own() -> None:
+    assert Grid.parse("1,1,2,2") in grids("moe") and str(Grid(1, 1, 2, 2)) == "1 x 1 x 2, EP 2"
+    assert grids("small") == GRIDS and Grid.parse("2,1,1") == (2, 1, 1, 1)
+    recipe = resolved(our_recipe(SHAPES["moe"], Grid(1, 1, 2, 2)))
+    assert recipe.topology.ep == 2 and recipe.model.has_experts(0)

@@ -15,33 +15,37 @@ from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.run import generation_topology
 from tplaunch.generate.sample import Sampling, pick
 from tplaunch.model.cache import KeyValueCache
+from tplaunch.recipe.schema import Model
 
 PROMPT = torch.randint(0, VOCAB, (7,), generator=torch.Generator().manual_seed(5)).tolist()
 MOST = 24
 GREEDY = Sampling(temperature=0)
 
 
-def _recipe(family: str, tp: int, pp: int) -> Any:
+def _recipe(family: str, tp: int, pp: int, **experts: int) -> Any:
     return resolved(
         {
             "name": "generate",
             "model": MODELS[family],
-            "topology": {"tp": tp, "pp": pp, "dp": 1},
+            "topology": generation_topology(Model.model_validate(MODELS[family]), tp, pp) | experts,
             "training": {"seq_len": SEQ, "global_batch_size": pp, "steps": 1, "precision": "fp32"},
             "data": {"train": "unused"},
         }
     )
 
 
-def _generate(family: str, tp: int, pp: int, checkpoint: str) -> tuple[list[int], list[float]]:
+def _generate(
+    family: str, tp: int, pp: int, checkpoint: str, experts: dict[str, int] | None = None
+) -> tuple[list[int], list[float]]:
     """Greedy tokens on this rank; on the last pipeline rank also the logits after them, cached less whole."""
     from tplaunch.generate.decode import Decoder, generate
     from tplaunch.generate.load import load_model
     from tplaunch.parallel.mesh import Mesh
 
-    recipe = _recipe(family, tp, pp)
+    recipe = _recipe(family, tp, pp, **(experts or {}))
     model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
     tokens = list(generate(model, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
     cached, whole = (Decoder(model, len(PROMPT) + MOST) for _ in range(2))
@@ -99,6 +103,28 @@ def test_tokens_are_those_of_transformers(
         assert tokens == theirs[0, len(PROMPT) :].tolist()
         assert all(value < 1e-4 for value in difference)
     assert sum(len(difference) for _, difference in results) == tp
+
+
+def test_every_rank_holds_its_part_of_the_experts() -> None:
+    """Not all of them, which would fit on no GPU."""
+    moe = {"experts": 12, "top_k": 2, "ffn_hidden_size": 64}
+    experts = Model.model_validate({**MODELS["llama"], "moe": moe})
+    assert generation_topology(experts, 4, 2) == {"tp": 4, "pp": 2, "dp": 1, "ep": 4, "expert_tp": 1}
+    assert generation_topology(experts, 8, 1) == {"tp": 8, "pp": 1, "dp": 1, "ep": 4, "expert_tp": 2}
+    assert generation_topology(Model.model_validate(MODELS["llama"]), 4, 1)["ep"] == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "experts"), [("mixtral", {"ep": 2}), ("qwen3_moe", {"ep": 2, "expert_tp": 2}), ("gpt_oss", {"ep": 4})]
+)
+def test_tokens_of_ranks_that_share_experts(
+    world: World, imported: dict[str, Path], family: str, experts: dict[str, int]
+) -> None:
+    """One token after another cannot be shared by tp ranks: some of them send none."""
+    tp = 2 if family == "mixtral" else 4
+    alone = world.run(1, _generate, family, 1, 1, str(imported[family]))[0][0]
+    for tokens, difference in world.run(tp, _generate, family, tp, 1, str(imported[family]), experts):
+        assert tokens == alone and max(difference) < 1e-4
 
 
 def test_a_cache_says_when_it_is_misused() -> None:

@@ -47,16 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "rope_layers": ["rope", "none"],
     },
-    "experts": {
-        "moe": {
-            "experts": 6,
-            "top_k": 2,
-            "ffn_hidden_size": 40,
-            "shared_ffn_hidden_size": 48,
-            "aux_loss": 0.01,
-            "z_loss": 0.01,
-        }
-    },
+    "experts": {"moe": {"experts": 6, "top_k": 2, "ffn_hidden_size": 40, "shared_ffn_hidden_size": 48}},
     "gpt_neox": {
         **{key: value for key, value in GPT2.items() if key not in ("position", "max_position")},
         "activation": "gelu_exact",
@@ -148,6 +139,7 @@ def test_gradients_are_those_without(world: World, model: str, precision: str) -
     assert world.run(1, differing, raw, sets_of(model)) == [[]]
 
 
+BALANCED = {"moe": {**MODELS["experts"]["moe"], "aux_loss": 0.01, "z_loss": 0.01}}
 WORLDS = {
     "bf16": case(training={"precision": "bf16"}),
     "documents": case(training={"document_mask": True}, model={**MODELS["qwen3"], "rope_layers": ["rope", "none"]}),
@@ -161,10 +153,10 @@ WORLDS = {
     "interleaved": case(1, 2, schedule="interleaved1f1b"),
     "zero3-gemma": case(1, 1, 2, zero=3, model=MODELS["gemma, sinks"]),
     "zero-bubble-gemma": case(1, 2, schedule="interleavedzerobubble", model=MODELS["gemma, sinks"]),
-    "ep2": case(1, 1, 2, ep=2, model=MODELS["experts"]),
-    "ep2-zero3": case(1, 1, 2, ep=2, zero=3, model=MODELS["experts"]),
-    "ep2-tp2-sp": case(2, ep=2, sequence_parallel=True, model=MODELS["experts"]),
-    "expert-tp2-zero-bubble": case(2, 2, expert_tp=2, schedule="zbvzerobubble", model=MODELS["experts"]),
+    "ep2": case(1, 1, 2, ep=2, model=BALANCED),
+    "ep2-zero3": case(1, 1, 2, ep=2, zero=3, model=BALANCED),
+    "ep2-tp2-sp": case(2, ep=2, sequence_parallel=True, model=BALANCED),
+    "expert-tp2-zero-bubble": case(2, 2, expert_tp=2, schedule="zbvzerobubble", model=BALANCED),
     "cp2": case(cp=2, training={"document_mask": True}, model=MODELS["qwen3"]),
     "cp2-tp2-sp": case(2, cp=2, sequence_parallel=True),
     "cp2-zero-bubble": case(1, 2, cp=2, schedule="interleavedzerobubble"),
