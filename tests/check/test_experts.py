@@ -271,6 +271,8 @@ def test_the_mlp_of_dense_layers_is_shared_by_tp(recipe: Path) -> None:
         (["model.moe.bias_rate=null"], "model.moe"),
         (["model.moe.bias_rate=0"], "model.moe"),
         (["model.moe=null", "hardware.imbalance=1.5"], "hardware.imbalance"),
+        (["model.moe=null", "training.recompute={again: [norm, dispatch]}"], "training.recompute"),
+        (["model.moe=null", "training.recompute={save: [dispatch]}"], "training.recompute"),
         (["topology.expert_tp=4", "topology.dp=8", "topology.nodes=4"], "topology.expert_tp"),
     ],
 )

@@ -15,8 +15,10 @@ from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.run import generation_topology
 from tplaunch.generate.sample import Sampling, pick
 from tplaunch.model.cache import KeyValueCache
+from tplaunch.recipe.schema import Model
 
 PROMPT = torch.randint(0, VOCAB, (7,), generator=torch.Generator().manual_seed(5)).tolist()
 MOST = 24
@@ -28,7 +30,7 @@ def _recipe(family: str, tp: int, pp: int, **experts: int) -> Any:
         {
             "name": "generate",
             "model": MODELS[family],
-            "topology": {"tp": tp, "pp": pp, "dp": 1, **experts},
+            "topology": generation_topology(Model.model_validate(MODELS[family]), tp, pp) | experts,
             "training": {"seq_len": SEQ, "global_batch_size": pp, "steps": 1, "precision": "fp32"},
             "data": {"train": "unused"},
         }
@@ -101,6 +103,15 @@ def test_tokens_are_those_of_transformers(
         assert tokens == theirs[0, len(PROMPT) :].tolist()
         assert all(value < 1e-4 for value in difference)
     assert sum(len(difference) for _, difference in results) == tp
+
+
+def test_every_rank_holds_its_part_of_the_experts() -> None:
+    """Not all of them, which would fit on no GPU."""
+    moe = {"experts": 12, "top_k": 2, "ffn_hidden_size": 64}
+    experts = Model.model_validate({**MODELS["llama"], "moe": moe})
+    assert generation_topology(experts, 4, 2) == {"tp": 4, "pp": 2, "dp": 1, "ep": 4, "expert_tp": 1}
+    assert generation_topology(experts, 8, 1) == {"tp": 8, "pp": 1, "dp": 1, "ep": 4, "expert_tp": 2}
+    assert generation_topology(Model.model_validate(MODELS["llama"]), 4, 1)["ep"] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
 from tests.families import LAYERS, MODELS, SEQ, VOCAB, reference
 from tests.training import batch, train, trainer
@@ -538,6 +545,38 @@ def test_configs_of_published_mixtures_of_experts_are_read(tmp_path: Path) -> No
         if ours.moe is not None and ours.moe.bias_rate:  # moved in its training; an imported one stays, unless asked
             ours = ours.model_copy(update={"moe": ours.moe.model_copy(update={"bias_rate": 0.0})})
         assert read_config(config(tmp_path, said)).model == ours, preset
+
+
+def test_what_is_said_of_mxfp4_makes_a_model_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_local_experts": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+    }
+    sizes |= {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = GptOssForCausalLM(GptOssConfig(**sizes))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    packed = {}
+    for name, tensor in tensors(tmp_path / "whole").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = tensor
+            continue
+        experts, into, out = tensor.shape  # as gpt-oss is published: blocks of 32 numbers of 4 bits, and their scales
+        packed[f"{name}_blocks"] = torch.randint(0, 256, (experts, out, into // 32, 16), dtype=torch.uint8)
+        packed[f"{name}_scales"] = torch.full((experts, out, into // 32), 120, dtype=torch.uint8)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((tmp_path / "whole" / "config.json").read_text())
+    left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantized = {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": quantized}))
+    fix = refused(folder, capsys).partition("with transformers: ")[2].strip()
+    names = {"FOLDER": folder, "NEW": tmp_path / "new", "AutoModelForCausalLM": AutoModelForCausalLM}
+    eval(fix, {**names, "Mxfp4Config": Mxfp4Config})
+    assert run(["import", str(tmp_path / "new"), str(tmp_path / "ours")]) == Exit.DONE
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

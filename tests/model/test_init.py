@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.recipes import case, resolved
 from tests.world import World
 from tplaunch.model import init
 from tplaunch.model.init import Slice, initialize
+from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Experts, Model
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters
+from tplaunch.spec.slices import kept
+from tplaunch.torch_private import FakeStore
 
 MODEL = Model(hidden_size=64, num_layers=2, num_heads=4, ffn_hidden_size=96, vocab_size=300)
 (EMBEDDING,) = first_parameters(MODEL)
@@ -118,3 +122,25 @@ def test_every_topology_begins_with_the_same_weights(world: World, raw: dict[str
             assert torch.equal(tensor, alone[name]), name
             seen.add(name)
     assert seen == alone.keys()
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_rows_of_a_rank_are_those_that_others_expect_of_it(zero: int) -> None:
+    """`spec.slices`, by which Muon sends matrices to and fro, and what is filled."""
+    model = {"num_kv_heads": 2, "moe": MOE.model_dump()}
+    raw = case(4, 2, 2, cp=2, ep=2, expert_tp=2, zero=zero, model=model, training={"micro_batch_size": 1})
+    recipe = resolved(raw)
+    parameters = [p for p in block_parameters(recipe.model, 0) if len(p.shape) == 2]
+    for rank in range(32):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=32)
+        try:
+            mesh = Mesh.of(recipe, torch.device("cpu"))
+            for parameter in parameters:
+                rectangle = kept(parameter, mesh.topology, recipe.topology, rank % 16)
+                (top, left), (rows, columns) = mesh.slice_of(parameter), mesh.local_shape(parameter)
+                ranks = mesh.data_ranks(parameter)
+                part = -(-rows // ranks.parts)
+                first, last = (top + min(at * part, rows) for at in (ranks.part, ranks.part + 1))
+                assert rectangle == (range(first, last), range(left, left + columns)), (parameter.name, rank)
+        finally:
+            dist.destroy_process_group()

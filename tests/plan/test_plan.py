@@ -382,3 +382,26 @@ def test_what_is_made_again_takes_its_forward_pass_once_more(
     assert {kind: calls[1][kind] - calls[0][kind] for kind in calls[0]} == {
         kind: passes * collectives.get(kind, 0) for kind in calls[0]
     }
+
+
+def test_muon_keeps_less_and_multiplies_more() -> None:
+    """llama3-8b's hidden matrices by hand: 4 of attention and 3 of the MLP in each of 32 layers."""
+    adamw, muon = (estimate(case("llama3-8b", f"optimizer.name={name}")) for name in ("adamw", "muon"))
+    shapes = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(4096, 14336)] * 3
+    weights = 32 * sum(m * n for m, n in shapes) / 8
+    assert adamw.memory[0].optimizer - muon.memory[0].optimizer == pytest.approx(4 * weights)
+    flops = 32 * sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes) / 8
+    gpu = muon.case.gpu
+    seconds = flops / (gpu.peak["bf16"] * gpu.matmul_efficiency)
+    assert muon.breakdown.optimizer - adamw.breakdown.optimizer == pytest.approx(seconds, rel=0.1)
+    rows = {item.what: item for item in muon.traffic[0] if item.axis == "stage"}
+    assert {what: item.calls * item.bytes for what, item in rows.items()} == {
+        "gradients of matrices": pytest.approx(2 * weights),
+        "updates of matrices": pytest.approx(2 * weights),
+    }
+    assert all(item.kind == "all-to-all" and item.exposed == item.seconds > 0 for item in rows.values())
+    whole = estimate(
+        case("llama3-8b", "optimizer.name=muon", "topology={tp: 1, dp: 8, zero: 0, sequence_parallel: false}")
+    )
+    (back,) = (item for item in whole.traffic[0] if item.what == "updates of matrices")
+    assert back.calls * back.bytes == pytest.approx(8 * 2 * weights), "every rank gets all"

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tp2-ep2": experts(2, ep=2, model=BALANCED),
     "tp2-sp-ep2": experts(2, ep=2, sequence_parallel=True, model=DEEPSEEK),
     "tp2-etp2": experts(2, expert_tp=2, model=GPT_OSS),
-    "tp4-etp2": experts(4, expert_tp=2, sequence_parallel=True),
+    "tp4-etp2-zero3": experts(4, expert_tp=2, zero=3, sequence_parallel=True),  # only experts have whom to share with
     "dp2-etp2": experts(1, 1, 2, expert_tp=2, model=BALANCED),
     "dp4-ep2-zero0": experts(1, 1, 4, ep=2, zero=0, model=DEEPSEEK),
     "dp4-ep2-zero2-cheap": experts(1, 1, 4, ep=2, zero=2, model=SHARED, training={"recompute": "cheap"}),
@@ -404,3 +404,79 @@ def test_losses_of_routers_do_not_depend_on_how_a_batch_is_cut(world: World) -> 
     for layer in range(4):
         key = f"layers.{layer}.moe.router.weight"
         assert one.gradients[key].sub(plainly.gradients[key]).norm() > 0.1 * one.gradients[key].norm()
+
+
+def narrow(raw: dict[str, Any]) -> tuple[list[float], list[str]]:
+    """The losses of a bf16 run, and the parameters that are not what their master weights are."""
+    import torch
+
+    from tests.training import batch
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.train.step import TrainStep
+
+    recipe = resolved(raw)
+    mesh = Mesh.of(recipe, torch.device("cpu"))
+    made = TrainStep(recipe, mesh)
+    losses = [made.run(batch(made)).loss for _ in range(recipe.training.steps)]
+    made.optimizer.settle()
+    wrong = []
+    for stage in made.stages:
+        for shard in stage.sharding.shards:
+            begins, shape = mesh.slice_of(shard.parameter), mesh.local_shape(shard.parameter)
+            where = tuple(slice(begin, begin + size) for begin, size in zip(begins, shape, strict=True))
+            master = shard.layout.full_tensor()[where]
+            if recipe.topology.zero <= 1 and not torch.equal(
+                stage.module.get_parameter(shard.name), master.to(torch.bfloat16)
+            ):
+                wrong.append(shard.name)
+    return losses, wrong
+
+
+def test_narrow_weights_of_experts_follow_their_master_weights(world: World) -> None:
+    """By flat buffers and by FSDP2, on their own data-parallel ranks."""
+    training = {"precision": "bf16", "micro_batch_size": 1, "steps": 5}
+    layouts: list[dict[str, Any]] = [
+        {"dp": 4, "ep": 2, "zero": 1},
+        {"dp": 4, "ep": 2, "zero": 0},
+        {"dp": 4, "expert_tp": 2, "zero": 3},
+        {"tp": 2, "dp": 2, "ep": 4, "zero": 1},
+    ]
+    curves = []
+    for layout in layouts:
+        raw = experts(**layout, model=DEEPSEEK, training=training)
+        seen = world.run(ranks(raw), narrow, raw)
+        assert [wrong for _, wrong in seen] == [[]] * len(seen), layout
+        curves.append(seen[0][0])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=5e-3)
+
+
+def gathered(raw: dict[str, Any]) -> list[int]:
+    """All-gathers that have begun when each router of a forward pass chooses."""
+    import torch
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from tests.training import batch
+    from tplaunch.model.moe import Router
+    from tplaunch.parallel.mesh import Mesh
+    from tplaunch.train.step import TrainStep
+
+    recipe = resolved(raw)
+    made = TrainStep(recipe, Mesh.of(recipe, torch.device("cpu")))
+    counts, choose = [], Router.choose
+    with CommDebugMode() as mode:
+
+        def counted(router: Router, scores: Tensor) -> Tensor:
+            counts.append(sum(n for op, n in mode.get_comm_counts().items() if "gather" in str(op)))
+            return choose(router, scores)
+
+        setattr(Router, "choose", counted)  # noqa: B010
+        made.run(batch(made))
+    return counts[: recipe.model.num_layers]
+
+
+def test_experts_are_gathered_before_their_router_has_chosen(world: World) -> None:
+    """By ZeRO 3: while the attention before it is at work, not when the host has read whom it chose."""
+    raw = experts(1, 1, 2, zero=3, training={"micro_batch_size": 4, "steps": 1})
+    # The ends of the model, then a block and its experts at a time.
+    assert world.run(2, gathered, raw) == [[3, 5]] * 2

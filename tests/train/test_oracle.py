@@ -133,6 +133,8 @@ CASES = {
     "validation": Case(training={"eval_every": 3, "eval_steps": 2}),
     "validation-eod-mask-loss": Case(training={"eval_every": 8, "eval_steps": 2, "eod_mask_loss": True}),
     "bf16": Case(training={"precision": "bf16"}, tolerance=0.01),
+    "muon-bf16": Case(training={"precision": "bf16"}, optimizer=MUON, tolerance=0.01),
+    "muon-fp16": Case(training={"precision": "fp16"}, optimizer=MUON, tolerance=0.003),
     "fp16": Case(training={"precision": "fp16", "grad_clip": 1.9}, optimizer=SGD, tolerance=0.003),
 }
 

@@ -149,6 +149,9 @@ def expert_warnings(recipe: Recipe) -> Iterator[Problem]:
     if moe is None:
         if recipe.hardware.imbalance > 1:
             yield Problem("has no effect: the model has no experts", key="hardware.imbalance")
+        asked = recipe.training.recompute
+        if not isinstance(asked, str) and "dispatch" in (*(asked.again or ()), *(asked.save or ())):
+            yield Problem("names dispatch, and the model has no experts", key="training.recompute")
         return
     if moe.top_k == 1 and moe.normalize:
         yield Problem(

@@ -69,7 +69,8 @@ def inspect(path: PathArgument, as_json: JsonOption = False) -> None:
         "tokens": format_count(manifest.state["progress"]["tokens"]),
         "parameters": format_count(about["parameters"]),
         "size": f"{format_bytes(size)} in {len(manifest.files)} files",
-        **{name: _words(about[name]) for name in ("model", "topology")},
+        "model": _words(about["model"]),
+        "topology": _words(_topology(about)),
         "optimizer_state": ", ".join(about["optimizer_state"] or ["none: weights only"]),
         **{name: about[name] for name in _MAKERS if about.get(name) is not None},
     }
@@ -117,5 +118,17 @@ def _damaged(text: str) -> Problem:
     return Problem(text, fix="training goes on from the next older one by itself")
 
 
-def _words(values: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+def _topology(about: dict[str, Any]) -> dict[str, Any]:
+    """The topology; of a model without experts, without theirs."""
+    left_out = () if about["model"].get("moe") else ("ep", "expert_tp")
+    return {name: value for name, value in about["topology"].items() if name not in left_out}
+
+
+def _words(values: dict[str, Any], within: str = "") -> str:
+    words = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            words.append(_words(value, f"{within}{name}."))
+        elif value is not None:
+            words.append(f"{within}{name}={value}")
+    return " ".join(words)

@@ -29,7 +29,7 @@ def tune(
     """Find the fastest topologies for so many GPUs.
 
     By prediction, for the recipe's model and batch. Looks at every tp, cp, pp, dp, schedule, virtual stages, micro
-    batch, recomputation and ZeRO stage that can run.
+    batch, recomputation and ZeRO stage that can run; with experts at every ep, and at expert_tp = tp.
 
     Example: tplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml
     """

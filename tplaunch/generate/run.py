@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from tplaunch.check.recipe import Checked, check_recipe
@@ -15,7 +16,7 @@ from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.launch.helper import run_module
 from tplaunch.machine import count_gpus
 from tplaunch.recipe.load import LoadedRecipe
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Model, Recipe
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def check(origin: Origin, tp: int, pp: int) -> Checked:
         {
             "name": "generate",
             "model": origin.model.model_dump(),
-            "topology": {"tp": tp, "pp": pp, "dp": 1},
+            "topology": generation_topology(origin.model, tp, pp),
             "training": {
                 "seq_len": origin.seq_len,
                 "global_batch_size": pp,
@@ -85,6 +86,12 @@ def check(origin: Origin, tp: int, pp: int) -> Checked:
         }
     )
     return check_recipe(LoadedRecipe(recipe, origin.checkpoint, {}), gpus=count_gpus() or None, need_data=False)
+
+
+def generation_topology(model: Model, tp: int, pp: int) -> dict[str, int]:
+    """The section `topology`: tp ranks share the experts of a layer, too, and where there are fewer, each expert."""
+    ep = 1 if model.moe is None else gcd(tp, model.moe.experts)
+    return {"tp": tp, "pp": pp, "dp": 1, "ep": ep, "expert_tp": 1 if model.moe is None else tp // ep}
 
 
 def run_generate(checked: Checked, request: dict[str, Any]) -> list[dict[str, Any]]:

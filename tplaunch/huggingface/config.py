@@ -278,7 +278,8 @@ def _refuse_quantized(path: Path, config: Config) -> None:
     fix = "import the model before it was quantized"
     if method in _DEQUANTIZED:
         whole = f"quantization_config={_DEQUANTIZED[method]}(dequantize=True), dtype='bfloat16'"
-        fix = f"with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
+        needs = " (needs accelerate)" if method == "fp8" else ""
+        fix = f"with transformers{needs}: AutoModelForCausalLM.from_pretrained(FOLDER, {whole}).save_pretrained(NEW)"
     why = "quantized weights cannot be trained"
     raise TplaunchError(Problem(f"{path}: quantization_config is {method or json.dumps(said)}", why=why, fix=fix))
 

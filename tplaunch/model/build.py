@@ -126,9 +126,8 @@ def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters
         block.to_empty(device=mesh.device)
         if recipe.model.has_experts(int(number)):  # a unit of their own, over their own data-parallel ranks
             assert mesh.experts is not None
-            experts = block.get_submodule("moe.experts")
-            shard(experts, mesh.experts.data, zero=zero, precision=precision)
-        shard(block, mesh.ranks.mesh, zero=zero, precision=precision)
+            shard(block.get_submodule("moe.experts"), mesh.experts.data, zero=zero, precision=precision)
+        shard(block, mesh.ranks.mesh, zero=zero, precision=precision, within="moe.experts")
     tied_here = recipe.model.tie_embeddings and module.embedding is not None and module.output is not None
     for name, part in module.named_children():
         if name != "layers" and not (tied_here and name == "output"):

@@ -88,7 +88,7 @@ class ShardedOptimizer:
             ],
             rounds=rounds([parameter for parameter, _ in matrices], topology, layout),
             rank=rank,
-            group=mesh.new_stage_group() if topology.stage_size > 1 else None,
+            group=mesh.stage_group() if topology.stage_size > 1 else None,
             dtype=getattr(torch, DTYPE[recipe.training.precision]),
         )
 

@@ -10,7 +10,8 @@ A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 r
 place; its weights in another, of the compute dtype. Where the two dtypes are one, master weights are a view of the
 weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal parts, rounded up; each
 parameter's place in the buffers is padded to whole parts, so that collectives work on the buffers themselves and
-nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the buffers.
+nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the buffers. Where they
+alone have some (tp without dp and cp), they are held as with ZeRO 1, whatever the stage.
 """
 
 from __future__ import annotations

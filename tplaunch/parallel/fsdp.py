@@ -22,7 +22,14 @@ from tplaunch.spec.parameters import Parameter
 
 
 def shard(
-    module: nn.Module, mesh: DeviceMesh, *, zero: int, precision: Precision, root: bool = False, also: str = ""
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    zero: int,
+    precision: Precision,
+    root: bool = False,
+    also: str = "",
+    within: str = "",
 ) -> None:
     """Put one unit under FSDP2: a block, or the stage (`root`) with what its blocks have left.
 
@@ -30,6 +37,8 @@ def shard(
         mesh: 1-D, or (replicate, shard).
         root: the outermost unit, whose few parameters stay gathered from the first use to the end of the step.
         also: a method that runs the unit, as `forward` does.
+        within: a submodule that, if it is a unit itself, is gathered as a forward pass enters this one. Experts would
+            else be gathered when the host has waited for the router's counts, while everything waits for them.
     """
     storage, compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
     policy = MixedPrecisionPolicy(
@@ -41,6 +50,9 @@ def shard(
     assert isinstance(module, FSDPModule)
     if also:
         register_fsdp_forward_method(module, also)
+    parts = dict(module.named_modules())
+    if within and isinstance(part := parts.get(within), FSDPModule):
+        module.set_modules_to_forward_prefetch([part])
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and ours is scaled by one
 

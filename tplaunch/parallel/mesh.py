@@ -235,9 +235,13 @@ class Mesh:
         """
         return _group_of(self.topology.groups("pp"), timeout_s)
 
-    def new_stage_group(self) -> dist.ProcessGroup:
+    def stage_group(self) -> dist.ProcessGroup:
         """The ranks of this rank's pipeline stage, in rank order; every rank must call it."""
+        if self.experts is not None:
+            return self.experts.stage
         world, size = self.topology.world_size, self.topology.stage_size
+        if world == size and dist.group.WORLD is not None:
+            return dist.group.WORLD
         return _group_of(range(first, first + size) for first in range(0, world, size))
 
     def data_ranks(self, parameter: Parameter) -> DataRanks:

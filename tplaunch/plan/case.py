@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tplaunch.recipe.schema import Model, Part, Precision, Recipe
 from tplaunch.spec.attention import attended_positions
@@ -67,8 +68,11 @@ class _Counts(NamedTuple):
 
 
 class _Sizes(NamedTuple):
+    """Weights as they are gathered, and of a shard; and how many tensors they are."""
+
     whole: _Counts
     shard: _Counts
+    tensors: _Counts
 
 
 class _Cut(NamedTuple):
@@ -91,18 +95,21 @@ def _sizes(model: Model, cut: _Cut) -> _Sizes:
         shapes = [parameter.local_shape(cut.tp, cut.ep, cut.expert_tp) for parameter in chosen]
         return sum(-(-rows // parts) * prod(rest) for rows, *rest in shapes)
 
-    def counts(*, shard: bool) -> _Counts:
+    def counts(count: Callable[..., int]) -> _Counts:
         first = first_parameters(model)
         return _Counts(
-            count(kinds.get(False, []), shard=shard),
-            count(kinds.get(True, []), shard=shard),
-            count(kinds.get(True, []), shard=shard, experts=True),
-            count(first, shard=shard),
-            count(last_parameters(model), shard=shard),
-            count(first[:1], shard=shard),
+            count(kinds.get(False, [])),
+            count(kinds.get(True, [])),
+            count(kinds.get(True, []), experts=True),
+            count(first),
+            count(last_parameters(model)),
+            count(first[:1]),
         )
 
-    return _Sizes(counts(shard=False), counts(shard=True))
+    def tensors(parameters: list[Parameter], *, experts: bool = False) -> int:
+        return sum(p.trained and p.expert == experts for p in parameters)
+
+    return _Sizes(counts(partial(count, shard=False)), counts(partial(count, shard=True)), counts(tensors))
 
 
 @dataclass(frozen=True)
@@ -277,6 +284,16 @@ class Case:
         parts, rounded up: the first rank's share, the largest."""
         sizes = self._sizes.shard
         return self._of_stage(sizes, stage) + self.expert_layers(stage) * sizes.experts
+
+    def tensors(self, stage: Stage) -> tuple[int, int]:
+        """How many tensors the weights of a stage are: those that are no expert's, and those of experts."""
+        sizes = self._sizes.tensors
+        return self._of_stage(sizes, stage), self.expert_layers(stage) * sizes.experts
+
+    @cached_property
+    def known(self) -> dict[Any, Any]:
+        """What was computed of this case and is asked for often, by who computed it."""
+        return {}
 
     @property
     def own_tokens(self) -> int:

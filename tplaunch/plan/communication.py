@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple, get_args
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.memory import hidden_bytes
 from tplaunch.plan.muon import hidden, moved_bytes
-from tplaunch.spec.parameters import Parameter, stage_parameters
 from tplaunch.spec.recompute import Step
 
 Link = Literal["none", "node", "network"]
@@ -351,23 +350,17 @@ def _muon_traffic(case: Case, stages: list[Stage]) -> list[Traffic]:
 
 
 def _shared(case: Case, stages: list[Stage]) -> list[_Shared]:
-    parameters = [p for p in _parameters(case, stages) if p.trained]
+    shared, experts = map(sum, zip(*map(case.tensors, stages), strict=True))
     groups = axis_group(case, "dp"), axis_group(case, "replica")
     count = sum(case.shared_weights(stage) for stage in stages)
     blocks = max(1, sum(len(stage.layers) for stage in stages))
-    found = [_Shared("dp", "", count, *groups, sum(not p.expert for p in parameters), blocks)]
+    found = [_Shared("dp", "", count, *groups, shared, blocks)]
     count = sum(case.expert_weights(stage) for stage in stages)
     if count:
         groups = axis_group(case, "edp"), axis_group(case, "expert replica")
         blocks = sum(case.expert_layers(stage) for stage in stages)
-        found.append(_Shared("edp", "experts'", count, *groups, sum(p.expert for p in parameters), blocks))
+        found.append(_Shared("edp", "experts'", count, *groups, experts, blocks))
     return found
-
-
-def _parameters(case: Case, stages: list[Stage]) -> list[Parameter]:
-    """The parameters of a rank's stages."""
-    model = case.model
-    return [p for s in stages for p in stage_parameters(model, s.layers, first=s.first, last=s.last)]
 
 
 def _latency(case: Case, group: Group, kind: Kind) -> float:

@@ -69,6 +69,15 @@ def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
     Args:
         experts: of a block that has them.
     """
+    key = "block_tensors", experts
+    if key not in case.known:
+        case.known[key] = {**_tensors(case), **(_expert_tensors(case) if experts else {})}
+    found: dict[str, float] = case.known[key]
+    return found
+
+
+def _tensors(case: Case) -> dict[str, float]:
+    """Of a block without experts."""
     model, tp, tokens, width = case.model, case.topology.tp, case.tokens, case.compute_bytes
     hidden = hidden_bytes(case)
     ffn = tokens * (model.ffn_hidden_size // tp) * width
@@ -76,7 +85,7 @@ def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
     if exchanges_heads(case):  # then what attention keeps is what it was given
         turned = exchanged_bytes(case)
         projected = projected if model.qk_norm or model.position == "rope" else turned
-    tensors = {
+    return {
         "input": hidden,
         "normed": hidden,
         "queries": case.tokens * local_heads(case)[0] * head_width(case) * width,
@@ -93,7 +102,6 @@ def block_tensors(case: Case, *, experts: bool = False) -> dict[str, float]:
         "activated": ffn,
         "mlp_made": hidden,
     }
-    return {**tensors, **_expert_tensors(case)} if experts else tensors
 
 
 def _expert_tensors(case: Case) -> dict[str, float]:
@@ -432,6 +440,8 @@ def overhead(case: Case, transient: float) -> float:
     sizes = [topology.tp, topology.pp, case.shards, case.replicas]
     if case.model.moe is not None:
         sizes += [topology.ep, topology.expert_tp, case.expert_shards, case.expert_replicas]
+    elif case.recipe.optimizer.name == "muon" and topology.pp > 1:  # else the world's, or that of experts, serves
+        sizes.append(topology.stage_size)
     groups = sum(size > 1 for size in sizes)
     return _CONTEXT + _WORKSPACE + groups * _COMMUNICATOR + _FRAGMENTATION * transient
 

@@ -51,15 +51,12 @@ def hidden(case: Case, stages: list[Stage]) -> Hidden:
     sparse = sum(case.expert_layers(stage) for stage in stages)
     layers = _Stages(sum(len(stage.layers) for stage in stages) - sparse, sparse, case.topology.stage_size)
     model = case.model.model_copy(update={"window_layers": None, "rope_layers": None})
-    weights = expert_weights = 0
-    for parameter in _parameters(model, layers):
+    kept = {True: 0, False: 0}
+    for parameter, count in _parameters(model, layers):
         rows, columns = parameter.local_shape(case.topology.tp, case.topology.ep, case.topology.expert_tp)
-        kept = -(-rows // (case.expert_shards if parameter.expert else case.shards)) * columns
-        if parameter.expert:
-            expert_weights += kept
-        else:
-            weights += kept
-    return Hidden(weights, expert_weights, *_work(model, layers))
+        shards = case.expert_shards if parameter.expert else case.shards
+        kept[parameter.expert] += count * -(-rows // shards) * columns
+    return Hidden(kept[False], kept[True], *_work(model, layers))
 
 
 def update_bytes(case: Case, stages: list[Stage]) -> float:
@@ -75,18 +72,21 @@ def moved_bytes(case: Case) -> int:
     return _BYTES[DTYPE[case.recipe.training.precision]]
 
 
-def _parameters(model: Model, layers: _Stages) -> list[Parameter]:
-    found: list[Parameter] = []
-    for layer in layer_kinds(model):
-        count = layers.sparse if model.has_experts(layer) else layers.dense
-        found += count * [parameter for parameter in block_parameters(model, layer) if is_hidden(parameter)]
-    return found
+@lru_cache(maxsize=256)
+def _parameters(model: Model, layers: _Stages) -> list[tuple[Parameter, int]]:
+    """The hidden matrices of a layer of each kind, and in how many layers they are."""
+    return [
+        (parameter, layers.sparse if model.has_experts(layer) else layers.dense)
+        for layer in layer_kinds(model)
+        for parameter in block_parameters(model, layer)
+        if is_hidden(parameter)
+    ]
 
 
 @lru_cache(maxsize=256)
 def _work(model: Model, layers: _Stages) -> tuple[int, int, float, int, float, float]:
     """The last six of `Hidden`."""
-    parameters = _parameters(model, layers)
+    parameters = [parameter for parameter, count in _parameters(model, layers) for _ in range(count)]
     every = list(matrices(parameters))
     rounds = [[every[number] for number in batch] for batch in batches(every, layers.ranks)]
     if not rounds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import gcd
 from typing import Any
 
 from tplaunch.check.choices import divisors
@@ -34,6 +35,8 @@ _KEYS = (
     "topology.cp_kind",
     "topology.pp",
     "topology.dp",
+    "topology.ep",
+    "topology.expert_tp",
     "topology.zero",
     "topology.schedule",
     "topology.virtual_stages",
@@ -178,8 +181,12 @@ def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
                     continue
                 for schedule, virtual in _schedules(pp, model.num_layers, compiled=training.compile):
                     shards_gradients = dp * cp > 1 and not SCHEDULES[schedule].splits_backward
-                    for zero in (1, 2, 3) if shards_gradients else (1,):
-                        values = (tp, cp, "allgather", pp, dp, zero, schedule, virtual, micro_batch, "none")
+                    zeros = (1, 2, 3) if shards_gradients else (1,)
+                    for zero, (ep, expert_tp) in product(zeros, expert_cuts(case, tp, cp, dp)):
+                        values = (
+                            *(tp, cp, "allgather", pp, dp, ep, expert_tp, zero, schedule, virtual, micro_batch),
+                            "none",
+                        )
                         more = {
                             "topology.sequence_parallel": tp > 1 and training.seq_len % (tp * cp) == 0,
                             "topology.stage_layers": None,
@@ -190,7 +197,21 @@ def candidates(case: Case, gpus: int, per_node: int) -> Iterator[Change]:
                         chosen = {**dict(zip(_KEYS, values, strict=True)), **more}
                         if cp == case.recipe.topology.cp == 1:  # not worth a word
                             del chosen["topology.cp"], chosen["topology.cp_kind"]
+                        if model.moe is None:
+                            del chosen["topology.ep"], chosen["topology.expert_tp"]
                         yield Change(chosen)
+
+
+def expert_cuts(case: Case, tp: int, cp: int, dp: int) -> Iterator[tuple[int, int]]:
+    """(ep, expert_tp) of experts on tp x cp x dp ranks: experts whole, or, where no more ranks can have some to
+    themselves, cut as dense layers are. Without experts there is one way."""
+    moe, ranks = case.model.moe, tp * cp * dp
+    if moe is None:
+        yield 1, 1
+        return
+    yield from ((ep, 1) for ep in divisors(gcd(ranks, moe.experts)))
+    if tp > 1 and moe.ffn_hidden_size % tp == 0:
+        yield gcd(ranks // tp, moe.experts), tp
 
 
 def _schedules(pp: int, layers: int, *, compiled: bool) -> Iterator[tuple[str, int]]:
@@ -271,6 +292,7 @@ def _losses(plan: Plan) -> str:
         "recompute": "recomputation",
         "tensor_parallel": "tp",
         "context_parallel": "cp",
+        "expert_parallel": "ep",
         "pipeline": "pipeline",
         "data_parallel": "dp",
         "optimizer": "optimizer",
@@ -323,6 +345,10 @@ def _steps(
             schedules = _schedules(new, layers, compiled=compiled)
             ways = [{**sizes, "topology.schedule": s, "topology.virtual_stages": v} for s, v in schedules]
             yield {"topology.pp": new}, ways
+    for key, size in (("topology.ep", own.get("topology.ep")), ("topology.expert_tp", own.get("topology.expert_tp"))):
+        for new in (size * 2, size // 2) if size else ():
+            if new:
+                yield {key: new}, [{key: new}]
     for micro_batch in (own["training.micro_batch_size"] * 2, own["training.micro_batch_size"] // 2):
         if micro_batch:
             values = {"training.micro_batch_size": micro_batch}
@@ -356,6 +382,7 @@ def _why(plan: Plan, best: Plan) -> str:
         "recompute": "recomputation",
         "tensor_parallel": "tensor-parallel communication",
         "context_parallel": "context-parallel communication",
+        "expert_parallel": "exchange of tokens between experts",
         "pipeline": "pipeline waiting",
         "data_parallel": "data-parallel communication",
         "optimizer": "the optimizer",

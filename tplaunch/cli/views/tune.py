@@ -11,6 +11,7 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
     """The best topologies, what each loses its time on, and why the best's neighbours are not better."""
     rows: list[list[str]] = []
     shares = any(choice.plan.case.topology.cp > 1 for choice in tuning.choices)
+    experts = tuning.choices[0].plan.case.model.moe is not None
     for place, choice in enumerate(tuning.choices, 1):
         plan, case = choice.plan, choice.plan.case
         topology, parallelism = case.topology, case.recipe.topology
@@ -23,6 +24,7 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
                 *([f"{topology.cp} {parallelism.cp_kind}" if topology.cp > 1 else "1"] if shares else []),
                 str(topology.pp),
                 str(topology.dp),
+                *([f"{topology.ep}{f' x {topology.expert_tp}' if topology.expert_tp > 1 else ''}"] if experts else []),
                 str(parallelism.zero),
                 str(case.recipe.training.micro_batch_size),
                 recompute_text(case),
@@ -33,7 +35,7 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
                 choice.reason,
             ]
         )
-    grid = ["tp", *["cp"] * shares, "pp", "dp", "zero", "micro"]
+    grid = ["tp", *["cp"] * shares, "pp", "dp", *["ep"] * experts, "zero", "micro"]
     headings = ["", *grid, "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
     words = frozenset(headings.index(name) for name in ("cp", "recompute", "schedule", "lost on") if name in headings)
     gpu = tuning.choices[0].plan.case.gpu.name
