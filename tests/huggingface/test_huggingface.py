@@ -548,8 +548,15 @@ def test_configs_of_published_mixtures_of_experts_are_read(tmp_path: Path) -> No
 
 
 def test_what_is_said_of_mxfp4_makes_a_model_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"num_hidden_layers": 1, "num_local_experts": 4, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2, **sizes))
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_local_experts": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+    }
+    sizes |= {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = GptOssForCausalLM(GptOssConfig(**sizes))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "whole")
     packed = {}
     for name, tensor in tensors(tmp_path / "whole").items():

@@ -87,6 +87,7 @@ def _is_small(results: list[Any]) -> None:
 
 # Split over tp as others are: what is their own, one process shows.
 SPLIT_ALIKE = {"llama-mlp-bias", "phi3", "phi3-partial", "granite", "smollm3", "smollm3-window", "gpt_neox-in-turn"}
+SPLIT_ALIKE |= {"mixtral-window", "qwen3_moe-dense-first", "deepseek_v3-whole-queries"}
 SPLITS = [(1, False), (2, False), (4, True)]
 
 

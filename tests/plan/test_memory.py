@@ -52,13 +52,15 @@ def memory(recipe: dict[str, Any], gpu: str = "h100-80gb") -> list[Memory]:
 
 GPT = {"activation": "gelu", "position": "learned", "max_position": 256, "qkv_bias": True, "linear_bias": True}
 OLMO2 = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_all_heads": True}
-EXPERTS = {"moe": {"experts": 8, "top_k": 2, "ffn_hidden_size": 256}}
+MIXTURE = {"experts": 8, "top_k": 2, "ffn_hidden_size": 128}
+EXPERTS = {"hidden_size": 128, "ffn_hidden_size": 256, "vocab_size": 512, "moe": MIXTURE}
 DEEPSEEK = {
+    **EXPERTS,
     "num_kv_heads": 8,
-    "latent": {"q_rank": 96, "kv_rank": 64, "nope_dim": 32, "rope_dim": 16, "value_dim": 32},
+    "latent": {"q_rank": 48, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8, "value_dim": 16},
     "moe": {
-        **EXPERTS["moe"],
-        "shared_ffn_hidden_size": 256,
+        **MIXTURE,
+        "shared_ffn_hidden_size": 128,
         "dense_layers": 1,
         "router": "sigmoid",
         "bias_rate": 0.001,
@@ -108,34 +110,37 @@ MEASURED: dict[str, dict[str, Any]] = {
     "pp 2, dp 2, zero 3": {"pp": 2, "dp": 2, "zero": 3},
     "tp 2, pp 2, sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
     "tp 2, dp 2, sp, zero 3": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 3},
-    "experts": {"model": EXPERTS},
-    "experts, bf16": {"model": EXPERTS, "training": {"precision": "bf16"}},
-    "experts, cheap": {"model": EXPERTS, "training": {"recompute": "cheap"}},
-    "experts, again dispatch": {"model": EXPERTS, "training": {"recompute": {"again": ["dispatch", "activation"]}}},
-    "experts, recompute full": {"model": EXPERTS, "training": {"recompute": "full"}},
-    "deepseek": {"model": DEEPSEEK},
-    "deepseek, bf16, cheap": {"model": DEEPSEEK, "training": {"precision": "bf16", "recompute": "cheap"}},
-    "experts, dp 2, ep 2": {"model": EXPERTS, "dp": 2, "ep": 2},
-    "experts, dp 2, zero 0": {"model": EXPERTS, "dp": 2, "zero": 0},
-    "experts, dp 2, zero 2": {"model": EXPERTS, "dp": 2, "zero": 2},
-    "experts, dp 4, ep 2, zero 3": {"model": EXPERTS, "dp": 4, "ep": 2, "zero": 3},
-    "experts, dp 4, ep 2, expert_tp 2": {"model": EXPERTS, "dp": 4, "ep": 2, "expert_tp": 2},
-    "experts, tp 2, ep 2": {"model": EXPERTS, "tp": 2, "ep": 2},
-    "experts, tp 2, sp, expert_tp 2": {"model": EXPERTS, "tp": 2, "sequence_parallel": True, "expert_tp": 2},
-    "deepseek, tp 2, sp, dp 2, ep 4": {"model": DEEPSEEK, "tp": 2, "sequence_parallel": True, "dp": 2, "ep": 4},
-    "deepseek, pp 2, dp 2, ep 2": {"model": DEEPSEEK, "pp": 2, "dp": 2, "ep": 2},
-    "deepseek, pp 2, dualpipev": {
-        "model": DEEPSEEK,
-        "pp": 2,
-        "schedule": "dualpipev",
-        "virtual_stages": 2,
-        "microbatches": 8,
-    },
     "tp 2, pp 2, dp 2": {"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True, **INTERLEAVED},
     "muon": {"optimizer": "muon"},
     "tp 2, dp 2, muon": {"tp": 2, "dp": 2, "sequence_parallel": True, "optimizer": "muon"},
     "dp 4, zero 0, muon": {"dp": 4, "zero": 0, "optimizer": "muon"},
     "tp 2, pp 2, dp 2, zero 3, muon": {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "optimizer": "muon"},
+}
+
+
+def experts(model: dict[str, Any], recompute: Any = "none", precision: str = "fp32", **topology: Any) -> dict[str, Any]:
+    """A mixture whose activations weigh more than its weights."""
+    return {"model": model, "training": {"seq_len": 1024, "precision": precision, "recompute": recompute}, **topology}
+
+
+DUALPIPE = {"pp": 2, "schedule": "dualpipev", "virtual_stages": 2, "microbatches": 8}
+MEASURED |= {
+    "experts": experts(EXPERTS),
+    "experts, bf16": experts(EXPERTS, precision="bf16"),
+    "experts, cheap": experts(EXPERTS, "cheap"),
+    "experts, again dispatch": experts(EXPERTS, {"again": ["dispatch", "activation"]}),
+    "experts, recompute full": experts(EXPERTS, "full"),
+    "deepseek": experts(DEEPSEEK),
+    "deepseek, bf16, cheap": experts(DEEPSEEK, "cheap", "bf16"),
+    "experts, dp 2, ep 2": experts(EXPERTS, dp=2, ep=2),
+    "experts, dp 2, zero 0": experts(EXPERTS, dp=2, zero=0),
+    "experts, dp 2, zero 2": experts(EXPERTS, dp=2, zero=2),
+    "experts, dp 4, ep 2, zero 3": experts(EXPERTS, dp=4, ep=2, zero=3),
+    "experts, dp 2, expert_tp 2": experts(EXPERTS, dp=2, expert_tp=2),
+    "experts, tp 2, ep 2": experts(EXPERTS, tp=2, ep=2),
+    "deepseek, tp 2, sp, dp 2, ep 4": experts(DEEPSEEK, tp=2, dp=2, ep=4, sequence_parallel=True),
+    "deepseek, pp 2, dp 2, ep 2": experts(DEEPSEEK, pp=2, dp=2, ep=2),
+    "experts, pp 2, dualpipev": experts(EXPERTS, **DUALPIPE),
 }
 
 

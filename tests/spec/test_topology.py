@@ -187,6 +187,22 @@ def test_no_split_has_a_cheaper_costliest_stage(layers: int, stages: int, first:
     assert costliest(counts, first, last) <= best + 1e-9
 
 
+@given(st.lists(st.floats(-0.9, 4), min_size=1, max_size=9), st.integers(1, 5), costs, costs)
+def test_unequal_layers_are_split_as_well_as_can_be(more: list[float], stages: int, first: float, last: float) -> None:
+    if len(more) < stages:
+        return
+    counts = split_layers(len(more), stages, LayerCosts(first, last, tuple(enumerate(more))))
+    assert sum(counts) == len(more) and min(counts) >= 1
+
+    def cost(split: tuple[int, ...] | list[int]) -> float:
+        held = [sum(1 + more[layer] for layer in layers) for layers in layer_ranges(list(split))]
+        held[0] += first
+        held[-1] += last
+        return max(held)
+
+    assert cost(counts) <= min(map(cost, compositions(len(more), stages))) + 1e-6
+
+
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_an_unweighed_split_is_even(layers: int, stages: int) -> None:
     if layers >= stages:

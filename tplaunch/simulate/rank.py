@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +57,8 @@ def simulate_rank(recipe: Recipe, rank: int) -> RankRecord:
             pass
         recorder.active = True
         step.run(random_batch(recipe, mesh.topology.dp, step.pipeline.reads_data))
-        tp = mesh.topology.tp
-        parameters = sum(math.prod(p.local_shape(tp)) for s in step.stages for p in s.parameters.values())
+        cut = mesh.topology.tp, mesh.topology.ep, mesh.topology.expert_tp
+        parameters = sum(p.local_count(*cut) for s in step.stages for p in s.parameters.values())
         return RankRecord(rank, parameters, phantom.peak, recorder.collectives, recorder.messages)
 
 
