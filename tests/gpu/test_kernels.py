@@ -138,3 +138,47 @@ def test_attention_of_every_kind_is_right_and_makes_no_matrix(
     note(worst_relative_difference=max(differences), peak_over_input=peak)
     assert max(differences) < (2e-2 if "dtype" not in asked else 2e-3)
     assert peak < 20  # the scores of all heads alone would be 23
+
+
+def grouped_differences(sizes: list[int]) -> list[float]:
+    """Grouped matmuls by one kernel against a matmul for each group, in memory that held something else: relative
+    differences of outputs and gradients."""
+    import torch
+
+    from tplaunch.parallel import grouped
+    from tplaunch.parallel.experts import Groups
+
+    device = take_device()
+    torch.manual_seed(0)
+    h, f = 64, 128
+    tensors = [torch.randn(sum(sizes), width, device=device).bfloat16() for width in (h, f)]
+    tensors += [torch.randn(len(sizes) * h, f, device=device).bfloat16() for _ in range(3)]
+    has_kernel, found = grouped._has_kernel, []
+    try:
+        for one_kernel in (True, False):
+            dirty = torch.full((4 * len(sizes) * h * f,), torch.nan, device=device, dtype=torch.bfloat16)
+            del dirty
+            grouped._has_kernel = has_kernel if one_kernel else lambda *_: False
+            x, y, gate, up, down = (tensor.clone().requires_grad_() for tensor in tensors)
+            groups = Groups(torch.tensor(sizes, device=device), sum(sizes))
+            outputs = [*grouped.grouped_columns(x, groups, gate, up), grouped.grouped_row(y, groups, down)]
+            sum(output.float().square().sum() for output in outputs).backward()
+            found.append([*outputs, *(leaf.grad for leaf in (x, y, gate, up, down))])
+    finally:
+        grouped._has_kernel = has_kernel
+    return [float(((a - b).abs().max() / b.abs().max()).float()) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [[70, 0, 33, 1], [0, 0, 128, 0], [64] * 16], ids=str)
+def test_experts_matmuls_are_one_kernel(world: World, note: Callable[..., None], sizes: list[int]) -> None:
+    (differences,) = world.run(1, grouped_differences, sizes)
+    note(worst_relative_difference=max(differences))
+    assert max(differences) < 2e-2  # not a number, where memory was left as it was
+
+
+def test_a_step_with_experts_uses_it(world: World, note: Callable[..., None]) -> None:
+    moe = {"experts": 8, "top_k": 2, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 64, "aux_loss": 0.01}
+    (names,) = world.run(1, operations, case(model={"moe": moe}, training={"precision": "bf16"}))
+    found = sorted(name for name in names if "grouped_mm" in name)
+    note(operations=found)
+    assert found or choose(gpu=False, cpu=True)

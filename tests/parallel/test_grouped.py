@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from tplaunch.parallel import grouped
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.experts import Groups
 from tplaunch.parallel.grouped import add_group_bias, grouped_columns, grouped_row
@@ -85,3 +86,20 @@ def test_no_row_is_left_as_memory_was(monkeypatch: pytest.MonkeyPatch) -> None:
         made.sum().backward()
         assert x.grad is not None and weight.grad is not None
         assert made.isfinite().all() and x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[1], SIZES[3]])
+def test_the_kernel_of_a_gpu_is_asked_for_the_same(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has a slow form of it on a CPU, which shows that what it is given is in order."""
+    x, y = torch.randn(sum(sizes), 8).bfloat16(), torch.randn(sum(sizes), 16).bfloat16()
+    weights = [torch.randn(4 * 8, 16).bfloat16() for _ in range(3)]
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(grouped, "_has_kernel", lambda *_, kernel=kernel: kernel)
+        leaves = [t.clone().requires_grad_() for t in (x, y, *weights)]
+        first, second = grouped_columns(leaves[0], groups(sizes), *leaves[2:4])
+        out = grouped_row(leaves[1], groups(sizes), leaves[4])
+        (first.sum() + 2 * second.square().sum() + out.square().sum()).backward()
+        found.append([first, second, out, *(leaf.grad for leaf in leaves)])
+    for by_loop, by_kernel in zip(*found, strict=True):
+        torch.testing.assert_close(by_kernel, by_loop, rtol=2e-2, atol=2e-2)

@@ -63,7 +63,7 @@ def _has_kernel(x: Tensor, *weights: Tensor) -> bool:
 def _multiply(x: Tensor, matrices: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
     """x_e M_e: [rows, k] and [experts, k, n] -> [rows, n]; added to `into`, if that is there."""
     if _has_kernel(x, matrices.transpose(1, 2) if matrices.stride(-1) != 1 else matrices):
-        product = F.grouped_mm(x, matrices, offs=groups.ends)
+        product = F.grouped_mm(x.contiguous(), matrices, offs=groups.ends)
         return product if into is None else into.add_(product)
     out = x.new_empty(len(x), matrices.shape[2]) if into is None else into
     for rows, matrix, total in zip(x.split(groups.sizes), matrices, out.split(groups.sizes), strict=True):
@@ -78,7 +78,9 @@ def _weight_gradient(total: Accumulator | None, left: Tensor, right: Tensor, gro
     """left_e^T right_e, one below the other: [rows, h] and [rows, f] -> [experts * h, f]; None where it was added up in
     place."""
     if _has_kernel(left, right):
-        product = F.grouped_mm(left.t(), right, offs=groups.ends).flatten(0, 1)
+        product = F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.ends)
+        # torch's own tests leave out what this is of an expert without rows.
+        product = product.masked_fill_((groups.counts == 0).view(-1, 1, 1), 0.0).flatten(0, 1)
         if total is None:
             return product
         total.add(product)
