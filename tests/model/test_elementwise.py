@@ -135,8 +135,13 @@ def reference_gated(gate: Tensor, up: Tensor, weights: Tensor, kind: str) -> Ten
     return acted * up * weights[:, None]
 
 
+@pytest.mark.parametrize("piece", [None, 4, 8])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu", "swiglu_clamped"])
-def test_what_experts_have_between_their_matmuls(kind: Kind) -> None:
+def test_what_experts_have_between_their_matmuls(
+    kind: Kind, piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if piece is not None:  # of so many elements, some rows at a time
+        monkeypatch.setattr("tplaunch.model.gated._PIECE", piece)
     gate, up = (5 * torch.randn(S, 4, dtype=torch.float64) for _ in range(2))  # some are clamped
     gate[0, 0], up[1, 1], up[2, 2] = 9.0, 8.0, -8.0
     inputs = (gate.requires_grad_(), up.requires_grad_(), torch.rand(S, dtype=torch.float64).requires_grad_())

@@ -4,16 +4,17 @@ a row. With the weight here, and not behind the last matmul, nobody needs that m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tplaunch.parallel.split_backward import wanted
-
 Kind = Literal["swiglu", "geglu", "swiglu_clamped"]
 LIMIT, SLOPE = 7.0, 1.702  # gpt-oss: bounds of gate and up, and what the gate is multiplied by in its sigmoid
+_PIECE = 1 << 17  # elements
 
 
 def gated(gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
@@ -59,20 +60,42 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(gate, up, weights)
-        return _act(gate, kind).mul_(_bounded(up, kind)).mul_(weights.unsqueeze(-1))
+        (made,) = _by_pieces(partial(_forward, kind=kind), gate, up, weights)
+        return made
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        gate, up, weights = ctx.saved_tensors
-        kind: Kind = ctx.kind
-        need_weights = wanted(ctx, 0, 1, 2)[2]
-        acted, grad_acted = _act(gate, kind), grad * _bounded(up, kind)
-        grad_weights = (acted * grad_acted).sum(-1, dtype=weights.dtype) if need_weights else None
-        weights = weights.unsqueeze(-1)
-        grad_up = acted.mul_(grad).mul_(weights)
-        if kind == "swiglu_clamped":
-            grad_up.masked_fill_(up.abs() > LIMIT, 0.0)
-        return _act_backward(grad_acted.mul_(weights), gate, kind), grad_up, grad_weights, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad_gate, grad_up, grad_weights = _by_pieces(partial(_backward, kind=ctx.kind), *ctx.saved_tensors, grad)
+        return grad_gate, grad_up, grad_weights, None
+
+
+def _by_pieces(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A function of rows; on a CPU of some at a time: what lies between its operations stays in a core's cache."""
+    first = tensors[0]
+    height = max(1, _PIECE * len(first) // max(1, first.numel()))
+    if first.is_cuda or torch.compiler.is_compiling() or len(first) < 2 * height:
+        return function(*tensors)
+    whole: tuple[Tensor, ...] = ()
+    for begin, some in enumerate(zip(*(x.split(height) for x in tensors), strict=True)):
+        made = function(*some)
+        whole = whole or tuple(x.new_empty(len(first), *x.shape[1:]) for x in made)
+        for x, piece in zip(whole, made, strict=True):
+            x[begin * height : begin * height + len(piece)] = piece
+    return whole
+
+
+def _forward(gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> tuple[Tensor]:
+    return (_act(gate, kind).mul_(_bounded(up, kind)).mul_(weights.unsqueeze(-1)),)
+
+
+def _backward(gate: Tensor, up: Tensor, weights: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    acted, grad_acted = _act(gate, kind), grad * _bounded(up, kind)
+    grad_weights = (acted * grad_acted).sum(-1, dtype=weights.dtype)
+    weights = weights.unsqueeze(-1)
+    grad_up = acted.mul_(grad).mul_(weights)
+    if kind == "swiglu_clamped":
+        grad_up.masked_fill_(up.abs() > LIMIT, 0.0)
+    return _act_backward(grad_acted.mul_(weights), gate, kind), grad_up, grad_weights
 
 
 def _bounded(up: Tensor, kind: Kind) -> Tensor:
