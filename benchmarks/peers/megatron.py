@@ -58,9 +58,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
-from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+
+def host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What its all-to-all takes: its own leaves a tensor that is on the CPU as it is."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+token_dispatcher.maybe_move_tensor_to_cpu = host_copy
 moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine, which defines it, is not installed
 CudaRNGStatesTracker.fork = lambda self, *_, **__: contextlib.nullcontext()  # for dropout, of which there is none
 

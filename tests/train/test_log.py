@@ -76,3 +76,21 @@ def test_a_record_a_step_is_that_step(world: World, tmp_path: Path) -> None:
     assert expected[2][1] != expected[2][1], "step 3 is spoilt"
     expected[2] = (3, None, None, None)
     assert curve(tmp_path) == expected
+
+
+def test_records_tell_the_load_of_experts(world: World, tmp_path: Path) -> None:
+    """At the steps with a record, of the whole model on whatever rank its layers are."""
+    moe = {"experts": 4, "top_k": 2, "ffn_hidden_size": 16, "dense_layers": 1, "bias_rate": 0.01, "aux_loss": 0.1}
+    raw = {**recipe(4), "model": {**recipe(4)["model"], "num_layers": 4, "moe": moe}}
+    raw["topology"] = {"tp": 1, "dp": 1, "pp": 2}
+    world.run(2, run, raw, str(tmp_path), 0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 4, 8]
+    for record in records:
+        found = {key.removeprefix("moe/"): value for key, value in record.items() if key.startswith("moe/")}
+        assert found["dropped"] == 0 and 1 <= found["load_max"] <= 4 and 0 < found["load_entropy"] <= 1
+        layers = [{key for key in found if key.startswith(f"layer_{n}/")} for n in range(4)]
+        assert [len(layer) for layer in layers] == [0, 5, 5, 5]
+        assert found["load_max"] == max(found[f"layer_{n}/load_max"] for n in (1, 2, 3))
+        assert found["aux_loss"] == pytest.approx(sum(found[f"layer_{n}/aux_loss"] for n in (1, 2, 3)))
+        assert all(-0.01 * record["step"] <= found[f"layer_{n}/bias_min"] < 1e-6 for n in (1, 2, 3))
