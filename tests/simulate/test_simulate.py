@@ -181,6 +181,13 @@ def test_ranks_of_dp_and_cp_together_are_of_dp() -> None:
     assert [axis(topology, tuple(group)) for group in groups] == ["tp", "cp", "dp", "pp", "world"]
 
 
+def test_ranks_are_called_after_experts_where_these_are_shared() -> None:
+    assert axis(Topology(tp=2, dp=2), (0, 1, 2, 3)) == "world", "of a dense model"
+    topology = Topology(tp=4, dp=4, ep=2)
+    assert axis(topology, tuple(topology.group("edp", 0))) == "edp"
+    assert axis(topology, (0, 1), "all-to-all") == "ep"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -> None:

@@ -92,7 +92,7 @@ def axis(topology: Topology, group: tuple[int, ...], kind: str = "") -> str:
         return of_experts[0]
     if differing == ["cp", "dp"]:
         return "dp"
-    for axes in (differing, of_experts):
+    for axes in (differing, of_experts if topology.expert_sizes else []):
         if len(axes) == 1:
             return axes[0]
     return "world" if differing else "alone"
