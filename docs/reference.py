@@ -95,8 +95,8 @@ def families_page() -> str:
         rows.append((f"`{family.model_type}`", family.architecture, always or "as a recipe that says none", told))
     text = (
         "What of a `config.json` is read as which key of `model`, beside sizes, norm_eps, rope_theta, tie_embeddings "
-        "and init_std, which all have, and `moe` stands for its sizes. A value that the last columns have no room for is refused, by name. `export` "
-        "writes the first family that computes the model, or `model.family`.\n"
+        "and init_std, which all have, and `moe` stands for its sizes. A value that the last columns have no room for "
+        "is refused, by name. `export` writes the first family that computes the model, or `model.family`.\n"
     )
     head = ("model_type", "class", "always", "as its config.json says")
     return "\n".join([MADE, "# Model families\n", text, _table(head, rows)])
