@@ -75,8 +75,11 @@ def test_a_projection_in_bf16_is_rotated_in_fp32() -> None:
     torch.testing.assert_close(grad, wide, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("piece", [None, 4, 8])
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_gated_activations(kind: Kind) -> None:
+def test_gated_activations(kind: Kind, piece: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if piece is not None:  # of so many elements, some rows of experts at a time
+        monkeypatch.setattr("tplaunch.model.gated._PIECE", piece)
     x = (4 * torch.randn(2, 3, 8, dtype=torch.float64)).requires_grad_()
     gate, up = x.chunk(2, -1)
     low = gate.clamp(max=7)

@@ -8,6 +8,8 @@ than the memory does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from tplaunch.kernels import fused
 from tplaunch.kernels.fused import Kind
-from tplaunch.parallel.split_backward import wanted
 
 LIMIT, SLOPE = 7.0, 1.702  # gpt-oss: bounds of gate and up, and what the gate is multiplied by in its sigmoid
+_PIECE = 1 << 17  # elements
 
 
 def gated(gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
@@ -98,18 +100,42 @@ class _Weighed(torch.autograd.Function):
         ctx.save_for_backward(gate, up, weights)
         if fused.fits(gate):
             return fused.gated(gate, up, weights, kind)
-        return _act(gate, kind).mul_(_bounded(up, kind)).mul_(weights.unsqueeze(-1))
+        (made,) = _by_pieces(partial(_forward, kind=kind), gate, up, weights)
+        return made
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         gate, up, weights = ctx.saved_tensors
-        kind: Kind = ctx.kind
-        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
         if fused.fits(gate):
-            by_weights = fused.gated_backward(gate, up, weights, grad, by_gate, by_up, kind)
-            return by_gate, by_up, by_weights, None
-        by_weights = None
-        if wanted(ctx, 0, 1, 2)[2]:
-            by_weights = (_act(gate, kind).mul_(_bounded(up, kind)).mul_(grad)).sum(-1, dtype=weights.dtype)
-        _gradients(gate, up, grad * weights.unsqueeze(-1), kind, by_gate, by_up)
+            by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+            by_weights = fused.gated_backward(gate, up, weights, grad, by_gate, by_up, ctx.kind)
+        else:
+            by_gate, by_up, by_weights = _by_pieces(partial(_backward, kind=ctx.kind), gate, up, weights, grad)
+        assert by_weights is not None
         return by_gate, by_up, by_weights, None
+
+
+def _by_pieces(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A function of rows; on a CPU of some at a time: what lies between its operations stays in a core's cache."""
+    first = tensors[0]
+    height = max(1, _PIECE * len(first) // max(1, first.numel()))
+    if first.is_cuda or torch.compiler.is_compiling() or len(first) < 2 * height:
+        return function(*tensors)
+    whole: tuple[Tensor, ...] = ()
+    for begin, some in enumerate(zip(*(x.split(height) for x in tensors), strict=True)):
+        made = function(*some)
+        whole = whole or tuple(x.new_empty(len(first), *x.shape[1:]) for x in made)
+        for x, piece in zip(whole, made, strict=True):
+            x[begin * height : begin * height + len(piece)] = piece
+    return whole
+
+
+def _forward(gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> tuple[Tensor]:
+    return (_act(gate, kind).mul_(_bounded(up, kind)).mul_(weights.unsqueeze(-1)),)
+
+
+def _backward(gate: Tensor, up: Tensor, weights: Tensor, grad: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+    by_weights = _act(gate, kind).mul_(_bounded(up, kind)).mul_(grad).sum(-1, dtype=weights.dtype)
+    _gradients(gate, up, grad * weights.unsqueeze(-1), kind, by_gate, by_up)
+    return by_gate, by_up, by_weights
