@@ -188,6 +188,15 @@ def test_ranks_are_called_after_experts_where_these_are_shared() -> None:
     assert axis(topology, (0, 1), "all-to-all") == "ep"
 
 
+def test_ranks_that_share_experts_are_told_apart() -> None:
+    topology = Topology(tp=2, cp=2, dp=4, pp=2, ep=4, expert_tp=2)
+    names = [axis(topology, tuple(topology.group(name, 0))) for name in ("ep", "edp")]
+    assert names == ["ep", "edp"]
+    assert axis(topology, (0, 1), "all-to-all") == "expert_tp" and axis(topology, (0, 1), "all-gather") == "tp"
+    alike = Topology(cp=2, dp=2, ep=2)  # the ranks that share a sequence share experts, too
+    assert axis(alike, (0, 1), "all-to-all") == "cp" and axis(Topology(dp=2, ep=2), (0, 1), "all-to-all") == "ep"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -> None:
