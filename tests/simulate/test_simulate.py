@@ -190,7 +190,7 @@ def test_ranks_are_called_after_experts_where_these_are_shared() -> None:
 
 def test_ranks_that_share_experts_are_told_apart() -> None:
     topology = Topology(tp=2, cp=2, dp=4, pp=2, ep=4, expert_tp=2)
-    assert axis(topology, tuple(topology.group("ep", 0))) == "ep"
+    assert axis(topology, tuple(topology.group("ep", 0)), "all-to-all") == "ep"
     assert axis(topology, tuple(topology.group("edp", 0))) == "dp"  # as they are
     assert axis(Topology(tp=2, dp=2), (0, 1, 2, 3)) == "edp"
     assert axis(topology, (0, 1), "all-to-all") == "expert_tp" and axis(topology, (0, 1), "all-gather") == "tp"
