@@ -188,6 +188,17 @@ def test_ranks_are_called_after_experts_where_these_are_shared() -> None:
     assert axis(topology, (0, 1), "all-to-all") == "ep"
 
 
+def test_ranks_that_share_experts_are_told_apart() -> None:
+    topology = Topology(tp=2, cp=2, dp=4, pp=2, ep=4, expert_tp=2)
+    assert axis(topology, tuple(topology.group("ep", 0)), "all-to-all") == "ep"
+    assert axis(topology, tuple(topology.group("edp", 0))) == "dp"  # as they are
+    assert axis(Topology(tp=2, dp=4, ep=2), (0, 2, 4, 6), "all-reduce") == "dp"
+    assert axis(Topology(tp=2, dp=4, ep=4), (0, 1, 2, 3)) == "ep"
+    assert axis(topology, (0, 1), "all-to-all") == "expert_tp" and axis(topology, (0, 1), "all-gather") == "tp"
+    alike = Topology(cp=2, dp=2, ep=2)  # the ranks that share a sequence share experts, too
+    assert axis(alike, (0, 1), "all-to-all") == "cp" and axis(Topology(dp=2, ep=2), (0, 1), "all-to-all") == "ep"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_rank_reduces_and_gathers_once_however_many_stages_it_has(zero: int) -> None:
