@@ -57,6 +57,16 @@ def test_no_matmul_is_done_twice(world: World, schedule: str, sequence_parallel:
     assert whole <= split <= whole + 2 * logits
 
 
+def test_no_matmul_of_experts_is_done_twice(world: World) -> None:
+    moe = {"experts": 4, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32}
+    whole, split = (
+        sum(world.run(4, flops, case(1, 2, 2, ep=2, schedule=name, model={"moe": moe})))
+        for name in ("interleaved1f1b", "zbvzerobubble")
+    )
+    logits = 2 * SEQ * BATCH * HIDDEN * PADDED_VOCAB * MICROBATCHES
+    assert whole <= split <= whole + 2 * logits
+
+
 def test_a_pass_tells_what_it_is_for() -> None:
     seen: list[list[bool]] = []
 
