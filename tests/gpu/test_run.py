@@ -32,7 +32,7 @@ def test_the_cpu_stands_in(tmp_path: Path) -> None:
     assert all(part["result"] == "passed" for part in parts.values())
     assert parts["1b tplaunch"]["figures"]["measured"]["tokens_per_s"] > 0
     assert any(line.startswith("train/step.py") for line in parts["look tplaunch"]["figures"]["measured"])
-    assert "aten::mm" in (tmp_path / "profile.txt").read_text()
+    assert "aten::mm" in (tmp_path / "profile-tiny-tplaunch.txt").read_text()
     assert done.stdout == (tmp_path / "table.txt").read_text()
 
 
