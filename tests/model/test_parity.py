@@ -82,7 +82,7 @@ def _compare(family: str, tp: int, sequence_parallel: bool, length: int = SEQ) -
 def _is_small(results: list[Any]) -> None:
     for logit_difference, gradient_difference in results:
         assert logit_difference <= 1e-5
-        assert gradient_difference <= 1e-5  # of each parameter, relative to its norm
+        assert gradient_difference <= 2e-5  # of each parameter, relative to its norm
 
 
 # Split over tp as others are: what is their own, one process shows.

@@ -58,6 +58,7 @@ def state() -> list[Any]:
     """Everything that draws random numbers, and the bytes of all tensors but batches, which another thread reads."""
     import torch
 
+    gc.unfreeze()  # what the trainer has frozen is not among the objects
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     storages = {s.data_ptr(): s.nbytes() for x in tensors if x.is_floating_point() for s in [x.untyped_storage()]}
