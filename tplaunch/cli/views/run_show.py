@@ -8,6 +8,7 @@ from typing import Any
 from typer import style
 
 from tplaunch.cli.output import short_path
+from tplaunch.cli.views.evaluations import evaluations_text
 from tplaunch.cli.views.table import columns
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
@@ -23,7 +24,8 @@ def show_text(facts: RunFacts) -> str:
     parts = [_head(facts), _figures("Predicted and measured", facts.figures, facts.no_plan)]
     if any(one.measured is not None for one in facts.stages):
         parts.append(_figures("Memory by pipeline rank, allocated", facts.stages, ""))
-    parts += [_attempts(facts.attempts), _checkpoints(facts), _events(facts.marks)]
+    parts += [_attempts(facts.attempts), _checkpoints(facts)]
+    parts += [evaluations_text(facts.evaluations, "Evaluations"), _events(facts.marks)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,0 +1,37 @@
+"""What checkpoints were found to know, as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tplaunch.cli.views.table import columns
+
+# Name in a record -> heading, and how the figure is written.
+_FIGURES = {
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ",.5g"),
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "tokens": ("tokens", ",.0f"),
+}
+
+
+def evaluations_text(records: Sequence[dict[str, Any]], title: str) -> str:
+    """A table with a line a record, and the columns that some of them have; "" without any."""
+    if not records:
+        return ""
+    shown = [name for name in _FIGURES if any(_is_number(record.get(name)) for record in records)]
+    headings = ["step", "data", *(_FIGURES[name][0] for name in shown)]
+    rows = [
+        [f"{record['step']:,}", record["data"], *(_figure(record.get(name), _FIGURES[name][1]) for name in shown)]
+        for record in records
+    ]
+    return columns(title, headings, rows, frozenset((1,)))
+
+
+def _figure(value: Any, form: str) -> str:
+    return format(value, form) if _is_number(value) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
