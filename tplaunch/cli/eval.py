@@ -1,8 +1,9 @@
-"""`tplaunch eval`: what a checkpoint makes of texts."""
+"""`tplaunch eval`: what a checkpoint makes of texts, and of questions with choices."""
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +25,12 @@ def eval_(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="TEXT",
-            help="Text, JSONL or Parquet as in `data prepare`, or a .bin/.idx prefix. Repeatable.",
+            metavar="TEXT", help="Text, JSONL or Parquet as in `data prepare`, or a .bin/.idx prefix. Repeatable."
         ),
+    ] = None,
+    choices: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="JSON lines of question, choices and answer. Repeatable."),
     ] = None,
     text_key: Annotated[
         str, typer.Option(metavar="NAME", help="Field or column of the text, such as meta.text.")
@@ -42,35 +46,45 @@ def eval_(
     dp: Annotated[int, typer.Option("--dp", min=1, metavar="N", help="Copies of the model, which share the text.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model: its loss on texts, on TP x PP x DP ranks of this machine.
+    """Measure a model on texts and on questions, on TP x PP x DP ranks of this machine.
 
     A text is read in windows that do not overlap, documents one after the other, and each token is predicted once.
+    Questions are answered as lm-eval has it: by the likeliest choice (acc), a character (acc_norm), a byte (acc_bytes).
     What a run's checkpoint gets is kept in evaluations.jsonl of its directory.
 
-    Example: tplaunch eval runs/quickstart --data held-out.txt --tp 2
+    Example: tplaunch eval runs/quickstart --data held-out.txt --choices questions.jsonl --tp 2
     """
-    from contextlib import ExitStack
-
     from tplaunch.checkpoint.origin import origin_of
     from tplaunch.cli.views.evaluations import evaluations_text
     from tplaunch.data.endings import is_raw
+    from tplaunch.evaluate.choices import ask, score_choices
+    from tplaunch.evaluate.pairs import Words
     from tplaunch.evaluate.run import check, tokenizer_of
     from tplaunch.evaluate.text import ready_text, score_text
     from tplaunch.huggingface.folder import checkpoint_of
 
-    texts = data or []
-    if not texts:
-        raise TplaunchError(Problem("there is nothing to measure", fix="name a text: --data FILE"))
+    texts, questions = data or [], choices or []
+    if not texts and not questions:
+        fix = "name a text, --data FILE, or questions, --choices FILE"
+        raise TplaunchError(Problem("there is nothing to measure", fix=fix))
     origin = origin_of(checkpoint_of(checkpoint))
     checked = check(origin, tp, pp, dp, seq_len=seq_len)
-    needed = tokenizer is not None or origin.tokenizer is not None or any(map(is_raw, texts))
-    words = tokenizer_of(origin, tokenizer) if needed else None
+    window = checked.recipe.training.seq_len
+    file = tokenizer or origin.tokenizer
+    needed = file is not None or questions or any(map(is_raw, texts))
+    loaded = tokenizer_of(origin, file) if needed else None
     with ExitStack() as stack:
-        window = checked.recipe.training.seq_len
-        ready = [stack.enter_context(ready_text(origin, path, words, text_key, window)) for path in texts]
-        for warning in (warning for text in ready for warning in text.warnings):
+        asked = []
+        if questions:
+            assert loaded is not None and file is not None, "else `tokenizer_of` has said so"
+            words = Words(loaded, file, window)
+            asked = [(str(path), ask(path, words)) for path in questions]
+        ready = [stack.enter_context(ready_text(origin, path, loaded, text_key, window)) for path in texts]
+        warnings = [*(text.warnings for text in ready), *(some.warnings for _, some in asked)]
+        for warning in (one for some in warnings for one in some):
             typer.echo(f"warning: {warning}", err=True)
         found = [_kept(origin, text.name, score_text(origin, checked, text).as_dict()) for text in ready]
+        found += [_kept(origin, name, score_choices(origin, checked, some).as_dict()) for name, some in asked]
     if as_json:
         echo_json(found)
     else:

@@ -13,6 +13,10 @@ _FIGURES = {
     "perplexity": ("perplexity", ",.5g"),
     "bits_per_byte": ("bits/byte", ".4f"),
     "tokens": ("tokens", ",.0f"),
+    "acc": ("acc", ".4f"),
+    "acc_norm": ("acc_norm", ".4f"),
+    "acc_bytes": ("acc_bytes", ".4f"),
+    "questions": ("questions", ",.0f"),
 }
 
 
