@@ -45,6 +45,8 @@ PAGE = "The slings and arrows of outrageous fortune, or to take arms against a s
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work_in(tmp_path, monkeypatch, "")
     write_folder(tmp_path / "hf")
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(named))  # lm-eval's own model needs it
     (tmp_path / "tasks").mkdir()
     write_records(tmp_path / "queries.jsonl", records(30))
     write_records(tmp_path / "questions.jsonl", records(25, "question")[::-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
 from tplaunch.evaluate.rows import Given, Windows, passes
 from tplaunch.evaluate.run import check
+from tplaunch.report.facts import RunFacts
+from tplaunch.report.page import page
 
 WINDOW = 40
 LINES = [
@@ -39,6 +43,17 @@ def write_folder(folder: Path, family: str = "llama") -> Path:
     reference(family).save_pretrained(folder)
     train_bpe(["to be or not to be, that is the question: "], VOCAB, folder / "tokenizer.json")
     return folder
+
+
+def write_corpus(prefix: Path, documents: Sequence[Sequence[int]]) -> None:
+    """Token files."""
+    writer = IndexedWriter(prefix, np.dtype("<u2"))
+    for document in documents:
+        writer.add(np.array(document))
+        writer.end_document()
+    writer.compose()
+    writer.commit()
+    writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +149,35 @@ def test_only_what_is_asked_is_scored_and_the_likeliest_is_known(world: World, c
         assert [likeliest for _, likeliest in found[:3]] == [True, False, True]
 
 
+def _documents(checkpoint: str, prefix: str, tp: int) -> list[tuple[float, bool]]:
+    from tplaunch.evaluate.score import score
+    from tplaunch.generate.load import load_model
+    from tplaunch.parallel.mesh import Mesh
+
+    recipe = check(replace(origin_of(Path(checkpoint)), document_mask=True), tp).recipe
+    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
+    return score(model, Windows(IndexedTokens.open(prefix), WINDOW, documents=True))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_documents_are_told_apart_where_training_did(world: World, tmp_path: Path, checkpoint: Path, tp: int) -> None:
+    """A token sees its own document alone, and the one window is padded to the length of the other."""
+    documents = [[7 + number, *range(20, 20 + size)] for number, size in enumerate((24, 9, 20, 12))]
+    write_corpus(tmp_path / "some", documents)
+    flat = [token for one in documents for token in one]
+    starts = {sum(map(len, documents[:number])) for number in range(len(documents))}
+    expected = []
+    for begin in range(0, len(flat) - 1, WINDOW):
+        loss = 0.0
+        for place in range(begin, min(begin + WINDOW, len(flat) - 1)):  # that is read, and predicts the next
+            seen = max({begin, *(start for start in starts if begin <= start <= place)})
+            loss += losses_of_transformers(flat[seen : place + 2])[-1]
+        expected.append(loss)
+    assert len(expected) == 2
+    for found in world.run(tp, _documents, str(checkpoint), str(tmp_path / "some"), tp):
+        assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-6)
+
+
 def test_windows_predict_each_token_once() -> None:
     tokens = np.arange(100, 200)
     corpus = IndexedTokens(Path("made"), tokens, np.array([30, 70]), np.array([0, 30 * 8]), np.array([0, 1, 2]))
@@ -191,6 +235,11 @@ def test_a_run_keeps_what_it_was_found_to_know(
         assert "Evaluations" in shown and f"{kept['loss']:.4f}" in shown
         assert run(["runs", "show", "runs/made", "--json"]) == Exit.DONE
         assert json.loads(capfd.readouterr().out)["evaluations"] == [kept]
+        with (made.root / "evaluations.jsonl").open("a") as file:
+            file.write('{"step": "x"}\n{"step": 3, "data": "later", "loss": "high", "acc": true}\n{torn')
+        shown = page(RunFacts.of(made))
+        assert "<h2>Evaluations" in shown and f"{kept['loss']:.4f}" in shown
+        assert "later" in shown and "high" not in shown
     finally:
         (made.checkpoints / checkpoint.name).rename(checkpoint)
 
@@ -202,19 +251,10 @@ def _damage(place: Path, case: str, checkpoint: Path, corpus: Path) -> list[str]
     if case == "no text":
         (place / "text.txt").write_text("")
     if case == "one token":
-        (place / "a.jsonl").write_text("\n")
-        with_one = IndexedWriter(place / "one", np.dtype("<u2"))
-        with_one.add(np.array([7]))
-        with_one.end_document()
-        with_one.compose()
-        with_one.commit()
+        write_corpus(place / "one", [[7]])
         data = ["--data", "one"]
     if case == "beyond":
-        writer = IndexedWriter(place / "wild", np.dtype("<u2"))
-        writer.add(np.array([7, 8, VOCAB + 9]))
-        writer.end_document()
-        writer.compose()
-        writer.commit()
+        write_corpus(place / "wild", [[7, 8, VOCAB + 9]])
         data = ["--data", "wild"]
     if case == "other tokenizer":
         train_bpe(["something else"], 270, place / "other.json")
@@ -263,6 +303,16 @@ def test_positions_that_a_model_has_not(workplace: Path, capsys: pytest.CaptureF
     limit = MODELS["gpt2"]["max_position"]
     assert run(["eval", str(folder), "--data", "text.txt", "--seq-len", str(limit + 1)]) == Exit.USAGE
     assert "max_position" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_null(
+    workplace: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tplaunch.evaluate.run.run_module", lambda *_, **__: [[math.nan, False]])
+    (workplace / "text.txt").write_text("to be or not")
+    assert run(["eval", str(checkpoint), "--data", "text.txt", "--json"]) == Exit.DONE
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["loss"] is None and found["perplexity"] is None and found["tokens"] > 0
 
 
 def test_a_short_text_is_a_warning(

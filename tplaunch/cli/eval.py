@@ -55,13 +55,14 @@ def eval_(
     Example: tplaunch eval runs/quickstart --data held-out.txt --choices questions.jsonl --tp 2
     """
     from tplaunch.checkpoint.origin import origin_of
-    from tplaunch.cli.views.evaluations import evaluations_text
+    from tplaunch.cli.views.table import columns
     from tplaunch.data.endings import is_raw
     from tplaunch.evaluate.choices import ask, score_choices
     from tplaunch.evaluate.pairs import Words
     from tplaunch.evaluate.run import check, tokenizer_of
     from tplaunch.evaluate.text import ready_text, score_text
     from tplaunch.huggingface.folder import checkpoint_of
+    from tplaunch.report.evaluations import evaluation_table
 
     texts, questions = data or [], choices or []
     if not texts and not questions:
@@ -88,14 +89,15 @@ def eval_(
     if as_json:
         echo_json(found)
     else:
-        echo(evaluations_text(found, title=""))
+        echo(columns("", *evaluation_table(found), frozenset((1,))))
 
 
 def _kept(origin: Origin, data: str, figures: dict[str, Any]) -> dict[str, Any]:
     """A result as a record, which is kept where the checkpoint is a run's."""
+    from tplaunch.files import as_json
     from tplaunch.run.evaluations import append_evaluation
 
-    record = {"step": origin.step, "time": round(time.time(), 3), "data": data, **figures}
+    record = as_json({"step": origin.step, "time": round(time.time(), 3), "data": data, **figures})
     if origin.run is not None:
         append_evaluation(origin.run, record)
     return record

@@ -1,11 +1,9 @@
-"""What checkpoints were found to know, as a table for the terminal."""
+"""What checkpoints were found to know, as the texts of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-from tplaunch.cli.views.table import columns
 
 # Name in a record -> heading, and how the figure is written.
 _FIGURES = {
@@ -20,17 +18,15 @@ _FIGURES = {
 }
 
 
-def evaluations_text(records: Sequence[dict[str, Any]], title: str) -> str:
-    """A table with a line a record, and the columns that some of them have; "" without any."""
-    if not records:
-        return ""
+def evaluation_table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row a record (`run.evaluations`): step, data, and the figures that some of them have."""
     shown = [name for name in _FIGURES if any(_is_number(record.get(name)) for record in records)]
     headings = ["step", "data", *(_FIGURES[name][0] for name in shown)]
     rows = [
         [f"{record['step']:,}", record["data"], *(_figure(record.get(name), _FIGURES[name][1]) for name in shown)]
         for record in records
     ]
-    return columns(title, headings, rows, frozenset((1,)))
+    return headings, rows
 
 
 def _figure(value: Any, form: str) -> str:
