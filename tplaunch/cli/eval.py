@@ -46,11 +46,11 @@ def eval_(
     dp: Annotated[int, typer.Option("--dp", min=1, metavar="N", help="Copies of the model, which share the text.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on texts and on questions, on TP x PP x DP ranks of this machine.
+    """Measure a model on texts and on questions.
 
-    A text is read in windows that do not overlap, documents one after the other, and each token is predicted once.
-    Questions are answered as lm-eval has it: by the likeliest choice (acc), a character (acc_norm), a byte (acc_bytes).
-    What a run's checkpoint gets is kept in evaluations.jsonl of its directory.
+    On TP x PP x DP ranks of this machine. A text is read in windows that do not overlap, documents one after the other,
+    and each token is predicted once. Questions are answered as lm-eval has it: by the likeliest choice (acc), a
+    character (acc_norm), a byte (acc_bytes). What a run's checkpoint gets is kept in its evaluations.jsonl.
 
     Example: tplaunch eval runs/quickstart --data held-out.txt --choices questions.jsonl --tp 2
     """
