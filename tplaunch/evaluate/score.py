@@ -40,7 +40,9 @@ def score(
     last = place.pp == relay.ranks[-1]
     dtype, hidden = COMPUTE_DTYPE[model.recipe.training.precision], model.recipe.model.hidden_size
     found = torch.zeros(len(rows.lengths), 2, dtype=torch.float64, device=mesh.device)
-    for numbers in passes(rows.lengths, _TOKENS)[place.dp :: mesh.topology.dp]:
+    # Few rows make smaller passes, so that every rank has one.
+    at_once = min(_TOKENS, sum(rows.lengths) // (mesh.topology.dp * len(relay.ranks)))
+    for numbers in passes(rows.lengths, at_once)[place.dp :: mesh.topology.dp]:
         tokens, labels, positions = (None if x is None else x.to(mesh.device) for x in _batch(rows, numbers))
         assert tokens is not None and labels is not None
         carried: Tensor | tuple[Tensor, Tensor] = tokens
