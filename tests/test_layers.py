@@ -18,6 +18,7 @@ PACKAGE = ROOT / "tplaunch"
 # Modules of packages on the trainer's side, or between the halves, that the front imports: they load no torch.
 WITHOUT_TORCH = {
     *("checkpoint.store", "checkpoint.fit", "checkpoint.origin", "optim.lr", "bench.run", "generate.run"),
+    *("evaluate.run", "evaluate.text", "evaluate.choices"),
     *("train.straggler", "train.spike"),
 }
 FRONT = (

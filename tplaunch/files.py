@@ -52,9 +52,13 @@ def sync_directory(path: Path) -> None:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON; numbers that are not finite become null (JSON has none)."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+    """One line of strict JSON (`as_json`)."""
+    return json.dumps(as_json(record), allow_nan=False).encode() + b"\n"
+
+
+def as_json(record: Mapping[str, Any]) -> Record:
+    """The record with null for numbers that are not finite: JSON has none."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typer.main import get_command
 from tests.docs.pages import ROOT, blocks, inline_code, pages
 from tplaunch.cli.app import app
 
-_LINE = re.compile(r"(?:^|[^\w./-])(tplaunch(?: .*)?$)")
+_LINE = re.compile(r"(?:^|[^\w./=-])(tplaunch(?: .*)?$)")
 _PLACE = {"N": "1", "P": "0.5", "T": "1"}  # numbers that stand for any
 
 

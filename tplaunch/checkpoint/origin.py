@@ -23,6 +23,9 @@ class Origin:
         seq_len: positions that it was trained on.
         precision: that it was trained in.
         tokenizer: a tokenizer.json, where one is found.
+        step: at which it was written.
+        run: that wrote it, where it lies in a run's directory.
+        document_mask: whether that run kept the documents of a sample apart.
     """
 
     checkpoint: Path
@@ -30,6 +33,9 @@ class Origin:
     seq_len: int
     precision: Precision
     tokenizer: Path | None
+    step: int = 0
+    run: RunDir | None = None
+    document_mask: bool = False
 
 
 def origin_of(path: Path) -> Origin:
@@ -39,17 +45,28 @@ def origin_of(path: Path) -> Origin:
         TplaunchError: there is no checkpoint, its manifest is damaged, or it would have us run code.
     """
     checkpoint = find_checkpoints(path)[-1]
-    about = open_checkpoint(checkpoint).about
+    manifest = open_checkpoint(checkpoint)
+    about = manifest.about
     folder = checkpoint.absolute().parent
     tokenizers = [checkpoint / TOKENIZER, folder / TOKENIZER]  # where `tplaunch import` puts it
-    run = RunDir(folder.parent)
+    run, document_mask = RunDir(folder.parent), False
     if run.recipe.exists():
         recipe = load_recipe(run.recipe).recipe
         about = {"seq_len": recipe.training.seq_len, "precision": recipe.training.precision, **about}
         tokenizers += _tokenizers(recipe.data)
+        document_mask = recipe.training.document_mask
     tokenizer = next((place for place in tokenizers if place.exists()), None)
     model = Model.model_validate(about["model"])
-    return Origin(checkpoint, model, about["seq_len"], about["precision"], tokenizer)
+    return Origin(
+        checkpoint,
+        model,
+        about["seq_len"],
+        about["precision"],
+        tokenizer,
+        step=manifest.step,
+        run=run if run.recipe.exists() else None,
+        document_mask=document_mask,
+    )
 
 
 def _tokenizers(data: Data) -> list[Path]:

@@ -32,6 +32,7 @@ COMMANDS = {
     "export": ("export", "export"),
     "import": ("import_", "import_"),
     "generate": ("generate", "generate"),
+    "eval": ("eval", "eval_"),
     "wandb": ("wandb", "app"),
 }
 

@@ -18,7 +18,7 @@ from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table, still_table
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
-from tplaunch.parallel.cross_entropy import output_cross_entropy
+from tplaunch.parallel.cross_entropy import output_cross_entropy, score_labels
 from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
 from tplaunch.parallel.mesh import Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Training
@@ -79,6 +79,18 @@ class Output(nn.Module):
             z_loss=self.z_loss,
             softcap=self.softcap,
             scale=loss_scale,
+        )
+
+    def score(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, of each label its loss and whether no token is likelier, [b, s] each (`score_labels`)."""
+        return score_labels(
+            x if self.divisor == 1.0 else x / self.divisor,
+            local(self.weight),
+            labels,
+            tp=self.tp,
+            vocab_size=self.vocab_size,
+            chunk=self.chunk,
+            softcap=self.softcap,
         )
 
 
@@ -211,6 +223,26 @@ class TransformerStage(nn.Module):
         for number, block in self.layers.items():
             x = block(self._entering(x, number), ropes[self._which_rope(number)], starts)
         return self._head(x, labels, loss_scale)
+
+    def score(self, x: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the stage on rows of any length, without context parallelism; see `forward`.
+
+        Returns:
+            [s or s/tp, b, h]; on the last stage of each label its loss and whether no token is likelier, [b, s] each.
+        """
+        *turned, still = self._ropes(torch.arange(labels.shape[1], device=x.device))
+        starts = None
+        if positions is not None:
+            starts, places = document_starts(positions), positions.t()
+            turned = [None if rope is None else rope[:, places, 0] for rope in turned]
+        ropes = [*turned, still]
+        if self.embedding is not None:
+            x = self.embed(x, positions)
+        for number, block in self.layers.items():
+            x = block(self._entering(x, number), ropes[self._which_rope(number)], starts)
+        if self.norm is None or self.output is None:
+            return x
+        return self.output.score(self.norm(x), labels)
 
     def extend(self, x: Tensor, caches: Sequence[KeyValueCache], first: int) -> Tensor:
         """Run the stage on further tokens of one sequence, without gradients, and with whole sequences on each rank

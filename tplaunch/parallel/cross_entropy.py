@@ -228,3 +228,35 @@ def output_cross_entropy(
     columns = _Columns(tp, weight.shape[0], vocab_size, chunk, z_loss, softcap, dtype)
     labels = labels.t().reshape(-1)
     return _OutputCrossEntropy.apply(hidden, weight, labels, columns, scale, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def score_labels(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    tp: TensorParallel,
+    vocab_size: int,
+    chunk: int = 1024,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each token, and whether no token is likelier than its label; see `output_cross_entropy`.
+
+    Returns:
+        Losses in fp32 (fp64 for fp64 input) and bool, both [b, s] and the same on every tp rank; 0 and True where a
+        label is `IGNORE`.
+    """
+    hidden = enter_region(hidden, tp).flatten(0, 1)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    columns = _Columns(tp, weight.shape[0], vocab_size, chunk, 0.0, softcap, dtype)
+    shape, labels = labels.t().shape, labels.t().reshape(-1)
+    losses, likeliest = hidden.new_empty(labels.shape, dtype=dtype), torch.empty_like(labels, dtype=torch.bool)
+    for part in columns.chunks(len(labels)):
+        top, local_sum, target = columns.logits(hidden[part], weight, labels[part]).measure()
+        log_z, target = columns.join(top, local_sum, target)
+        highest = top if tp.size == 1 else wait(start_all_reduce(top, tp, "max"))
+        counted = labels[part] != IGNORE
+        losses[part] = torch.where(counted, log_z - target, 0.0)
+        likeliest[part] = ~counted | (target >= highest)
+    return losses.view(shape).t(), likeliest.view(shape).t()

@@ -14,6 +14,7 @@ from tplaunch.report.prediction import Figure, figures, memory_by_stage, read_pl
 from tplaunch.report.rows import Row, rows_of
 from tplaunch.report.story import Attempt, Mark, attempts, marks
 from tplaunch.run.directory import RunDir
+from tplaunch.run.evaluations import read_evaluations
 from tplaunch.run.samples import read_samples
 
 _SAMPLES = 12  # texts that are shown: the newest
@@ -40,6 +41,7 @@ class RunFacts:
         environment: versions, machine, job: name -> text.
         samples: generated texts, newest last: step, prompt, text.
         recipe: the text of the recipe.
+        evaluations: what its checkpoints were found to know, oldest first (`run.evaluations`).
     """
 
     row: Row
@@ -54,6 +56,7 @@ class RunFacts:
     environment: dict[str, str]
     samples: list[Record]
     recipe: str
+    evaluations: list[Record]
 
     @classmethod
     def of(cls, run: RunDir) -> RunFacts:
@@ -74,6 +77,7 @@ class RunFacts:
             environment=_environment(run, found, plan),
             samples=read_samples(run)[-_SAMPLES:],
             recipe=_text(run.recipe),
+            evaluations=read_evaluations(run),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,6 +93,7 @@ class RunFacts:
             "events": [asdict(one) for one in self.marks],
             "checkpoints": [{**asdict(one), "path": str(one.path)} for one in self.checkpoints],
             "environment": self.environment,
+            "evaluations": self.evaluations,
         }
 
 

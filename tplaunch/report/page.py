@@ -17,6 +17,7 @@ from typing import Any
 from tplaunch import __version__
 from tplaunch.report.charts import charts
 from tplaunch.report.drawings import in_words, memory_svg, step_svg, topology_svg
+from tplaunch.report.evaluations import evaluation_table
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.palette import DARK, LIGHT, Palette
 from tplaunch.report.prediction import Figure, in_unit, read_recipe
@@ -46,6 +47,7 @@ def page(facts: RunFacts) -> str:
         _section("Attempts", _attempts(facts)),
         _section("Events", _events(facts.marks)),
         _section("Checkpoints", _checkpoints(facts)),
+        _section("Evaluations", _evaluations(facts)),
         _section("Samples", _samples(facts)),
         _section("Environment", _environment(facts)),
         _section("Recipe", f'<pre class="recipe">{escape(facts.recipe)}</pre>' if facts.recipe else ""),
@@ -245,6 +247,11 @@ def _checkpoints(facts: RunFacts) -> str:
         (f"{one.step:,}", format_bytes(one.size), when(one.time), one.damage or "complete") for one in facts.checkpoints
     ]
     return _table(("step", "size", "written", ""), rows, "nnt-")
+
+
+def _evaluations(facts: RunFacts) -> str:
+    headings, rows = evaluation_table(facts.evaluations)
+    return _table(headings, rows, "n-" + "n" * (len(headings) - 2))
 
 
 def _samples(facts: RunFacts) -> str:

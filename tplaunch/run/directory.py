@@ -51,6 +51,11 @@ class RunDir:
         return self.root / "samples.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """What its checkpoints were found to know, a line a result (`run.evaluations`)."""
+        return self.root / "evaluations.jsonl"
+
+    @property
     def plan(self) -> Path:
         """What was predicted of the run (`plan.estimate.Plan.as_dict`), where the table has its GPU."""
         return self.root / "plan.json"

@@ -9,6 +9,7 @@ from typer import style
 
 from tplaunch.cli.output import short_path
 from tplaunch.cli.views.table import columns
+from tplaunch.report.evaluations import evaluation_table
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
 from tplaunch.report.story import Attempt, Mark, gathered, when
@@ -23,7 +24,7 @@ def show_text(facts: RunFacts) -> str:
     parts = [_head(facts), _figures("Predicted and measured", facts.figures, facts.no_plan)]
     if any(one.measured is not None for one in facts.stages):
         parts.append(_figures("Memory by pipeline rank, allocated", facts.stages, ""))
-    parts += [_attempts(facts.attempts), _checkpoints(facts), _events(facts.marks)]
+    parts += [_attempts(facts.attempts), _checkpoints(facts), _evaluations(facts), _events(facts.marks)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -99,6 +100,11 @@ def _checkpoints(facts: RunFacts) -> str:
         [f"{one.step:,}", format_bytes(one.size), when(one.time), one.damage or "complete"] for one in facts.checkpoints
     ]
     return columns("Checkpoints", ["step", "size", "written", ""], rows, frozenset((3,))) if rows else ""
+
+
+def _evaluations(facts: RunFacts) -> str:
+    headings, rows = evaluation_table(facts.evaluations)
+    return columns("Evaluations", headings, rows, frozenset((1,))) if rows else ""
 
 
 def _events(marks: Sequence[Mark]) -> str:
