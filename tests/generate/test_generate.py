@@ -305,6 +305,41 @@ def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.Ca
     assert first["tokens"] == _theirs("llama", ids, 8)
 
 
+def test_a_batch_from_a_file(tmp_path: Path, imported: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Chosen tokens are those of each prompt alone; a stop string ends a text, log-probabilities are the model's."""
+    from tplaunch.data.tokenizer import Tokenizer
+
+    checkpoint = imported["llama"]
+    path = checkpoint.parent / "tokenizer.json"
+    train_bpe(["to be or not to be, that is the question: "], VOCAB, path)
+    prompts = ["to be", "not", "that is the question: to be", "or"]
+    lines = [{"prompt": prompt, **({"seed": 7} if prompt == "not" else {})} for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["--max-tokens", "12", "--temperature", "0.9", "--min-p", "0.02", "--repetition-penalty", "1.1"]
+    how = ["generate", str(checkpoint), *how, "--pp", "2"]
+    out = tmp_path / "out.jsonl"
+    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "3", "--logprobs", "-o", str(out)]
+    assert run([*how, *arguments]) == Exit.DONE
+    said = capfd.readouterr()
+    assert "key/value cache: pages of 16 tokens" in said.err and "a second; what follows: " in said.err
+    assert "to be" not in said.out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["prompt"] for one in found] == prompts
+    assert all(one["finish"] == "length" and len(one["tokens"]) == 12 for one in found)
+
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("not").tolist()
+    logits = reference("llama")(torch.tensor([ids + found[1]["tokens"]])).logits[0, len(ids) - 1 : -1]
+    theirs = logits.log_softmax(-1).gather(-1, torch.tensor(found[1]["tokens"])[:, None])[:, 0]
+    assert found[1]["logprobs"] == pytest.approx(theirs.tolist(), abs=1e-4)
+
+    stop = found[1]["text"][4:7]
+    assert run([*how, "-p", "not", "--seed", "7", "--stop", stop, "--json"]) == Exit.DONE
+    (alone,) = map(json.loads, capfd.readouterr().out.splitlines())
+    assert alone["finish"] == "stop" and alone["text"] == found[1]["text"][: found[1]["text"].index(stop)]
+    assert alone["tokens"] == found[1]["tokens"][: len(alone["tokens"])] and len(alone["tokens"]) < 12
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "said"),
     [
@@ -312,6 +347,11 @@ def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.Ca
         ("llama", ["--pp", "9"], "layers"),
         ("gpt2", ["--max-tokens", "1000"], "positions of the model"),
         ("qwen3", [], "no tokenizer"),
+        ("llama", ["--chat"], "no chat template"),
+        ("llama", ["--logprobs"], "add --json"),
+        ("llama", ["--stop", ""], "ends every text"),
+        ("llama", ["--output", "/nowhere/out.jsonl"], "there is no folder /nowhere"),
+        ("llama", ["--prompts", "/nowhere/in.txt"], "/nowhere/in.txt cannot be read"),
     ],
 )
 def test_what_cannot_be_is_said_before(
