@@ -3,14 +3,13 @@
 python -m benchmarks.generate                 a Llama-like model of 43 M parameters, fp32, on this machine's CPU
 python -m benchmarks.generate --bf16 --rounds 5
 
-Both read the prompts in one pass and take the likeliest token; what they make must be the same (in fp32). What is printed
-is the median of the rounds.
+Both read the prompts in one pass and take the likeliest token; what they make must be the same (in fp32). Printed are
+medians of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -32,10 +31,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
         theirs = _theirs(Path(folder) / "theirs", torch.bfloat16 if asked.bf16 else torch.float32)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         ours = _ours(Path(folder))
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {'bf16' if asked.bf16 else 'fp32'}")
         print(f"{'':10}{'tplaunch':>12}{'transformers':>14}{'ratio':>8}   tokens a second")

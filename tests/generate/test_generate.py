@@ -172,7 +172,7 @@ def _theirs(family: str, prompt: list[int], count: int) -> list[int]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return found[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    return found[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("family", "tp", "pp", "batch_size"), FAMILIES_TOGETHER)
@@ -229,7 +229,7 @@ def _memory(checkpoint: str) -> tuple[int, int, int]:
             super().__init__(*given)
             made.append(self)
 
-    decode.Decoder = Watched  # type: ignore[misc]
+    decode.Decoder = Watched  # type: ignore[misc, assignment]
     try:
         _greedy(model, PROMPTS, 4, batch_size=3)
     finally:
