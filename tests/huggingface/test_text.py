@@ -220,7 +220,8 @@ def test_settings_are_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     assert read_settings(path) == Settings()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 5, "repetition_penalty": 1.0}')
-    assert read_settings(path) == Settings(ends=(7,))  # greedy there: top_k would not be followed
+    # Greedy there: top_k would not be followed, and the penalty is.
+    assert read_settings(path) == Settings(ends=(7,), repetition_penalty=1.0)
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 5, "temperature": 0.5, "top_p": 1}')
     assert read_settings(path) == Settings(temperature=0.5, top_k=5, top_p=1)
     assert read_settings(tmp_path / "other.tokenizer.json") == Settings()  # no folder's own
