@@ -176,24 +176,26 @@ def generate(
             entering.append(_Growing(number, torch.Generator().manual_seed(seeds[number]), list(tokens), seen))
         growing = entering or running
         logits = decoder.logits([one.kept for one in growing], [one.tokens for one in growing])
-        chosen = torch.zeros(2, len(growing), dtype=torch.float64, device=mesh.device)  # holds any token's number
+        chosen = torch.zeros(2, len(growing), dtype=torch.int64, device=mesh.device)
         if logits is not None:
             picked = pick(
                 logits, sampling, [one.random for one in growing], [one.seen for one in growing if one.seen is not None]
             )
             chosen[0] = picked
             if log_probabilities:
-                chosen[1] = logits.float().log_softmax(-1).gather(-1, picked[:, None])[:, 0]
+                found = logits.float().log_softmax(-1).gather(-1, picked[:, None])[:, 0]
+                chosen[1] = found.double().view(torch.int64)  # its bits: one message for both
         if mesh.topology.world_size > 1:  # all go on with one choice: ranks that stop apart would hang
             dist.broadcast(chosen, src=chooser)
-        picks, logs = chosen.tolist()
+        chosen = chosen.cpu()
+        picks, logs = chosen[0].tolist(), chosen[1].view(torch.float64).tolist()
         took = time.perf_counter() - began
         if entering:
             speed.read, speed.reading = speed.read + sum(len(one.tokens) for one in growing), speed.reading + took
         else:
             speed.made, speed.making = speed.made + len(growing), speed.making + took
         staying = running if entering else []
-        for one, token, log in zip(growing, map(int, picks), logs, strict=True):
+        for one, token, log in zip(growing, picks, logs, strict=True):
             one.made += 1
             one.tokens = [token]
             if one.seen is not None:
