@@ -65,7 +65,7 @@ def test_a_parameter_of_every_kind_is_there(reference: ModuleType) -> None:
     page = reference.commands_page()
     assert "## tplaunch import\n" in page and "### tplaunch recipe schema\n" in page
     assert "| `RECIPE` | A recipe file, or the name of one that ships. | required |" in page
-    assert "| `--max-tokens N` | Tokens to make. | `128`; `1<=x<=1000000` |" in page
+    assert "| `--max-tokens N` | Tokens to make of each. | `128`; `1<=x<=1000000` |" in page
     assert "| `--bos / --no-bos` |" in page and "| `-f, --follow` |" in page
     assert "```bash\ntplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml\n```" in page
 

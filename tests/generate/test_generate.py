@@ -15,12 +15,19 @@ from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.memory import most_pages, page_bytes
 from tplaunch.generate.run import generation_topology
 from tplaunch.generate.sample import Sampling, pick
-from tplaunch.model.cache import KeyValueCache
+from tplaunch.model.cache import Kept, Pages
 from tplaunch.recipe.schema import Model
+from tplaunch.spec.pages import PAGE
 
 PROMPT = torch.randint(0, VOCAB, (7,), generator=torch.Generator().manual_seed(5)).tolist()
+LENGTHS = [1, 30, 3, 17, 16, 15, 8, 2, 33, 5, 21, 1, 12, 9, 26, 4, 7, 19, 11, 6]  # none fills its pages but by chance
+PROMPTS = [
+    torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length + 7)).tolist()
+    for length in LENGTHS
+]
 MOST = 24
 GREEDY = Sampling(temperature=0)
 
@@ -41,19 +48,47 @@ def _generate(
     family: str, tp: int, pp: int, checkpoint: str, experts: dict[str, int] | None = None
 ) -> tuple[list[int], list[float]]:
     """Greedy tokens on this rank; on the last pipeline rank also the logits after them, cached less whole."""
-    from tplaunch.generate.decode import Decoder, generate
+    from tplaunch.generate.decode import Decoder
     from tplaunch.generate.load import load_model
     from tplaunch.parallel.mesh import Mesh
 
     recipe = _recipe(family, tp, pp, **(experts or {}))
     model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
-    tokens = list(generate(model, PROMPT, max_tokens=MOST, sampling=GREEDY, seed=0, ends=()))
-    cached, whole = (Decoder(model, len(PROMPT) + MOST) for _ in range(2))
-    step = cached.logits(torch.tensor([PROMPT]))
+    (tokens,) = _greedy(model, [PROMPT], MOST, batch_size=1)
+    cached, whole = (Decoder(model, 9) for _ in range(2))
+    kept = Kept()
+    step = cached.logits([kept], [PROMPT])
     for token in tokens:
-        step = cached.logits(torch.tensor([[token]]))
-    once = whole.logits(torch.tensor([PROMPT + tokens]))
+        step = cached.logits([kept], [[token]])
+    once = whole.logits([Kept()], [PROMPT + tokens])
     return tokens, [] if step is None or once is None else [(step - once).abs().max().item()]
+
+
+def _greedy(model: Any, prompts: list[list[int]], count: int, *, batch_size: int) -> list[list[int]]:
+    """What follows each prompt."""
+    from tplaunch.generate.decode import generate
+
+    found: list[list[int]] = [[] for _ in prompts]
+    for made in generate(
+        model,
+        prompts,
+        max_tokens=count,
+        sampling=GREEDY,
+        seeds=[0] * len(prompts),
+        ends=(),
+        batch_size=batch_size,
+    ):
+        found[made.prompt].append(made.token)
+    return found
+
+
+def _generate_many(family: str, tp: int, pp: int, checkpoint: str, count: int, batch_size: int) -> list[list[int]]:
+    from tplaunch.generate.load import load_model
+    from tplaunch.parallel.mesh import Mesh
+
+    recipe = _recipe(family, tp, pp)
+    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
+    return _greedy(model, PROMPTS, count, batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +131,9 @@ def test_tokens_are_those_of_transformers(
     world: World, imported: dict[str, Path], family: str, tp: int, pp: int
 ) -> None:
     results = world.run(tp * pp, _generate, family, tp, pp, str(imported[family]))
-    theirs = reference(family).generate(  # type: ignore[operator]
-        torch.tensor([PROMPT]), max_new_tokens=MOST, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    theirs = _theirs(family, PROMPT, MOST)
     for tokens, difference in results:
-        assert tokens == theirs[0, len(PROMPT) :].tolist()
+        assert tokens == theirs
         assert all(value < 1e-4 for value in difference)
     assert sum(len(difference) for _, difference in results) == tp
 
@@ -127,26 +160,118 @@ def test_tokens_of_ranks_that_share_experts(
         assert tokens == alone and max(difference) < 1e-4
 
 
-def test_a_cache_says_when_it_is_misused() -> None:
-    one, three = torch.ones(1, 1, 2, 4), torch.ones(3, 1, 2, 4)
-    cache = KeyValueCache(4)
-    k, v = cache.append(three, 2 * three)
-    assert k.shape == (3, 1, 2, 4) and torch.equal(v, 2 * three)
-    with pytest.raises(ValueError, match="no room"):
-        cache.append(three, three)
-    k, _ = cache.append(5 * one, one)
-    assert k[:, 0, 0, 0].tolist() == [1, 1, 1, 5]
-    cache = KeyValueCache(9)
-    cache.append(three, three)
+FAMILIES_TOGETHER = [
+    ("llama", 1, 1, 8),
+    ("llama", 2, 1, 20),
+    ("llama", 1, 2, 3),
+    ("llama", 2, 2, 8),
+    ("gpt2", 1, 2, 8),
+    ("mistral-window", 1, 1, 8),
+    ("gemma2", 2, 1, 8),
+    ("gemma3", 1, 1, 8),
+    ("smollm3-window", 1, 1, 8),
+    ("mixtral", 2, 1, 8),
+    ("deepseek_v3", 2, 1, 8),
+    ("gpt_oss", 2, 1, 8),
+]
+
+
+def _theirs(family: str, prompt: list[int], count: int) -> list[int]:
+    """What transformers makes; told that no token of the prompt is padding, which it guesses by the number."""
+    given = torch.tensor([prompt])
+    found = reference(family).generate(  # type: ignore[operator]
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("family", "tp", "pp", "batch_size"), FAMILIES_TOGETHER)
+def test_tokens_made_together_are_those_of_each_prompt_alone(
+    world: World, imported: dict[str, Path], family: str, tp: int, pp: int, batch_size: int
+) -> None:
+    """20 prompts of unequal length, in batches that they enter and leave."""
+    arguments = (family, tp, pp, str(imported[family]), 20, batch_size)
+    expected = [_theirs(family, prompt, 20) for prompt in PROMPTS]
+    for found in world.run(tp * pp, _generate_many, *arguments):
+        assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_200_tokens_after_each_of_20_prompts(world: World, imported: dict[str, Path], tp: int, pp: int) -> None:
+    expected = [_theirs("llama", prompt, 200) for prompt in PROMPTS]
+    for found in world.run(tp * pp, _generate_many, "llama", tp, pp, str(imported["llama"]), 200, 8):
+        assert found == expected
+
+
+def test_pages_are_taken_as_texts_grow_and_given_back() -> None:
+    pages = Pages(20)
+    first, second = Kept(), Kept()
+    first.grow(17, pages)
+    second.grow(16, pages)
+    assert (first.pages, second.pages, pages.taken) == ([0, 1], [2], 3)
+    for _ in range(16):
+        second.grow(1, pages)
+    assert second.pages == [2, 3] and pages.taken == 4 and pages.capacity < 20
+    first.end(pages)
+    assert pages.taken == 2
+    second.grow(1, pages)
+    assert second.pages == [2, 3, 0]  # what was given back
     with pytest.raises(ValueError, match="one at a time"):
-        cache.append(three, three)
+        second.grow(2, pages)
+    with pytest.raises(ValueError, match="no room"):
+        first.grow(18 * PAGE, pages)
+
+
+def _memory(checkpoint: str) -> tuple[int, int, int]:
+    """Most pages of the tensors, what was said, and what is taken when all have ended."""
+    from tplaunch.generate import decode
+    from tplaunch.generate.load import load_model
+    from tplaunch.parallel.mesh import Mesh
+
+    recipe = _recipe("llama", 1, 1)
+    model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
+    made: list[Any] = []
+    real = decode.Decoder
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    decode.Decoder = Watched  # type: ignore[misc, assignment]
+    try:
+        _greedy(model, PROMPTS, 4, batch_size=3)
+    finally:
+        decode.Decoder = real  # type: ignore[misc]
+    (decoder,) = made
+    held = sum(
+        x.numel() * x.element_size()
+        for cache in decoder._caches.values()
+        for block in cache.blocks
+        for x in (block._k, block._v)
+    )
+    said = page_bytes(recipe) * most_pages([len(prompt) for prompt in PROMPTS], 4, 3)
+    return held, said, decoder.pages.taken
+
+
+def test_memory_is_what_was_said_at_most_and_given_back(world: World, imported: dict[str, Path]) -> None:
+    ((held, said, taken),) = world.run(1, _memory, str(imported["llama"]))
+    assert 0 < held <= said
+    assert taken == 0
 
 
 def picks(sampling: Sampling, count: int = 4000, seed: int = 0) -> list[float]:
     """How often each of four tokens is taken, of probabilities 0.5, 0.3, 0.15 and 0.05."""
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
     random = torch.Generator().manual_seed(seed)
-    taken = [pick(logits, sampling, random) for _ in range(count)]
+    seen = torch.tensor([False, True, False, False])
+    taken = pick(logits.expand(count, -1), sampling, [random] * count, [seen] * count).tolist()
     return [taken.count(token) / count for token in range(4)]
 
 
@@ -162,6 +287,11 @@ def picks(sampling: Sampling, count: int = 4000, seed: int = 0) -> list[float]:
         (Sampling(top_p=0.81), [0.15, 0.5, 0, 0.3]),
         (Sampling(top_p=0.0), [0, 1, 0, 0]),
         (Sampling(top_k=3, top_p=0.5), [0, 1, 0, 0]),
+        (Sampling(min_p=0.31), [0, 0.5, 0, 0.3]),
+        (Sampling(min_p=0.29), [0.15, 0.5, 0, 0.3]),
+        (Sampling(min_p=1.0), [0, 1, 0, 0]),
+        (Sampling(repetition_penalty=2.0), [0.15, 0.25, 0.05, 0.3]),  # its logit is negative: the probability's square
+        (Sampling(repetition_penalty=2.0, temperature=0), [0, 0, 0, 1]),
     ],
     ids=str,
 )
@@ -182,15 +312,47 @@ def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.Ca
     train_bpe(["to be or not to be, that is the question: "], VOCAB, path)
     arguments = ["generate", str(checkpoint), "-p", "to be", "-p", "", "--max-tokens", "8", "--temperature", "0"]
     assert run([*arguments, "--tp", "2", "--json"]) == Exit.DONE
-    first, second = json.loads(capfd.readouterr().out)
+    first, second = map(json.loads, capfd.readouterr().out.splitlines())
     assert first["prompt"] == "to be" and len(first["tokens"]) == 8
     assert first["text"] == Tokenizer(path).decode(first["tokens"])
     assert second["prompt"] == "" and second["tokens"] != first["tokens"]
     ids = Tokenizer(path).encode("to be").tolist()
-    theirs = reference("llama").generate(  # type: ignore[operator]
-        torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert first["tokens"] == theirs[0, len(ids) :].tolist()
+    assert first["tokens"] == _theirs("llama", ids, 8)
+
+
+def test_a_batch_from_a_file(tmp_path: Path, imported: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Chosen tokens are those of each prompt alone; a stop string ends a text, log-probabilities are the model's."""
+    from tplaunch.data.tokenizer import Tokenizer
+
+    checkpoint = imported["llama"]
+    path = checkpoint.parent / "tokenizer.json"
+    train_bpe(["to be or not to be, that is the question: "], VOCAB, path)
+    prompts = ["to be", "not", "that is the question: to be", "or"]
+    lines = [{"prompt": prompt, **({"seed": 7} if prompt == "not" else {})} for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["--max-tokens", "12", "--temperature", "0.9", "--min-p", "0.02", "--repetition-penalty", "1.1"]
+    how = ["generate", str(checkpoint), *how, "--pp", "2"]
+    out = tmp_path / "out.jsonl"
+    arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "3", "--logprobs", "-o", str(out)]
+    assert run([*how, *arguments]) == Exit.DONE
+    said = capfd.readouterr()
+    assert "key/value cache: pages of 16 tokens" in said.err and "a second; what follows: " in said.err
+    assert "to be" not in said.out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["prompt"] for one in found] == prompts
+    assert all(one["finish"] == "length" and len(one["tokens"]) == 12 for one in found)
+
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("not").tolist()
+    logits = reference("llama")(torch.tensor([ids + found[1]["tokens"]])).logits[0, len(ids) - 1 : -1]
+    theirs = logits.log_softmax(-1).gather(-1, torch.tensor(found[1]["tokens"])[:, None])[:, 0]
+    assert found[1]["logprobs"] == pytest.approx(theirs.tolist(), abs=1e-4)
+
+    stop = found[1]["text"][4:7]
+    assert run([*how, "-p", "not", "--seed", "7", "--stop", stop, "--json"]) == Exit.DONE
+    (alone,) = map(json.loads, capfd.readouterr().out.splitlines())
+    assert alone["finish"] == "stop" and alone["text"] == found[1]["text"][: found[1]["text"].index(stop)]
+    assert alone["tokens"] == found[1]["tokens"][: len(alone["tokens"])] and len(alone["tokens"]) < 12
 
 
 @pytest.mark.parametrize(
@@ -200,6 +362,11 @@ def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.Ca
         ("llama", ["--pp", "9"], "layers"),
         ("gpt2", ["--max-tokens", "1000"], "positions of the model"),
         ("qwen3", [], "no tokenizer"),
+        ("llama", ["--chat"], "no chat template"),
+        ("llama", ["--logprobs"], "add --json"),
+        ("llama", ["--stop", ""], "ends every text"),
+        ("llama", ["--output", "/nowhere/out.jsonl"], "there is no folder /nowhere"),
+        ("llama", ["--prompts", "/nowhere/in.txt"], "/nowhere/in.txt cannot be read"),
     ],
 )
 def test_what_cannot_be_is_said_before(

@@ -20,6 +20,7 @@ from tplaunch.checkpoint.store import find_checkpoints, read_manifest
 from tplaunch.cli.main import run
 from tplaunch.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_bpe
 from tplaunch.errors import Exit
+from tplaunch.generate.prompts import Asked
 from tplaunch.generate.run import encode
 from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.huggingface.folder import cached_import
@@ -92,7 +93,7 @@ def continued(path: Path, capfd: pytest.CaptureFixture[str], *more: str, prompts
     capfd.readouterr()
     assert run(["generate", str(path), *given, "--max-tokens", "12", "--json", *more]) == Exit.DONE
     out, err = capfd.readouterr()
-    return [result["tokens"] for result in json.loads(out)], err
+    return [json.loads(line)["tokens"] for line in out.splitlines()], err
 
 
 def expected(folder: Path, prompt: str) -> list[int]:
@@ -207,10 +208,10 @@ def test_how_tokens_are_chosen_is_the_folders_where_it_is_not_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "theirs"
-    theirs(folder, plain, do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.1)
+    theirs(folder, plain, do_sample=True, top_k=1, temperature=0.7, no_repeat_ngram_size=9)
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
     found, said = continued(tmp_path / "ours", capfd, "--seed", "7", prompts=PROMPTS[:1])
-    assert "repetition_penalty is not followed" in said
+    assert "no_repeat_ngram_size is not followed" in said
     (folder / "generation_config.json").unlink()  # top_k: 1 alone takes the likeliest
     assert found == [expected(folder, PROMPTS[0])]
 
@@ -219,7 +220,8 @@ def test_settings_are_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     assert read_settings(path) == Settings()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 5, "repetition_penalty": 1.0}')
-    assert read_settings(path) == Settings(ends=(7,))  # greedy there: top_k would not be followed
+    # Greedy there: top_k would not be followed, and the penalty is.
+    assert read_settings(path) == Settings(ends=(7,), repetition_penalty=1.0)
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 5, "temperature": 0.5, "top_p": 1}')
     assert read_settings(path) == Settings(temperature=0.5, top_k=5, top_p=1)
     assert read_settings(tmp_path / "other.tokenizer.json") == Settings()  # no folder's own
@@ -286,9 +288,10 @@ def test_more_tokens_than_it_was_trained_for_is_a_warning(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 15}))
     assert run(["import", str(folder), str(tmp_path / "ours")]) == Exit.DONE
     origin = origin_of(tmp_path / "ours")
-    count = len(encode(origin, ["To be or not to be"], 1).ids[0])
-    assert encode(origin, ["", "To be or not to be"], 15 - count).warnings == []
-    (warning,) = encode(origin, ["", "To be or not to be"], 16 - count).warnings
+    count = len(encode(origin, [Asked("-p", "To be or not to be")], 1).ids[0])
+    both = [Asked("-p", ""), Asked("-p", "To be or not to be")]
+    assert encode(origin, both, 15 - count).warnings == []
+    (warning,) = encode(origin, both, 16 - count).warnings
     assert warning == "16 tokens, prompt and all, are more than the 15 that the model was trained for"
 
 

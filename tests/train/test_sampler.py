@@ -118,7 +118,7 @@ def test_texts_are_those_of_generate(folder: Path, alone: Path, capfd: pytest.Ca
     prompts = [text for prompt in PROMPTS for text in ("-p", prompt)]
     arguments = ["generate", str(alone), *prompts, "--max-tokens", str(MOST), "--temperature", "0", "--json"]
     assert run(arguments) == Exit.DONE
-    theirs = json.loads(capfd.readouterr().out)
+    theirs = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [one["text"] for one in theirs] == [one["text"] for one in found if one["step"] == STEPS]
     said = events(alone, "samples")
     assert [(one["step"], one["count"], one["prompt"]) for one in said] == [(s, 2, PROMPTS[0]) for s in (4, 8, STEPS)]

@@ -150,12 +150,12 @@ class Tokenizer:
         """Ids of one text."""
         return self.encode_batch([text])[0]
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, whole: bool = False) -> list[int]:
         """Ids of a text that a model is given, as transformers makes them: with what the post-processor adds before
-        and after it, and names of special tokens read as these (a chat's turns)."""
+        and after it, unless it is `whole` already, and names of special tokens read as these (a chat's turns)."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text).ids
+            return self._tokenizer.encode(text, add_special_tokens=not whole).ids
         finally:
             self._tokenizer.encode_special_tokens = True
 

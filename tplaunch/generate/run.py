@@ -11,12 +11,16 @@ from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.checkpoint.origin import Origin
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.generate.prompts import ends_of, prompt_ids
+from tplaunch.generate.chat import read_template, render
+from tplaunch.generate.memory import most_pages, page_bytes
+from tplaunch.generate.prompts import Asked, ends_of, prompt_ids, texts_of
 from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.launch.helper import run_module
 from tplaunch.machine import count_gpus
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Model, Recipe
+from tplaunch.spec.pages import PAGE
+from tplaunch.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,15 @@ class Prompts:
     warnings: list[str]
 
 
-def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
+def encode(origin: Origin, asked: Sequence[Asked], max_tokens: int, *, chat: bool = False) -> Prompts:
     """Prompts as token ids.
 
+    Args:
+        chat: they are rendered by the chat template; a text is what the user says.
+
     Raises:
-        TplaunchError: there is no tokenizer, it has more tokens than the model, or a prompt leaves the model no room.
+        TplaunchError: there is no tokenizer, it has more tokens than the model, a prompt leaves the model no room, or
+            has messages that no template renders.
     """
     if origin.tokenizer is None:
         fix = "put its tokenizer.json beside the checkpoint directory"
@@ -49,10 +57,17 @@ def encode(origin: Origin, prompts: Sequence[str], max_tokens: int) -> Prompts:
     if tokenizer.vocab_size > origin.model.vocab_size:
         what = f"{origin.tokenizer} has {tokenizer.vocab_size} tokens, the model {origin.model.vocab_size}"
         raise TplaunchError(Problem(what, fix="give the tokenizer that it was trained with"))
-    found = prompt_ids(tokenizer, prompts)
+    if chat:
+        template = read_template(origin.tokenizer)
+        chats = [one.messages or [{"role": "user", "content": one.text}] for one in asked]
+        texts = render(template, origin.tokenizer, chats)
+        found = [tokenizer.encode_prompt(text, whole=True) or [tokenizer.eod] for text in texts]
+    else:
+        found = prompt_ids(tokenizer, list(texts_of(asked)))
     limit, longest = origin.model.max_position, max(map(len, found)) + max_tokens
     if limit is not None and longest > limit:
-        what = f"{longest} tokens, prompt and all, are more than the {limit} positions of the model"
+        where = next(one.where for one, ids in zip(asked, found, strict=True) if len(ids) + max_tokens == longest)
+        what = f"{where}: {longest} tokens, prompt and all, are more than the {limit} positions of the model"
         raise TplaunchError(Problem(what, fix="fewer --max-tokens, or a shorter prompt", key="--max-tokens"))
     settings = read_settings(origin.tokenizer)
     warnings = []
@@ -94,17 +109,28 @@ def generation_topology(model: Model, tp: int, pp: int) -> dict[str, int]:
     return {"tp": tp, "pp": pp, "dp": 1, "ep": ep, "expert_tp": 1 if model.moe is None else tp // ep}
 
 
-def run_generate(checked: Checked, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Generate; the text is printed as it comes.
+def say_memory(recipe: Recipe, prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int) -> str:
+    """What keys and values take at most, on the rank that has most of them."""
+    page, together = page_bytes(recipe), min(batch_size, len(prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    most = most_pages(lengths, max_tokens, together) * page
+    return (
+        f"key/value cache: pages of {PAGE} tokens, {format_bytes(page)} each, taken as texts grow; at most "
+        f"{format_bytes(most)} a rank, for {together} of {max(lengths) + max_tokens:,} tokens together"
+    )
+
+
+def run_generate(checked: Checked, request: dict[str, Any]) -> dict[str, Any]:
+    """Generate; what follows the prompts is printed, or written, as it comes.
 
     Args:
         request: the fields of `tplaunch.generate.worker.Request`.
 
     Returns:
-        Of each prompt {"tokens", "text", "seconds"}.
+        The fields of `tplaunch.generate.decode.Speed`.
 
     Raises:
         TplaunchError: a rank failed; what it said is on stderr.
     """
-    found: list[dict[str, Any]] = run_module("tplaunch.generate.worker", checked, request, task="the generation")
+    found: dict[str, Any] = run_module("tplaunch.generate.worker", checked, request, task="the generation")
     return found

@@ -11,9 +11,7 @@ from tplaunch.errors import Problem, TplaunchError
 
 # What else changes which token comes next, and its value that changes nothing.
 _OTHER: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1),
     "no_repeat_ngram_size": (None, 0),
-    "min_p": (None, 0),
     "typical_p": (None, 1),
     "num_beams": (None, 1),
     "min_new_tokens": (None, 0),
@@ -21,6 +19,8 @@ _OTHER: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": (None, []),
     "bad_words_ids": (None, []),
 }
+# What says how tokens are chosen where they are not simply the likeliest, and the most it can be.
+_SAMPLED: tuple[tuple[str, int | None], ...] = (("temperature", None), ("top_k", None), ("top_p", 1), ("min_p", 1))
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Settings:
 
     Args:
         ends: tokens after which there are no more.
-        temperature, top_k, top_p: see `Sampling`.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         other: keys that change what transformers generates, and nothing here.
     """
 
@@ -37,6 +37,8 @@ class Settings:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     other: tuple[str, ...] = ()
 
 
@@ -52,13 +54,16 @@ def read_settings(tokenizer: Path) -> Settings:
     if not all(type(end) is int for end in ends):
         raise TplaunchError(_wrong(tokenizer, "eos_token_id", "a number, or a list of numbers"))
     chosen = {}
-    for name, most in (("temperature", None), ("top_k", None), ("top_p", 1)) if found.get("do_sample") is True else ():
+    samples = found.get("do_sample") is True
+    for name, most in (*(_SAMPLED if samples else ()), ("repetition_penalty", None)):
         value = found.get(name)
         if value is None:
             continue
         kinds = (int,) if name == "top_k" else (int, float)
-        if type(value) not in kinds or not 0 <= value <= (most or value):
-            raise TplaunchError(_wrong(tokenizer, name, "a number from 0" + (f" to {most}" if most else "")))
+        positive = name == "repetition_penalty"  # it divides
+        if type(value) not in kinds or not 0 <= value <= (most or value) or (positive and value == 0):
+            begins = "above 0" if positive else "from 0"
+            raise TplaunchError(_wrong(tokenizer, name, f"a number {begins}" + (f" to {most}" if most else "")))
         chosen[name] = value
     other = tuple(name for name, values in _OTHER.items() if found.get(name) not in values)
     return Settings(ends=tuple(ends) or None, other=other, **chosen)

@@ -45,3 +45,42 @@ class TextStream:
 
 
 _CONTEXT = 8  # tokens before a new one that it is decoded with
+
+
+class StopText:
+    """A text up to the first of some strings; what may become one of them is held back.
+
+    Args:
+        stops: the strings, none empty.
+
+    Attributes:
+        stopped: whether one came.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.stopped = False
+        self._held = ""
+
+    def add(self, piece: str) -> str:
+        """What is certain to be before a stop."""
+        if self.stopped or not self.stops:
+            return "" if self.stopped else piece
+        text = self._held + piece
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max(_overlap(text, stop) for stop in self.stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """What is left when no more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text that begin a string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

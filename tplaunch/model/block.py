@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from tplaunch.model.attend import Attending, attend
-from tplaunch.model.cache import KeyValueCache
+from tplaunch.model.cache import BlockCache
 from tplaunch.model.latent import LatentAttention
 from tplaunch.model.mlp import MLP
 from tplaunch.model.moe import MoE
@@ -160,9 +160,7 @@ class TransformerBlock(nn.Module):
         self.moe = MoE(model, mesh) if experts else None
         self.mlp_post_norm = make_norm(model, tp=mesh.tp) if model.post_norms else None
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: BlockCache | None = None) -> Tensor:
         """[s or s/tp, b, h] -> the same.
 
         Args:
@@ -193,7 +191,7 @@ class TransformerBlock(nn.Module):
                 setattr(owner, name, torch.compile(getattr(owner, name)))
 
     def _forward(
-        self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None = None
+        self, run: Run, x: Tensor, rope: Tensor | None, starts: Tensor | None, cache: BlockCache | None = None
     ) -> Tensor:
         """The steps of `tplaunch.spec.recompute.block_steps`."""
         entering = x
@@ -224,7 +222,7 @@ class TransformerBlock(nn.Module):
         return lambda x, made: added(x, norm(made), self.multiplier)
 
     def _attend(
-        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: KeyValueCache | None
+        self, run: Run, normed: Tensor, rope: Tensor | None, starts: Tensor | None, cache: BlockCache | None
     ) -> tuple[Tensor, Gathered | None]:
         """[s or s/tp, b, h] -> what `Attention.leave` projects, [s, b, features], and what must be told when to be
         gathered again."""
@@ -233,13 +231,11 @@ class TransformerBlock(nn.Module):
             return self._attend_to_gathered(run, normed, rope, starts, cp)
         projected = attention.project(run, normed)
         q, k, v = run("rotary", partial(attention.turn, rope=rope), *projected)
-        first = 0
+        if cache is not None:
+            return cache.attend(q, k, v, attention.how, next(iter(self._sinks()), None)), None
         if cp is not None:
             q, k, v = run(HEADS, partial(to_heads, cp=cp), q, k, v)
-        if cache is not None:
-            k, v = cache.append(k, v)
-            first = len(k) - len(q)
-        core = partial(_attend_whole, how=attention.how, starts=starts, first_query=first)
+        core = partial(_attend_whole, how=attention.how, starts=starts)
         attended = run("core_attention", core, q, k, v, *self._sinks())
         return attended if cp is None else run(TOKENS, partial(to_tokens, cp=cp), attended), None
 
@@ -297,10 +293,9 @@ def _attend_whole(
     *,
     how: Attending,
     starts: Tensor | None,
-    first_query: int,
 ) -> Tensor:
     """`attend` as a part that is run: every tensor with a gradient is one that it reads."""
-    return attend(q, k, v, how, starts=starts, sinks=sinks, first_query=first_query)
+    return attend(q, k, v, how, starts=starts, sinks=sinks)
 
 
 def _attend_pieces(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
-from tplaunch.model.cache import KeyValueCache
+from tplaunch.model.cache import StageCache
 from tplaunch.model.norm import make_norm
 from tplaunch.model.rope import rope_table, still_table
 from tplaunch.model.watch import on_backward
@@ -244,27 +244,29 @@ class TransformerStage(nn.Module):
             return x
         return self.output.score(self.norm(x), labels)
 
-    def extend(self, x: Tensor, caches: Sequence[KeyValueCache], first: int) -> Tensor:
-        """Run the stage on further tokens of one sequence, without gradients, and with whole sequences on each rank
-        (`whole_sequences`).
+    def cache(self) -> StageCache:
+        """What `extend` keeps of tokens, with none as yet."""
+        return StageCache(len(self.layers), self._ropes)
+
+    def extend(self, x: Tensor, cache: StageCache) -> Tensor:
+        """Run the stage on further tokens of some sequences, one after the other, without gradients, and with whole
+        sequences on each rank (`whole_sequences`).
 
         Args:
-            x: int64 tokens [1, s] on the first stage, else the previous stage's output [s, 1, h]; s is 1 but for the
-                first call.
-            caches: of the tokens before these, one a block.
-            first: how many those are.
+            x: int64 tokens [1, tokens] on the first stage, else the previous stage's output [tokens, 1, h].
+            cache: of the tokens before these, told which these are (`begin`).
 
         Returns:
-            [s, 1, h]; on the last stage the logits of what follows the last token, [1, 1, vocab].
+            [tokens, 1, h]; on the last stage the logits of what follows each sequence's last token, [1, sequences,
+            vocab].
         """
-        count = x.shape[0 if self.embedding is None else 1]
-        places = torch.arange(first, first + count, device=x.device)
+        now = cache.now
         if self.embedding is not None:
-            x = self.embed(x, places[None])
-        ropes = self._ropes(places)
-        for (number, block), cache in zip(self.layers.items(), caches, strict=True):
-            x = block(self._entering(x, number), ropes[self._which_rope(number)], None, cache)
-        return self._head(x[-1:] if self.output is not None else x, None)
+            x = self.embed(x, now.places[None])
+        ropes = cache.ropes()
+        for (number, block), kept in zip(self.layers.items(), cache.blocks, strict=True):
+            x = block(self._entering(x, number), ropes[self._which_rope(number)], None, kept)
+        return self._head(x if self.output is None or now.one_each else x[now.last], None)
 
     def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """On the last stage what the blocks give -> loss or logits."""

@@ -17,6 +17,7 @@ from tplaunch.run.directory import RunDir
 from tplaunch.train.step import TrainStep
 
 _GREEDY = Sampling(temperature=0)  # the likeliest tokens: what differs between two steps is the model
+_TOGETHER = 8  # prompts that are continued together
 
 
 class TextSampler:
@@ -61,9 +62,16 @@ class TextSampler:
                 held.enter_context(whole_sequences(stage))
             if self.step.recipe.training.compile:  # else each length would be compiled anew
                 held.enter_context(torch.compiler.set_stance("force_eager"))
-            made = [
-                list(generate(model, ids, max_tokens=self.asked.max_tokens, sampling=_GREEDY, seed=0, ends=self._ends))
-                for ids in self._prompts
-            ]
+            made: list[list[int]] = [[] for _ in self._prompts]
+            for one in generate(
+                model,
+                self._prompts,
+                max_tokens=self.asked.max_tokens,
+                sampling=_GREEDY,
+                seeds=[0] * len(made),
+                ends=self._ends,
+                batch_size=_TOGETHER,
+            ):
+                made[one.prompt].append(one.token)
         pipeline.reshard()
         return [] if self._tokenizer is None else [self._tokenizer.decode(tokens) for tokens in made]
