@@ -69,7 +69,7 @@ def measure(raw: dict[str, Any]) -> list[dict[str, float]]:
         norms.watch(blocks=True)
         before = [weight.detach().clone() for _, _, weight in step.optimizer.shards]
         result = step.run(batch(Made))
-        measured = norms.take()
+        measured = norms.take(updated=result.finite)
         measured["loss"], measured["grad_norm"] = result.loss, result.grad_norm
         if dist.get_world_size() == 1:  # the tensors are all here
             after = [weight.detach() for _, _, weight in step.optimizer.shards]
@@ -78,7 +78,7 @@ def measure(raw: dict[str, Any]) -> list[dict[str, float]]:
             measured["true param_norm"] = squares[0] ** 0.5
             measured["true update_ratio"] = (squares[1] / squares[0]) ** 0.5
         found.append(measured)
-    assert norms.take() == {}, "no step was watched"
+    assert norms.take(updated=True) == {}, "no step was watched"
     step.optimizer.settle()
     return found
 

@@ -72,8 +72,11 @@ class Norms:
                 squares[number] = square_sum(mine).to(self.device)
             self._gradients = squares / scale**2
 
-    def take(self) -> dict[str, float]:
+    def take(self, *, updated: bool) -> dict[str, float]:
         """The norms of the step that was watched, on every rank; the gradients' are before clipping.
+
+        Args:
+            updated: whether the step's update was made: of one that the device has skipped the optimizer knows nothing.
 
         Returns:
             `param_norm`, after the update; `update_ratio`, the update's norm over it, unless the update was skipped;
@@ -82,6 +85,8 @@ class Norms:
         if not self._watched:
             return {}
         self._watched = False
+        if not updated:
+            self._update = None
         weights = [weight for _, shard, weight in self.optimizer.shards if id(shard) in self._owned]
         parts = [square_sum(weight.detach() for weight in weights).to(self.device).view(1)]
         if self._update is not None:

@@ -167,7 +167,7 @@ class TrainingLog:
             more: further metrics: what a checkpoint cost, a validation loss.
         """
         loss, grad_norm = self._take_means(result)
-        norms = self.norms.take() | self.step.balance.measure()
+        norms = self.norms.take(updated=result.finite) | self.step.balance.measure()
         measured = self._of_all_ranks(window)
         if not self.main:
             return
