@@ -358,7 +358,7 @@ def test_parts_of_a_set_that_save_nothing_are_left_out() -> None:
     assert effective(llama, CHEAP) == {"norm", "activation"}
     assert effective(qwen3, CHEAP) == CHEAP
     assert effective(llama, frozenset({"qkv"})) == effective(llama, frozenset({"rotary"})) == frozenset()
-    assert effective(llama, ALL) == ALL - {"down"}
+    assert effective(llama, ALL) == ALL - {"down", "dispatch"}
     assert effective(gpt2, frozenset({"qkv", "rotary"})) == {"qkv"}
     side_by_side = Model.model_validate({**case()["model"], **MODELS["gpt_neox"]})
-    assert effective(side_by_side, ALL) == ALL - {"attention_output", "down"}
+    assert effective(side_by_side, ALL) == ALL - {"attention_output", "down", "dispatch"}
