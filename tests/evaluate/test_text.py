@@ -201,17 +201,17 @@ def test_passes_hold_rows_of_about_one_length() -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return work_in(tmp_path, monkeypatch, "")
 
 
-def test_the_command_on_a_folder(workplace: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_a_folder(place: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Through torchrun, on two ranks, of raw text: bits by the bytes of that text."""
-    (workplace / "one.txt").write_text(text := "\n".join(LINES))
+    (place / "one.txt").write_text(text := "\n".join(LINES))
     arguments = ["eval", str(folder), "--data", "one.txt", "--seq-len", str(WINDOW), "--tp", "2", "--json"]
     assert run(arguments) == Exit.DONE
     (found,) = json.loads(capfd.readouterr().out)
-    build([workplace / "one.txt"], workplace / "one", folder / "tokenizer.json", progress=False)
+    build([place / "one.txt"], place / "one", folder / "tokenizer.json", progress=False)
     tokens = IndexedTokens.open("one").tokens.tolist()
     theirs = losses_of_transformers(tokens)
     assert found["loss"] == pytest.approx(np.mean(theirs), rel=1e-6)
@@ -222,9 +222,9 @@ def test_the_command_on_a_folder(workplace: Path, folder: Path, capfd: pytest.Ca
 
 
 def test_a_run_keeps_what_it_was_found_to_know(
-    workplace: Path, checkpoint: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+    place: Path, checkpoint: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = make_run(workplace / "runs/made", records=3)
+    made = make_run(place / "runs/made", records=3)
     (made.root / "tokenizer.json").write_bytes((checkpoint.parent / "tokenizer.json").read_bytes())
     checkpoint.rename(made.checkpoints / checkpoint.name)
     try:
@@ -284,7 +284,7 @@ def _damage(place: Path, case: str, checkpoint: Path, corpus: Path) -> list[str]
     ],
 )
 def test_what_cannot_be_is_said_before(
-    workplace: Path,
+    place: Path,
     checkpoint: Path,
     corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -297,31 +297,31 @@ def test_what_cannot_be_is_said_before(
         raise AssertionError("no process may start")
 
     monkeypatch.setattr("tplaunch.evaluate.run.run_module", never)
-    assert run([*_damage(workplace, case, checkpoint, corpus), *more]) == Exit.USAGE
+    assert run([*_damage(place, case, checkpoint, corpus), *more]) == Exit.USAGE
     assert said in capsys.readouterr().err
 
 
-def test_positions_that_a_model_has_not(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_folder(workplace / "gpt2", "gpt2")
+def test_positions_that_a_model_has_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(place / "gpt2", "gpt2")
     limit = MODELS["gpt2"]["max_position"]
     assert run(["eval", str(folder), "--data", "text.txt", "--seq-len", str(limit + 1)]) == Exit.USAGE
     assert "max_position" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_null(
-    workplace: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tplaunch.evaluate.run.run_module", lambda *_, **__: [[math.nan, False]])
-    (workplace / "text.txt").write_text("to be or not")
+    (place / "text.txt").write_text("to be or not")
     assert run(["eval", str(checkpoint), "--data", "text.txt", "--json"]) == Exit.DONE
     (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["loss"] is None and found["perplexity"] is None and found["tokens"] > 0
 
 
 def test_a_short_text_is_a_warning(
-    workplace: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tplaunch.evaluate.run.run_module", lambda *_, **__: [[3.0, False]])
-    (workplace / "text.txt").write_text("to be or not")
+    (place / "text.txt").write_text("to be or not")
     assert run(["eval", str(checkpoint), "--data", "text.txt", "--seq-len", "64"]) == Exit.DONE
     assert "less than one window of 64 + 1" in capsys.readouterr().err
