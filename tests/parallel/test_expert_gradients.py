@@ -194,7 +194,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(name, zero, marks=[] if zero in (1, 3) else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("name", "zero"), cases())
+@pytest.mark.parametrize(("name", "zero"), list(cases()))
 def test_every_number_is_summed_over_its_own_ranks_and_counted_once(world: World, name: str, zero: int) -> None:
     from tplaunch.spec.parameters import block_parameters
 
