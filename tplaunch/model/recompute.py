@@ -110,7 +110,7 @@ class Recomputation:
     def _pack(self, x: Tensor) -> Tensor | _View:
         view = self._find(x)
         if view is None:
-            return x
+            return x.detach()  # x itself holds its node, which holds what is saved: nobody would ever free them
         view.made.users += 1
         return view
 
