@@ -19,7 +19,7 @@ from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.evaluate.pairs import Pair, Words, as_rows
 from tplaunch.evaluate.run import check, run_rows, tokenizer_of
-from tplaunch.huggingface.folder import checkpoint_of
+from tplaunch.huggingface.given import checkpoint_of
 
 
 @register_model("tplaunch")

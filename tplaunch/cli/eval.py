@@ -61,7 +61,7 @@ def eval_(
     from tplaunch.evaluate.pairs import Words
     from tplaunch.evaluate.run import check, tokenizer_of
     from tplaunch.evaluate.text import ready_text, score_text
-    from tplaunch.huggingface.folder import checkpoint_of
+    from tplaunch.huggingface.given import checkpoint_of
     from tplaunch.report.evaluations import evaluation_table
 
     texts, questions = data or [], choices or []

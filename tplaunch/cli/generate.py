@@ -67,7 +67,7 @@ def generate(
     from tplaunch.errors import Problem, TplaunchError
     from tplaunch.generate.prompts import Asked, read_prompts
     from tplaunch.generate.run import check, encode, run_generate, say_memory
-    from tplaunch.huggingface.config import is_model_folder
+    from tplaunch.huggingface.given import checkpoint_of
 
     as_json = as_json or output is not None
     asked = [Asked("--prompt", text) for text in prompts or []]
@@ -81,9 +81,7 @@ def generate(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
         raise TplaunchError(Problem(f"{output} cannot be written", why=why, fix="name a file", key="--output"))
-    if is_model_folder(checkpoint):
-        checkpoint = _imported(checkpoint)
-    origin = origin_of(checkpoint)
+    origin = origin_of(checkpoint_of(checkpoint))
     given = encode(origin, asked, max_tokens, chat=chat)
     checked = check(origin, tp, pp)
     for warning in given.warnings:
@@ -126,11 +124,3 @@ def _rate(tokens: int, seconds: float) -> str:
 def _first(*values: float | None) -> float | None:
     """The first that is given."""
     return next((value for value in values if value is not None), None)
-
-
-def _imported(folder: Path) -> Path:
-    """A Hugging Face folder as a checkpoint in the cache, made on first use."""
-    from tplaunch.data.cache import default_cache
-    from tplaunch.huggingface.folder import cached_import
-
-    return cached_import(folder, default_cache())

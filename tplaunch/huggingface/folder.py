@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from tplaunch.checkpoint.store import checkpoint_name
 from tplaunch.data.beside import GENERATION, TOKENIZER, copy_text, read_mapping
-from tplaunch.data.cache import default_cache, subdirectory
+from tplaunch.data.cache import subdirectory
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
-from tplaunch.huggingface.config import CONFIG, Read, is_model_folder, read_config
+from tplaunch.huggingface.config import CONFIG, Read, read_config
 from tplaunch.huggingface.import_ import head_is_its_own, holds, import_model
 from tplaunch.huggingface.recipe import model_recipe
 
@@ -84,15 +84,6 @@ def cached_import(folder: Path, cache: Path) -> Path:
             for text in import_folder(folder, out).warnings:
                 show.say(text)
     return out
-
-
-def checkpoint_of(path: Path) -> Path:
-    """A path that means a checkpoint: of a Hugging Face folder its import in the cache, else the same.
-
-    Raises:
-        TplaunchError: see `cached_import`.
-    """
-    return cached_import(path, default_cache()) if is_model_folder(path) else path
 
 
 UNTIED = (

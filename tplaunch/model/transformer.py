@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -213,16 +213,18 @@ class TransformerStage(nn.Module):
             if cp is not None:
                 positions = cp.cut(positions)
                 starts = cp.cut(starts) if cp.kind == "allgather" else starts
-            places = positions.t()
-            ropes = [None if rope is None else rope[:, places, 0] for rope in ropes]
+            ropes = _at(ropes, positions)
         elif cp is not None and self.position is not None:
             positions = cp.cut(torch.arange(cp.size * x.shape[1], device=x.device)[None])
         if self.embedding is not None:
             x = self.embed(x, positions)
-        ropes.append(self.still_rope)
+        return self._head(self._through_blocks(x, [*ropes, self.still_rope], starts), labels, loss_scale)
+
+    def _through_blocks(self, x: Tensor, ropes: Sequence[Tensor | None], starts: Tensor | None) -> Tensor:
+        """Hidden states through all blocks, without a cache; `ropes` as `_ropes` gives them."""
         for number, block in self.layers.items():
             x = block(self._entering(x, number), ropes[self._which_rope(number)], starts)
-        return self._head(x, labels, loss_scale)
+        return x
 
     def score(self, x: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run the stage on rows of any length, without context parallelism; see `forward`.
@@ -233,16 +235,11 @@ class TransformerStage(nn.Module):
         *turned, still = self._ropes(torch.arange(labels.shape[1], device=x.device))
         starts = None
         if positions is not None:
-            starts, places = document_starts(positions), positions.t()
-            turned = [None if rope is None else rope[:, places, 0] for rope in turned]
-        ropes = [*turned, still]
+            starts, turned = document_starts(positions), _at(turned, positions)
         if self.embedding is not None:
             x = self.embed(x, positions)
-        for number, block in self.layers.items():
-            x = block(self._entering(x, number), ropes[self._which_rope(number)], starts)
-        if self.norm is None or self.output is None:
-            return x
-        return self.output.score(self.norm(x), labels)
+        x = self._through_blocks(x, [*turned, still], starts)
+        return x if self.output is None else self.output.score(self._normed(x), labels)
 
     def cache(self) -> StageCache:
         """What `extend` keeps of tokens, with none as yet."""
@@ -270,11 +267,19 @@ class TransformerStage(nn.Module):
 
     def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """On the last stage what the blocks give -> loss or logits."""
-        if self.norm is None or self.output is None:
-            return x
+        return x if self.output is None else self.output(self._normed(x), labels, loss_scale)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """On the last stage what the blocks give -> what the output layer, which comes next, reads."""
+        assert self.norm is not None
         self.block_begins("norm")
         self.block_begins("output")
-        return self.output(self.norm(x), labels, loss_scale)
+        return self.norm(x)
+
+
+def _at(ropes: Sequence[Tensor | None], positions: Tensor) -> list[Tensor | None]:
+    """The rows of rotary tables at the place of each token in its document, positions int64 [b, s]."""
+    return [None if rope is None else rope[:, positions.t(), 0] for rope in ropes]
 
 
 def _ignore(block: str) -> None:
