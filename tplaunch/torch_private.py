@@ -27,6 +27,12 @@ collective_ops = torch.ops._c10d_functional
 symmetric_memory_ops = torch.ops.symm_mem
 
 
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by oneDNN, which torch's own matmuls in fp32 do not use: [rows, k] and [n, k] -> [rows, n]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return product
+
+
 class UnsupportedTorch(RuntimeError):
     """The installed torch lacks a private name that tplaunch uses.
 

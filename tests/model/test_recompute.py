@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import products
 from tests.recipes import BATCH, SEQ, VOCAB, case, ranks, resolved
 from tests.world import World
 from tplaunch.recipe.schema import Model
@@ -278,9 +279,7 @@ class Operations(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ("aten::mm", "aten::mm.out", "aten::addmm.out"):
-            left, right = args[-2:]
-            self.seen["matmul"] += 2 * left.numel() * right.shape[-1]
+        self.seen["matmul"] += products.flops(func, args)
         self.seen[func.name()] += 1
         return func(*args, **(kwargs or {}))
 

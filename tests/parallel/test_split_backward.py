@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import products
 from tests.recipes import SEQ, case, resolved
 from tests.world import World
 from tplaunch.parallel.split_backward import wanted
@@ -24,9 +25,7 @@ class Flops(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ("aten::mm", "aten::mm.out", "aten::bmm", "aten::addmm.out"):
-            left, right = args[-2:]
-            self.count += 2 * left.numel() * right.shape[-1]
+        self.count += products.flops(func, args)
         return func(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from tplaunch.kernels.matmul import matmul
 from tplaunch.spec.gpu import Gpu, detect_gpu
 
 _SECONDS = 0.2  # that one measurement runs for
@@ -75,7 +76,7 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a matmul of a size that training has."""
     size = 4096 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2.0 * size**3 / _seconds(partial(torch.matmul, a, b), device)
+    return 2.0 * size**3 / _seconds(partial(matmul, a, b), device)
 
 
 def _attention_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -128,7 +128,7 @@ def kernel_kind(name: str) -> str | None:
     """What an operation of torch's profiler is for; None: no kernel of this rank's device."""
     if name.startswith("nccl:"):
         return "communication"
-    if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+    if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"):
         return "matmul"
     if "attention" in name and name.startswith("aten::"):
         return "attention"

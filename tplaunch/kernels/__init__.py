@@ -1,1 +1,1 @@
-"""GPU kernels for element-wise work, in Triton."""
+"""Kernels that torch would not choose by itself: element-wise work of a GPU in Triton, matmuls of a CPU."""

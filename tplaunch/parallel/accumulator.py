@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tplaunch.kernels.matmul import add_over_tokens, matmul
 from tplaunch.torch_private import storage_id
 
 _NARROW = (torch.bfloat16, torch.float16)  # whose products a GPU adds up in fp32, and can give unrounded
@@ -46,10 +47,8 @@ class Accumulator:
             elif total.dtype != left.dtype:
                 product = left @ right
                 total.add_(product) if self.begun else total.copy_(product)
-            elif self.begun:
-                torch.addmm(total, left, right, out=total)
             else:
-                torch.mm(left, right, out=total)
+                add_over_tokens(total, left, right, begun=self.begun)
         self.begun = True
 
     def add(self, gradient: Tensor) -> None:
@@ -82,10 +81,8 @@ def add_products(accumulators: Sequence[Accumulator], lefts: Sequence[Tensor], r
         elif total.dtype != left.dtype:
             product = left @ right
             total.add_(product) if accumulators[0].begun else total.copy_(product)
-        elif accumulators[0].begun:
-            torch.addmm(total, left, right, out=total)
         else:
-            torch.mm(left, right, out=total)
+            add_over_tokens(total, left, right, begun=accumulators[0].begun)
     for accumulator in accumulators:
         accumulator.begun = True
 
@@ -94,7 +91,7 @@ def widened_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, [rows, k] and [k, columns], in fp32 (fp64 for fp64), which a GPU does not round on the way."""
     if left.is_cuda and left.dtype in _NARROW:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
+    return matmul(left, right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def merge(tensors: list[Tensor]) -> list[Tensor]:

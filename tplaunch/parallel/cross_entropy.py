@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tplaunch.kernels import fused
+from tplaunch.kernels.matmul import matmul_into
 from tplaunch.parallel.accumulator import Accumulator, widened_matmul
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
 from tplaunch.parallel.layers import accumulator
@@ -41,7 +42,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
             losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
             if grad_hidden is not None and total is not None:
                 grad = logits.gradient(log_z[part], scale, weight.dtype)
-                torch.matmul(grad, weight, out=grad_hidden[part])
+                matmul_into(grad_hidden[part], grad, weight)
                 total.add_product(grad.t(), hidden[part])
         ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else [hidden, weight, labels, log_z]))
@@ -63,7 +64,7 @@ class _OutputCrossEntropy(torch.autograd.Function):
             logits = columns.logits(hidden[part], weight, labels[part])
             grad_logits = logits.gradient(log_z[part], grad * ctx.scale, weight.dtype)
             if grad_hidden is not None:
-                torch.matmul(grad_logits, weight, out=grad_hidden[part])
+                matmul_into(grad_hidden[part], grad_logits, weight)
             if total is not None:
                 total.add_product(grad_logits.t(), hidden[part])
         grad_weight = None if total is None else total.total.to(weight.dtype)

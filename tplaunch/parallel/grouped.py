@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tplaunch.kernels.matmul import matmul_into
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.experts import Groups
 from tplaunch.parallel.layers import accumulator
@@ -67,10 +68,7 @@ def _multiply(x: Tensor, matrices: Tensor, groups: Groups, into: Tensor | None =
         return product if into is None else into.add_(product)
     out = x.new_empty(len(x), matrices.shape[2]) if into is None else into
     for rows, matrix, total in zip(x.split(groups.sizes), matrices, out.split(groups.sizes), strict=True):
-        if len(rows) and into is None:
-            torch.mm(rows, matrix, out=total)
-        elif len(rows):
-            torch.addmm(total, rows, matrix, out=total)
+        matmul_into(total, rows, matrix, add=into is not None)
     return out
 
 

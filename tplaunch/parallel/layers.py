@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from tplaunch.kernels.matmul import matmul
 from tplaunch.parallel.accumulator import Accumulator, add_products, merge
 from tplaunch.parallel.collectives import (
     gather_matmul,
@@ -114,7 +115,7 @@ class _ColumnParallel(torch.autograd.Function):
 
 def _columns(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """x W_i^T side by side; x is whole."""
-    outputs = [F.linear(x, weight) for weight in merge(list(weights))]
+    outputs = [matmul(x, weight.t()) for weight in merge(list(weights))]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
@@ -122,9 +123,9 @@ def _input_gradient(grad: Tensor, weights: list[Tensor]) -> Tensor:
     """This rank's part of the gradient of x, from that of `_columns`."""
     merged = merge(weights)
     first, *others = grad.split([len(weight) for weight in merged], -1)
-    grad_x = first @ merged[0]
+    grad_x = matmul(first, merged[0])
     for part, weight in zip(others, merged[1:], strict=True):
-        grad_x += part @ weight
+        grad_x += matmul(part, weight)
     return grad_x
 
 
@@ -152,7 +153,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if tp.fused:
             return matmul_scatter(x, weight.t(), tp)
-        y = F.linear(x, weight)
+        y = matmul(x, weight.t())
         if tp.size == 1:
             return y
         return wait((start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(y, tp))
@@ -167,7 +168,7 @@ class _RowParallel(torch.autograd.Function):
         else:
             if ctx.tp.sequence_parallel:
                 grad = wait(start_all_gather(grad, ctx.tp))
-            grad_x = grad @ weight if need_x else None
+            grad_x = matmul(grad, weight) if need_x else None
         grad_weight = None
         if need_weight:
             left, right = grad.flatten(0, -2).t(), x.flatten(0, -2)
@@ -407,7 +408,7 @@ class _Widened(torch.autograd.Function):
         ctx.accumulators = [accumulator(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
         *parts, rest = _channels(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
-        return *(F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
+        return *(matmul(part, weight.t()) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -418,7 +419,7 @@ class _Widened(torch.autograd.Function):
         gathering = start_all_gather(x, tp) if tp.sequence_parallel and need_weights else x
         grad_x, reducing = None, need_x and tp.size > 1
         if need_x:
-            grad_x = torch.cat([*(grad @ weight for grad, weight in zip(grads, weights)), grads[-1]], -1)  # noqa: B905
+            grad_x = torch.cat([*map(matmul, grads[:-1], weights), grads[-1]], -1)
         if tp.sequence_parallel and need_weights:
             gathering = wait(gathering)
         if grad_x is not None and reducing:

@@ -1,0 +1,102 @@
+"""Matmuls of tokens in fp32 on a CPU, by the faster of the two libraries that torch comes with.
+
+torch multiplies fp32 by MKL, which uses AVX-512 on Intel's CPUs alone; oneDNN uses it on all, twice as fast on an AMD
+EPYC. Everything else goes to torch's own operators. oneDNN compiles a kernel for each shape and keeps it, so that it
+gets tokens in multiples of 32, and MKL the few that are left: numbers of tokens, of an expert or a prompt, are many.
+
+No function here is differentiable: autograd functions call them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tplaunch.torch_private import onednn_linear
+
+_STEP = 32  # tokens
+_PIECE = 1 << 19  # elements of a product that is added up: what a core's cache holds
+
+
+def matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """[..., k] tokens times [k, n] -> [..., n]."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    whole = _for_onednn(x, matrix, tokens)
+    if not whole:
+        return x @ matrix
+    rows = x.reshape(tokens, -1)
+    product = onednn_linear(rows[:whole], matrix.t())
+    if whole < tokens:
+        product = torch.cat([product, rows[whole:] @ matrix])
+    return product.view(*x.shape[:-1], -1)
+
+
+def matmul_into(out: Tensor, x: Tensor, matrix: Tensor, *, add: bool = False) -> None:
+    """Write [tokens, k] times [k, n] to [tokens, n], or add it."""
+    whole = _for_onednn(x, matrix, len(x))
+    if whole:
+        _put(out[:whole], onednn_linear(x[:whole], matrix.t()), add)
+        out, x = out[whole:], x[whole:]
+    if not len(x):
+        return
+    if add:
+        torch.addmm(out, x, matrix, out=out)
+    else:
+        torch.mm(x, matrix, out=out)
+
+
+def add_over_tokens(total: Tensor, left: Tensor, right: Tensor, *, begun: bool) -> None:
+    """Add [n, tokens] times [tokens, k], all of one dtype, to the gradient of a weight [n, k].
+
+    Args:
+        begun: whether there is something to add it to; else it is written over what is there.
+    """
+    tokens = len(right)
+    whole = _for_onednn(left, right, tokens)
+    if whole:
+        height = max(1, _PIECE // right.shape[1])
+        others = right[:whole].t()
+        for some, rows in zip(total.split(height), left[:, :whole].split(height), strict=True):
+            _put(some, onednn_linear(rows, others), begun)
+        begun = True
+    if whole == tokens:
+        return
+    if begun:
+        torch.addmm(total, left[:, whole:], right[whole:], out=total)
+    else:
+        torch.mm(left, right, out=total)
+
+
+def _put(out: Tensor, product: Tensor, add: bool) -> None:
+    if add:
+        out.add_(product)
+    else:
+        out.copy_(product)
+
+
+def _for_onednn(left: Tensor, right: Tensor, tokens: int) -> int:
+    """How many of the tokens are oneDNN's."""
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (left, right))
+    fits = plain and left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and _onednn_is_faster()
+    return tokens // _STEP * _STEP if fits and not torch.compiler.is_compiling() else 0
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether the CPU has AVX-512 and is not Intel's."""
+    backends = torch.backends
+    if not (backends.mkl.is_available() and backends.mkldnn.is_available()):
+        return False
+    return backends.cpu.get_cpu_capability().startswith("AVX512") and _maker() not in ("GenuineIntel", None)
+
+
+def _maker() -> str | None:
+    """Who made the CPU, as it says itself; None where that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
