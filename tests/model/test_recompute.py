@@ -132,7 +132,7 @@ def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
     return [recompute for recompute in sets if not all(map(torch.equal, gradients(recompute), expected))]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])  # equal bits are equal
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_without(world: World, model: str, precision: str) -> None:
     raw = case(model=MODELS[model], training={"precision": precision, "steps": 1})
@@ -231,9 +231,18 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "precision"),
+    [
+        (1, False, "bf16"),
+        (2, True, "bf16"),
+        (2, False, "fp32"),
+        # The bytes of a number are told apart by those above.
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, False, "fp32"), (2, True, "fp32"))),
+        pytest.param(2, False, "bf16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_a_block_keeps_what_is_planned(
     world: World, model: str, precision: str, tp: int, sequence_parallel: bool
 ) -> None:
