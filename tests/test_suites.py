@@ -59,3 +59,9 @@ def test_every_suite_runs_a_test(pytestconfig: pytest.Config) -> None:
         pytest.skip("only a part of the tests was collected")
     for call in suites():
         assert any(runs(call, item) for item in found), f"selects nothing: {shlex.join(call)}"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (said,) = re.findall(r" && pytest (.+)$", (ROOT / "README.md").read_text(), re.M)
+    (run,) = re.findall(r"^tests (-.+)$", (ROOT / ".ci/run").read_text(), re.M)
+    assert run == said
