@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def suites() -> list[list[str]]:
     """Arguments of each call of pytest in `.ci/run` after that of the default suite."""
-    lines = re.findall(r"^suite \d+ (.+)$", (ROOT / ".ci/run").read_text(), re.M)
+    lines = re.findall(r"^suite \d+ (.+)$", (ROOT / ".ci/run").read_text().replace("\\\n", " "), re.M)
     return [shlex.split(line) for line in lines]
 
 
@@ -28,6 +28,8 @@ def runs(arguments: list[str], item: pytest.Item) -> bool:
             marks = next(left)
         elif argument == "-k":
             words = next(left)
+        elif argument in ("-n", "--dist"):
+            next(left)
         else:
             paths.append(ROOT / argument)
     own = {mark.name for mark in item.iter_markers()}
