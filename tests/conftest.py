@@ -17,6 +17,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there; see `t
 settings.register_profile("tplaunch", deadline=None)
 settings.load_profile("tplaunch")
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all tests that pytest found, before markers leave some out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
+
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:

@@ -9,6 +9,7 @@ torchrun itself.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -34,6 +35,8 @@ def _serve(pipe: Connection) -> None:
     import tplaunch.train.trainer  # noqa: F401 (imported for its children)
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # or each child's collector walks through all of torch, and copies its pages by doing so
     while True:
         try:
             job, world, folder = pipe.recv()

@@ -160,7 +160,7 @@ def test_a_check_without_data_names_what_it_could_not_look_at(here: Path, capsys
     assert json.loads(capsys.readouterr().out)["not_looked_at"] == ["data.validation[0].path"]
 
 
-@pytest.mark.parametrize("tokenizer", ["{vocab_size: 300}", "tokenizer.json"])
+@pytest.mark.parametrize("tokenizer", ["{vocab_size: 300}", pytest.param("tokenizer.json", marks=pytest.mark.slow)])
 def test_plan_counts_text_that_the_cache_has_in_tokens(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
 ) -> None:

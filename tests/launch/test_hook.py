@@ -80,10 +80,10 @@ def test_a_command_that_hangs_costs_little_and_is_ended(
         began = time.monotonic()
         for step in range(200):
             run.append(EpochBegan(step, []))
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 20, "each event waited for the command"
         time.sleep(1.5)
         ending = time.monotonic()
-    assert time.monotonic() - ending < 4.0
+    assert time.monotonic() - ending < 30, "the end waited for the command"
     time.sleep(0.5)
     alive = [pid for pid in (tmp_path / "pids").read_text().split() if Path(f"/proc/{pid}").exists()]
     assert alive == []

@@ -135,6 +135,9 @@ def test_the_rows_of_a_rank_are_those_that_others_expect_of_it(zero: int) -> Non
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=32)
         try:
             mesh = Mesh.of(recipe, torch.device("cpu"))
+            at, experts = mesh.topology.expert_coordinates(rank), mesh.experts
+            assert experts is not None and (at.ep, at.expert_tp) == (experts.ep.rank, experts.tp.rank)
+            assert mesh.tp.rank == mesh.coordinates.tp
             for parameter in parameters:
                 rectangle = kept(parameter, mesh.topology, recipe.topology, rank % 16)
                 (top, left), (rows, columns) = mesh.slice_of(parameter), mesh.local_shape(parameter)

@@ -94,10 +94,14 @@ FEWER: list[Any] = [
 AFTER: list[Any] = [*FEWER, {"again": ["down"]}, {"again": ["norm", "down"]}]
 
 
-def sets_of(model: str, otherwise: list[Any] = SETS) -> list[Any]:
+def sets_of(model: str, otherwise: list[Any]) -> list[Any]:
     """What is tried of a model: of those that differ from another in some steps, less."""
     fewer = model in ("gpt_neox", "latent, whole queries")
     return AFTER if MODELS[model].get("post_norms") else FEWER if fewer else otherwise
+
+
+# All parts are in one of these; all sets are tried of the others where it is slow.
+MANY_SETS = {"llama", "experts", "gpt2, norms of heads"}
 
 
 def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
@@ -133,11 +137,12 @@ def differing(raw: dict[str, Any], sets: list[Any]) -> list[Any]:
     return [recompute for recompute in sets if not all(map(torch.equal, gradients(recompute), expected))]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])  # equal bits are equal
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_without(world: World, model: str, precision: str) -> None:
     raw = case(model=MODELS[model], training={"precision": precision, "steps": 1})
-    assert world.run(1, differing, raw, sets_of(model)) == [[]]
+    sets = SETS if precision == "fp64" or model in MANY_SETS else FEWER
+    assert world.run(1, differing, raw, sets_of(model, sets)) == [[]]
 
 
 BALANCED = {"moe": {**MODELS["experts"]["moe"], "aux_loss": 0.01, "z_loss": 0.01}}
@@ -201,6 +206,8 @@ def test_gradients_are_those_without_when_compiled(world: World, name: str) -> N
 
 def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
     """Bytes that a block holds between its forward and its backward pass, for each set: counted and planned."""
+    import torch.distributed as dist
+
     from tests.measure import StorageCounter
     from tplaunch.model.build import build_stages
     from tplaunch.parallel.mesh import Mesh
@@ -209,6 +216,7 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
     from tplaunch.spec.gpu import GPUS
 
     found = []
+    excess = torch.zeros(1, dtype=torch.float64)  # of all ranks: a router does not share evenly between them
     for recompute in sets:
         recipe = resolved({**raw, "training": {**raw["training"], "recompute": recompute}})
         mesh = Mesh.of(recipe, torch.device("cpu"))
@@ -219,27 +227,40 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
         with StorageCounter() as counter:
             x = torch.randn(length, recipe.training.micro_batch_size, recipe.model.hidden_size, dtype=dtype)
             x.requires_grad_()
-            known = [*stage.module.parameters(), *([] if stage.module.rope is None else [stage.module.rope])]
+            known = [excess, *stage.module.parameters(), *([] if stage.module.rope is None else [stage.module.rope])]
             for tensor in known:
                 counter.add(getattr(tensor, "_local_tensor", tensor))
             before = counter.bytes - x.nbytes
             y = stage.module.layers["0"](x, stage.module.rope, None)
             planned = block_activations(plan, chosen(recipe.training, 0), experts=recipe.model.has_experts(0))
-            deadline = time.monotonic() + 1
-            while (held := counter.bytes - before - y.nbytes) > planned and time.monotonic() < deadline:
+            for _ in range(1000):
+                held = counter.bytes - before - y.nbytes
+                dist.all_reduce(excess.fill_(held - planned))
+                if excess.item() <= 0:
+                    break
                 time.sleep(0.001)  # gloo's thread lets go of what it has summed a moment later
         found.append((held, planned))
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "precision"),
+    [
+        (1, False, "bf16"),
+        (2, True, "bf16"),
+        (2, False, "fp32"),
+        # The bytes of a number are told apart by those above.
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, False, "fp32"), (2, True, "fp32"))),
+        pytest.param(2, False, "bf16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_a_block_keeps_what_is_planned(
     world: World, model: str, precision: str, tp: int, sequence_parallel: bool
 ) -> None:
     raw = case(tp, sequence_parallel=sequence_parallel, model=MODELS[model], training={"precision": precision})
-    sets = ["none", *sets_of(model, SETS if tp == 1 else FEWER)]
+    many = tp == 1 and (precision == "fp32" or model in MANY_SETS)
+    sets = ["none", *sets_of(model, SETS if many else FEWER)]
     # torch's LayerNorm keeps both its statistics in fp32 on a GPU, in bf16 on a CPU.
     narrow = precision == "bf16" and MODELS[model].get("norm") == "layernorm"
     tokens = SEQ * raw["training"]["micro_batch_size"] // (tp if sequence_parallel else 1)

