@@ -19,6 +19,7 @@ from tplaunch.model.rope import rope_table, still_table
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
 from tplaunch.parallel.cross_entropy import output_cross_entropy, score_labels
+from tplaunch.parallel.few_rows import linear
 from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
 from tplaunch.parallel.mesh import Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Training
@@ -61,7 +62,7 @@ class Output(nn.Module):
         if self.divisor != 1.0:
             x = x / self.divisor  # as its logits
         if labels is None:
-            logits = enter_region(x, self.tp) @ weight.t()
+            logits = linear(enter_region(x, self.tp), weight)
             if self.tp.size > 1:
                 slices = [torch.empty_like(logits) for _ in range(self.tp.size)]
                 dist.all_gather(slices, logits.contiguous(), group=self.tp.group)

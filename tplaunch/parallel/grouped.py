@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.experts import Groups
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.layers import accumulator
 from tplaunch.parallel.split_backward import saved, wanted
 
@@ -100,7 +101,7 @@ def _by_expert(weight: Tensor, groups: Groups) -> Tensor:
     return weight.view(len(groups.counts), -1, weight.shape[1])
 
 
-class _GroupedColumns(torch.autograd.Function):
+class _GroupedColumns(Function):
     """See `grouped_columns`."""
 
     @staticmethod
@@ -125,7 +126,7 @@ class _GroupedColumns(torch.autograd.Function):
         return grad_x, None, *made
 
 
-class _GroupedRow(torch.autograd.Function):
+class _GroupedRow(Function):
     """See `grouped_row`."""
 
     @staticmethod
@@ -145,7 +146,7 @@ class _GroupedRow(torch.autograd.Function):
         return grad_x, None, grad_weight
 
 
-class _AddBias(torch.autograd.Function):
+class _AddBias(Function):
     """See `add_group_bias`. Sums over a group's rows are a matmul, which repeats bit for bit on a GPU, too."""
 
     @staticmethod

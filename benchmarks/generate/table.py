@@ -1,0 +1,2 @@
+"""x"""
+def page(r): return ""
