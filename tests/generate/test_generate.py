@@ -250,12 +250,7 @@ def _memory(checkpoint: str) -> tuple[int, int, int]:
     finally:
         decode.Decoder = real  # type: ignore[misc]
     (decoder,) = made
-    held = sum(
-        x.numel() * x.element_size()
-        for cache in decoder._caches.values()
-        for block in cache.blocks
-        for x in (block._k, block._v)
-    )
+    held = sum(block.bytes for cache in decoder._caches.values() for block in cache.blocks)
     said = page_bytes(recipe) * most_pages([len(prompt) for prompt in PROMPTS], 4, 3)
     return held, said, decoder.pages.taken
 
