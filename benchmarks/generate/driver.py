@@ -49,7 +49,9 @@ def main() -> None:
                 found[engine], reading, making = run(prompts, MADE)
                 rates = {"read": batch * PROMPT / reading, "made": batch * (MADE - 1) / making}
                 lines.append({"engine": engine, "batch": batch, **rates, "load": load, "versions": versions})
-            same = sum(a == b for rows in zip(*found.values(), strict=True) for a, b in zip(rows[0], rows[-1], strict=True))
+            same = sum(
+                a == b for rows in zip(*found.values(), strict=True) for a, b in zip(rows[0], rows[-1], strict=True)
+            )
             for line in lines[-len(runs) :]:
                 line["same"] = same / (batch * MADE)
     if dist.get_rank() == 0:

@@ -1,2 +1,5 @@
 """x"""
-def page(r): return ""
+
+
+def page(r):
+    return ""

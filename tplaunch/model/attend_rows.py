@@ -9,9 +9,7 @@ from torch import Tensor
 from tplaunch.model.attend import Attending
 
 
-def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, how: Attending, sinks: Tensor | None
-) -> Tensor:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, how: Attending, sinks: Tensor | None) -> Tensor:
     """softmax(q k^T) v of what each sequence's query sees; query heads that share a key stand as its queries, so that
     keys are read once.
 
@@ -27,8 +25,9 @@ def attend_rows(
     """
     q = q.unflatten(1, (len(k), -1))  # [b, kv heads, heads that share, d]
     wide = torch.promote_types(q.dtype, torch.float32)
-    if how.softcap is None and sinks is None and k.shape[-1] == v.shape[-1] and wide != q.dtype:
-        mask = None if hidden is None else ~hidden[:, None, None]
+    plain = how.softcap is None and sinks is None and k.shape[-1] == v.shape[-1]
+    if plain and q.dtype != wide and (q.is_cuda or hidden is None):  # on a CPU, SDPA with a mask is the slower
+        mask = None if hidden is None else ~hidden[:, None, None].expand(*q.shape[:3], -1)
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale).flatten(1)
     q = q.transpose(0, 1).to(wide) * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)

@@ -11,7 +11,7 @@ _LARGE = 2**16  # elements of a weight: smaller ones are read in no time
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, [..., in] and [out, in] -> [..., out], where no graph is made.
+    """x W^T, [..., in] and [out, in] -> [..., out].
 
     In fp32 on a CPU its time is that of reading the weight, and BLAS (MKL) reads it two to four times as fast as the
     left factor of W x^T than as the right one of x W^T, and one row as fast as two only where it is given two.
