@@ -23,4 +23,4 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     columns = x.reshape(rows, -1)
     if rows == 1:
         columns = F.pad(columns, (0, 0, 0, 1))
-    return torch.mm(weight, columns.t())[:, :rows].t().reshape(*x.shape[:-1], -1)
+    return torch.mm(weight, columns.t())[:, :rows].t().contiguous().view(*x.shape[:-1], -1)
