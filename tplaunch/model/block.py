@@ -199,7 +199,6 @@ class TransformerBlock(nn.Module):
         attended, gathered = self._attend(run, normed, rope, starts, cache)
         if cache is not None:
             entering = x = cache.needed(x)
-            attended = cache.needed(attended)
         if self.attention_post_norm is None:
             x = run("attention_output", self.attention.leave, x, attended)
         else:

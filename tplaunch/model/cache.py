@@ -180,16 +180,16 @@ class BlockCache:
             sinks: see `tplaunch.model.attend.attend`.
 
         Returns:
-            [tokens, 1, heads * d of v].
+            [tokens, 1, heads * d of v], of those that are `needed`.
         """
         now = self.now
         assert now is not None
         self._kept = [_grown(x, new, now.capacity) for x, new in zip(self._kept or (None, None), (k, v), strict=True)]
         for x, new in zip(self._kept, (k, v), strict=True):
             x.flatten(1, 2).index_copy_(1, now.slots, new[:, 0].transpose(0, 1))
-        if now.one_each:
+        if now.one_each or self._ends:
             (keys, values), hidden = now.read(self._kept, how.window)
-            return attend_rows(q[:, 0], keys, values, hidden, how, sinks).unsqueeze(1)
+            return attend_rows(self.needed(q)[:, 0], keys, values, hidden, how, sinks).unsqueeze(1)
         parts = zip(*(x.split(now.counts) for x in (q, k, v)), strict=True)  # all tokens of their sequences
         made = [attend(queries, keys, values, how, sinks=sinks) for queries, keys, values in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
