@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,54 +84,67 @@ def _greedy(model: Any, prompts: list[list[int]], count: int, *, batch_size: int
     return found
 
 
-def _generate_many(family: str, tp: int, pp: int, checkpoint: str, count: int, batch_size: int) -> list[list[int]]:
+def _generate_many(
+    family: str, tp: int, pp: int, checkpoint: str, prompts: list[list[int]], count: int, batch_sizes: list[int]
+) -> list[list[list[int]]]:
+    """What follows each prompt, at each batch size."""
     from tplaunch.generate.load import load_model
     from tplaunch.parallel.mesh import Mesh
 
     recipe = _recipe(family, tp, pp)
     model = load_model(recipe, Mesh.of(recipe, torch.device("cpu")), Path(checkpoint))
-    return _greedy(model, PROMPTS, count, batch_size=batch_size)
+    return [_greedy(model, prompts, count, batch_size=size) for size in batch_sizes]
+
+
+class Imported(dict[str, Path]):
+    """A checkpoint of each family's reference that is asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
+
+    def __missing__(self, family: str) -> Path:
+        folder = self.factory.mktemp(family)
+        reference(family).save_pretrained(folder / "theirs")
+        assert run(["import", str(folder / "theirs"), str(folder)]) == Exit.DONE
+        self[family] = folder / "step-00000000"
+        return self[family]
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of each family's reference."""
-    found = {}
-    for family in MODELS:
-        folder = tmp_path_factory.mktemp(family)
-        reference(family).save_pretrained(folder / "theirs")
-        assert run(["import", str(folder / "theirs"), str(folder)]) == Exit.DONE
-        found[family] = folder / "step-00000000"
-    return found
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    return Imported(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
     ("family", "tp", "pp"),
     [
-        ("llama", 1, 1),
         ("llama", 4, 1),
-        ("llama", 2, 2),
         ("llama-tied", 1, 3),
-        ("qwen3", 1, 2),
         ("gpt2", 2, 2),
         ("mistral-window", 1, 1),  # it goes beyond its window
-        ("gemma2", 2, 2),
         ("gemma3", 1, 2),
         ("llama-attention-bias", 1, 1),
-        ("olmo2", 4, 1),
         ("phi3-partial", 1, 1),
         ("granite", 1, 1),
         ("smollm3-window", 1, 1),
         ("gpt_neox", 1, 1),
-        ("mixtral", 2, 1),
         ("qwen3_moe", 1, 2),
         ("deepseek_v3", 2, 2),
-        ("gpt_oss", 2, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("llama", 1, 1),
+                ("llama", 2, 2),
+                ("qwen3", 1, 2),
+                ("gemma2", 2, 2),
+                ("olmo2", 4, 1),
+                ("mixtral", 2, 1),
+                ("gpt_oss", 2, 1),
+            ]
+        ),
     ],
 )
-def test_tokens_are_those_of_transformers(
-    world: World, imported: dict[str, Path], family: str, tp: int, pp: int
-) -> None:
+def test_tokens_are_those_of_transformers(world: World, imported: Imported, family: str, tp: int, pp: int) -> None:
     results = world.run(tp * pp, _generate, family, tp, pp, str(imported[family]))
     theirs = _theirs(family, PROMPT, MOST)
     for tokens, difference in results:
@@ -151,7 +166,7 @@ def test_every_rank_holds_its_part_of_the_experts() -> None:
     ("family", "experts"), [("mixtral", {"ep": 2}), ("qwen3_moe", {"ep": 2, "expert_tp": 2}), ("gpt_oss", {"ep": 4})]
 )
 def test_tokens_of_ranks_that_share_experts(
-    world: World, imported: dict[str, Path], family: str, experts: dict[str, int]
+    world: World, imported: Imported, family: str, experts: dict[str, int]
 ) -> None:
     """One token after another cannot be shared by tp ranks: some of them send none."""
     tp = 2 if family == "mixtral" else 4
@@ -160,19 +175,24 @@ def test_tokens_of_ranks_that_share_experts(
         assert tokens == alone and max(difference) < 1e-4
 
 
+# Family, tp, pp, and how many of the prompts.
 FAMILIES_TOGETHER = [
-    ("llama", 1, 1, 8),
-    ("llama", 2, 1, 20),
-    ("llama", 1, 2, 3),
-    ("llama", 2, 2, 8),
-    ("gpt2", 1, 2, 8),
-    ("mistral-window", 1, 1, 8),
+    ("llama", 2, 2, 20),
+    ("gpt2", 1, 2, 20),
+    ("mistral-window", 1, 1, 20),
     ("gemma2", 2, 1, 8),
-    ("gemma3", 1, 1, 8),
-    ("smollm3-window", 1, 1, 8),
-    ("mixtral", 2, 1, 8),
-    ("deepseek_v3", 2, 1, 8),
-    ("gpt_oss", 2, 1, 8),
+    ("gpt_oss", 2, 1, 6),
+    *(
+        pytest.param(*case, 20, marks=pytest.mark.slow)
+        for case in [
+            ("gemma2", 2, 1),
+            ("gemma3", 1, 1),
+            ("smollm3-window", 1, 1),
+            ("mixtral", 2, 1),
+            ("deepseek_v3", 2, 1),
+            ("gpt_oss", 2, 1),
+        ]
+    ),
 ]
 
 
@@ -190,23 +210,65 @@ def _theirs(family: str, prompt: list[int], count: int) -> list[int]:
     return found[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(("family", "tp", "pp", "batch_size"), FAMILIES_TOGETHER)
+@pytest.mark.parametrize(("family", "tp", "pp", "count"), FAMILIES_TOGETHER)
 def test_tokens_made_together_are_those_of_each_prompt_alone(
-    world: World, imported: dict[str, Path], family: str, tp: int, pp: int, batch_size: int
+    world: World, imported: Imported, family: str, tp: int, pp: int, count: int
 ) -> None:
-    """20 prompts of unequal length, in batches that they enter and leave."""
-    arguments = (family, tp, pp, str(imported[family]), 20, batch_size)
-    expected = [_theirs(family, prompt, 20) for prompt in PROMPTS]
-    for found in world.run(tp * pp, _generate_many, *arguments):
+    """Prompts of unequal length, in batches that they enter and leave."""
+    prompts = PROMPTS[:count]
+    expected = [_theirs(family, prompt, 20) for prompt in prompts]
+    for (found,) in world.run(tp * pp, _generate_many, family, tp, pp, str(imported[family]), prompts, 20, [5]):
         assert found == expected
+
+
+def test_a_batch_of_any_size_in_any_order_makes_the_same(world: World, imported: Imported, clear: Clear) -> None:
+    arguments = "llama", 1, 1, str(imported["llama"])
+    prompts, expected = clear.prompts, [tokens[:20] for tokens in clear.tokens]
+    (found,) = world.run(1, _generate_many, *arguments, prompts, 20, [1, 3, 8, 20])
+    assert all(tokens == expected for tokens in found)
+    (found,) = world.run(1, _generate_many, *arguments, prompts[::-1], 20, [7])
+    assert found == [expected[::-1]]
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Prompts of unequal length, and what transformers makes of each: 200 tokens, none nearly as likely as another."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def clear() -> Clear:
+    """Of a random model one token in thousands is a near tie, which rounding decides: such a prompt is left out. How
+    large rounding is tells the same model in fp64; and that, on the whole text, that each token is the likeliest."""
+    model, random = reference("llama"), torch.Generator().manual_seed(11)
+    lengths = torch.randint(1, 60, (28,), generator=random).tolist()
+    prompts = [torch.randint(0, VOCAB, (length,), generator=random).tolist() for length in lengths]
+    padded = torch.tensor([[0] * (max(lengths) - len(prompt)) + prompt for prompt in prompts])
+    seen = torch.tensor([[0] * (max(lengths) - length) + [1] * length for length in lengths])
+    asked = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = model.generate(padded, attention_mask=seen, **asked)[:, max(lengths) :]  # type: ignore[operator]
+    found, wide = Clear([], []), copy.deepcopy(model).double()
+    for prompt, tokens in zip(prompts, made.tolist(), strict=True):
+        text = torch.tensor([prompt + tokens[:-1]])
+        with torch.no_grad():
+            logits, exact = (each(text).logits[0, len(prompt) - 1 :] for each in (model, wide))
+        first, second = exact.topk(2).values.unbind(-1)
+        if (first - second).min() > 20 * (logits - exact).abs().max():
+            assert exact.argmax(-1).tolist() == tokens
+            found.prompts.append(prompt)
+            found.tokens.append(tokens)
+    assert len(found.prompts) >= 20
+    return Clear(found.prompts[:20], found.tokens[:20])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_200_tokens_after_each_of_20_prompts(world: World, imported: dict[str, Path], tp: int, pp: int) -> None:
-    expected = [_theirs("llama", prompt, 200) for prompt in PROMPTS]
-    for found in world.run(tp * pp, _generate_many, "llama", tp, pp, str(imported["llama"]), 200, 8):
-        assert found == expected
+def test_200_tokens_after_each_of_20_prompts(world: World, imported: Imported, clear: Clear, tp: int, pp: int) -> None:
+    arguments = ("llama", tp, pp, str(imported["llama"]), clear.prompts, 200, [8])
+    for (found,) in world.run(tp * pp, _generate_many, *arguments):
+        assert found == clear.tokens
 
 
 def test_pages_are_taken_as_texts_grow_and_given_back() -> None:
@@ -228,8 +290,8 @@ def test_pages_are_taken_as_texts_grow_and_given_back() -> None:
         first.grow(18 * PAGE, pages)
 
 
-def _memory(checkpoint: str) -> tuple[int, int, int]:
-    """Most pages of the tensors, what was said, and what is taken when all have ended."""
+def _memory(checkpoint: str, batch_size: int) -> tuple[int, int, int]:
+    """Bytes held at the end, what was said, and pages taken when all have ended."""
     from tplaunch.generate import decode
     from tplaunch.generate.load import load_model
     from tplaunch.parallel.mesh import Mesh
@@ -246,24 +308,20 @@ def _memory(checkpoint: str) -> tuple[int, int, int]:
 
     decode.Decoder = Watched  # type: ignore[misc, assignment]
     try:
-        _greedy(model, PROMPTS, 4, batch_size=3)
+        _greedy(model, PROMPTS, MOST, batch_size=batch_size)
     finally:
         decode.Decoder = real  # type: ignore[misc]
     (decoder,) = made
-    held = sum(
-        x.numel() * x.element_size()
-        for cache in decoder._caches.values()
-        for block in cache.blocks
-        for x in (block._k, block._v)
-    )
-    said = page_bytes(recipe) * most_pages([len(prompt) for prompt in PROMPTS], 4, 3)
+    held = sum(block.bytes for cache in decoder._caches.values() for block in cache.blocks)
+    said = page_bytes(recipe) * most_pages([len(prompt) for prompt in PROMPTS], MOST, batch_size)
     return held, said, decoder.pages.taken
 
 
-def test_memory_is_what_was_said_at_most_and_given_back(world: World, imported: dict[str, Path]) -> None:
-    ((held, said, taken),) = world.run(1, _memory, str(imported["llama"]))
-    assert 0 < held <= said
-    assert taken == 0
+def test_memory_is_what_was_said_and_pages_are_given_back(world: World, imported: Imported) -> None:
+    ((held, said, taken),) = world.run(1, _memory, str(imported["llama"]), len(PROMPTS))
+    assert held == said and taken == 0  # all grow to their ends together
+    ((held, said, taken),) = world.run(1, _memory, str(imported["llama"]), 3)
+    assert 0 < held <= said and taken == 0  # the three longest never meet
 
 
 def picks(sampling: Sampling, count: int = 4000, seed: int = 0) -> list[float]:
@@ -303,7 +361,7 @@ def test_sampling(sampling: Sampling, expected: list[float]) -> None:
     assert picks(sampling) == found  # the seed says it all
 
 
-def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, imported: Imported, capfd: pytest.CaptureFixture[str]) -> None:
     """Through torchrun, on two ranks; its text is that of its tokens."""
     from tplaunch.data.tokenizer import Tokenizer
 
@@ -320,7 +378,7 @@ def test_the_command(tmp_path: Path, imported: dict[str, Path], capfd: pytest.Ca
     assert first["tokens"] == _theirs("llama", ids, 8)
 
 
-def test_a_batch_from_a_file(tmp_path: Path, imported: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_from_a_file(tmp_path: Path, imported: Imported, capfd: pytest.CaptureFixture[str]) -> None:
     """Chosen tokens are those of each prompt alone; a stop string ends a text, log-probabilities are the model's."""
     from tplaunch.data.tokenizer import Tokenizer
 
@@ -370,7 +428,7 @@ def test_a_batch_from_a_file(tmp_path: Path, imported: dict[str, Path], capfd: p
     ],
 )
 def test_what_cannot_be_is_said_before(
-    imported: dict[str, Path], capsys: pytest.CaptureFixture[str], family: str, arguments: list[str], said: str
+    imported: Imported, capsys: pytest.CaptureFixture[str], family: str, arguments: list[str], said: str
 ) -> None:
     checkpoint = imported[family]
     if family != "qwen3":

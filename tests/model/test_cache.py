@@ -69,3 +69,23 @@ def test_rotary_tables_are_made_once() -> None:
         assert table is not None and table[0, :, 0, 0, 0].tolist() == list(range(kept.length - count, kept.length))
         assert none is None and still is not None and still.shape[1] == 1
     assert made == [256, 514]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_head_only_the_last_tokens_attend(kind: str) -> None:
+    """Also when whole prompts are read; and one after the other they do as everywhere."""
+    how, has_sinks, value = KINDS[kind]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64) if has_sinks else None
+    whole = [_drawn(length, value, length) for length in LENGTHS]
+    pages, cache, kept = Pages(30), BlockCache(ends=True), [Kept() for _ in LENGTHS]
+    prompts = [length - 1 for length in LENGTHS[1:]]
+    for counts, begins in ((prompts, [0] * 4), ([1] * 4, prompts)):
+        for one, count in zip(kept, counts, strict=False):
+            one.grow(count, pages)
+        cache.now = Pass(kept[:4], counts, pages.capacity, torch.device("cpu"))
+        parts = [[x[b : b + c] for x in one] for one, b, c in zip(whole[1:], begins, counts, strict=True)]
+        q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
+        ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
+        expected = [attend(*one, how, sinks=sinks)[end - 1] for one, end in zip(whole[1:], ends, strict=True)]
+        torch.testing.assert_close(cache.attend(q, k, v, how, sinks), torch.stack(expected))
+        assert len(cache.needed(q)) == 4

@@ -55,13 +55,14 @@ class Decoder:
         self.pages = Pages(most)
         self.relay = Relay(model.recipe, model.mesh, model.group)
         self._caches = {number: stage.cache() for number, stage in model.stages.items()}
+        # What is trained later must not meet tensors of this mode, which tell nothing of their changes to anybody.
+        self._trained = any(weight.requires_grad for stage in model.stages.values() for weight in stage.parameters())
 
     @property
     def last(self) -> int:
         """The pipeline rank that gets the logits."""
         return self.relay.ranks[-1]
 
-    @torch.no_grad()
     def logits(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Tensor | None:
         """Run more tokens of sequences; every rank calls it alike.
 
@@ -72,6 +73,10 @@ class Decoder:
         Returns:
             [sequences, vocab], of what follows the last of each; None on pipeline ranks without the last stage.
         """
+        with torch.no_grad() if self._trained else torch.inference_mode():
+            return self._logits(kept, tokens)
+
+    def _logits(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Tensor | None:
         recipe, mesh = self.model.recipe, self.model.mesh
         counts = [len(more) for more in tokens]
         for sequence, count in zip(kept, counts, strict=True):

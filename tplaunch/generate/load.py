@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
 from tplaunch.checkpoint.load import load_tensors
 from tplaunch.generate.decode import StagedModel
 from tplaunch.model.build import outline
+from tplaunch.parallel.flat import replace_parameter
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.stages import stage_ranges
+
+_ALIGN = 64  # elements: every matrix begins on a boundary that vector instructions like
 
 
 def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
@@ -25,15 +32,34 @@ def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
     """
     ranges, rank = stage_ranges(recipe), mesh.coordinates.pp
     dtype = COMPUTE_DTYPE[recipe.training.precision]
-    first, last = rank == 0, rank == len(ranges) - 1
-    module, parameters = outline(recipe, mesh, ranges[rank], dtype, first=first, last=last)
-    module.to_empty(device=mesh.device)
-    if recipe.model.tie_embeddings and first and last:
-        assert module.output is not None and module.embedding is not None
-        module.output.weight = module.embedding.weight  # `to_empty` has parted them
-    wanted: dict[str, Any] = {
-        f"model.{kept.name}": (module.get_parameter(name) if kept.trained else module.get_buffer(name)).detach()
-        for name, kept in parameters.items()
-    }
-    load_tensors(wanted, checkpoint)
-    return StagedModel(recipe, mesh, {rank: module.eval().requires_grad_(False)}, mesh.pp_group)
+    module, parameters = outline(recipe, mesh, ranges[rank], dtype, first=rank == 0, last=rank == len(ranges) - 1)
+    placed: dict[str, Any] = _place_parameters(module, mesh.device)
+    for name, parameter in parameters.items():
+        if not parameter.trained:
+            owner, _, attribute = name.rpartition(".")
+            placed[name] = torch.empty_like(module.get_buffer(name), device=mesh.device)
+            module.get_submodule(owner).register_buffer(attribute, placed[name])
+    load_tensors({f"model.{kept.name}": placed[name] for name, kept in parameters.items()}, checkpoint)
+    return StagedModel(recipe, mesh, {rank: module.eval()}, mesh.pp_group)
+
+
+def _place_parameters(module: nn.Module, device: torch.device) -> dict[str, DTensor]:
+    """Give the parameters of a stage on the meta device memory: matrices one behind the other, so that those with one
+    input are one matrix (`tplaunch.parallel.accumulator.merge`), then biases and the like.
+
+    Returns:
+        The same memory by the parameters' names, as a checkpoint's reader wants it.
+    """
+    layouts = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
+    shapes = {name: layout.to_local().shape for name, layout in layouts.items()}
+    names = sorted(layouts, key=lambda name: len(shapes[name]) < 2)
+    sizes = [-(-shapes[name].numel() // _ALIGN) * _ALIGN for name in names]
+    whole = torch.empty(sum(sizes), dtype=layouts[names[0]].dtype, device=device)
+    placed = {}
+    for name, memory in zip(names, whole.split(sizes), strict=True):
+        layout, local = layouts[name], memory[: shapes[name].numel()].view(shapes[name])
+        replace_parameter(module, name, nn.Parameter(local, requires_grad=False))
+        placed[name] = DTensor.from_local(
+            local, layout.device_mesh, layout.placements, run_check=False, shape=layout.shape, stride=layout.stride()
+        )
+    return placed

@@ -29,5 +29,5 @@ def most_pages(prompts: list[int], max_tokens: int, batch_size: int) -> int:
         max_tokens: made after each at most.
         batch_size: sequences that grow together at most.
     """
-    needs = sorted((pages_for(length + max_tokens) for length in prompts), reverse=True)
+    needs = sorted((pages_for(length + max_tokens - 1) for length in prompts), reverse=True)  # the last is not read
     return sum(needs[:batch_size])

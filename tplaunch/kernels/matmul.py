@@ -1,10 +1,10 @@
-"""Matmuls of tokens in fp32 on a CPU, by the faster of the two libraries that torch comes with.
+"""Matmuls of tokens in fp32 on a CPU, by the faster of the two libraries that torch comes with, in the faster order.
 
 torch multiplies fp32 by MKL, which uses AVX-512 on Intel's CPUs alone; oneDNN uses it on all, twice as fast on an AMD
 EPYC. Everything else goes to torch's own operators. oneDNN compiles a kernel for each shape and keeps it, so that it
 gets tokens in multiples of 32, and MKL the few that are left: numbers of tokens, of an expert or a prompt, are many.
 
-No function here is differentiable: autograd functions call them.
+Autograd functions call these: where autograd itself watches, all is torch's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,25 @@ from tplaunch.torch_private import onednn_linear
 
 _STEP = 32  # tokens
 _PIECE = 1 << 19  # elements of a product that is added up: what a core's cache holds
+_FEW = 8  # tokens, from which on the common way is as fast; half as many where the weight is wider than high
+_LARGE = 2**16  # elements of a weight: smaller ones are read in no time
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, [..., k] and [n, k] -> [..., n].
+
+    As few tokens as when text is generated take the time of reading the weight, and MKL reads it two to four times as
+    fast as the left factor of W x^T than as the right one of x W^T, and one row as fast as two only where it is given
+    two.
+    """
+    tokens = x.numel() // max(1, x.shape[-1])
+    few = _FEW if weight.shape[0] >= weight.shape[1] else _FEW // 2
+    if not 0 < tokens <= few or x.dtype != torch.float32 or x.device.type != "cpu" or weight.numel() < _LARGE:
+        return matmul(x, weight.t())
+    columns = x.reshape(tokens, -1)
+    if tokens == 1:
+        columns = torch.cat([columns, columns])
+    return torch.mm(weight, columns.t())[:, :tokens].t().contiguous().view(*x.shape[:-1], -1)
 
 
 def matmul(x: Tensor, matrix: Tensor) -> Tensor:
@@ -79,9 +98,13 @@ def _put(out: Tensor, product: Tensor, add: bool) -> None:
 
 def _for_onednn(left: Tensor, right: Tensor, tokens: int) -> int:
     """How many of the tokens are oneDNN's."""
-    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (left, right))
-    fits = plain and left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and _onednn_is_faster()
-    return tokens // _STEP * _STEP if fits and not torch.compiler.is_compiling() else 0
+    both = (left, right)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in both)
+    watched = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in both)
+    if not plain or watched or torch.compiler.is_compiling():
+        return 0
+    fits = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and _onednn_is_faster()
+    return tokens // _STEP * _STEP if fits else 0
 
 
 @cache

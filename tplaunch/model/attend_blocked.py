@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.split_backward import saved, wanted
 
 _QUERIES = 64  # of a block, at most
@@ -43,7 +44,7 @@ def attend_blocked(
     return _Blocked.apply(q, k, v, sinks, starts, (first_query, window, softcap, scale))
 
 
-class _Blocked(torch.autograd.Function):
+class _Blocked(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, starts: Tensor | None, how: tuple[Any, ...]

@@ -197,6 +197,8 @@ class TransformerBlock(nn.Module):
         entering = x
         normed = x if self.attention_norm is None else run("norm", self.attention_norm, x)
         attended, gathered = self._attend(run, normed, rope, starts, cache)
+        if cache is not None:
+            entering = x = cache.needed(x)
         if self.attention_post_norm is None:
             x = run("attention_output", self.attention.leave, x, attended)
         else:

@@ -117,39 +117,59 @@ class Pass:
         self.last = torch.tensor(self.counts, device=device).cumsum(0) - 1
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def whole(self) -> slice | None:
-        """The slots of the only sequence, where its pages follow each other."""
-        if len(self._pages) > 1:
-            return None
-        (pages,), (length,) = self._pages, self.lengths
-        if pages != list(range(pages[0], pages[0] + len(pages))):
-            return None
-        return slice(pages[0] * PAGE, pages[0] * PAGE + length)
+    def read(self, kept: Sequence[Tensor], window: int | None) -> tuple[list[Tensor], Tensor | None]:
+        """What the last token of each sequence sees.
 
-    def table(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """The pages that each sequence's last token sees, int64 [sequences * pages], and which of their tokens it
-        does, bool [sequences, pages * tokens of one]; made once for all blocks with this window."""
+        Args:
+            kept: [kv heads, pages, tokens of one, d] each.
+
+        Returns:
+            [kv heads, sequences, places, d] each, and bool [sequences, places], which of them it does not see; None
+            where it sees all. They are copies, unless the pages of the only sequence follow each other.
+        """
+        (pages, length), *others = zip(self._pages, self.lengths, strict=True)
+        if not others and pages == list(range(pages[0], pages[0] + len(pages))):
+            first, begin = pages[0] * PAGE, 0 if window is None else max(0, length - window)
+            return [x.flatten(1, 2)[:, None, first + begin : first + length] for x in kept], None
+        table, hidden = self._table(len(kept[0]), window)
+        rows = [x.flatten(0, 1).index_select(0, table) for x in kept]
+        return [x.view(len(kept[0]), *hidden.shape, -1) for x in rows], hidden
+
+    def _table(self, heads: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """The pages that each sequence's last token sees, among those of all heads, int64 [heads * sequences * pages],
+        and which of their tokens it does not, bool [sequences, pages * tokens of one]; made once for all blocks with
+        this window."""
         if window not in self._tables:
             first = [0 if window is None else max(0, length - window) for length in self.lengths]
             seen = [pages[begin // PAGE :] for pages, begin in zip(self._pages, first, strict=True)]
             longest = max(map(len, seen))
-            table = torch.tensor([[*pages, *[0] * (longest - len(pages))] for pages in seen])
+            table = torch.tensor([[*pages, *[0] * (longest - len(pages))] for pages in seen]).flatten()
+            table = (torch.arange(heads)[:, None] * self.capacity + table).flatten()
             skipped = torch.tensor(
                 [[begin // PAGE * PAGE, begin, end] for begin, end in zip(first, self.lengths, strict=True)]
             )
             places = torch.arange(longest * PAGE) + skipped[:, :1]
-            mask = (places >= skipped[:, 1:2]) & (places < skipped[:, 2:])
-            self._tables[window] = table.flatten().to(self.slots.device), mask.to(self.slots.device)
+            hidden = (places < skipped[:, 1:2]) | (places >= skipped[:, 2:])
+            self._tables[window] = table.to(self.slots.device), hidden.to(self.slots.device)
         return self._tables[window]
 
 
 class BlockCache:
-    """Keys and values of one block, [pages, tokens of one, kv heads, head_dim] each."""
+    """Keys and values of one block, [kv heads, pages, tokens of one, head_dim] each.
 
-    def __init__(self) -> None:
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+    Args:
+        ends: nothing comes behind this block but the head, which reads the last token of each sequence alone.
+    """
+
+    def __init__(self, *, ends: bool = False) -> None:
+        self._ends = ends
+        self._kept: list[Tensor] = []
         self.now: Pass | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        return sum(x.nbytes for x in self._kept)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attending, sinks: Tensor | None) -> Tensor:
         """Keep keys and values of the tokens of a pass, [tokens, 1, kv heads, head_dim], and attend with each of its
@@ -160,32 +180,34 @@ class BlockCache:
             sinks: see `tplaunch.model.attend.attend`.
 
         Returns:
-            [tokens, 1, heads * d of v].
+            [tokens, 1, heads * d of v], of those that are `needed`.
         """
         now = self.now
         assert now is not None
-        self._k, self._v = _grown(self._k, k, now.capacity), _grown(self._v, v, now.capacity)
-        for kept, new in ((self._k, k), (self._v, v)):
-            kept.flatten(0, 1).index_copy_(0, now.slots, new[:, 0])
-        if not now.one_each:  # these are all tokens of their sequences
-            parts = zip(*(x.split(now.counts) for x in (q, k, v)), strict=True)
-            return torch.cat([attend(queries, keys, values, how, sinks=sinks) for queries, keys, values in parts])
-        whole = now.whole()
-        if whole is not None:
-            keys, values = (x.flatten(0, 1)[whole, None] for x in (self._k, self._v))
-            return attend(q, keys, values, how, sinks=sinks, first_query=len(keys) - 1)
-        table, seen = now.table(how.window)
-        keys, values = (x.index_select(0, table).view(len(seen), -1, *x.shape[2:]) for x in (self._k, self._v))
-        return attend_rows(q[:, 0], keys, values, seen, how, sinks).unsqueeze(1)
+        self._kept = [_grown(x, new, now.capacity) for x, new in zip(self._kept or (None, None), (k, v), strict=True)]
+        for x, new in zip(self._kept, (k, v), strict=True):
+            x.flatten(1, 2).index_copy_(1, now.slots, new[:, 0].transpose(0, 1))
+        if now.one_each or self._ends:
+            (keys, values), hidden = now.read(self._kept, how.window)
+            return attend_rows(self.needed(q)[:, 0], keys, values, hidden, how, sinks).unsqueeze(1)
+        parts = zip(*(x.split(now.counts) for x in (q, k, v)), strict=True)  # all tokens of their sequences
+        made = [attend(queries, keys, values, how, sinks=sinks) for queries, keys, values in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def needed(self, x: Tensor) -> Tensor:
+        """The tokens of a pass, [tokens, ...], that are read behind this block's attention."""
+        now = self.now
+        assert now is not None
+        return x[now.last] if self._ends and not now.one_each else x
 
 
 def _grown(kept: Tensor | None, new: Tensor, capacity: int) -> Tensor:
     """A block's tensor with room for as many pages; zeros, since what no query sees is multiplied with nought."""
-    if kept is not None and len(kept) >= capacity:
+    if kept is not None and kept.shape[1] >= capacity:
         return kept
-    grown = new.new_zeros(capacity, PAGE, *new.shape[2:])
+    grown = new.new_zeros(new.shape[2], capacity, PAGE, new.shape[3])
     if kept is not None:
-        grown[: len(kept)] = kept
+        grown[:, : kept.shape[1]] = kept
     return grown
 
 
@@ -195,10 +217,13 @@ class StageCache:
     Args:
         blocks: how many.
         ropes: makes the tables of some places, int64 [s].
+        last: the head comes behind them.
     """
 
-    def __init__(self, blocks: int, ropes: Callable[[Tensor], tuple[Tensor | None, ...]]) -> None:
-        self.blocks = [BlockCache() for _ in range(blocks)]
+    def __init__(
+        self, blocks: int, ropes: Callable[[Tensor], tuple[Tensor | None, ...]], *, last: bool = False
+    ) -> None:
+        self.blocks = [BlockCache(ends=last and number == blocks - 1) for number in range(blocks)]
         self._make, self._known = ropes, 0
         self._tables: tuple[Tensor | None, ...] = ()
 

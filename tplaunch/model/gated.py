@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tplaunch.kernels import fused
 from tplaunch.kernels.fused import Kind
+from tplaunch.parallel.function import Function
 
 LIMIT, SLOPE = 7.0, 1.702  # gpt-oss: bounds of gate and up, and what the gate is multiplied by in its sigmoid
 _PIECE = 1 << 17  # elements
@@ -71,7 +72,7 @@ def _gradients(gate: Tensor, up: Tensor, grad: Tensor, kind: Kind, by_gate: Tens
     by_gate.mul_(share * (1 + SLOPE * low * (1 - share))).masked_fill_(gate > LIMIT, 0.0)
 
 
-class _SideBySide(torch.autograd.Function):
+class _SideBySide(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Kind) -> Tensor:
         ctx.kind = kind
@@ -93,7 +94,7 @@ class _SideBySide(torch.autograd.Function):
         return out, None
 
 
-class _Weighed(torch.autograd.Function):
+class _Weighed(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor, kind: Kind) -> Tensor:
         ctx.kind = kind

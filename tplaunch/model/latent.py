@@ -18,6 +18,7 @@ from tplaunch.model.norm import RMSNorm
 from tplaunch.model.recompute import Run
 from tplaunch.model.residual import added
 from tplaunch.model.rope import turn_pairs
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.layers import (
     ColumnPair,
     ColumnParallelLinear,
@@ -146,7 +147,7 @@ def _normed(narrow: Tensor, *norms: RMSNorm | None) -> Tensor:
     return torch.cat([*parts, rest], -1) if len(parts) > 1 or rest.shape[-1] else parts[0]
 
 
-class _Queries(torch.autograd.Function):
+class _Queries(Function):
     """Heads [s, b, heads, d], turned from a channel on."""
 
     @staticmethod
@@ -168,7 +169,7 @@ def _turned(heads: Tensor, table: Tensor, first: int, *, back: bool) -> Tensor:
     return out
 
 
-class _KeysValues(torch.autograd.Function):
+class _KeysValues(Function):
     """[s, b, heads, nope_dim + value_dim], and what all heads share, [s, b, rope_dim] -> keys and values."""
 
     @staticmethod

@@ -32,6 +32,7 @@ from tplaunch.parallel.experts import (
     join_sequence,
     make_routes,
 )
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.grouped import add_group_bias, grouped_columns, grouped_row
 from tplaunch.parallel.layers import local, parameter
 from tplaunch.parallel.mesh import ExpertParallel, Mesh, TensorParallel
@@ -79,7 +80,7 @@ class Router(nn.Module):
         return weights if self.spec.scale == 1.0 else weights * self.spec.scale
 
 
-class _WideLinear(torch.autograd.Function):
+class _WideLinear(Function):
     """x W^T in fp32, of narrower x and W, which alone are kept."""
 
     @staticmethod
@@ -240,7 +241,7 @@ class MoE(nn.Module):
         return load.view(sequences, experts)
 
 
-class _WithLoss(torch.autograd.Function):
+class _WithLoss(Function):
     """Lies on the way of the weights, and lets the backward pass that comes by begin at a loss, too."""
 
     @staticmethod

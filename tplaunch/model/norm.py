@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate
 
 from tplaunch.parallel.collectives import start_all_reduce, wait
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.layers import local, parameter
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
@@ -74,7 +75,7 @@ class HeadsRMSNorm(nn.Module):
         return normed.unflatten(-1, x.shape[-2:])
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """RMSNorm, computed in fp32 (fp64 for fp64). torch's on a CPU is a chain of operations: it takes four times as long
     and, in bf16, keeps fp32 copies of its input; this keeps the input and a number for each token. Means are those of
     all ranks of `tp`, where it is there."""

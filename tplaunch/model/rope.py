@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tplaunch.kernels import fused
+from tplaunch.parallel.function import Function
 from tplaunch.recipe.schema import Model, RopeScaling
 
 
@@ -162,7 +163,7 @@ def turn_pairs(x: Tensor, table: Tensor, out: Tensor, *, back: bool) -> None:
     places[..., 1].copy_(odd * cos + even * sin)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     """The derivative of a rotation is the rotation back."""
 
     @staticmethod
@@ -180,7 +181,7 @@ class _Rotate(torch.autograd.Function):
         return out, None
 
 
-class _SplitHeads(torch.autograd.Function):
+class _SplitHeads(Function):
     """See `split_heads`."""
 
     @staticmethod
@@ -189,20 +190,17 @@ class _SplitHeads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.sizes = sizes
         ctx.save_for_backward(*([] if table is None else [table]))
-        heads = [part.unflatten(-1, (-1, head_dim)) for part in projected.split(sizes, -1)]
         if table is None:
-            return tuple(heads)
+            return tuple(part.unflatten(-1, (-1, head_dim)) for part in projected.split(sizes, -1))
         out = torch.empty_like(projected)
-        places = [part.unflatten(-1, (-1, head_dim)) for part in out.split(sizes, -1)]
+        heads, places = (x.unflatten(-1, (-1, head_dim)) for x in (projected, out))
+        turned = sum(sizes[:-1]) // head_dim
         if fused.fits(projected):
-            every = projected.unflatten(-1, (-1, head_dim))
-            turned = sum(sizes[:-1]) // head_dim
-            fused.rotate(every, table, out.unflatten(-1, (-1, head_dim)), heads=turned, back=False)
-            return tuple(places)
-        for head, place in zip(heads[:-1], places[:-1], strict=True):
-            _rotate(head, table, place, back=False)
-        places[-1].copy_(heads[-1])
-        return tuple(places)
+            fused.rotate(heads, table, places, heads=turned, back=False)
+        else:
+            _rotate(heads[:, :, :turned], table, places[:, :, :turned], back=False)
+            places[:, :, turned:].copy_(heads[:, :, turned:])
+        return tuple(part.unflatten(-1, (-1, head_dim)) for part in out.split(sizes, -1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

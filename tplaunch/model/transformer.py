@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+from tplaunch.kernels.matmul import linear
 from tplaunch.model.attend import document_starts
 from tplaunch.model.block import TransformerBlock
 from tplaunch.model.cache import StageCache
@@ -61,7 +62,7 @@ class Output(nn.Module):
         if self.divisor != 1.0:
             x = x / self.divisor  # as its logits
         if labels is None:
-            logits = enter_region(x, self.tp) @ weight.t()
+            logits = linear(enter_region(x, self.tp), weight)
             if self.tp.size > 1:
                 slices = [torch.empty_like(logits) for _ in range(self.tp.size)]
                 dist.all_gather(slices, logits.contiguous(), group=self.tp.group)
@@ -243,7 +244,7 @@ class TransformerStage(nn.Module):
 
     def cache(self) -> StageCache:
         """What `extend` keeps of tokens, with none as yet."""
-        return StageCache(len(self.layers), self._ropes)
+        return StageCache(len(self.layers), self._ropes, last=self.output is not None)
 
     def extend(self, x: Tensor, cache: StageCache) -> Tensor:
         """Run the stage on further tokens of some sequences, one after the other, without gradients, and with whole
@@ -263,7 +264,7 @@ class TransformerStage(nn.Module):
         ropes = cache.ropes()
         for (number, block), kept in zip(self.layers.items(), cache.blocks, strict=True):
             x = block(self._entering(x, number), ropes[self._which_rope(number)], None, kept)
-        return self._head(x if self.output is None or now.one_each else x[now.last], None)
+        return self._head(x, None)
 
     def _head(self, x: Tensor, labels: Tensor | None, loss_scale: float = 1.0) -> Tensor:
         """On the last stage what the blocks give -> loss or logits."""

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.mesh import ContextParallel, Ranks, TensorParallel
 from tplaunch.torch_private import collective_ops, symmetric_memory_ops
 
@@ -79,7 +79,7 @@ def wait(x: Tensor) -> Tensor:
     return collective_ops.wait_tensor.default(x)
 
 
-class _Copy(torch.autograd.Function):
+class _Copy(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
@@ -90,7 +90,7 @@ class _Copy(torch.autograd.Function):
         return wait(start_all_reduce(grad, ctx.tp)), None
 
 
-class _Reduce(torch.autograd.Function):
+class _Reduce(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         return wait(start_all_reduce(x, tp))
@@ -100,7 +100,7 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
@@ -111,7 +111,7 @@ class _Gather(torch.autograd.Function):
         return wait(start_reduce_scatter(grad, ctx.tp)), None
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tplaunch.parallel.collectives import start_all_gather, start_uneven_all_to_all, wait
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.mesh import ExpertParallel, Ranks
 
 
@@ -250,7 +251,7 @@ def _sum_rows(rows: Tensor, routes: Routes) -> Tensor:
     return F.embedding_bag(routes.places, rows, mode="sum")
 
 
-class _BeginDispatch(torch.autograd.Function):
+class _BeginDispatch(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, under_way: UnderWay) -> Tensor:
         ctx.under_way, routes = under_way, under_way.routes
@@ -265,7 +266,7 @@ class _BeginDispatch(torch.autograd.Function):
         return _sum_rows(grad, routes), grad_weights.index_select(0, places.flatten()).view_as(places), None
 
 
-class _EndDispatch(torch.autograd.Function):
+class _EndDispatch(Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, under_way: UnderWay) -> tuple[Tensor, Tensor]:
         ctx.under_way = under_way
@@ -279,7 +280,7 @@ class _EndDispatch(torch.autograd.Function):
         return grad.new_empty(0), None
 
 
-class _BeginCombine(torch.autograd.Function):
+class _BeginCombine(Function):
     @staticmethod
     def forward(ctx: Any, made: Tensor, under_way: UnderWay) -> Tensor:
         ctx.under_way = under_way
@@ -292,7 +293,7 @@ class _BeginCombine(torch.autograd.Function):
         return _spread(grad, ctx.under_way.routes), None
 
 
-class _EndCombine(torch.autograd.Function):
+class _EndCombine(Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, under_way: UnderWay) -> Tensor:
         ctx.under_way = under_way
@@ -305,7 +306,7 @@ class _EndCombine(torch.autograd.Function):
         return grad.new_empty(0), None
 
 
-class _Cut(torch.autograd.Function):
+class _Cut(Function):
     """This rank's part of a sequence that all tp ranks have."""
 
     @staticmethod
@@ -318,7 +319,7 @@ class _Cut(torch.autograd.Function):
         return wait(start_all_gather(grad, ctx.tp)), None
 
 
-class _Join(torch.autograd.Function):
+class _Join(Function):
     """The other way."""
 
     @staticmethod

@@ -136,7 +136,7 @@ class FlatSharding:
             else:
                 parameter.grad = gradients[: local[0]]
                 further.append(gradients)
-            _replace(module, name, parameter)
+            replace_parameter(module, name, parameter)
             begin, end = (min(part * rows[name], local[0]) for part in (bucket.ranks.part, bucket.ranks.part + 1))
             master = weights[begin:end]
             if self.storage != self.compute:
@@ -253,7 +253,7 @@ class FlatSharding:
         """See `Sharding`: weights are never let go of."""
 
 
-def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Give a module another parameter, wherever the old one stood."""
     owner, _, attribute = name.rpartition(".")
     old = module.get_parameter(name)

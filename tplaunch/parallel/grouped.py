@@ -17,6 +17,7 @@ from torch import Tensor
 from tplaunch.kernels.matmul import matmul_into
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.experts import Groups
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.layers import accumulator
 from tplaunch.parallel.split_backward import saved, wanted
 
@@ -98,7 +99,7 @@ def _by_expert(weight: Tensor, groups: Groups) -> Tensor:
     return weight.view(len(groups.counts), -1, weight.shape[1])
 
 
-class _GroupedColumns(torch.autograd.Function):
+class _GroupedColumns(Function):
     """See `grouped_columns`."""
 
     @staticmethod
@@ -123,7 +124,7 @@ class _GroupedColumns(torch.autograd.Function):
         return grad_x, None, *made
 
 
-class _GroupedRow(torch.autograd.Function):
+class _GroupedRow(Function):
     """See `grouped_row`."""
 
     @staticmethod
@@ -143,7 +144,7 @@ class _GroupedRow(torch.autograd.Function):
         return grad_x, None, grad_weight
 
 
-class _AddBias(torch.autograd.Function):
+class _AddBias(Function):
     """See `add_group_bias`. Sums over a group's rows are a matmul, which repeats bit for bit on a GPU, too."""
 
     @staticmethod

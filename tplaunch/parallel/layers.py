@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tplaunch.kernels.matmul import matmul
+from tplaunch.kernels.matmul import linear, matmul
 from tplaunch.parallel.accumulator import Accumulator, add_products, merge
 from tplaunch.parallel.collectives import (
     gather_matmul,
@@ -30,6 +30,7 @@ from tplaunch.parallel.collectives import (
     start_reduce_scatter,
     wait,
 )
+from tplaunch.parallel.function import Function
 from tplaunch.parallel.mesh import ContextParallel, TensorParallel
 from tplaunch.parallel.split_backward import saved, wanted
 from tplaunch.torch_private import as_parameter
@@ -62,7 +63,7 @@ def local(param: Tensor) -> Tensor:
     """
     if isinstance(param, DTensor):
         return param.to_local()
-    return param.view_as(param) if accumulator(param) is None else param
+    return param.view_as(param) if torch.is_grad_enabled() and accumulator(param) is None else param
 
 
 def accumulator(weight: Tensor) -> Accumulator | None:
@@ -72,7 +73,7 @@ def accumulator(weight: Tensor) -> Accumulator | None:
     return getattr(weight, "accumulator", None)
 
 
-class _ColumnParallel(torch.autograd.Function):
+class _ColumnParallel(Function):
     """y_i = x W_i^T for several W_i that share x, side by side: one collective pair for all of them, and one matmul
     where the weights follow each other in memory (`FlatSharding`).
 
@@ -115,7 +116,7 @@ class _ColumnParallel(torch.autograd.Function):
 
 def _columns(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """x W_i^T side by side; x is whole."""
-    outputs = [matmul(x, weight.t()) for weight in merge(list(weights))]
+    outputs = [linear(x, weight) for weight in merge(list(weights))]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
@@ -143,7 +144,7 @@ def _weight_gradients(
     return [*products] if len(products) == len(weights) else [*products[0].split([len(weight) for weight in weights])]
 
 
-class _RowParallel(torch.autograd.Function):
+class _RowParallel(Function):
     """y = sum over tp ranks of x_r W_r^T; with sequence parallelism each rank keeps its slice of the sum."""
 
     @staticmethod
@@ -153,7 +154,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if tp.fused:
             return matmul_scatter(x, weight.t(), tp)
-        y = matmul(x, weight.t())
+        y = linear(x, weight)
         if tp.size == 1:
             return y
         return wait((start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(y, tp))
@@ -274,7 +275,7 @@ def _biased(y: Tensor, layers: Sequence[ColumnParallelLinear]) -> Tensor:
     return y + (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else y
 
 
-class _FirstColumns(torch.autograd.Function):
+class _FirstColumns(Function):
     """See `ColumnPair.first`."""
 
     @staticmethod
@@ -308,7 +309,7 @@ class _FirstColumns(torch.autograd.Function):
         return grad_x, None, *grads
 
 
-class _SecondColumns(torch.autograd.Function):
+class _SecondColumns(Function):
     """See `ColumnPair.second`."""
 
     @staticmethod
@@ -366,7 +367,7 @@ def whole_linear(x: Tensor, *layers: WholeLinear) -> Tensor:
     return _WholeLinear.apply(x, *(local(layer.weight) for layer in layers))
 
 
-class _WholeLinear(torch.autograd.Function):
+class _WholeLinear(Function):
     """See `whole_linear`."""
 
     @staticmethod
@@ -399,7 +400,7 @@ def widened(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     return _Widened.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers))
 
 
-class _Widened(torch.autograd.Function):
+class _Widened(Function):
     """See `widened`; what is kept and when is gathered is as in `_ColumnParallel`."""
 
     @staticmethod
@@ -408,7 +409,7 @@ class _Widened(torch.autograd.Function):
         ctx.accumulators = [accumulator(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
         *parts, rest = _channels(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
-        return *(matmul(part, weight.t()) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
+        return *(linear(part, weight) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -467,7 +468,7 @@ def _lookup(tokens: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(tokens, weight) if total is None else _Lookup.apply(tokens, weight, total)
 
 
-class _Lookup(torch.autograd.Function):
+class _Lookup(Function):
     """See `_lookup`."""
 
     @staticmethod
