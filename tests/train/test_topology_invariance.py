@@ -234,6 +234,7 @@ def train(raw: dict[str, Any], device: torch.device | None = None) -> list[tuple
 
     from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.parallel.mesh import Mesh
+    from tplaunch.spec.course import Course
     from tplaunch.train.batch import Batch, share
     from tplaunch.train.step import TrainStep
 
@@ -248,8 +249,9 @@ def train(raw: dict[str, Any], device: torch.device | None = None) -> list[tuple
         positions[row, start:] -= start  # a second document begins here
     train_step = TrainStep(recipe, mesh)
     curve = []
+    course = Course(recipe)
     for step in range(1, recipe.training.steps + 1):
-        samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
+        samples = np.asarray(share(course, step, mesh.coordinates.dp, mesh.topology.dp))
         tokens, labels, places = (torch.from_numpy(a[samples]) for a in (data[:, :-1], data[:, 1:], positions))
         if recipe.training.eod_mask_loss:
             labels = labels.masked_fill(places.roll(-1, 1) == 0, IGNORE)

@@ -58,7 +58,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     if tree is None:
         raise RecipeError(*problems)
     for text in overrides:
-        tree = merge(tree, _parse_override(text, problems))
+        tree = _over(tree, _parse_override(text, problems))
     tree = _absolute_paths(_fill_preset(tree, problems))
     try:
         recipe = Recipe.model_validate(tree.plain())
@@ -112,7 +112,21 @@ def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> T
         problems.append(Problem(f"extends itself: {way}", fix="remove one link", where=base.origin, key="extends"))
         return tree
     beneath = _read(target, chain, problems)
-    return None if beneath is None else merge(beneath, tree)
+    return None if beneath is None else _over(beneath, tree)
+
+
+_LENGTHS = ("steps", "tokens", "samples")
+
+
+def _over(base: Tree, over: Tree) -> Tree:
+    """`base` with what `over` says in its place; a length of the run also in place of one in another unit."""
+    training = over.child("training")
+    said = [key for key in _LENGTHS if training is not None and training.child(key)]
+    beneath = base.child("training")
+    if said and beneath is not None and isinstance(beneath.value, dict):
+        kept = {key: child for key, child in beneath.value.items() if key not in _LENGTHS}
+        base = base._replace(value={**base.value, "training": beneath._replace(value=kept)})
+    return merge(base, over)
 
 
 def _read_mapping(path: Path, problems: list[Problem]) -> Tree | None:
