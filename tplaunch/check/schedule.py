@@ -31,18 +31,15 @@ def length_problems(recipe: Recipe) -> Iterator[Problem]:
         if (piece.for_ is None) == (piece.until is None):
             fix = "for: how long, or until: where in the run it ends"
             yield Problem("needs either for or until", fix=fix, key=f"{_SIZES}[{number}]")
+            return
+    if "steps" in said and len(said) == 2 and training.steps != (steps := Course(recipe).steps):
+        what = f"{training.steps} steps are not what {training.length} take, which is {steps}"
+        yield Problem(what, fix=f"remove it, or {training.length.unit}", key="training.steps")
 
 
 def schedule_problems(recipe: Recipe) -> Iterator[Problem]:
     """What else is wrong; its lengths are sound."""
-    course, training = Course(recipe), recipe.training
-    if training.steps != course.steps:
-        yield Problem(
-            f"{training.steps} steps are not what {training.length} take, which is {course.steps}",
-            fix=f"remove it, or {training.length.unit}",
-            key="training.steps",
-        )
-        return
+    course = Course(recipe)
     yield from _size_problems(course)
     schedule, optimizer = recipe.lr_schedule, recipe.optimizer
     if schedule.pieces is None:
@@ -63,9 +60,9 @@ def schedule_warnings(recipe: Recipe) -> Iterator[Problem]:
     course, training = Course(recipe), recipe.training
     warmup = recipe.lr_schedule.warmup_steps
     if course.batches.reach(warmup) >= training.steps:
-        said = warmup.amount if warmup.unit == "steps" else warmup
+        length = warmup.amount if warmup.unit == "steps" else warmup
         yield Problem(
-            f"all {training.steps} steps are warmup ({said}): lr never reaches its full value",
+            f"all {training.steps} steps are warmup ({length}): lr never reaches its full value",
             key="lr_schedule.warmup_steps",
         )
     full = course.batches.blocks[-1].step
