@@ -49,7 +49,7 @@ def _named(title: str, curve: Curve) -> str:
 
 def _rates(course: Course, curve: Curve) -> list[Point]:
     """Points of a rate, in each piece where its steps end."""
-    points: list[Point] = []
+    points: list[Point] = [(0.0, curve.parts[0].formula.start)]
     for part in curve.parts:
         last = min(part.last, course.steps)
         count = 2 if part.formula.kind in ("constant", "warmup", "linear") else _POINTS

@@ -52,7 +52,7 @@ class Formula(NamedTuple):
             return self.start + (self.to - self.start) * min(done, whole) / whole
         progress = min(1.0, max(0.0, done / whole))
         if self.kind == "exponential":
-            return self.start * (self.to / self.start) ** progress
+            return self.start * (self.to / self.start) ** progress if self.start else 0.0
         shape = 1 - progress
         if self.kind == "cosine":
             shape = (1 + math.cos(math.pi * progress)) / 2

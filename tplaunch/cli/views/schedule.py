@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from tplaunch.spec.course import Course
 from tplaunch.spec.pieces import Curve
 from tplaunch.units import format_count
 
+_WIDTH = 118
 _MANY = 4  # sizes of the batch, or pieces of a rate, beyond which a line would be too long
 
 
 def schedule_lines(course: Course) -> Iterator[str]:
     """Learning rate, and where they change batch size and weight decay: piece by piece."""
-    yield f"learning rate: {_rate(course, course.rates)}"
+    lines = [f"learning rate: {_rate(course, course.rates)}"]
     if len(course.batches.blocks) > 1:
-        yield f"batch size: {_sizes(course)}"
+        lines.append(f"batch size: {_sizes(course)}")
     if course.recipe.optimizer.weight_decay_schedule is not None:
-        yield f"weight decay: {_rate(course, course.decays)}"
+        lines.append(f"weight decay: {_rate(course, course.decays)}")
+    yield from (textwrap.fill(line, _WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def _rate(course: Course, curve: Curve) -> str:
