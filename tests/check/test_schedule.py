@@ -52,7 +52,7 @@ REFUSED = [
     ),
     (["training.batch_schedule=[{size: 8}]"], "training.batch_schedule[0]", "either for or until", "until: where"),
     (
-        ["training.batch_schedule=[{size: 8, for: 5}]", "training.batch_ramp_up={start: 8, increment: 4, steps: 1}"],
+        ["training={batch_schedule: [{size: 8, for: 5}], batch_ramp_up: {start: 8, increment: 4, steps: 1}}"],
         "training.batch_schedule",
         "no place beside batch_ramp_up",
         "remove one",
@@ -203,6 +203,16 @@ def test_a_length_said_in_one_way_replaces_that_of_what_is_extended(tmp_path: Pa
     assert (recipe.training.tokens, recipe.training.steps) == (16384, 16)
     recipe = check_recipe(load_recipe(tmp_path / "child.yaml", ["training.steps=7"]), need_data=False).recipe
     assert (recipe.training.tokens, recipe.training.steps) == (None, 7)
+
+
+def test_pieces_replace_the_one_line_form_of_what_is_extended_and_the_other_way_round(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(RECIPE + "lr_schedule: {warmup_steps: 5, min_lr: 1.0e-4}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nlr_schedule: {pieces: [{kind: linear}]}\n")
+    schedule = check_recipe(load_recipe(tmp_path / "child.yaml"), need_data=False).recipe.lr_schedule
+    assert schedule.pieces and not schedule.warmup_steps and not schedule.min_lr
+    back = load_recipe(tmp_path / "child.yaml", ["lr_schedule.warmup_steps=3"])
+    schedule = check_recipe(back, need_data=False).recipe.lr_schedule
+    assert schedule.pieces is None and schedule.warmup_steps.amount == 3 and not schedule.min_lr
 
 
 @pytest.mark.parametrize(

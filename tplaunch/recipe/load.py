@@ -115,17 +115,24 @@ def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> T
     return None if beneath is None else _over(beneath, tree)
 
 
-_LENGTHS = ("steps", "tokens", "samples")
+# Of a section, keys that say the same thing in other ways.
+_WAYS = [
+    ("training", ({"steps"}, {"tokens"}, {"samples"})),
+    ("training", ({"batch_ramp_up"}, {"batch_schedule"})),
+    ("lr_schedule", ({"pieces"}, {"warmup_steps", "decay", "decay_steps", "min_lr"})),
+]
 
 
 def _over(base: Tree, over: Tree) -> Tree:
-    """`base` with what `over` says in its place; a length of the run also in place of one in another unit."""
-    training = over.child("training")
-    said = [key for key in _LENGTHS if training is not None and training.child(key)]
-    beneath = base.child("training")
-    if said and beneath is not None and isinstance(beneath.value, dict):
-        kept = {key: child for key, child in beneath.value.items() if key not in _LENGTHS}
-        base = base._replace(value={**base.value, "training": beneath._replace(value=kept)})
+    """`base` with what `over` says in its place, also where it says it in another way."""
+    for section, ways in _WAYS:
+        new, old = over.child(section), base.child(section)
+        if new is None or old is None or not isinstance(new.value, dict) or not isinstance(old.value, dict):
+            continue
+        said = [way for way in ways if any(key in way and node.value is not None for key, node in new.value.items())]
+        others: set[str] = set().union(*(way for way in ways if way not in said)) if said else set()
+        kept = {key: child for key, child in old.value.items() if key not in others}
+        base = base._replace(value={**base.value, section: old._replace(value=kept)})
     return merge(base, over)
 
 

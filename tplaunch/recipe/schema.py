@@ -532,7 +532,9 @@ class Training(Section):
         None, description="other global batch sizes, one after the other, before global_batch_size"
     )
     steps: Count = Field(
-        0, description="optimizer updates of the whole run; default: as many as tokens, or samples, take"
+        0,
+        description="optimizer updates of the whole run; default: as many as its tokens, or samples, take",
+        json_schema_extra={"default": None},
     )
     tokens: Count | None = Field(
         None, description="length of the whole run, in place of steps: it ends with the step that reaches it"
