@@ -156,7 +156,10 @@ CASES = {
             "groups": GROUPS,
             "weight_decay_schedule": [{"kind": "constant", "for": 2}, {"kind": "cosine", "to": DECAY / 5}],
         },
-        decay=lambda step: 1.0 if step <= 2 else 0.2 + 0.4 * (1 + math.cos(math.pi * (step - 2) / 6)),
+        # The run is said in samples, and so moves the piece whose length is not.
+        decay=lambda step: (
+            1.0 if step <= 2 else 0.2 + 0.4 * (1 + math.cos(math.pi * ([14, 20, 26, 34, 42, 50][step - 3] - 8) / 42))
+        ),
         resumed=True,
     ),
     "resumed": Case(

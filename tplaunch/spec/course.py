@@ -123,11 +123,6 @@ class Course:
 def with_steps(recipe: Recipe) -> Recipe:
     """The recipe with the number of steps that its tokens, or samples, take."""
     training = recipe.training
-    if training.tokens is None and training.samples is None:
+    if training.length.unit == "steps":
         return recipe
-    steps = Course(recipe).steps
-    return (
-        recipe
-        if steps == training.steps
-        else recipe.model_copy(update={"training": training.model_copy(update={"steps": steps})})
-    )
+    return recipe.model_copy(update={"training": training.model_copy(update={"steps": Course(recipe).steps})})

@@ -23,7 +23,7 @@ class Formula(NamedTuple):
         start, to: the rates that it leads from and to.
         along: what counts how far: steps, or tokens.
         begin, end: where it begins and ends, in these.
-        stair: of a step, how long the rate stays, in these; and what it is then multiplied by.
+        stair: how long a rate that goes in steps stays, in these, and what it is then multiplied by.
     """
 
     kind: Shape
@@ -159,22 +159,15 @@ def _formula(piece: Piece, start: float, to: float, begin: int, end: int, batche
     unit = batches.place(lasting).unit if lasting else batches.run.unit
     if piece.kind == "constant":
         return Formula("constant", start)
-    if piece.kind == "inverse-sqrt":  # of how far the whole run is
-        along, _, _ = _along(unit, 0, end, batches)
-        return Formula("inverse-sqrt", start, along=along, begin=batches.consumed(begin, along))
     if piece.kind == "step":
         stair = batches.place(piece.every or Length(1))
         every = int(stair.amount) * (batches.seq_len if stair.unit == "samples" else 1)
-        along, first, _ = _along(stair.unit, begin, end, batches)
-        if along == "steps" and stair.unit != "steps":
-            every, rest = divmod(every, batches.size(end) * batches.seq_len)
-            if rest:
-                along, first, every = (
-                    "tokens",
-                    batches.tokens(begin),
-                    every * batches.size(end) * batches.seq_len + rest,
-                )
-        return Formula("step", start, along=along, begin=first, stair=(every, piece.factor or 1.0))
+        along: Along = "steps" if stair.unit == "steps" else "tokens"
+        stairs = (every, piece.factor or 1.0)
+        return Formula("step", start, along=along, begin=batches.consumed(begin, along), stair=stairs)
+    if piece.kind == "inverse-sqrt":
+        along = "steps" if unit == "steps" else "tokens"
+        return Formula("inverse-sqrt", start, along=along, begin=batches.consumed(begin, along))
     return Formula(piece.kind, start, to, *_along(unit, begin, end, batches))
 
 
