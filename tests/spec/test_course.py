@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.recipes import case, resolved
-from tplaunch.recipe.load import dump_recipe
+from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.recipe.tree import parse
 from tplaunch.spec.course import Course
@@ -263,3 +263,29 @@ def test_llama3_405b_trains_as_its_report_says() -> None:
         place = found.at(step)
         assert (place.tokens, place.batch_size * 4096) == taken[step]
         assert place.lr == pytest.approx(rate, rel=1e-9)
+
+
+def test_the_recipes_that_ship_are_these_reports() -> None:
+    """As far as they can: DeepSeek-V3's first batches are too few microbatches for its pipeline, and the sequences of
+    Llama 3 405B have one length."""
+    shipped = Course(load_recipe("deepseek-v3").recipe)
+    assert 0 <= shipped.tokens - 14.8e12 < 15360 * 4096
+    for number in range(1, 51):
+        place = shipped.at_tokens(int(14.8e12 * number / 51))
+        begun = place.tokens - place.batch_size * 4096
+        assert place.lr == pytest.approx(deepseek(begun, place.step - 1)[0], rel=1.5e-4)
+        assert place.batch_size == (15360 if begun >= 469e9 else 4096 + 1024 * math.floor(11 * begun / 469e9))
+    shipped = Course(load_recipe("llama3-405b").recipe)
+    assert 0 <= shipped.tokens - 15.6e12 < 2**24
+    for tokens, size in (
+        (0, 2**22),
+        (251e6, 2**22),
+        (260e6, 2**23),
+        (2.8e12, 2**23),
+        (2.88e12, 2**24),
+        (15.5e12, 2**24),
+    ):
+        place = shipped.at_tokens(int(tokens))
+        rate = 8e-7 + (8e-5 - 8e-7) / 2 * (1 + math.cos(math.pi * (place.step - 8000) / 1_192_000))
+        assert place.batch_size * 8192 == size
+        assert place.lr == pytest.approx(8e-5 * place.step / 8000 if place.step <= 8000 else rate, rel=1e-9)
