@@ -176,6 +176,10 @@ class Length:
     def __bool__(self) -> bool:
         return self.amount > 0
 
+    def is_multiple_of(self, other: Length) -> bool:
+        """Whether it is a multiple of another length; told of one unit only, else taken to be."""
+        return self.unit != other.unit or not other or self.amount % other.amount == 0
+
     def __str__(self) -> str:
         number = str(self.amount)
         for suffix in "KMBT":

@@ -58,7 +58,7 @@ def run_warnings(recipe: Recipe) -> Iterator[Problem]:
                 key=key,
             )
     every, kept = checkpoint.every, checkpoint.keep_every
-    if kept and every and kept.unit == every.unit and kept.amount % every.amount:
+    if kept is not None and not kept.is_multiple_of(every):
         yield Problem(
             f"keep_every {kept} is not a multiple of every {every}: only steps that are multiples of both stay",
             key="checkpoint.keep_every",
