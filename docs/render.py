@@ -22,6 +22,8 @@ from tplaunch.plan.remedies import remedies
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg
 from tplaunch.plan.tune import tune
 from tplaunch.recipe.load import load_recipe
+from tplaunch.report.schedule import schedule_svg
+from tplaunch.spec.course import Course
 from tplaunch.spec.gpu import find_gpu
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +70,10 @@ def timeline_picture(name: str, recipe: str, *overrides: str) -> None:
     save(name, timeline_svg(timeline, f"{own.schedule}: {own.topology.pp} pipeline ranks, {shown} microbatches"))
 
 
+def schedule_picture(name: str, recipe: str) -> None:
+    save(name, schedule_svg(Course(case(recipe).recipe)))
+
+
 if __name__ == "__main__":
     plan_picture("plan-quickstart", "quickstart", "hardware.gpu=h100-80gb")
     plan_picture("plan-llama3-70b", "llama3-70b")
@@ -83,3 +89,4 @@ if __name__ == "__main__":
     timeline_picture("timeline-interleaved-16", "gpt3-175b", "topology.nodes=16", "topology.pp=16",
                      "topology.virtual_stages=2", "training.global_batch_size=32")  # fmt: skip
     timeline_picture("timeline-1f1b-64", "megatron-1t", "topology.nodes=64", "training.global_batch_size=80")
+    schedule_picture("schedule-deepseek-v3", "deepseek-v3")

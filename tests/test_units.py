@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tplaunch.units import (
+    Length,
     format_bytes,
     format_count,
     format_duration,
@@ -18,6 +20,7 @@ from tplaunch.units import (
     parse_bytes,
     parse_count,
     parse_duration,
+    parse_length,
     parse_slurm_memory,
     parse_slurm_time,
 )
@@ -181,3 +184,35 @@ def test_any_value_is_slurms_or_a_value_error(value: object) -> None:
 def test_what_slurm_shows_is_read_back(minutes: int, mebibytes: int) -> None:
     assert parse_slurm_time(format_slurm_time(60 * minutes)) == 60 * minutes
     assert parse_slurm_memory(format_slurm_memory(mebibytes * 2**20)) == mebibytes * 2**20
+
+
+@pytest.mark.parametrize(
+    ("value", "amount", "unit", "text"),
+    [
+        (2000, 2000, "steps", "2000 steps"),
+        ("1 step", 1, "steps", "1 steps"),
+        ("1K", 1000, "steps", "1000 steps"),
+        ("252B tokens", 252 * 10**9, "tokens", "252B tokens"),
+        ("2.87T tokens", 2_870_000_000_000, "tokens", "2.87T tokens"),
+        ("4Mi tokens", 2**22, "tokens", "4194304 tokens"),
+        (" 4M samples ", 4_000_000, "samples", "4M samples"),
+        ("2.5 %", Decimal("2.5"), "%", "2.5%"),
+    ],
+)
+def test_lengths(value: int | str, amount: int | Decimal, unit: str, text: str) -> None:
+    length = parse_length(value)
+    assert (length.amount, length.unit, str(length)) == (amount, unit, text)
+    assert parse_length(str(length)) == length == parse_length(length)
+
+
+@pytest.mark.parametrize(
+    "value", [True, 1.5, None, "", "10 apples", "1.5 steps", "-3", "100.1%", "3 %%", "tokens", "1KB"]
+)
+def test_what_is_no_length(value: object) -> None:
+    with pytest.raises(ValueError, match=r"\S"):
+        parse_length(value)
+
+
+def test_multiples_of_lengths_are_told_within_a_unit() -> None:
+    assert Length(6).is_multiple_of(Length(3)) and not Length(7).is_multiple_of(Length(3))
+    assert Length(7).is_multiple_of(Length(3, "tokens")) and Length(7).is_multiple_of(Length(0))

@@ -34,10 +34,11 @@ def batch(made: Any) -> Any:
     import numpy as np
     import torch
 
+    from tplaunch.spec.course import Course
     from tplaunch.train.batch import Batch, share
 
     recipe, mesh = made.recipe, made.mesh
-    samples = share(recipe, made.progress.step + 1, mesh.coordinates.dp, mesh.topology.dp)
+    samples = share(Course(recipe), made.progress.step + 1, mesh.coordinates.dp, mesh.topology.dp)
     length = recipe.training.seq_len + 1
     rows = [np.random.default_rng(sample).integers(0, recipe.model.vocab_size, length) for sample in samples]
     tokens = torch.from_numpy(np.stack(rows))

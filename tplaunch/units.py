@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 MiB = 2**20
 GiB = 2**30
@@ -16,6 +18,7 @@ _BYTES: dict[str, int | Decimal] = {
 }
 _SECONDS: dict[str, int | Decimal] = {"ms": Decimal("0.001"), "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _COUNTS: dict[str, int | Decimal] = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3, "T": 1000**4}
+_ALSO_BINARY = {**_COUNTS, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _SLURM_BYTES: dict[str, int | Decimal] = {
     **{p: 1024**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}iB": 1024**i for i, p in enumerate("KMGTP", 1)},
@@ -152,6 +155,63 @@ def parse_count(text: str | int) -> int:
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number")
     return int(value)
+
+
+LengthUnit = Literal["steps", "samples", "tokens", "%"]
+_LENGTH = re.compile(r"(.*?[0-9]\s*[A-Za-z]{0,2}?)\s*(steps?|samples?|tokens?|%|)\s*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A part of a run, or, from its beginning, a place in it.
+
+    Args:
+        amount: of the unit; whole, but for a share of the run.
+        unit: what is counted.
+    """
+
+    amount: int | Decimal
+    unit: LengthUnit = "steps"
+
+    def __bool__(self) -> bool:
+        return self.amount > 0
+
+    def is_multiple_of(self, other: Length) -> bool:
+        """Whether it is a multiple of another length; told of one unit only, else taken to be."""
+        return self.unit != other.unit or not other or self.amount % other.amount == 0
+
+    def __str__(self) -> str:
+        number = str(self.amount)
+        for suffix in "KMBT":
+            scaled = Decimal(self.amount) / _COUNTS[suffix]
+            if self.unit in ("samples", "tokens") and scaled >= 1 and scaled == round(scaled, 2):
+                number = f"{scaled:f}{suffix}"
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+
+
+def parse_length(value: object) -> Length:
+    """A part of a run such as "2000 steps", "252B tokens", "4Mi tokens", "4M samples" or "10%"; a bare number is steps.
+
+    Raises:
+        ValueError: not a part of a run, not whole where it must be, or more than the whole run.
+    """
+    if isinstance(value, Length):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        number, word = Decimal(value), "steps"
+    else:
+        match = _LENGTH.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError('a part of a run is such as 2000 (steps), "252B tokens", "4M samples" or "10%"')
+        number, word = _parse(match[1], _ALSO_BINARY, '"252B tokens"'), match[2] or "steps"
+    if word == "%":
+        if number > 100:
+            raise ValueError(f"{value!r} is more than the whole run")
+        return Length(number, "%")
+    if number != int(number):
+        raise ValueError(f"{value!r} is not a whole number of {word}")
+    units: dict[str, LengthUnit] = {"step": "steps", "sample": "samples", "token": "tokens"}
+    return Length(int(number), units[word.removesuffix("s")])
 
 
 def format_bytes(count: float) -> str:

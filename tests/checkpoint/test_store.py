@@ -208,7 +208,7 @@ def test_sweep_removes_torn_saves_only(tmp_path: Path) -> None:
 def test_the_newest_stay(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         write(tmp_path, step)
-    assert retire(tmp_path, saved=50, keep=2, keep_every=None) == []
+    assert retire(tmp_path, saved=50, keep=2, stays=lambda step: False) == []
     assert steps(tmp_path) == [40, 50]
 
 
@@ -223,7 +223,7 @@ def test_one_that_cannot_be_deleted_is_named_and_stays(tmp_path: Path, monkeypat
         delete(path)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    ((path, why),) = retire(tmp_path, saved=30, keep=1, keep_every=None)
+    ((path, why),) = retire(tmp_path, saved=30, keep=1, stays=lambda step: False)
     assert (path.name, why) == ("step-00000010", "PermissionError: [Errno 13] Permission denied")
     assert steps(tmp_path) == [10, 30]
 
@@ -231,7 +231,7 @@ def test_one_that_cannot_be_deleted_is_named_and_stays(tmp_path: Path, monkeypat
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         write(tmp_path, step)
-    retire(tmp_path, saved=70, keep=1, keep_every=30)
+    retire(tmp_path, saved=70, keep=1, stays=lambda step: step % 30 == 0)
     assert steps(tmp_path) == [30, 60, 70]
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_one_does_not_push_out_the_last_good_one(tmp_path: Path) -> No
     for step in (10, 20, 30):
         write(tmp_path, step)
     do_damage(tmp_path / "step-00000030" / MANIFEST, "empty", 0, 1)
-    retire(tmp_path, saved=30, keep=1, keep_every=None)
+    retire(tmp_path, saved=30, keep=1, stays=lambda step: False)
     assert steps(tmp_path) == [20, 30]
 
 
@@ -247,7 +247,7 @@ def test_a_later_one_that_was_passed_over_does_not_push_out_the_one_just_saved(t
     for step in (10, 20, 30):
         write(tmp_path, step)
     do_damage(tmp_path / "step-00000030" / "__0_0.distcp", "flip", 0, 1)  # its manifest still reads well
-    retire(tmp_path, saved=20, keep=1, keep_every=None)
+    retire(tmp_path, saved=20, keep=1, stays=lambda step: False)
     assert steps(tmp_path) == [20, 30]
 
 
@@ -261,7 +261,7 @@ def test_retirement(wanted: set[int], keep: int, keep_every: int | None, data: s
             write(root, step, {"a": b""})
         for step in damaged:
             (root / f"step-{step:08d}" / MANIFEST).unlink()
-        retire(root, saved=saved, keep=keep, keep_every=keep_every)
+        retire(root, saved=saved, keep=keep, stays=lambda step: bool(keep_every) and step % keep_every == 0)
         left = set(steps(root))
     good = sorted((step for step in wanted - damaged if step <= saved), reverse=True)
     assert set(good[:keep]) <= left

@@ -55,7 +55,7 @@ def test_every_key_says_what_it_is() -> None:
 def test_a_key_of_every_kind_is_there(reference: ModuleType) -> None:
     page = reference.recipe_page()
     assert "| `tp` | a whole number from 1 to 1,000,000 | `1` | tensor parallel: GPUs that share each layer |" in page
-    assert "| `steps` | a whole number" in page and 'or text such as "1B" | required |' in page
+    assert "| `seq_len` | a whole number" in page and 'or text such as "4Mi tokens" | required |' in page
     assert "| `rope_scaling` | [a mapping](#modelrope_scaling) | `null` |" in page and "### model.rope_scaling" in page
     assert "| `async` | true or false | `true` |" in page  # by its name in YAML
     assert "### data.train[]" in page and "#### launch.slurm.container" in page

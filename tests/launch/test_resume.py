@@ -191,6 +191,23 @@ def test_what_may_change_is_said(here: Path, capsys: pytest.CaptureFixture[str])
     assert changed(here)["changes"]["training.global_batch_size"] == [2, 4]
 
 
+def test_a_schedule_in_other_words_goes_on_without_a_word_and_another_past_does_not(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ["training.tokens=64", "lr_schedule.pieces=[{kind: cosine, for: 64 tokens}]"]
+    sets = [word for setting in same for word in ("--set", setting)]
+    assert tplaunch(["command", "tiny.yaml", *sets]) == Exit.DONE
+    assert "changed: " not in capsys.readouterr().err and changed(here) == {}
+    cooled = "lr_schedule.pieces=[{kind: cosine, for: 2}, {kind: constant}]"
+    assert go_on(cooled) == Exit.DONE
+    assert "changed: lr_schedule.pieces: " in capsys.readouterr().err
+    assert "lr_schedule.pieces" in changed(here)["changes"]
+    assert go_on("lr_schedule.pieces=[{kind: constant}]") == Exit.USAGE
+    err = capsys.readouterr().err
+    assert "lr_schedule.pieces: gives step 1 the learning rate 0.001; it was trained with 0.0005" in err
+    assert go_on("lr_schedule.pieces=[{kind: constant}]", allow="lr_schedule") == Exit.DONE
+
+
 def test_an_unchanged_run_goes_on_without_a_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tplaunch(["command", "tiny.yaml"]) == Exit.DONE
     assert "changed: " not in capsys.readouterr().err

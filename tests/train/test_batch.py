@@ -14,6 +14,7 @@ from tplaunch.data.dataset import TokenDataset
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.spec.context import pieces
+from tplaunch.spec.course import Course
 from tplaunch.train.batch import Batch, make_batch, random_batch, share
 
 TRAINING = {"seq_len": 4, "global_batch_size": 8, "micro_batch_size": 1, "steps": 9}
@@ -43,8 +44,8 @@ def test_the_shares_of_a_step_are_what_comes_next(dp: int) -> None:
     ramp = {"start": 4, "increment": 4, "steps": 2}  # batches of 4, 4, 8, 8, 8
     recipe = resolved(case(1, 1, dp, training={**TRAINING, "batch_ramp_up": ramp}))
     for step, samples in ((2, range(4, 8)), (3, range(8, 16)), (5, range(24, 32))):
-        assert [sample for rank in range(dp) for sample in share(recipe, step, rank, dp)] == [*samples]
-        ahead = [sample for rank in range(dp) for sample in share(recipe, step, rank, dp, ahead=5)]
+        assert [sample for rank in range(dp) for sample in share(Course(recipe), step, rank, dp)] == [*samples]
+        ahead = [sample for rank in range(dp) for sample in share(Course(recipe), step, rank, dp, ahead=5)]
         assert ahead == [sample + 5 for sample in samples]
 
 

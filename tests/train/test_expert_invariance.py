@@ -215,6 +215,7 @@ def train(raw: dict[str, Any]) -> Seen:
 
     from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.parallel.mesh import Mesh
+    from tplaunch.spec.course import Course
     from tplaunch.torch_private import with_local
     from tplaunch.train.batch import Batch, share
     from tplaunch.train.step import TrainStep
@@ -238,8 +239,9 @@ def train(raw: dict[str, Any]) -> Seen:
 
     made.mark = mark
     curve = []
+    course = Course(recipe)
     for step in range(1, recipe.training.steps + 1):
-        samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
+        samples = np.asarray(share(course, step, mesh.coordinates.dp, mesh.topology.dp))
         tokens, labels, places = (torch.from_numpy(a[samples]) for a in (rows[:, :-1], rows[:, 1:], positions))
         watch.begin(step, torch.from_numpy(samples)[:, None] * SEQ + torch.arange(SEQ))
         if recipe.training.eod_mask_loss:

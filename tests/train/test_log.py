@@ -94,3 +94,17 @@ def test_records_tell_the_load_of_experts(world: World, tmp_path: Path) -> None:
         assert found["load_max"] == max(found[f"layer_{n}/load_max"] for n in (1, 2, 3))
         assert found["aux_loss"] == pytest.approx(sum(found[f"layer_{n}/aux_loss"] for n in (1, 2, 3)))
         assert all(-0.01 * record["step"] <= found[f"layer_{n}/bias_min"] < 1e-6 for n in (1, 2, 3))
+
+
+def test_what_is_done_every_so_many_tokens_or_samples_is_done_when_they_are_consumed(
+    world: World, tmp_path: Path
+) -> None:
+    """8 samples of 32 tokens a step: a step that goes past a multiple ends with a record, or a checkpoint."""
+    raw = {**recipe(1), "topology": {"dp": 1}, "training": {**recipe(1)["training"], "steps": None, "tokens": 2000}}
+    raw["logging"] = {"every": "600 tokens", "wandb": {"mode": "disabled"}}
+    raw["checkpoint"] = {"every": "20 samples", "keep": 1, "keep_every": "40 samples", "async": False}
+    world.run(1, run, raw, str(tmp_path), 0)
+    assert [step for step, *_ in curve(tmp_path)] == [1, 3, 5, 8]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [3, 5, 8]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000008"]

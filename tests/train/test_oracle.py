@@ -8,7 +8,8 @@ written here anew, from what the recipe's options promise, so that no fault of o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Case:
         training, optimizer, lr_schedule: what it adds to the recipe's sections.
         tolerance: relative, of loss and gradient norm.
         rate: the reference's schedule: (optimizer, warmup) -> torch's scheduler, counted from 0.
+        decay: the reference's weight decay by step, of that of `optimizer`.
         resumed: the run is stopped half-way, and goes on from its checkpoint.
     """
 
@@ -66,6 +68,7 @@ class Case:
     lr_schedule: dict[str, Any] | None = None
     tolerance: float = 1e-5
     rate: Any = None
+    decay: Callable[[int], float] = lambda step: 1.0
     resumed: bool = False
 
 
@@ -105,6 +108,25 @@ CASES = {
         lr_schedule={"decay": "wsd", "decay_steps": 5, "warmup_steps": 1, "min_lr": LR / 5},
         rate=_wsd("linear", 5, 1, 0.2),
     ),
+    "1-sqrt-in-tokens": Case(
+        training={"steps": None, "tokens": STEPS * BATCH * SEQ},
+        lr_schedule={
+            "pieces": [
+                {"kind": "warmup", "for": f"{BATCH} samples"},
+                {"kind": "constant"},
+                {"kind": "1-sqrt", "to": LR / 5, "for": f"{5 * BATCH * SEQ} tokens"},
+            ]
+        },
+        rate=_wsd("1-sqrt", 5, 1, 0.2),
+    ),
+    "inverse-sqrt": Case(
+        lr_schedule={"pieces": [{"kind": "warmup", "for": 3}, {"kind": "inverse-sqrt"}]},
+        rate=lambda inner: transformers.get_inverse_sqrt_schedule(inner, 3),
+    ),
+    "weight-decay-schedule-muon": Case(
+        optimizer={**MUON, "weight_decay_schedule": [{"kind": "linear", "to": 0.1}]},
+        decay=lambda step: 1 - 0.8 * step / STEPS,
+    ),
     "no-decay": Case(optimizer={"weight_decay": 0.0}),
     "clipping": Case(training={"grad_clip": 1.9}),
     # AdamW sees a gradient's direction more than its length; SGD sees both.
@@ -124,6 +146,22 @@ CASES = {
     "documents": Case(training={"document_mask": True}),
     "documents-all": Case(training={"document_mask": True, "eod_mask_loss": True, "z_loss": 0.03, "grad_clip": 1.9}),
     "ramp-up": Case(training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 2}}),
+    "batch-schedule-resumed": Case(
+        training={
+            "batch_schedule": [{"size": 4, "until": f"{7 * SEQ} tokens"}, {"size": 6, "for": 3}],
+            "steps": None,
+            "samples": 8 + 18 + 3 * BATCH,
+        },
+        optimizer={
+            "groups": GROUPS,
+            "weight_decay_schedule": [{"kind": "constant", "for": 2}, {"kind": "cosine", "to": DECAY / 5}],
+        },
+        # The run is said in samples, and so moves the piece whose length is not.
+        decay=lambda step: (
+            1.0 if step <= 2 else 0.2 + 0.4 * (1 + math.cos(math.pi * ([14, 20, 26, 34, 42, 50][step - 3] - 8) / 42))
+        ),
+        resumed=True,
+    ),
     "resumed": Case(
         training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}, "grad_clip": 1.9},
         lr_schedule={"decay": "cosine", "warmup_steps": 3, "min_lr": LR / 10},
@@ -252,6 +290,7 @@ class Reference:
             self.optimizers = [torch.optim.AdamW(rest, rate, BETAS, EPS)]
         if hidden:
             self.optimizers.append(PlainMuon(hidden, rate, momentum=self.settings["momentum"]))
+        self.case = case
         self.schedulers = [case.rate(optimizer) for optimizer in self.optimizers if case.rate]
         self.validation: dict[int, float] = {}  # step -> mean loss over the validation data
 
@@ -267,7 +306,8 @@ class Reference:
                 rate = LR / 2
             elif "norm" in name:
                 decay = 0.2
-        return {"params": [tensor], "lr": rate, "weight_decay": decay, "hidden": "_proj" in name}
+        decays = {"weight_decay": decay, "whole_decay": decay}
+        return {"params": [tensor], "lr": rate, **decays, "hidden": "_proj" in name}
 
     def curve(self) -> list[tuple[float, float, float]]:
         """(loss, gradient norm, rate) of every step."""
@@ -275,6 +315,9 @@ class Reference:
         for step in range(1, STEPS + 1):
             for scheduler in self.schedulers:
                 scheduler.step()  # the rate of an update is that of its number, from 1
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["weight_decay"] = group["whole_decay"] * self.case.decay(step)
             size = self._batch_size(step)
             loss = self._loss(self._places(range(done, done + size)))
             done += size
@@ -297,6 +340,8 @@ class Reference:
         return float(np.mean([self._loss(range(first, first + BATCH)).item() for first in firsts]))
 
     def _batch_size(self, step: int) -> int:
+        if "batch_schedule" in self.training:
+            return 4 if step <= 2 else 6 if step <= 5 else BATCH
         ramp = self.training.get("batch_ramp_up")
         if ramp is None:
             return BATCH

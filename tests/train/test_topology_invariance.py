@@ -124,6 +124,17 @@ CASES: dict[str, dict[str, Any]] = {
         training={"batch_ramp_up": {"start": 4, "increment": 2, "steps": 3}},
         optimizer={"lr": 1e-3},  # at 3e-3 rounding grows a thousandfold from step 8 to 10, on one process too
     ),
+    "schedules-in-tokens": case(
+        2,
+        1,
+        2,
+        training={
+            "steps": None,
+            "tokens": STEPS * BATCH * SEQ - 12 * SEQ,
+            "batch_schedule": [{"size": 4, "until": f"{9 * SEQ} tokens"}],
+        },
+        optimizer={"lr": 1e-3, "weight_decay_schedule": [{"kind": "linear", "from": 0.02, "to": 0.1}]},
+    ),
     "documents-hsdp": case(1, 1, 4, zero=3, dp_replicate=2, training={"eod_mask_loss": True}),
     "sgd": case(2, 1, 2, optimizer={"name": "sgd", "momentum": 0.9}),
     "compile-tp2-sp": case(2, sequence_parallel=True, training={"compile": True}),
@@ -234,6 +245,7 @@ def train(raw: dict[str, Any], device: torch.device | None = None) -> list[tuple
 
     from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.parallel.mesh import Mesh
+    from tplaunch.spec.course import Course
     from tplaunch.train.batch import Batch, share
     from tplaunch.train.step import TrainStep
 
@@ -248,8 +260,9 @@ def train(raw: dict[str, Any], device: torch.device | None = None) -> list[tuple
         positions[row, start:] -= start  # a second document begins here
     train_step = TrainStep(recipe, mesh)
     curve = []
+    course = Course(recipe)
     for step in range(1, recipe.training.steps + 1):
-        samples = np.asarray(share(recipe, step, mesh.coordinates.dp, mesh.topology.dp))
+        samples = np.asarray(share(course, step, mesh.coordinates.dp, mesh.topology.dp))
         tokens, labels, places = (torch.from_numpy(a[samples]) for a in (data[:, :-1], data[:, 1:], positions))
         if recipe.training.eod_mask_loss:
             labels = labels.masked_fill(places.roll(-1, 1) == 0, IGNORE)

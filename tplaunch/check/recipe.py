@@ -13,11 +13,13 @@ from tplaunch.check.optimizer import optimizer_problems, optimizer_warnings
 from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
+from tplaunch.check.schedule import length_problems, schedule_problems, schedule_warnings
 from tplaunch.check.world import data_parallel, placement_warnings
 from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.course import with_steps
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
@@ -66,8 +68,10 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     Raises:
         RecipeError: holds every problem that was found.
     """
-    recipe = loaded.recipe
+    recipe, lengths = loaded.recipe, [*length_problems(loaded.recipe)]
+    recipe = recipe if lengths else with_steps(recipe)
     problems = [
+        *(lengths or schedule_problems(recipe)),
         *model_problems(recipe.model, recipe.training.seq_len),
         *tensor_parallel(recipe),
         *context_parallel(recipe),
@@ -80,7 +84,8 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
     problems += [*sample_problems(recipe), *tokenizer_problems(recipe)]
-    warnings = [*run_warnings(recipe), *optimizer_warnings(recipe), *expert_warnings(recipe)]
+    warnings = [*([] if problems else schedule_warnings(recipe)), *run_warnings(recipe)]
+    warnings += [*optimizer_warnings(recipe), *expert_warnings(recipe)]
     warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]
     missing = [*missing_files(recipe), *missing_packages(recipe)]
     (problems if need_data else warnings).extend(missing)

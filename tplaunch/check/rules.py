@@ -205,6 +205,8 @@ def batch(recipe: Recipe, dp: int) -> Iterator[Problem]:
             yield Problem(what, fix=fix, key=key)
 
     yield from wrong(training.global_batch_size, "training.global_batch_size")
+    for number, piece in enumerate(training.batch_schedule or ()):
+        yield from wrong(piece.size, f"training.batch_schedule[{number}].size")
     ramp = training.batch_ramp_up
     if ramp is None:
         return

@@ -12,21 +12,7 @@ from tplaunch.units import format_slurm_time
 
 
 def run_problems(recipe: Recipe) -> Iterator[Problem]:
-    training, optimizer, schedule, slurm = (
-        recipe.training,
-        recipe.optimizer,
-        recipe.lr_schedule,
-        recipe.launch.slurm,
-    )
-    if schedule.min_lr > optimizer.lr:
-        yield Problem(f"min_lr {schedule.min_lr:g} is above lr {optimizer.lr:g}", key="lr_schedule.min_lr")
-    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > training.steps:
-        room = training.steps - schedule.warmup_steps
-        yield Problem(
-            f"warmup {schedule.warmup_steps} + decay {schedule.decay_steps} steps exceed the run's {training.steps}",
-            fix=f"decay_steps: at most {room}" if room > 0 else "fewer warmup_steps",
-            key="lr_schedule.decay_steps",
-        )
+    training, slurm = recipe.training, recipe.launch.slurm
     if training.eval_every and recipe.data.validation is None:
         yield Problem(
             "there is no validation data to evaluate on",
@@ -46,25 +32,8 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def run_warnings(recipe: Recipe) -> Iterator[Problem]:
-    training, parallelism, schedule, checkpoint = (
-        recipe.training,
-        recipe.topology,
-        recipe.lr_schedule,
-        recipe.checkpoint,
-    )
-    if schedule.warmup_steps >= training.steps:
-        yield Problem(
-            f"all {training.steps} steps are warmup ({schedule.warmup_steps}): lr never reaches its full value",
-            key="lr_schedule.warmup_steps",
-        )
-    if (ramp := training.batch_ramp_up) and ramp.start < training.global_batch_size:
-        length = (training.global_batch_size - ramp.start) // ramp.increment * ramp.steps
-        if length >= training.steps:
-            yield Problem(
-                f"takes {length} steps, the run ends after {training.steps}: it never has its full batch",
-                key="training.batch_ramp_up",
-            )
-    if recipe.data.validation is not None and training.eval_every == 0:
+    training, parallelism, checkpoint = recipe.training, recipe.topology, recipe.checkpoint
+    if recipe.data.validation is not None and not training.eval_every:
         yield Problem("is never used: training.eval_every is 0", fix="set training.eval_every", key="data.validation")
     if parallelism.async_tp and not (parallelism.sequence_parallel and parallelism.tp > 1):
         yield Problem(
@@ -82,15 +51,15 @@ def run_warnings(recipe: Recipe) -> Iterator[Problem]:
         ("training.loss_spike", training.loss_spike),
         ("training.nonfinite.rollback_after", training.nonfinite.rollback_after),
     ):
-        if asked is not None and checkpoint.every == 0:
+        if asked is not None and not checkpoint.every:
             yield Problem(
                 "has nothing to go back to: no checkpoint is written before the end",
                 fix="set checkpoint.every",
                 key=key,
             )
-    if checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
+    every, kept = checkpoint.every, checkpoint.keep_every
+    if kept is not None and not kept.is_multiple_of(every):
         yield Problem(
-            f"keep_every {checkpoint.keep_every} is not a multiple of every {checkpoint.every}: "
-            f"only steps that are multiples of both stay",
+            f"keep_every {kept} is not a multiple of every {every}: only steps that are multiples of both stay",
             key="checkpoint.keep_every",
         )

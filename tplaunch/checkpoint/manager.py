@@ -42,6 +42,7 @@ from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Saved, SaveFailed
+from tplaunch.spec.course import Course
 from tplaunch.spec.optimizer import all_slots, group_of, slots
 from tplaunch.spec.parameters import parameter_count, parameter_shapes
 from tplaunch.units import format_bytes
@@ -170,7 +171,8 @@ class CheckpointManager:
     def _retire(self, saved: int) -> None:
         """Delete old checkpoints. One that cannot be deleted costs space, not the run: it is told, and stays."""
         settings = self.recipe.checkpoint
-        for path, why in store.retire(self.root, saved=saved, keep=settings.keep, keep_every=settings.keep_every):
+        stays = partial(Course(self.recipe).due, settings.keep_every)
+        for path, why in store.retire(self.root, saved=saved, keep=settings.keep, stays=stays):
             self.run_dir.append(CheckpointKept(str(path), why))
 
     def _prepare(self, temporary: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,13 +196,14 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list[tuple[Path, str]]:
-    """Remove what is older than the `keep` newest checkpoints, but steps that are a multiple of `keep_every`.
+def retire(root: Path, *, saved: int, keep: int, stays: Callable[[int], bool]) -> list[tuple[Path, str]]:
+    """Remove what is older than the `keep` newest checkpoints.
 
     Damaged checkpoints, and later ones that this run did not resume from, do not count towards `keep`.
 
     Args:
         saved: the step just saved; this checkpoint stays.
+        stays: whether a step's checkpoint is to stay for ever.
 
     Returns:
         Those that could not be removed, with why.
@@ -211,7 +212,7 @@ def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list
     for step, path in reversed(list_checkpoints(root)):
         if step > saved:
             continue
-        if kept >= keep and (keep_every is None or step % keep_every):
+        if kept >= keep and not stays(step):
             try:
                 shutil.rmtree(path)
             except OSError as error:

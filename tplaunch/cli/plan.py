@@ -31,6 +31,10 @@ def plan(
         Path | None,
         typer.Option("--timeline", metavar="FILE.svg|.json", help="Write the pipeline's step as picture or trace."),
     ] = None,
+    schedule: Annotated[
+        Path | None,
+        typer.Option("--schedule", metavar="FILE.svg", help="Draw learning rate and batch size over the run."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what each rank holds, moves and costs; if it fits.
@@ -41,8 +45,9 @@ def plan(
     """
     from tplaunch.plan.estimate import estimate
 
-    if timeline is not None:
-        _check_timeline(timeline)
+    for path, option, endings in ((timeline, "--timeline", (".svg", ".json")), (schedule, "--schedule", (".svg",))):
+        if path is not None:
+            _check_picture(path, option, endings)
     _, checked, case = planned(recipe, set_, gpu)
     check_rank(rank, case)
     result = estimate(case)
@@ -57,6 +62,8 @@ def plan(
         _show(checked, result, found, rank)
     if timeline is not None:
         _write_timeline(case, timeline, quiet=as_json)
+    if schedule is not None:
+        _write_schedule(case, schedule, quiet=as_json)
     if not result.fits:
         raise typer.Exit(Exit.USAGE)
 
@@ -102,15 +109,16 @@ def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None)
             echo(typer.style(f"warning: {problem}", fg="yellow"))
 
 
-def _check_timeline(path: Path) -> None:
-    """Refuse, before anything is planned, a file that a timeline cannot become."""
-    if path.suffix not in (".svg", ".json"):
+def _check_picture(path: Path, option: str, endings: tuple[str, ...]) -> None:
+    """Refuse, before anything is planned, a file that a picture cannot become."""
+    if path.suffix not in endings:
+        what = "a timeline is a picture or a trace" if len(endings) > 1 else "a schedule is a picture"
         raise TplaunchError(
-            Problem(f"{path}: a timeline is a picture or a trace", fix="FILE.svg or FILE.json", key="--timeline")
+            Problem(f"{path}: {what}", fix=" or ".join(f"FILE{ending}" for ending in endings), key=option)
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
         why = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise TplaunchError(Problem(f"cannot write {path}", why=why, key="--timeline"))
+        raise TplaunchError(Problem(f"cannot write {path}", why=why, key=option))
 
 
 def _write_timeline(case: Case, path: Path, *, quiet: bool) -> None:
@@ -123,3 +131,22 @@ def _write_timeline(case: Case, path: Path, *, quiet: bool) -> None:
     if not quiet:
         viewer = "any browser" if path.suffix == ".svg" else "https://ui.perfetto.dev or chrome://tracing"
         typer.echo(f"wrote {shlex.quote(str(path))}: open it in {viewer}")
+
+
+def _write_schedule(case: Case, path: Path, *, quiet: bool) -> None:
+    import shutil
+    from importlib.util import find_spec
+
+    from tplaunch.cli.output import echo
+    from tplaunch.report.schedule import schedule_charts, schedule_svg
+    from tplaunch.spec.course import Course
+
+    course = Course(case.recipe)
+    write_text(path, schedule_svg(course), "--schedule")
+    if quiet:
+        return
+    if find_spec("plotext") is not None:  # else the picture alone
+        from tplaunch.report.terminal import terminal_charts
+
+        echo(terminal_charts(schedule_charts(course), shutil.get_terminal_size().columns, colour=False))
+    typer.echo(f"wrote {shlex.quote(str(path))}: open it in any browser")

@@ -163,6 +163,7 @@ def _starter(name: str) -> str:
 
 def _report(checked: Checked) -> dict[str, Any]:
     """The figures of a checked recipe, in the order in which they are printed."""
+    from tplaunch.spec.course import Course
     from tplaunch.spec.parameters import active_parameter_count, parameter_count
 
     topology, training, model = checked.topology, checked.recipe.training, checked.recipe.model
@@ -176,7 +177,7 @@ def _report(checked: Checked) -> dict[str, Any]:
         "microbatches": training.global_batch_size // (topology.dp * training.micro_batch_size),
         "parameters": parameter_count(model),
         **({"active_parameters": active_parameter_count(model)} if model.moe else {}),
-        "tokens": training.steps * training.global_batch_size * training.seq_len,
+        "tokens": Course(checked.recipe).tokens,
     }
 
 

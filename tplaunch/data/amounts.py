@@ -13,7 +13,7 @@ from tplaunch.data.endings import files_of, is_raw
 from tplaunch.data.made import prefixes
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.batches import first_sample
+from tplaunch.spec.course import Course
 from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
@@ -57,7 +57,7 @@ def count_tokens(prefix: str) -> int | None:
 def amounts(recipe: Recipe) -> list[Amount]:
     """Each corpus of the training data, over the whole run."""
     training, sources = recipe.training, recipe.data.sources("train")
-    total = first_sample(recipe, training.steps + 1)
+    total = Course(recipe).first_sample(training.steps + 1)
     largest = max(source.weight for source in sources)
     weights = sum(source.weight / largest for source in sources)
     found = []

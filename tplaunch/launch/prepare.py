@@ -15,7 +15,16 @@ from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
-from tplaunch.launch.resume import Before, Changes, before_this, data_changes, past, recipe_changes, refuse
+from tplaunch.launch.resume import (
+    Before,
+    Changes,
+    before_this,
+    data_changes,
+    past,
+    recipe_changes,
+    refuse,
+    refuse_other_past,
+)
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
@@ -116,6 +125,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     if before is not None:
         changes = recipe_changes(before, recipe)
         refuse(changes, before, allow)
+        refuse_other_past(before, recipe, allow)
         recipe = _keep_tokenizer(recipe, before, allow)
     recipe = prepare_recipe_data(recipe)
     facts = data_facts(recipe)

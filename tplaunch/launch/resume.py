@@ -15,9 +15,13 @@ from typing import Any
 from tplaunch.checkpoint.store import list_checkpoints, read_manifest
 from tplaunch.data.beside import TOKENIZER
 from tplaunch.errors import Problem, RecipeError
+from tplaunch.launch.past import COURSE_KEYS, past_problems, same_course
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+
+# Mappings that are there or not.
+_WHOLE = ("training.batch_ramp_up", "training.recompute")
 
 Changes = dict[str, tuple[Any, Any]]  # dotted key -> (was, now)
 
@@ -95,7 +99,10 @@ def recipe_changes(before: Before, recipe: Recipe) -> Changes:
         name = key.partition(".")[2]
         if name in before.about:
             was[key] = before.about[name]
-    keys = [key for key in now if not any(_within(key, quiet) for quiet in _QUIET)]
+    quiet: tuple[str, ...] = _QUIET
+    if before.recipe is not None and same_course(before.recipe, recipe):
+        quiet += COURSE_KEYS  # said in another way
+    keys = [key for key in now if not any(_within(key, one) for one in quiet)]
     return {key: (was[key], now[key]) for key in keys if key in was and was[key] != now[key]}
 
 
@@ -166,6 +173,17 @@ def _corpus(number: int, facts: Mapping[str, Any], of: int) -> str:
     return f"{name}{counts}{weight}, sha256 {facts['sha256'][:12]}"
 
 
+def refuse_other_past(before: Before, recipe: Recipe, allow: Collection[str]) -> None:
+    """Refuse a schedule that says another thing of the steps behind the checkpoint than was trained, unless that is
+    allowed.
+
+    Raises:
+        RecipeError: names what differs.
+    """
+    if before.recipe is not None and (problems := [*past_problems(before.recipe, recipe, before.step, allow)]):
+        raise RecipeError(*problems)
+
+
 def refuse(changes: Changes, before: Before, allow: Collection[str]) -> None:
     """Refuse the changes that would spoil the run, but for those that are allowed.
 
@@ -205,7 +223,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and f"{prefix}{name}" not in _WHOLE:
             found |= _flat(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value

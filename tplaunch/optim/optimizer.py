@@ -62,7 +62,7 @@ class ShardedOptimizer:
         """The part for one kind of parameters."""
         settings = self.settings
         params: list[dict[str, Any]] = [
-            {"params": weights, "weight_decay": group.weight_decay, "factor": group.factor}
+            {"params": weights, "decay": group.weight_decay, "weight_decay": group.weight_decay, "factor": group.factor}
             for group, weights in self.groups.items()
             if group.kind == kind
         ]
@@ -97,11 +97,14 @@ class ShardedOptimizer:
         """Whether `step` takes a divisor: AdamW's kernel divides by it while it reads the gradients, in fp32."""
         return self.settings.name == "adamw" and all(weight.dtype == torch.float32 for _, _, weight in self.shards)
 
-    def step(self, lr: float, divisor: Tensor | float = 1.0, update: Tensor | None = None) -> None:
+    def step(
+        self, lr: float, divisor: Tensor | float = 1.0, update: Tensor | None = None, *, decay: float = 1.0
+    ) -> None:
         """Update every shard from its gradient, and let the model compute with the new weights.
 
         Args:
             lr: the learning rate.
+            decay: what every group's weight decay is multiplied by.
             divisor: of the gradients, [] or a number; only where the optimizer `scales`.
             update: whether to update at all, bool []; by default, yes.
         """
@@ -113,7 +116,7 @@ class ShardedOptimizer:
             weight.grad = sharding.gradient(shard) if weight.numel() else None
         for part in self.parts.values():
             for group in part.param_groups:
-                group["lr"] = lr * group["factor"]
+                group["lr"], group["weight_decay"] = lr * group["factor"], decay * group["decay"]
             part.step()
         self._rates = {group.name: lr * group.factor for group in self.groups}
         self.publish()

@@ -26,6 +26,7 @@ from tplaunch.plan.experts import expert_parts, expert_traffic, grouped_efficien
 from tplaunch.plan.latent import latent_parts, latent_traffic, regions
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
+from tplaunch.spec.course import Course
 from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
 from tplaunch.spec.parameters import active_parameter_count, layer_kinds, parameter_count
 from tplaunch.spec.recompute import Step as BlockStep
@@ -146,13 +147,14 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run, at its full batch size."""
-        return self.case.tokens_per_step * self.case.recipe.training.steps
+        """Tokens of the run."""
+        return Course(self.case.recipe).tokens
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run, without checkpoints, validation and faults."""
-        return self.step_seconds * self.case.recipe.training.steps
+        """Seconds of the run, without checkpoints, validation and faults, as if smaller batches than the full one took
+        as long a token."""
+        return self.step_seconds * (self.tokens / self.case.tokens_per_step)
 
     @property
     def gpu_hours(self) -> float:

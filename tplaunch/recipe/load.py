@@ -58,7 +58,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     if tree is None:
         raise RecipeError(*problems)
     for text in overrides:
-        tree = merge(tree, _parse_override(text, problems))
+        tree = _over(tree, _parse_override(text, problems))
     tree = _absolute_paths(_fill_preset(tree, problems))
     try:
         recipe = Recipe.model_validate(tree.plain())
@@ -112,7 +112,28 @@ def _read(path: Path, extending: tuple[Path, ...], problems: list[Problem]) -> T
         problems.append(Problem(f"extends itself: {way}", fix="remove one link", where=base.origin, key="extends"))
         return tree
     beneath = _read(target, chain, problems)
-    return None if beneath is None else merge(beneath, tree)
+    return None if beneath is None else _over(beneath, tree)
+
+
+# Of a section, keys that say the same thing in other ways.
+_WAYS = [
+    ("training", ({"steps"}, {"tokens"}, {"samples"})),
+    ("training", ({"batch_ramp_up"}, {"batch_schedule"})),
+    ("lr_schedule", ({"pieces"}, {"warmup_steps", "decay", "decay_steps", "min_lr"})),
+]
+
+
+def _over(base: Tree, over: Tree) -> Tree:
+    """`base` with what `over` says in its place, also where it says it in another way."""
+    for section, ways in _WAYS:
+        new, old = over.child(section), base.child(section)
+        if new is None or old is None or not isinstance(new.value, dict) or not isinstance(old.value, dict):
+            continue
+        said = [way for way in ways if any(key in way and node.value is not None for key, node in new.value.items())]
+        others: set[str] = set().union(*(way for way in ways if way not in said)) if said else set()
+        kept = {key: child for key, child in old.value.items() if key not in others}
+        base = base._replace(value={**base.value, section: old._replace(value=kept)})
+    return merge(base, over)
 
 
 def _read_mapping(path: Path, problems: list[Problem]) -> Tree | None:

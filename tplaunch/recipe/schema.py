@@ -16,16 +16,22 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from tplaunch.units import (
+    Length,
     format_slurm_memory,
     format_slurm_time,
     parse_count,
     parse_duration,
+    parse_length,
     parse_slurm_memory,
     parse_slurm_time,
 )
@@ -53,8 +59,49 @@ class Unit:
         return {"anyOf": [handler(schema), text]}
 
 
+def _parse_samples(text: str) -> int:
+    return parse_count(text.strip().removesuffix("samples"))
+
+
 Count = Annotated[int, Field(ge=1, le=10**15), Unit(parse_count, "1B")]
+BatchSize = Annotated[int, Field(ge=1, le=10**6), Unit(_parse_samples, "4Mi tokens")]
 Seconds = Annotated[float, Field(gt=0, le=10**9), Unit(parse_duration, "2h")]
+
+
+@dataclass(frozen=True)
+class LengthOfRun:
+    """Reads a part of a run: a number of steps, or text that says the unit; and writes it back so.
+
+    Args:
+        least: smallest amount.
+    """
+
+    least: int
+
+    def _read(self, value: Any) -> Length:
+        length = parse_length(value)
+        if not (self.least <= length.amount <= 10**15) or (self.least and not length):
+            raise ValueError(f"must be from {self.least:,} to {10**15:,}")
+        return length
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(
+            lambda length: length.amount if length.unit == "steps" else str(length)
+        )
+        return core_schema.no_info_plain_validator_function(self._read, serialization=written)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        examples = ["2B tokens", "4M samples", "10%"]
+        text = {
+            "type": "string",
+            "description": 'text such as "2B tokens", "4M samples" or "10%" (of the run)',
+            "examples": examples,
+        }
+        return {"anyOf": [{"type": "integer", "minimum": self.least, "maximum": 10**15}, text]}
+
+
+Every = Annotated[Length, LengthOfRun(0)]
+Lasting = Annotated[Length, LengthOfRun(1)]
 
 
 @dataclass(frozen=True)
@@ -405,9 +452,54 @@ class Recompute(Section):
 class BatchRampUp(Section):
     """Global batch size that grows linearly (Megatron `--rampup-batch-size`)."""
 
-    start: Small = Field(description="samples of the first steps")
-    increment: Small = Field(description="samples that are added at each size")
-    steps: Small = Field(description="steps at each size")
+    start: BatchSize = Field(description="samples of the first steps")
+    increment: BatchSize = Field(description="samples that are added at each size")
+    steps: Small | None = Field(None, description="steps at each size")
+    over: Lasting | None = Field(
+        None, description="in place of steps: when the batch is full; each size has the same part of it"
+    )
+
+
+class BatchPiece(Section):
+    """A global batch size for a part of the run, from where the one before ends."""
+
+    size: BatchSize = Field(description="samples of each step")
+    for_: Lasting | None = Field(None, alias="for", description="how long")
+    until: Lasting | None = Field(None, description="in place of for: where in the run the next size begins")
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+Shape = Literal["warmup", "constant", "cosine", "linear", "exponential", "1-sqrt", "inverse-sqrt", "step"]
+
+
+class Piece(Section):
+    """What a rate does in a part of the run, from where the one before ends. A piece whose length is not said takes
+    what the others leave.
+
+    1-sqrt: Haegele et al. 2024, arXiv 2405.18392. inverse-sqrt falls as the root of how far the run is.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    kind: Shape = Field(description="its shape; step: multiplied by `factor` at every `every`")
+    for_: Lasting | None = Field(None, alias="for", description="how long; default: what the other pieces leave")
+    until: Lasting | None = Field(None, description="in place of for: where in the run it ends")
+    from_: Annotated[float, Field(ge=0)] | None = Field(
+        None, alias="from", description="rate where it begins; default: where the one before ended, of a first warmup 0"
+    )
+    to: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="rate of its last step; default: of warmup the highest, else 0"
+    )
+    every: Lasting | None = Field(None, description="step: how long the rate stays")
+    factor: Annotated[float, Field(gt=0)] | None = Field(None, description="step: what it is then multiplied by")
+
+    @model_serializer(mode="wrap")
+    def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+Pieces = Annotated[list[Piece], Field(min_length=1)]
 
 
 class NonFinite(Section):
@@ -434,9 +526,20 @@ class Training(Section):
 
     seq_len: Annotated[int, Field(ge=1, le=2**24)] = Field(description="tokens of a sample")
     micro_batch_size: Small = Field(1, description="samples of one pass through the model")
-    global_batch_size: Small = Field(description="samples of one step, over all replicas")
+    global_batch_size: BatchSize = Field(description="samples of one step, over all replicas")
     batch_ramp_up: BatchRampUp | None = Field(None, description="a smaller global batch at first; null: none")
-    steps: Count = Field(description="optimizer updates of the whole run")
+    batch_schedule: Annotated[list[BatchPiece], Field(min_length=1)] | None = Field(
+        None, description="other global batch sizes, one after the other, before global_batch_size"
+    )
+    steps: Count = Field(
+        0,
+        description="optimizer updates of the whole run; default: as many as its tokens, or samples, take",
+        json_schema_extra={"default": None},
+    )
+    tokens: Count | None = Field(
+        None, description="length of the whole run, in place of steps: it ends with the step that reaches it"
+    )
+    samples: Count | None = Field(None, description="the same, in samples")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         1234, description="of initial weights and of the order of samples"
     )
@@ -460,8 +563,47 @@ class Training(Section):
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
-    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
+    eval_every: Every = Field(0, validate_default=True, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
+
+    @field_validator("global_batch_size", "batch_ramp_up", "batch_schedule", mode="before")
+    @classmethod
+    def _in_samples(cls, value: Any, info: ValidationInfo) -> Any:
+        return _in_samples(value, info.data.get("seq_len"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps", 0) is None:
+            return {key: value for key, value in values.items() if key != "steps"}
+        return values
+
+    @field_serializer("steps")
+    def _said(self, steps: int) -> int | None:
+        return steps or None
+
+    @property
+    def length(self) -> Length:
+        """How long the run is, as it was said."""
+        if self.tokens is not None:
+            return Length(self.tokens, "tokens")
+        return Length(self.steps) if self.samples is None else Length(self.samples, "samples")
+
+
+def _in_samples(value: Any, seq_len: int | None) -> Any:
+    """Batch sizes, wherever they stand in a value, in samples where they are said in tokens."""
+    if isinstance(value, list):
+        return [_in_samples(one, seq_len) for one in value]
+    if isinstance(value, dict):
+        sizes = ("size", "start", "increment")
+        return {key: _in_samples(one, seq_len) if key in sizes else one for key, one in value.items()}
+    if not (isinstance(value, str) and seq_len and value.strip().endswith("tokens")):
+        return value
+    tokens = int(parse_length(value).amount)
+    if tokens % seq_len:
+        near = " or ".join(f"{count * seq_len}" for count in (tokens // seq_len, tokens // seq_len + 1) if count)
+        raise ValueError(f"{tokens:,} tokens are no whole number of samples of {seq_len:,}: {near} tokens are")
+    return tokens // seq_len
 
 
 class ParameterGroup(Section):
@@ -496,6 +638,9 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.1, description="decoupled, of matrices: not of norms and biases"
     )
+    weight_decay_schedule: Pieces | None = Field(
+        None, description="weight_decay over the run, in pieces; default: constant. Groups' own move in proportion"
+    )
     momentum: Probability | None = Field(None, description="sgd and muon; default 0, of muon 0.95")
     groups: list[ParameterGroup] = Field([], description="parameters with a learning rate or a decay of their own")
 
@@ -508,16 +653,19 @@ class Optimizer(Section):
 
 
 class LrSchedule(Section):
-    """Linear warmup, then a decay to `min_lr`."""
+    """Linear warmup, then a decay to `min_lr`; or any pieces."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps from 0 to lr")
+    warmup_steps: Every = Field(0, validate_default=True, description="steps from 0 to lr")
     decay: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="from lr to min_lr; wsd: constant, then a decay at the end"
     )
-    decay_steps: Count | None = Field(
+    decay_steps: Lasting | None = Field(
         None, description="last steps of the run, over which lr decays; default: all after the warmup, of wsd a tenth"
     )
     min_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate of the last step")
+    pieces: Pieces | None = Field(
+        None, description="in place of all these: the learning rate, piece after piece, from optimizer.lr"
+    )
 
 
 class Source(Section):
@@ -570,9 +718,9 @@ class Checkpoint(Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves; 0: only at the end")
+    every: Every = Field(0, validate_default=True, description="steps between saves; 0: only at the end")
     keep: Small = Field(3, description="newest checkpoints that stay")
-    keep_every: Count | None = Field(None, description="steps whose multiples stay for ever")
+    keep_every: Lasting | None = Field(None, description="steps whose multiples stay for ever")
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
         None, description="a checkpoint, of another run or imported, whose weights a new run starts from"
@@ -612,7 +760,7 @@ class Samples(Section):
     """Texts that the model writes while it is trained, to the run's samples.jsonl: the likeliest continuations of some
     prompts."""
 
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between them; 0: never")
+    every: Every = Field(0, validate_default=True, description="steps between them; 0: never")
     prompts: list[str] = Field([], description="beginnings of texts")
     max_tokens: Small = Field(64, description="tokens to add to each")
 
@@ -620,9 +768,11 @@ class Samples(Section):
 class Logging(Section):
     """What a run records of itself, and who reads it."""
 
-    every: Small = Field(10, description="steps between metric records")
-    per_rank_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps between records of each rank and of the gradients of each block; 0: never"
+    every: Lasting = Field(10, validate_default=True, description="steps between metric records")
+    per_rank_every: Every = Field(
+        0,
+        validate_default=True,
+        description="steps between records of each rank and of the gradients of each block; 0: never",
     )
     tensorboard: bool = Field(False, description="write the metric records for TensorBoard, too")
     on_event: Text | None = Field(

@@ -1,29 +1,145 @@
-"""Samples of a step: its global batch, and all that come before it; pure functions, so every rank and resume agrees."""
+"""Where each step of a run begins and ends, in samples and tokens: exact, and found in the logarithm of the number of
+batch sizes. Pure functions, so every rank and resume agrees."""
 
 from __future__ import annotations
 
-from tplaunch.recipe.schema import Recipe
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tplaunch.recipe.schema import BatchRampUp, Training
+from tplaunch.units import Length
 
 
-def batch_size(recipe: Recipe, step: int) -> int:
-    """Samples of step number `step` (from 1): the global batch size, or its ramp-up's."""
-    training = recipe.training
-    ramp = training.batch_ramp_up
-    if ramp is None:
-        return training.global_batch_size
-    return min(training.global_batch_size, ramp.start + ramp.increment * ((step - 1) // ramp.steps))
+class Block(NamedTuple):
+    """Steps of one global batch size.
+
+    Args:
+        step: steps before it.
+        samples, tokens: that those consume.
+        size: samples of each of its steps.
+        seq_len: tokens of each of its samples.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    size: int
+    seq_len: int
+
+    def after(self, steps: int) -> tuple[int, int, int]:
+        """Steps, samples and tokens after so many of its steps."""
+        samples = steps * self.size
+        return self.step + steps, self.samples + samples, self.tokens + samples * self.seq_len
+
+    def until(self, place: Length) -> int:
+        """How many of its steps begin before a place of the run."""
+        if place.unit == "steps":
+            return max(0, int(place.amount) - self.step)
+        begun = self.samples if place.unit == "samples" else self.tokens
+        each = self.size if place.unit == "samples" else self.size * self.seq_len
+        return max(0, -((begun - int(place.amount)) // each))
 
 
-def first_sample(recipe: Recipe, step: int) -> int:
-    """Samples that the steps before `step` (from 1) consume, when all are trained by this recipe."""
-    training, ramp = recipe.training, recipe.training.batch_ramp_up
-    if ramp is None:
-        return (step - 1) * training.global_batch_size
-    total, done = 0, 0
-    while done < step - 1:  # one turn for each size of the ramp
-        size = batch_size(recipe, done + 1)
-        if size == training.global_batch_size:
-            return total + (step - 1 - done) * size
-        count = min(ramp.steps, step - 1 - done)
-        total, done = total + count * size, done + count
-    return total
+class Batches:
+    """The steps of a run. They are counted from 1; where the sizes end, the last goes on for ever.
+
+    Args:
+        training: says the sizes, and how long each is.
+
+    Attributes:
+        run: how long the run is, as it was said.
+        ends: the step with which each size ends, but the last.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.run = training.length
+        self.seq_len = training.seq_len
+        self.blocks: list[Block] = []
+        self.ends: list[int] = []
+        at = (0, 0, 0)
+        for size, until in self._sizes(training):
+            block = Block(*at, size, training.seq_len)
+            count = 1 if until is None else block.until(until)
+            if count:
+                self.blocks.append(block)
+                at = block.after(count)
+            if until is not None:
+                self.ends.append(at[0])
+        self._steps = [block.step for block in self.blocks]
+
+    def _sizes(self, training: Training) -> Iterator[tuple[int, Length | None]]:
+        """Each size, and where it ends."""
+        if (ramp := training.batch_ramp_up) is not None:
+            yield from self._ramp(ramp, training.global_batch_size)
+        end: Length | None = None
+        for piece in training.batch_schedule or ():
+            end = self.place(piece.until) if piece.until else self._later(end, piece.for_)
+            yield piece.size, end
+        yield training.global_batch_size, None
+
+    def _ramp(self, ramp: BatchRampUp, full: int) -> Iterator[tuple[int, Length]]:
+        """The sizes of a ramp: by steps, or as Megatron's, by the part of it that was consumed."""
+        sizes = range(ramp.start, full, ramp.increment)
+        over = Length(0) if ramp.over is None else self.place(ramp.over)
+        for number, size in enumerate(sizes, 1):
+            if ramp.steps is not None:
+                yield size, Length(number * ramp.steps)
+            else:
+                yield size, Length(-(-int(over.amount) * number // len(sizes)), over.unit)
+
+    def _later(self, place: Length | None, length: Length | None) -> Length:
+        """The place so much after another; the blocks lead up to that one."""
+        length = self.place(length or Length(0))
+        if place is None:
+            return length
+        if place.unit != length.unit:
+            last = self.blocks[-1] if self.blocks else None
+            steps, samples, tokens = last.after(last.until(place)) if last else (0, 0, 0)
+            place = Length({"steps": steps, "samples": samples}.get(length.unit, tokens), length.unit)
+        return Length(place.amount + length.amount, length.unit)
+
+    def place(self, length: Length) -> Length:
+        """A part of the run, or a place in it, in steps, samples or tokens: a share is of what the run's length is said
+        in, rounded up."""
+        if length.unit != "%":
+            return length
+        numerator, denominator = length.amount.as_integer_ratio()
+        return Length(-(-int(self.run.amount) * numerator // (100 * denominator)), self.run.unit)
+
+    def _block(self, step: int) -> Block:
+        return self.blocks[bisect_right(self._steps, step - 1) - 1]
+
+    def size(self, step: int) -> int:
+        """Samples of a step."""
+        return self._block(step).size
+
+    def samples(self, step: int) -> int:
+        """Samples consumed when a step has ended; after step 0 none."""
+        block = self._block(max(step, 1))
+        return block.after(step - block.step)[1]
+
+    def tokens(self, step: int) -> int:
+        """Tokens consumed when a step has ended; after step 0 none."""
+        block = self._block(max(step, 1))
+        return block.after(step - block.step)[2]
+
+    def consumed(self, step: int, unit: str) -> int:
+        """What is consumed when a step has ended: steps, samples or tokens."""
+        if unit == "steps":
+            return step
+        return self.samples(step) if unit == "samples" else self.tokens(step)
+
+    def reach(self, place: Length) -> int:
+        """The first step that ends at or after a place of the run; 0 where that is its beginning."""
+        place = self.place(place)
+        key = {"steps": 0, "samples": 1}.get(place.unit, 2)
+        index = bisect_right(self.blocks, place.amount - 1, key=lambda block: block[key]) - 1
+        block = self.blocks[max(index, 0)]
+        return block.step + block.until(place)
+
+    def sizes(self, first: int, last: int) -> set[int]:
+        """The tokens of a step that steps `first` to `last` have."""
+        low = bisect_right(self._steps, first - 1) - 1
+        high = bisect_right(self._steps, last - 1)
+        return {block.size * block.seq_len for block in self.blocks[low:high]}

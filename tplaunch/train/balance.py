@@ -15,7 +15,7 @@ from tplaunch.model.build import Stage
 from tplaunch.model.moe import MoE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
-from tplaunch.spec.batches import batch_size
+from tplaunch.spec.course import Course
 
 
 class Balance:
@@ -25,10 +25,11 @@ class Balance:
         stages: this rank's.
         mesh: the mesh.
         recipe: the recipe.
+        course: of the run.
     """
 
-    def __init__(self, stages: list[Stage], mesh: Mesh, recipe: Recipe) -> None:
-        self.mesh, self.recipe = mesh, recipe
+    def __init__(self, stages: list[Stage], mesh: Mesh, recipe: Recipe, course: Course) -> None:
+        self.mesh, self.recipe, self.course = mesh, recipe, course
         found: dict[int, MoE] = {}
         for stage in stages:
             for number, block in stage.module.layers.items():
@@ -39,7 +40,7 @@ class Balance:
 
     def begin_step(self, step: int, loss_scale: float) -> None:
         """Called before the passes of a step."""
-        self._sequences = batch_size(self.recipe, step)
+        self._sequences = self.course.batch_size(step)
         for moe in self.layers.values():
             moe.begin_step(loss_scale / self._sequences)
 

@@ -14,18 +14,18 @@ from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import document_length
-from tplaunch.spec.batches import batch_size, first_sample
+from tplaunch.spec.course import Course
 
 
-def share(recipe: Recipe, step: int, dp_rank: int, dp: int, *, ahead: int = 0) -> range:
+def share(course: Course, step: int, dp_rank: int, dp: int, *, ahead: int = 0) -> range:
     """Sample numbers of one data-parallel rank at a step: a contiguous 1/dp of the global batch.
 
     Args:
-        ahead: samples that the run has consumed beyond what this recipe's steps so far would have: its batch size
+        ahead: samples that the run has consumed beyond what this course's steps so far would have: its batch size
             was another one before.
     """
-    size = batch_size(recipe, step) // dp
-    start = first_sample(recipe, step) + ahead + dp_rank * size
+    size = course.batch_size(step) // dp
+    start = course.first_sample(step) + ahead + dp_rank * size
     return range(start, start + size)
 
 

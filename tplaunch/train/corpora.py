@@ -13,7 +13,7 @@ from tplaunch.data.mixture import Mixture
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import DataPlanned, DataRead, EpochBegan
-from tplaunch.spec.batches import first_sample
+from tplaunch.spec.course import Course
 
 
 class CorpusLog:
@@ -44,7 +44,8 @@ class CorpusLog:
         now = [others.pop(one["sha256"], None) for one in facts.get("train", [])]
         self.before = np.array([one.read if one else 0 for one in now] or [0] * len(found)) // training.seq_len
         self.gone: list[Given] = [*others.values()]
-        at_end = samples + first_sample(recipe, training.steps + 1) - first_sample(recipe, step + 1)
+        course = Course(recipe)
+        at_end = samples + course.first_sample(training.steps + 1) - course.first_sample(step + 1)
         epochs = self._given(at_end) / self.sizes
         rows = zip(
             self.paths, [one.tokens for one in found], self.mixture.shares.tolist(), epochs.tolist(), strict=True

@@ -14,7 +14,6 @@ from tplaunch.observe.node_system import NodeSystem
 from tplaunch.observe.prediction import write_plan
 from tplaunch.observe.tensorboard import TensorboardLog
 from tplaunch.observe.wandb import WandbLog, label_of, watches_every_node
-from tplaunch.optim.lr import learning_rate
 from tplaunch.optim.norms import Norms
 from tplaunch.parallel.placement import host_name
 from tplaunch.run.directory import RunDir
@@ -22,7 +21,6 @@ from tplaunch.run.events import Sampled, Straggled
 from tplaunch.run.metrics import MetricsLog
 from tplaunch.run.ranks import MEASURED, PLACE, RanksLog
 from tplaunch.run.samples import COLUMNS, SamplesLog
-from tplaunch.spec.batches import batch_size
 from tplaunch.spec.gpu import detect_gpu
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.train.clock import PARTS, StepClock
@@ -131,11 +129,11 @@ class TrainingLog:
         """Whether a step ends with a record: the first, the last, and those that the recipe asks for."""
         logging, training = self.step.recipe.logging, self.step.recipe.training
         every = (logging.every, training.eval_every, logging.per_rank_every)
-        return step in (1, training.steps) or any(number and step % number == 0 for number in every)
+        return step in (1, training.steps) or any(self.step.course.due(one, step) for one in every)
 
     def _ranks_due(self, step: int) -> bool:
         every = self.step.recipe.logging.per_rank_every
-        return every > 0 and (step % every == 0 or step == self.step.recipe.training.steps)
+        return bool(every) and (self.step.course.due(every, step) or step == self.step.recipe.training.steps)
 
     def mark(self, step: int, part: str) -> None:
         """A part of a step begins, one of `PARTS`; "" where the step has ended."""
@@ -284,17 +282,18 @@ class TrainingLog:
     def _record(self, means: dict[str, float], window: Window, memory_gib: float) -> dict[str, Any]:
         """The figures of a record; memory is that of the fullest rank."""
         recipe, progress, world = self.step.recipe, self.step.progress, self.step.mesh.topology.world_size
-        rate = window.tokens_per_s
+        rate, now = window.tokens_per_s, self.step.course.at(progress.step)
         flops = rate * self.step.flops_per_token / world
         record: dict[str, Any] = {
             "step": progress.step,
             "time": time.time(),
             **means,
-            "lr": learning_rate(recipe, progress.step),
+            "lr": now.lr,
+            **({"weight_decay": now.weight_decay} if recipe.optimizer.weight_decay_schedule else {}),
             **{f"lr_{name}": rate for name, rate in self.step.optimizer.learning_rates.items()},
             "tokens": progress.tokens,
             "samples": progress.samples,
-            "batch_size": batch_size(recipe, progress.step),
+            "batch_size": now.batch_size,
             "skipped_steps": progress.skipped,
             "attempt": self.attempt,
             "tokens_per_s": rate,

@@ -17,13 +17,12 @@ from tplaunch.checkpoint.state import TrainingProgress
 from tplaunch.model.build import Stage, build_stages
 from tplaunch.optim.gradients import GradientFinalizer
 from tplaunch.optim.loss_scale import LossScale
-from tplaunch.optim.lr import learning_rate
 from tplaunch.optim.optimizer import ShardedOptimizer
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import attended_positions
-from tplaunch.spec.batches import batch_size
+from tplaunch.spec.course import Course
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.train.balance import Balance
 from tplaunch.train.batch import Batch
@@ -103,12 +102,13 @@ class TrainStep:
         draw: bool = True,
     ) -> None:
         self.recipe = recipe
+        self.course = Course(recipe)
         self.mesh = mesh
         self.mark = mark
         self.stop_requested = stop_requested
         self.stages = build_stages(recipe, mesh, draw=draw)
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
-        self.balance = Balance(self.stages, mesh, recipe)
+        self.balance = Balance(self.stages, mesh, recipe, self.course)
         self.optimizer = ShardedOptimizer(self.stages, recipe, mesh)
         self.gradients = GradientFinalizer(
             self.stages,
@@ -128,7 +128,7 @@ class TrainStep:
             batch: the share.
             loss_factor: 1, or NaN to spoil this rank's loss (`FaultInjector.at_step`).
         """
-        recipe, progress = self.recipe, self.progress
+        progress = self.progress
         step = progress.step + 1
         batch = batch.to(self.mesh.device)
         tokens = self.tokens_of(step)
@@ -156,14 +156,14 @@ class TrainStep:
             self.loss_scale.update(result.finite)
         self.optimizer.zero_grad()
         progress.step = step
-        progress.samples += batch_size(recipe, step)
+        progress.samples += self.course.batch_size(step)
         progress.tokens += tokens
         progress.flops += tokens * self.flops_per_token
         return result
 
     def tokens_of(self, step: int) -> int:
         """Tokens of the global batch of a step."""
-        return batch_size(self.recipe, step) * self.recipe.training.seq_len
+        return self.course.tokens_of(step)
 
     def count_targets(self, batch: Batch, tokens: int) -> int:
         """Targets of the global batch that count, of `tokens`; right where the loss is."""
@@ -198,7 +198,7 @@ class TrainStep:
         norm, clip = squares.sqrt(), self.recipe.training.grad_clip
         divisor = scale if clip is None else ((norm + 1e-6) / clip).where(norm > clip, 1.0) * scale
         finite = (loss + norm).isfinite()
-        self.optimizer.step(learning_rate(self.recipe, self.progress.step + 1), divisor, finite)
+        self._step(divisor, finite)
 
     def _update_read(self, result: StepResult, scale: float) -> None:
         """Update by an optimizer that scales no gradients itself."""
@@ -209,4 +209,8 @@ class TrainStep:
             factor *= clip / (result.grad_norm + 1e-6)
         if factor != 1.0:
             self.gradients.scale(factor)
-        self.optimizer.step(learning_rate(self.recipe, self.progress.step + 1))
+        self._step()
+
+    def _step(self, divisor: Tensor | float = 1.0, finite: Tensor | None = None) -> None:
+        step = self.progress.step + 1
+        self.optimizer.step(self.course.lr(step), divisor, finite, decay=self.course.decay_factor(step))

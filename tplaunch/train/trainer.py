@@ -36,7 +36,6 @@ from tplaunch.run.events import (
 )
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
-from tplaunch.spec.batches import batch_size, first_sample
 from tplaunch.torch_private import set_group_timeouts
 from tplaunch.train.batch import Batch, make_batch, share
 from tplaunch.train.corpora import CorpusLog
@@ -49,6 +48,7 @@ from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
 from tplaunch.train.validate import validate
+from tplaunch.units import Length
 
 
 class Trainer:
@@ -289,24 +289,24 @@ class Trainer:
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's share of each step to come, read ahead."""
         recipe, training = self.recipe, self.recipe.training
-        begin, end = self.progress.step + 1, training.steps + 1
+        begin, end, course = self.progress.step + 1, training.steps + 1, self.step.course
         place, dp = self.mesh.coordinates.dp, self.mesh.topology.dp
         if not self.step.pipeline.reads_data:
             for step in range(begin, end):
-                yield Batch(*(torch.empty(batch_size(recipe, step) // dp, 0, dtype=torch.int64) for _ in range(2)))
+                yield Batch(*(torch.empty(course.batch_size(step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
         dataset = TokenDataset(
             recipe.data.sources("train"), training.seq_len, training.seed, vocab_size=recipe.model.vocab_size
         )
-        ahead = self.progress.samples - first_sample(recipe, begin)
+        ahead = self.progress.samples - course.first_sample(begin)
 
         def read(step: int) -> Batch:
-            return make_batch(recipe, dataset, share(recipe, step, place, dp, ahead=ahead)).pinned_for(self.mesh.device)
+            return make_batch(recipe, dataset, share(course, step, place, dp, ahead=ahead)).pinned_for(self.mesh.device)
 
         yield from prefetch(read, begin, end)
 
-    def _due(self, every: int, last: bool) -> bool:
-        return every > 0 and (self.progress.step % every == 0 or last)
+    def _due(self, every: Length, last: bool) -> bool:
+        return bool(every) and (last or self.step.course.due(every, self.progress.step))
 
     def _end(self, stopped: bool) -> bool:
         self.checkpoints.finish()

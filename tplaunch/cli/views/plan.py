@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from typer import style
 
+from tplaunch.cli.views.schedule import schedule_lines
 from tplaunch.cli.views.table import columns
 from tplaunch.cli.views.timeline import timeline_text
 from tplaunch.plan.case import Case, Stage
@@ -17,6 +18,7 @@ from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
 from tplaunch.spec.attention import document_length
+from tplaunch.spec.course import Course
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
@@ -64,6 +66,7 @@ def plan_text(
         *_notes(case),
         _time_table(plan),
         _run_line(plan),
+        *schedule_lines(Course(case.recipe)),
     ]
     if timeline is not None:
         parts.append(timeline_text(timeline))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.recipes import case
-from tplaunch.optim.lr import learning_rate
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.course import Course
 
 STEPS, PEAK, LOW = 1000, 1e-3, 1e-4
 
@@ -17,7 +17,8 @@ STEPS, PEAK, LOW = 1000, 1e-3, 1e-4
 def rates(**schedule: Any) -> list[float]:
     raw = {**case(training={"steps": STEPS}, optimizer={"lr": PEAK})}
     raw["lr_schedule"] = {"warmup_steps": 100, "min_lr": LOW, **schedule}
-    return [learning_rate(Recipe.model_validate(raw), step) for step in range(1, STEPS + 1)]
+    course = Course(Recipe.model_validate(raw))
+    return [course.lr(step) for step in range(1, STEPS + 1)]
 
 
 def test_cosine_without_a_length_begins_after_the_warmup() -> None:

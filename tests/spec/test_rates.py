@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from tests.recipes import case, resolved
-from tplaunch.optim.lr import learning_rate
+from tplaunch.spec.course import Course
 
 
 def rates(steps: int, *, until: int | None = None, **schedule: Any) -> list[float]:
     raw = {**case(training={"steps": steps}, optimizer={"lr": 1.0}), "lr_schedule": schedule}
-    return [learning_rate(resolved(raw), step) for step in range(1, (until or steps) + 1)]
+    course = Course(resolved(raw))
+    return [course.lr(step) for step in range(1, (until or steps) + 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""The course of a run: batch size, learning rate and weight decay of every step, and what is consumed by then. One pure
+function of the recipe, torch-free: the planner, the trainer and every record read it, and nothing else computes them.
+
+A step is one place of the run, whether it is named by its number, from 1, or by the samples or tokens consumed before
+it: integers, exact for as long as a run may be.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.batches import Batches
+from tplaunch.spec.pieces import Curve, Formula, Part, curve, shorthand
+from tplaunch.units import Length
+
+
+class Place(NamedTuple):
+    """A step of the run.
+
+    Args:
+        step: its number, from 1.
+        samples, tokens: consumed when it has ended.
+        batch_size: samples of it.
+        lr, weight_decay: of its update.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+
+
+class Course:
+    """The course of a run.
+
+    Args:
+        recipe: need not be resolved.
+
+    Attributes:
+        batches: its steps in samples and tokens.
+        steps: how many they are.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.batches = Batches(recipe.training)
+        self.steps = self.batches.reach(self.batches.run)
+
+    @cached_property
+    def rates(self) -> Curve:
+        """The learning rate."""
+        schedule, peak = self.recipe.lr_schedule, self.recipe.optimizer.lr
+        if schedule.pieces is None:
+            return shorthand(schedule, peak, self.batches, self.steps)
+        return curve(schedule.pieces, peak, self.batches, self.steps)
+
+    @cached_property
+    def decays(self) -> Curve:
+        """The weight decay."""
+        settings = self.recipe.optimizer
+        if settings.weight_decay_schedule is None:
+            return Curve(self.batches, [Part(1, self.steps, Formula("constant", settings.weight_decay))])
+        return curve(settings.weight_decay_schedule, settings.weight_decay, self.batches, self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.batches.tokens(self.steps)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of a step."""
+        return self.batches.size(step)
+
+    def first_sample(self, step: int) -> int:
+        """Samples that the steps before a step consume, when all are trained by this recipe."""
+        return self.batches.samples(step - 1)
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens of a step."""
+        return self.batches.tokens(step) - self.batches.tokens(step - 1)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step's update."""
+        return self.rates.at(step)
+
+    def weight_decay(self, step: int) -> float:
+        """The weight decay of a step's update."""
+        return self.decays.at(step)
+
+    def at(self, step: int) -> Place:
+        """All of a step."""
+        samples, tokens = self.batches.samples(step), self.batches.tokens(step)
+        return Place(step, samples, tokens, self.batch_size(step), self.lr(step), self.weight_decay(step))
+
+    def at_tokens(self, tokens: int) -> Place:
+        """All of the step that begins when so many tokens are consumed, or that is then under way."""
+        return self.at(self.batches.reach(Length(tokens + 1, "tokens")))
+
+    def decay_factor(self, step: int) -> float:
+        """What the weight decay of every group of parameters is multiplied by, for a step's update."""
+        settings = self.recipe.optimizer
+        return 1.0 if settings.weight_decay_schedule is None else self.weight_decay(step) / settings.weight_decay
+
+    def due(self, every: Length | None, step: int) -> bool:
+        """Whether something is due after a step that is done every so often: whether the step is the first to end at or
+        after a multiple of it. Of every step 0 or None, never."""
+        if not every:
+            return False
+        if every.unit == "steps":
+            return step % int(every.amount) == 0
+        unit, share = every.unit, every.amount
+        whole = self.batches.run if unit == "%" else Length(1, every.unit)
+        numerator, denominator = share.as_integer_ratio()
+        numerator, denominator = int(whole.amount) * numerator, denominator * (100 if unit == "%" else 1)
+        before, after = (self.batches.consumed(one, whole.unit) for one in (step - 1, step))
+        return after * denominator // numerator > before * denominator // numerator
+
+
+def with_steps(recipe: Recipe) -> Recipe:
+    """The recipe with the number of steps that its tokens, or samples, take."""
+    training = recipe.training
+    if training.length.unit == "steps":
+        return recipe
+    return recipe.model_copy(update={"training": training.model_copy(update={"steps": Course(recipe).steps})})
