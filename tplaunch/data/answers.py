@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tplaunch.data.beside import GENERATION, read_beside
-from tplaunch.data.chat import ChatTemplate
+from tplaunch.data.chat import ChatTemplate, find_template, read_file
 from tplaunch.data.conversations import Conversation
 from tplaunch.data.longline import whole_characters
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, TplaunchError
 
+_FORMAT = 1  # raise it when the same conversations would give other tokens or targets
 LossOn = Literal["assistant", "all"]
 _MARK = "name a template that marks answers by {% generation %} (finetune.chat_template, --chat-template)"
 _ALL = "learn all tokens (finetune.loss_on: all, --loss-on all)"
@@ -62,6 +63,21 @@ class Learned:
     merged: int = 0
 
 
+def chat_reader(file: Path, tokenizer: Tokenizer, template: Path | None, loss_on: LossOn) -> ChatReader:
+    """What makes tokens of conversations.
+
+    Args:
+        file: the `tokenizer.json`.
+        template: a file that renders them; None: what lies beside the tokenizer does.
+
+    Raises:
+        TplaunchError: the template cannot be read, or is none.
+    """
+    text = find_template(file) if template is None else read_file(template)
+    made = ChatTemplate(text, file) if text is not None else None
+    return ChatReader(tokenizer, made, loss_on, stops_of(file, tokenizer))
+
+
 @dataclass(frozen=True)
 class ChatReader:
     """Makes tokens of conversations.
@@ -77,6 +93,11 @@ class ChatReader:
     template: ChatTemplate | None
     loss_on: LossOn
     stops: tuple[int, ...]
+
+    def about(self) -> list[Any]:
+        """All that tokens and targets follow from, but for the tokenizer, as JSON values."""
+        template = [self.template.text, self.template.tokens] if self.template else None
+        return [_FORMAT, template, self.loss_on, list(self.stops)]
 
     def read(self, one: Conversation) -> Learned:
         """A conversation in tokens.

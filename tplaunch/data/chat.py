@@ -14,44 +14,58 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tplaunch.data.beside import TOKENIZER_CONFIG, read_beside, token_text
+from tplaunch.data.beside import SPECIAL, TEMPLATE, TOKENIZER_CONFIG, read_beside, token_text
 from tplaunch.errors import Problem, TplaunchError
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-TEMPLATE = "chat_template.jinja"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # fields that hold it
 # What was rendered so far of the chat at hand, and where its marks are.
 _TRACKED: ContextVar[tuple[list[str], list[tuple[int, int, str]]] | None] = ContextVar("tracked", default=None)
 
 
-def read_template(tokenizer: Path, *, key: str = "--chat", instead: str = "leave out --chat") -> str:
-    """The chat template beside a tokenizer: its own file, else the one in `tokenizer_config.json` (of several, the one
-    named default).
-
-    Args:
-        key: of the recipe or command line, that asks for it.
-        instead: what else would do.
+def read_file(path: Path) -> str:
+    """A file that holds a template.
 
     Raises:
-        TplaunchError: there is none, or it cannot be read.
+        TplaunchError: it cannot be read.
     """
-    path = tokenizer.with_name(TEMPLATE)
     try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TplaunchError(Problem(f"{path} cannot be read", why=str(error))) from None
+
+
+def find_template(tokenizer: Path) -> str | None:
+    """The chat template beside a tokenizer: its own file, else the one in `tokenizer_config.json` (of several, the one
+    named default); None where there is none.
+
+    Raises:
+        TplaunchError: it cannot be read.
+    """
+    path = tokenizer.with_name(TEMPLATE)
+    if path.is_file():
+        return read_file(path)
     found = read_beside(tokenizer, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("default")
-    if not isinstance(found, str):
+    return found if isinstance(found, str) else None
+
+
+def read_template(tokenizer: Path) -> str:
+    """The chat template beside a tokenizer, for --chat.
+
+    Raises:
+        TplaunchError: there is none, or it cannot be read.
+    """
+    found = find_template(tokenizer)
+    if found is None:
         what = f"{tokenizer.parent} has no chat template"
-        fix = f"put the model's {TEMPLATE} there, or {instead}"
-        raise TplaunchError(Problem(what, fix=fix, key=key))
+        fix = f"put the model's {TEMPLATE} there, or leave out --chat"
+        raise TplaunchError(Problem(what, fix=fix, key="--chat"))
     return found
 
 
@@ -98,7 +112,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, tokenizer: Path) -> None:
         self.text, self._path = text, tokenizer
-        said = {**read_beside(tokenizer, "special_tokens_map.json"), **read_beside(tokenizer, TOKENIZER_CONFIG)}
+        said = {**read_beside(tokenizer, SPECIAL), **read_beside(tokenizer, TOKENIZER_CONFIG)}
         found = {name: token_text(value) for name, value in said.items() if name.endswith("_token")}
         self.tokens = {name: token for name, token in found.items() if token is not None}
         self.marks = _GENERATION.search(text) is not None

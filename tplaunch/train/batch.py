@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tplaunch.data.dataset import TokenDataset
+from tplaunch.data.packed import PackedDataset
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Recipe, Source
 from tplaunch.spec.attention import document_length
 from tplaunch.spec.batches import batch_size, first_sample
 
@@ -71,9 +72,32 @@ class Batch:
         return Batch(tokens, labels, None if self.positions is None else change(self.positions))
 
 
-def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
+Dataset = TokenDataset | PackedDataset
+
+
+def open_dataset(recipe: Recipe, sources: Sequence[Source], *, shuffle: bool = True) -> Dataset:
+    """The samples of corpora, of the kind that a recipe says.
+
+    Raises:
+        TplaunchError: a corpus is missing, damaged, or has no sample.
+    """
+    training, kind = recipe.training, PackedDataset if recipe.data.kind == "chat" else TokenDataset
+    return kind(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=recipe.model.vocab_size)
+
+
+def masks_targets(recipe: Recipe) -> bool:
+    """Whether some tokens of a batch may be no targets."""
+    return recipe.training.eod_mask_loss or recipe.data.kind == "chat"
+
+
+def make_batch(recipe: Recipe, dataset: Dataset, samples: range) -> Batch:
     """Read samples and turn them into inputs and targets as the recipe asks."""
     training, numbers = recipe.training, np.asarray(samples)
+    if isinstance(dataset, PackedDataset):
+        tokens, loss, places = (torch.from_numpy(array) for array in dataset.batch(numbers))
+        labels = torch.full_like(tokens, IGNORE)  # the last of a row has no token behind it
+        labels[:, :-1] = tokens[:, 1:].where(loss[:, 1:], IGNORE)
+        return Batch(tokens, labels, places)
     if not (training.eod_mask_loss or training.document_mask):
         row = torch.from_numpy(dataset.batch(numbers))
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous())
