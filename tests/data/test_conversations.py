@@ -170,7 +170,7 @@ def test_a_recipe_prepares_conversations_once(
     marked = write_lines(tmp_path / "t.jinja", [])
     marked.write_text("{{ messages[0].content }}{% generation %}a<|im_end|>{% endgeneration %}")
     others = {made(loss_on="all"), made(chat_template=str(marked)), str(prefix)}
-    (tokenizer.parent / "chat_template.jinja").write_text("{{ messages[1].content }}<|im_end|>")
+    (tokenizer.parent / "chat_template.jinja").write_text("{{ messages[0].content }}x<|im_end|>")
     others.add(made(loss_on="all"))
     assert len(others) == 4, "other targets are another corpus"
 
