@@ -74,7 +74,7 @@ def chat_reader(file: Path, tokenizer: Tokenizer, template: Path | None, loss_on
         TplaunchError: the template cannot be read, or is none.
     """
     text = find_template(file) if template is None else read_file(template)
-    made = ChatTemplate(text, file) if text is not None else None
+    made = ChatTemplate(text, file, template) if text is not None else None
     return ChatReader(tokenizer, made, loss_on, stops_of(file, tokenizer))
 
 

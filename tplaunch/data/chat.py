@@ -101,6 +101,7 @@ class ChatTemplate:
     Args:
         text: in jinja.
         tokenizer: whose special tokens it may name.
+        file: that holds it, for messages; default: it is the tokenizer's own.
 
     Attributes:
         tokens: these, by name.
@@ -110,8 +111,8 @@ class ChatTemplate:
         TplaunchError: it is no template.
     """
 
-    def __init__(self, text: str, tokenizer: Path) -> None:
-        self.text, self._path = text, tokenizer
+    def __init__(self, text: str, tokenizer: Path, file: Path | None = None) -> None:
+        self.text, self._name = text, file or f"of {tokenizer.parent}"
         said = {**read_beside(tokenizer, SPECIAL), **read_beside(tokenizer, TOKENIZER_CONFIG)}
         found = {name: token_text(value) for name, value in said.items() if name.endswith("_token")}
         self.tokens = {name: token for name, token in found.items() if token is not None}
@@ -146,7 +147,7 @@ class ChatTemplate:
             _TRACKED.reset(token)
         text = "".join(parts)
         if any(text[begin:end] != said for begin, end, said in spans):
-            what = f"the chat template of {self._path.parent} puts what it marks elsewhere"
+            what = f"the chat template {self._name} puts what it marks elsewhere"
             why = "its {% generation %} stands in a macro, or in a value that is set"
             raise TplaunchError(Problem(what, why=why, fix="mark where the text is written"))
         return Rendered(text, [(begin, end) for begin, end, _ in spans])
@@ -158,7 +159,7 @@ class ChatTemplate:
         try:
             yield
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            what = f"the chat template of {self._path.parent} cannot be followed"
+            what = f"the chat template {self._name} cannot be followed"
             raise TplaunchError(Problem(what, why=str(error), fix="mend the messages, or the template")) from None
 
 
