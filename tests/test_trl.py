@@ -112,7 +112,7 @@ def test_the_same_targets_in_the_same_rows(tmp_path: Path, name: str) -> None:
     records, template, words, loss_on = SETS[name]
     write_model(tmp_path, template)
     theirs = sft_trainer(tmp_path, records, tmp_path / "out", **words).train_dataset
-    dataset = PackedDataset([Source(path=prepare(tmp_path, records, loss_on))], SEQ, seed=1, shuffle=False)
+    dataset = PackedDataset("chat", [Source(path=prepare(tmp_path, records, loss_on))], SEQ, seed=1, shuffle=False)
     found = dataset.batch(np.arange(len(dataset)))
     assert len(dataset) == len(theirs) > 1
     cut = 0
@@ -200,7 +200,7 @@ def test_the_same_losses(world: World, tmp_path: Path) -> None:
     assert run(["import", str(tmp_path), str(tmp_path / "checkpoint")]) == Exit.DONE
     prefix = prepare(tmp_path, records, loss_on)
     theirs = sft_trainer(tmp_path, records, tmp_path / "out", **words)
-    order = PackedDataset([Source(path=prefix)], SEQ, seed=1234).order
+    order = PackedDataset("chat", [Source(path=prefix)], SEQ, seed=1234).order
     _, samples = order.locate(np.arange(STEPS * ROWS))
     theirs.train_dataset = theirs.train_dataset.select(samples.tolist())  # the order in which ours come
     theirs.train()

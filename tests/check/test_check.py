@@ -52,6 +52,7 @@ REFUSED = [
         "conversations that share a row must not see each other",
         "leave it out",
     ),
+    (["data={kind: chat, packing: concatenate, train: c.jsonl}"], "data.packing", "are packed whole", "leave it out"),
     (
         ["data.kind=chat", "training.eod_mask_loss=true"],
         "training.eod_mask_loss",

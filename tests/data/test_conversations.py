@@ -56,7 +56,7 @@ def recipe(train: Path | str, tokenizer: Path | None, seq_len: int = 64, **more:
 
 
 def rows(prefix: str, seq_len: int, count: int | None = None, **how: Any) -> Any:
-    dataset = PackedDataset([Source(path=prefix)], seq_len, seed=3, **how)
+    dataset = PackedDataset("chat", [Source(path=prefix)], seq_len, seed=3, **how)
     return dataset.batch(np.arange(count or len(dataset)))
 
 
@@ -101,11 +101,11 @@ def test_what_fills_a_row_is_no_target_and_the_end_of_a_turn_is(tmp_path: Path, 
 def test_rows_are_a_function_of_corpus_length_and_seed(tmp_path: Path, tokenizer: Path) -> None:
     prefix = prepared(tmp_path / "c", RECORDS, tokenizer)
     whole = rows(prefix, 128)
-    dataset = PackedDataset([Source(path=prefix)], 128, seed=3)
+    dataset = PackedDataset("chat", [Source(path=prefix)], 128, seed=3)
     for number in (5, 0, len(dataset) - 1):  # alone, in another order
         (alone,), _, _ = dataset.batch(np.array([number]))
         assert (alone == whole.tokens[number]).all()
-    other = PackedDataset([Source(path=prefix)], 128, seed=4).batch(np.arange(len(dataset)))
+    other = PackedDataset("chat", [Source(path=prefix)], 128, seed=4).batch(np.arange(len(dataset)))
     assert sorted(documents(other)) == sorted(documents(whole)) and (other.tokens != whole.tokens).any()
     assert len({tuple(row) for row in dataset.batch(np.arange(3 * len(dataset))).tokens.tolist()}) == len(dataset)
 

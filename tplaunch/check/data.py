@@ -55,6 +55,9 @@ def chat_problems(recipe: Recipe) -> Iterator[Problem]:
                 what = f"{source.path}: conversations are read from JSON lines"
                 fix = 'lines such as {"messages": [{"role": "user", "content": "..."}, ...]}'
                 yield Problem(what, fix=fix, key=f"data.{split}")
+    if data.packing == "concatenate":
+        what = "conversations are not cut: they are packed whole"
+        yield Problem(what, fix="leave it out", key="data.packing")
     if isinstance(data.tokenizer, TrainTokenizer):
         what = "conversations need the tokenizer of the model that is tuned, with its chat template"
         yield Problem(what, fix="give its tokenizer.json", key="data.tokenizer")

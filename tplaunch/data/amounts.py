@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.data.endings import files_of, is_raw
-from tplaunch.data.fitted import fit
+from tplaunch.data.fitted import TOKEN_BYTES, fit, fit_text
 from tplaunch.data.made import prefixes
+from tplaunch.data.packing import count_rows
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import first_sample
@@ -19,7 +20,6 @@ from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
 _BEGIN = struct.Struct("<9sQB")  # of an .idx file: magic, version, dtype code (see `indexed`)
-TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _SHOWN = 10
 
 
@@ -85,9 +85,19 @@ def amounts(recipe: Recipe) -> list[Amount]:
         conversations = None
         if tokens is not None and recipe.data.kind == "chat":
             samples, conversations = _conversations(str(prefix), training.seq_len)
+        elif tokens is not None and recipe.data.packs:
+            samples = _rows(str(prefix), training.seq_len)
         epochs = total * share / samples if samples and samples > 0 else None
         found.append(Amount(key, source.path, share, tokens, samples, epochs, conversations))
     return found
+
+
+def _rows(prefix: str, seq_len: int) -> int | None:
+    """Rows of packed documents; None where a file is missing or damaged."""
+    try:
+        return count_rows(fit_text(prefix, seq_len), seq_len)
+    except (OSError, ValueError, KeyError, IndexError, struct.error):
+        return None
 
 
 def _conversations(prefix: str, seq_len: int) -> tuple[int | None, Conversations | None]:

@@ -75,7 +75,8 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
 
     Returns:
         {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
-        "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data}.
+        "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data,
+        "packs": whether rows are filled with whole documents}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
@@ -88,4 +89,4 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     tokenizer = recipe.data.tokenizer
     sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
     paths = [source.path for source in recipe.data.sources("train")]
-    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths}
+    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths, "packs": recipe.data.packs}

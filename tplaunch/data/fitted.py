@@ -1,8 +1,9 @@
-"""How conversations fit into rows, from their files alone: no numpy, for `plan`."""
+"""How documents fit into rows, from their files alone: no numpy, for `plan`."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from array import array
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from mmap import ACCESS_READ, mmap
 
 from tplaunch.data.packing import count_rows
 
+TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # of a token, by the dtype code of an .idx file
 _HEADER = struct.Struct("<9sQBQQ")  # of an .idx file: magic, version, dtype code, sequences, documents + 1
 
 
@@ -37,6 +39,34 @@ class Fitted:
     def count_rows(self, seq_len: int) -> int:
         """The rows that they are packed into."""
         return count_rows(self.lengths, seq_len)
+
+
+def fit_text(prefix: str, seq_len: int) -> array[int]:
+    """Tokens of the pieces of documents, in order: each document is one piece, a longer one as many of `seq_len` as it
+    takes, and what is left.
+
+    Args:
+        prefix: of their .bin and .idx.
+
+    Raises:
+        OSError, ValueError, KeyError, struct.error: a file is missing, or damaged.
+    """
+    offsets, documents = array("q"), array("q")
+    with open(f"{prefix}.idx", "rb") as file:
+        _, _, code, sequences, entries = _HEADER.unpack(file.read(_HEADER.size))
+        file.seek(4 * sequences, os.SEEK_CUR)
+        offsets.frombytes(file.read(8 * sequences))
+        documents.frombytes(file.read(8 * entries))
+    offsets.append(os.path.getsize(f"{prefix}.bin"))
+    pieces, width, end = array("i"), TOKEN_BYTES[code], 0
+    for sequence in documents[1:]:
+        begin, end = end, offsets[sequence] // width
+        whole, rest = divmod(end - begin, seq_len)
+        if whole:
+            pieces.extend([seq_len] * whole)
+        if rest:
+            pieces.append(rest)
+    return pieces
 
 
 def fit(prefix: str, seq_len: int) -> Fitted:

@@ -1,17 +1,17 @@
-"""Training rows of whole conversations."""
+"""Training rows of whole conversations, or of whole documents of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tplaunch.data.corpus import Meta
-from tplaunch.data.fitted import fit
+from tplaunch.data.fitted import fit, fit_text
 from tplaunch.data.indexed import IndexedTokens, open_loss
 from tplaunch.data.mixture import Ints
 from tplaunch.data.order import SampleOrder
@@ -19,16 +19,17 @@ from tplaunch.data.packing import Rows, pack
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 
+Kind = Literal["text", "chat"]
 _OPEN = 64  # corpora that are held open, at three files each
 
 
 class PackedBatch(NamedTuple):
-    """Rows of conversations, all of shape [rows, seq_len].
+    """Rows of documents, all of shape [rows, seq_len].
 
     Args:
         tokens: int64; what is left of a row is filled up.
-        loss: which tokens are targets: never the first of a conversation, and none that fills up.
-        positions: each token's place in its conversation, or in what fills up; 0 where attention must not look back.
+        loss: which tokens are to be learned: none that fills up.
+        positions: each token's place in its document, or in what fills up; 0 where attention must not look back.
     """
 
     tokens: Ints
@@ -36,14 +37,29 @@ class PackedBatch(NamedTuple):
     positions: Ints
 
 
-class PackedDataset:
-    """Samples of `seq_len` tokens, conversations packed whole, from one corpus or a weighted blend.
-
-    Which conversations share a row follows from their lengths alone (`pack`); which row comes when is `SampleOrder`'s
-    matter.
+class Pieces(NamedTuple):
+    """What rows are filled with.
 
     Args:
-        sources: prefixes of prepared conversations, with weights.
+        starts: in the corpus's tokens, int64 [n].
+        lengths: in tokens, int32 [n]; of 0: in no row.
+        rows: of the pieces.
+    """
+
+    starts: Ints
+    lengths: NDArray[np.int32]
+    rows: Rows
+
+
+class PackedDataset:
+    """Samples of `seq_len` tokens, documents packed whole, from one corpus or a weighted blend.
+
+    Which documents share a row follows from their lengths alone (`pack`); which row comes when is `SampleOrder`'s
+    matter. Of those longer than a row, conversations lose their end, and text becomes several pieces.
+
+    Args:
+        kind: of all corpora.
+        sources: prefixes of .bin/.idx pairs, with weights.
         seq_len: tokens of a row.
         seed: of the order.
         shuffle: without it each corpus is read from its start, in order (validation).
@@ -55,6 +71,7 @@ class PackedDataset:
 
     def __init__(
         self,
+        kind: Kind,
         sources: Sequence[Source],
         seq_len: int,
         seed: int,
@@ -63,28 +80,12 @@ class PackedDataset:
     ) -> None:
         self.seq_len, self.vocab_size = seq_len, vocab_size
         paths = [Path(source.path) for source in sources]
-        self._corpus = lru_cache(_OPEN)(lambda number: _open(paths[number]))
-        fitted = [self.rows_of(self._corpus(number)[0], seq_len) for number in range(len(paths))]
-        self._rows = [rows for rows, _ in fitted]
-        self._lengths = [lengths for _, lengths in fitted]
+        self._corpus = lru_cache(_OPEN)(lambda number: _open(paths[number], kind))
+        self._pieces = [pieces_of(self._corpus(number)[0], kind, seq_len) for number in range(len(paths))]
         metas = [Meta.read(path) for path in paths]
         self._filling = [meta.eod if meta else 0 for meta in metas]
-        sizes = tuple(len(rows) for rows in self._rows)
+        sizes = tuple(len(pieces.rows) for pieces in self._pieces)
         self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
-
-    @staticmethod
-    def rows_of(corpus: IndexedTokens, seq_len: int) -> tuple[Rows, NDArray[np.int32]]:
-        """The rows of a corpus, and the tokens that each conversation has in its row.
-
-        Raises:
-            TplaunchError: there is none.
-        """
-        lengths = np.frombuffer(fit(str(corpus.prefix), seq_len).lengths, np.int32)
-        rows = pack(lengths, seq_len)
-        if not len(rows):
-            what = f"{corpus.prefix}: nothing is learned in the first {seq_len:,} tokens of any conversation"
-            raise TplaunchError(Problem(what, fix="raise training.seq_len"))
-        return rows, lengths
 
     def __len__(self) -> int:
         """Rows of all corpora, each counted once; `batch` goes on beyond, epoch after epoch."""
@@ -100,14 +101,13 @@ class PackedDataset:
         out = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.bool_), np.empty(shape, np.int64))
         places = zip(*(found.tolist() for found in self.order.locate(indices)), strict=True)
         for row, (number, sample) in enumerate(places):
-            corpus, loss = self._corpus(number)
+            (corpus, loss), pieces = self._corpus(number), self._pieces[number]
             at = 0
-            for conversation in self._rows[number][sample].tolist():
-                length, start = int(self._lengths[number][conversation]), corpus.document_start(conversation)
+            for piece in pieces.rows[sample].tolist():
+                start, length = int(pieces.starts[piece]), int(pieces.lengths[piece])
                 end = at + length
                 out.tokens[row, at:end] = corpus.tokens[start : start + length]
-                out.loss[row, at:end] = loss[start : start + length]
-                out.loss[row, at] = False
+                out.loss[row, at:end] = True if loss is None else loss[start : start + length]
                 out.positions[row, at:end] = np.arange(length)
                 self._check(corpus, out.tokens[row, at:end], start)
                 at = end
@@ -121,6 +121,28 @@ class PackedDataset:
             corpus.refuse_tokens(start * width, len(tokens) * width, self.vocab_size)
 
 
-def _open(path: Path) -> tuple[IndexedTokens, NDArray[np.uint8]]:
+def pieces_of(corpus: IndexedTokens, kind: Kind, seq_len: int) -> Pieces:
+    """The pieces of a corpus, and the rows that they fill.
+
+    Raises:
+        TplaunchError: there is no row.
+    """
+    if kind == "chat":
+        lengths = np.frombuffer(fit(str(corpus.prefix), seq_len).lengths, np.int32)
+        starts = np.asarray(corpus.pointers) // corpus.tokens.itemsize
+    else:
+        lengths = np.frombuffer(fit_text(str(corpus.prefix), seq_len), np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths  # documents follow one another without a gap
+    rows = pack(lengths, seq_len)
+    if not len(rows):
+        what = f"{corpus.prefix}: nothing is learned in the first {seq_len:,} tokens of any conversation"
+        fix = "raise training.seq_len"
+        if kind == "text":
+            what, fix = f"{corpus.prefix} has no tokens", "use more text"
+        raise TplaunchError(Problem(what, fix=fix))
+    return Pieces(starts, lengths, rows)
+
+
+def _open(path: Path, kind: Kind) -> tuple[IndexedTokens, NDArray[np.uint8] | None]:
     corpus = IndexedTokens.open(path)
-    return corpus, open_loss(path, len(corpus.tokens))
+    return corpus, open_loss(path, len(corpus.tokens)) if kind == "chat" else None

@@ -20,7 +20,7 @@ from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.inputs import raw_files
 from tplaunch.data.made import FORMAT, corpora, digest, recipe_name, trained_tokenizer
-from tplaunch.data.packed import PackedDataset
+from tplaunch.data.packed import pieces_of
 from tplaunch.data.progress import Progress
 from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.data.tokenizer import Tokenizer
@@ -170,8 +170,11 @@ class _Preparation:
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
         verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
-        count = samples_in if self.data.kind == "text" else PackedDataset.rows_of
-        count(verified.corpus, self.recipe.training.seq_len)
+        seq_len = self.recipe.training.seq_len
+        if self.data.packs:
+            pieces_of(verified.corpus, self.data.kind, seq_len)
+        else:
+            samples_in(verified.corpus, seq_len)
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:

@@ -550,6 +550,12 @@ class Data(Section):
     validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = Field(
         None, description="the same, of text that is not trained on"
     )
+    packing: Literal["concatenate", "best_fit"] | None = Field(
+        None,
+        description="concatenate: documents follow one another, and samples are cut wherever they end; best_fit: rows "
+        "are filled with whole documents, and only those longer than training.seq_len are cut (Ding et al. 2024, arXiv "
+        "2404.10830); default: concatenate, of conversations best_fit",
+    )
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
     )
@@ -562,6 +568,11 @@ class Data(Section):
         description="tokens of a document, by which the FLOPs of training.document_mask are counted while the training "
         "data are not prepared; default 2048",
     )
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are filled with whole documents."""
+        return self.kind == "chat" or self.packing == "best_fit"
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,13 +82,14 @@ def open_dataset(recipe: Recipe, sources: Sequence[Source], *, shuffle: bool = T
     Raises:
         TplaunchError: a corpus is missing, damaged, or has no sample.
     """
-    training, kind = recipe.training, PackedDataset if recipe.data.kind == "chat" else TokenDataset
-    return kind(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=recipe.model.vocab_size)
+    training, data = recipe.training, recipe.data
+    make = partial(PackedDataset, data.kind) if data.packs else TokenDataset
+    return make(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=recipe.model.vocab_size)
 
 
 def masks_targets(recipe: Recipe) -> bool:
     """Whether some tokens of a batch may be no targets."""
-    return recipe.training.eod_mask_loss or recipe.data.kind == "chat"
+    return recipe.training.eod_mask_loss or recipe.data.packs
 
 
 def make_batch(recipe: Recipe, dataset: Dataset, samples: range) -> Batch:
@@ -95,9 +97,11 @@ def make_batch(recipe: Recipe, dataset: Dataset, samples: range) -> Batch:
     training, numbers = recipe.training, np.asarray(samples)
     if isinstance(dataset, PackedDataset):
         tokens, loss, places = (torch.from_numpy(array) for array in dataset.batch(numbers))
+        if training.document_mask or training.eod_mask_loss:
+            loss &= places != 0  # the first of a document follows nothing
         labels = torch.full_like(tokens, IGNORE)  # the last of a row has no token behind it
         labels[:, :-1] = tokens[:, 1:].where(loss[:, 1:], IGNORE)
-        return Batch(tokens, labels, places)
+        return Batch(tokens, labels, places if training.document_mask else None)
     if not (training.eod_mask_loss or training.document_mask):
         row = torch.from_numpy(dataset.batch(numbers))
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous())
