@@ -79,6 +79,21 @@ def test_conversations_are_learned_as_by_one_process(
         assert found == pytest.approx(alone[layers], rel=1e-9)
 
 
+@pytest.mark.slow
+def test_packed_text_is_learned_as_by_one_process(world: World, tmp_path: Path) -> None:
+    from tplaunch.data.build import build
+
+    texts = [{"text": " ".join(message["content"] for message in one["messages"])} for one in some(90, 6)]
+    build([write_lines(tmp_path / "t.jsonl", texts)], tmp_path / "t", 290)
+    data = {"train": str(tmp_path / "t"), "validation": str(tmp_path / "t"), "packing": "best_fit"}
+    alone: list[float] = []
+    for number, how in enumerate(({}, {"dp": 2, "cp": 2}, {"tp": 2, "pp": 2})):
+        raw = chat_case({}, **how, model={"num_layers": 4}, training={"micro_batch_size": 2}) | {"data": data}
+        for found in world.run(ranks(raw), learn, raw, str(tmp_path / f"run-{number}")):
+            alone = alone or found
+            assert found == pytest.approx(alone, rel=1e-9)
+
+
 def by_hand(raw: dict[str, Any], root: str) -> tuple[float, float, float, float]:
     """The mean over all targets of the first step, and of validation, by the trainer and from each conversation read
     on its own by the trainer's model."""
