@@ -171,10 +171,11 @@ class ChatReader:
             whole_rest: the one answer has all that is left.
         """
         before = [self._before(one, number, text) for number in answers]
-        full, *prefixes = self._encode([text, *before], whole=True)
+        (full,) = self._encode([text], whole=True)
+        prefixes = self.tokenizer.encode_given(before, whole=True, places=False)
         places = []
         for number, prefix in zip(answers, prefixes, strict=True):
-            start = len(prefix.ids)
+            start = len(prefix)
             if full.ids[:start] != prefix.ids:
                 raise _ambiguous(
                     f"message {number + 1}: the prompt before it ends within a token",

@@ -171,10 +171,14 @@ class Tokenizer:
         finally:
             self._tokenizer.encode_special_tokens = True
 
-    def encode_given(self, texts: Sequence[str], *, whole: bool) -> list[tokenizers.Encoding]:
-        """Tokens of texts and the characters that each stands for, as `encode_prompt` makes them, within
-        `names_read`."""
-        return self._tokenizer.encode_batch(texts, add_special_tokens=not whole)
+    def encode_given(self, texts: Sequence[str], *, whole: bool, places: bool = True) -> list[tokenizers.Encoding]:
+        """Tokens of texts, as `encode_prompt` makes them, within `names_read`.
+
+        Args:
+            places: and the characters that each stands for.
+        """
+        encode = self._tokenizer.encode_batch if places else self._tokenizer.encode_batch_fast
+        return encode(texts, add_special_tokens=not whole)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character."""
