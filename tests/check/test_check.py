@@ -43,6 +43,29 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
+    (["finetune.loss_on=all"], "finetune.loss_on", "is read for conversations alone", "data.kind: chat"),
+    (["finetune.chat_template=r.yaml"], "finetune.chat_template", "is read for conversations alone", "kind: chat"),
+    (["data.kind=chat"], "data.train", "conversations are read from JSON lines", '{"messages": ['),
+    (["data.kind=chat"], "data.tokenizer", "need the tokenizer of the model that is tuned", "tokenizer.json"),
+    (
+        ["data.kind=chat", "training.document_mask=false"],
+        "training.document_mask",
+        "conversations that share a row must not see each other",
+        "leave it out",
+    ),
+    (["data={kind: chat, packing: concatenate, train: c.jsonl}"], "data.packing", "are packed whole", "leave it out"),
+    (
+        ["data.kind=chat", "training.eod_mask_loss=true"],
+        "training.eod_mask_loss",
+        "says nothing of conversations",
+        "leave it out",
+    ),
+    (
+        ["data.kind=chat", "finetune.chat_template=chat.jinj"],
+        "finetune.chat_template",
+        "chat.jinj: no such file",
+        None,
+    ),
     (["logging.samples.every=5"], "logging.samples", "there is no prompt to continue", "every: 0"),
     (["logging.samples={every: 5, prompts: [a, '']}"], "logging.samples.prompts[1]", "is empty", "leave it out"),
     (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chats import conversation, write_lines, write_tokenizer
 from tplaunch.cli.main import run
 
 PLAY = Path(__file__).parents[2] / "recipes" / "data" / "shakespeare-validation.txt"
@@ -106,3 +107,35 @@ def test_a_list_keeps_its_order_and_says_so(tmp_path: Path, capsys: pytest.Captu
     assert run(["data", "inspect", output]) == 0
     shown = capsys.readouterr().out
     assert shown.index("b text") < shown.index("a text")
+
+
+def test_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = str(write_tokenizer(tmp_path / "tokenizer"))
+    silent = {"messages": conversation("nobody answers")}
+    lines = write_lines(tmp_path / "c.jsonl", [{"messages": conversation("who", "me")}, silent])
+    out = tmp_path / "out" / "c"
+    asked = ["data", "prepare", str(lines), "--kind", "chat", "--tokenizer", tokenizer, "-o", str(out)]
+    assert run(asked) == 0
+    said = capsys.readouterr().out
+    assert "1 conversations, " in said and "1 left out: nothing in them is learned" in said
+    assert f"data: {{kind: chat, train: {out}, tokenizer: {tokenizer}}}" in said
+    assert run(["data", "inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "\u27e6me<|im_end|>\n\u27e7" in said and "what is learned stands so" in said
+    assert run([*asked[:-1], str(tmp_path / "all"), "--loss-on", "all", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["chat"]["targets"] == report["tokens"] - report["documents"] and report["chat"]["loss_on"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--kind", "chat", "--vocab-size", "300"], "need the tokenizer of the model"),
+        (["--kind", "chat", "--tokenizer", "t.json", "--bos"], "are not of conversations"),
+        (["--tokenizer", "t.json", "--loss-on", "all"], "are of conversations"),
+        (["--tokenizer", "t.json", "--chat-template", "t.jinja"], "are of conversations"),
+    ],
+)
+def test_options_of_conversations(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "prepare", "c.jsonl", "-o", "c", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tplaunch.data.chat import read_template, render
 from tplaunch.data.tokenizer import train_bpe
 from tplaunch.errors import TplaunchError
-from tplaunch.generate.chat import read_template, render
 from tplaunch.generate.prompts import Asked, read_prompts, texts_of
 from tplaunch.generate.settings import Settings, read_settings
 from tplaunch.generate.stream import StopText

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tplaunch.data.endings import KINDS, files_of, is_raw
+from tplaunch.data.endings import FORMAT, KINDS, files_of, is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, TrainTokenizer
 
@@ -40,6 +40,35 @@ def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def chat_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What conversations cannot be learned with; and keys that only they read."""
+    data, training, finetune = recipe.data, recipe.training, recipe.finetune
+    if data.kind == "text":
+        stated = {"chat_template": finetune.chat_template is not None, "loss_on": finetune.loss_on != "assistant"}
+        for name in (name for name, said in stated.items() if said):
+            yield Problem("is read for conversations alone", fix="data.kind: chat", key=f"finetune.{name}")
+        return
+    for split in ("train", "validation"):
+        for source in data.sources(split):
+            match = FORMAT.search(os.path.basename(source.path))
+            if match and match["lines"] not in ("json", "jsonl"):
+                what = f"{source.path}: conversations are read from JSON lines"
+                fix = 'lines such as {"messages": [{"role": "user", "content": "..."}, ...]}'
+                yield Problem(what, fix=fix, key=f"data.{split}")
+    if data.packing == "concatenate":
+        what = "conversations are not cut: they are packed whole"
+        yield Problem(what, fix="leave it out", key="data.packing")
+    if isinstance(data.tokenizer, TrainTokenizer):
+        what = "conversations need the tokenizer of the model that is tuned, with its chat template"
+        yield Problem(what, fix="give its tokenizer.json", key="data.tokenizer")
+    if not training.document_mask:
+        what = "cannot be off: conversations that share a row must not see each other"
+        yield Problem(what, fix="leave it out", key="training.document_mask")
+    if training.eod_mask_loss:
+        what = "says nothing of conversations: finetune.loss_on says what is learned of them"
+        yield Problem(what, fix="leave it out", key="training.eod_mask_loss")
+
+
 def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
     data, initial = recipe.data, recipe.checkpoint.initial
@@ -56,6 +85,9 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
             fix="give a tokenizer.json, or {vocab_size: 4096} to train one",
             key="data.tokenizer",
         )
+    template = recipe.finetune.chat_template
+    if template is not None and not os.path.isfile(template):
+        yield Problem(f"{template}: no such file{_near_file(template)}", key="finetune.chat_template")
     if initial is not None and not os.path.isfile(os.path.join(initial, "manifest.json")):
         fix = "name a directory such as runs/NAME/checkpoints/step-00000500, or what `tplaunch import` made"
         yield Problem(f"{initial}: no checkpoint", fix=fix, key="checkpoint.initial")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from tplaunch.check.data import missing_files, tokenizer_problems
+from tplaunch.check.data import chat_problems, missing_files, tokenizer_problems
 from tplaunch.check.experts import expert_warnings, experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
@@ -83,7 +83,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
-    problems += [*sample_problems(recipe), *tokenizer_problems(recipe)]
+    problems += [*sample_problems(recipe), *tokenizer_problems(recipe), *chat_problems(recipe)]
     warnings = [*([] if problems else schedule_warnings(recipe)), *run_warnings(recipe)]
     warnings += [*optimizer_warnings(recipe), *expert_warnings(recipe)]
     warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]

@@ -62,10 +62,11 @@ class Told:
 
 def data_lines(recipe: Recipe) -> list[str]:
     """What the run reads of each corpus of the training data, and warnings of those that it reads too often."""
-    from tplaunch.data.amounts import amounts, in_words, worn_out
+    from tplaunch.data.amounts import amounts, in_words, unlearned, worn_out
 
     found = amounts(recipe)
-    warnings = [typer.style(f"warning: {problem}", fg="yellow") for problem in worn_out(found)]
+    problems = [*worn_out(found), *unlearned(found)]
+    warnings = [typer.style(f"warning: {problem}", fg="yellow") for problem in problems]
     return [*(f"data: {line}" for line in in_words(found)), *warnings]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,20 @@ from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Problem, TplaunchError
 
 app = typer.Typer(help="Make text into token files, and look into them.", no_args_is_help=True)
+
+
+class Kind(str, Enum):
+    """What inputs hold."""
+
+    text = "text"
+    chat = "chat"
+
+
+class LossOn(str, Enum):
+    """Tokens of conversations that are learned."""
+
+    assistant = "assistant"
+    all = "all"
 
 
 @app.command()
@@ -27,6 +42,14 @@ def prepare(
         ),
     ] = None,
     files_from: Annotated[Path | None, typer.Option(metavar="LIST", help="More files: one name a line.")] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="chat: conversations, JSON lines of messages, or of prompt and completion.")
+    ] = Kind.text,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja that renders messages; default: the template beside the tokenizer."),
+    ] = None,
+    loss_on: Annotated[LossOn, typer.Option(help="Tokens of conversations that are learned.")] = LossOn.assistant,
     tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="A tokenizer.json.")] = None,
     vocab_size: Annotated[
         int | None, typer.Option(min=257, max=10**6, metavar="N", help="Train a byte-level BPE of this size instead.")
@@ -56,8 +79,15 @@ def prepare(
         raise TplaunchError(Problem("give either --tokenizer FILE or --vocab-size N"))
     if eod is not None and tokenizer is None:
         raise TplaunchError(Problem("--eod names a token of --tokenizer FILE", fix="leave it out"))
+    is_chat = kind is Kind.chat
+    if not is_chat and (chat_template is not None or loss_on is not LossOn.assistant):
+        raise TplaunchError(Problem("--chat-template and --loss-on are of conversations", fix="--kind chat"))
+    if is_chat and (tokenizer is None or bos is not None):
+        what = "--vocab-size and --bos are not of conversations"
+        why = "they need the tokenizer of the model that is tuned, whose template begins them"
+        raise TplaunchError(Problem(what, why, fix="--tokenizer FILE alone"))
     from tplaunch.data import inputs as given
-    from tplaunch.data.build import build
+    from tplaunch.data.build import Chat, build
 
     listed = given.files_from(files_from) if files_from else []
     if listed:
@@ -66,9 +96,16 @@ def prepare(
     if not wanted:
         raise TplaunchError(Problem("give INPUT, or --files-from LIST"))
     with given.stdin_as_file(wanted, output, sys.stdin.buffer) as files:
-        meta = build(files, output, choice[0], text_key, bos=bos, eod=eod, skip_bad=skip_bad)
+        chat = Chat(chat_template, loss_on.value) if is_chat else None
+        meta = build(files, output, choice[0], text_key, bos=bos, eod=eod, skip_bad=skip_bad, chat=chat)
     if as_json:
-        echo_json(meta.model_dump(mode="json", exclude={"block_bytes", "bin_blocks", "idx_blocks"}, exclude_none=True))
+        blocks = {"block_bytes": True, "bin_blocks": True, "idx_blocks": True, "chat": {"loss_blocks"}}
+        echo_json(meta.model_dump(mode="json", exclude=blocks, exclude_none=True))  # type: ignore[arg-type]
+    elif meta.chat:
+        learned = f"{meta.chat.targets:,} of {meta.tokens:,} tokens learned"
+        left_out = f", {meta.chat.unanswered:,} left out: nothing in them is learned" if meta.chat.unanswered else ""
+        typer.echo(f"{output}: {meta.documents:,} conversations, {learned}{left_out}")
+        typer.echo(f"in a recipe: data: {{kind: chat, train: {output}, tokenizer: {tokenizer}}}")
     else:
         typer.echo(f"{output}: {meta.documents:,} documents, {meta.tokens:,} tokens, vocabulary {meta.vocab_size:,}")
         typer.echo(f"in a recipe: data: {{train: {output}, tokenizer: {output}.tokenizer.json}}")
@@ -102,10 +139,14 @@ def inspect(
 
 def _lines(report: dict[str, Any]) -> list[str]:
     """The report as text."""
-    samples = report.pop("samples")
+    from tplaunch.data.inspect import LEARNED
+
+    samples, is_chat = report.pop("samples"), report["learned"] is not None
     lines = [f"{name.replace('_', ' '):>14}  {_value(value)}" for name, value in report.items() if value is not None]
     for sample in samples:
         lines += ["", f"document {sample['document']:,}, {sample['tokens']:,} tokens:", sample["text"]]
+    if is_chat:
+        lines += ["", f"{LEARNED[0]}what is learned stands so{LEARNED[1]}"]
     return lines
 
 

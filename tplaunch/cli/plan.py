@@ -69,7 +69,7 @@ def plan(
 
 
 def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, Any]:
-    from tplaunch.data.amounts import amounts, worn_out
+    from tplaunch.data.amounts import amounts, unlearned, worn_out
     from tplaunch.plan.recomputation import part_costs
 
     changes = [
@@ -82,7 +82,7 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
         for remedy in found
     ]
     data, parts = amounts(checked.recipe), [cost._asdict() for cost in part_costs(result)]
-    warnings = [str(problem) for problem in (*checked.warnings, *worn_out(data))]
+    warnings = [str(problem) for problem in (*checked.warnings, *worn_out(data), *unlearned(data))]
     return {
         **result.as_dict(),
         "recompute_parts": parts,

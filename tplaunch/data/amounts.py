@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.data.endings import files_of, is_raw
+from tplaunch.data.fitted import TOKEN_BYTES, fit, fit_text
 from tplaunch.data.made import prefixes
+from tplaunch.data.packing import count_rows
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.course import Course
@@ -18,7 +20,6 @@ from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
 _BEGIN = struct.Struct("<9sQB")  # of an .idx file: magic, version, dtype code (see `indexed`)
-TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _SHOWN = 10
 
 
@@ -33,6 +34,7 @@ class Amount:
         tokens: None where they cannot be counted: raw text that the cache does not have in tokens, or no corpus there.
         samples: of `training.seq_len` tokens, each read once an epoch.
         epochs: how often it is read by the end of the run.
+        conversations: how they fit into samples, where it has any.
     """
 
     key: str
@@ -41,6 +43,20 @@ class Amount:
     tokens: int | None = None
     samples: int | None = None
     epochs: float | None = None
+    conversations: Conversations | None = None
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """How the conversations of a corpus fit into rows of `training.seq_len` tokens (`fitted.Fitted`)."""
+
+    count: int
+    truncated: int
+    dropped: int
+    unanswered: int
+    answers: int
+    unended: int
+    merged: int
 
 
 def count_tokens(prefix: str) -> int | None:
@@ -66,9 +82,33 @@ def amounts(recipe: Recipe) -> list[Amount]:
         share = source.weight / largest / weights
         tokens = count_tokens(prefix) if prefix else None
         samples = None if tokens is None else (tokens - 1) // training.seq_len
+        conversations = None
+        if tokens is not None and recipe.data.kind == "chat":
+            samples, conversations = _conversations(str(prefix), training.seq_len)
+        elif tokens is not None and recipe.data.packs:
+            samples = _rows(str(prefix), training.seq_len)
         epochs = total * share / samples if samples and samples > 0 else None
-        found.append(Amount(key, source.path, share, tokens, samples, epochs))
+        found.append(Amount(key, source.path, share, tokens, samples, epochs, conversations))
     return found
+
+
+def _rows(prefix: str, seq_len: int) -> int | None:
+    """Rows of packed documents; None where a file is missing or damaged."""
+    try:
+        return count_rows(fit_text(prefix, seq_len), seq_len)
+    except (OSError, ValueError, KeyError, IndexError, struct.error):
+        return None
+
+
+def _conversations(prefix: str, seq_len: int) -> tuple[int | None, Conversations | None]:
+    """Rows of conversations, and how these fit into them; None where a file is missing or damaged."""
+    try:
+        found = fit(prefix, seq_len)
+    except (OSError, ValueError, struct.error):
+        return None, None
+    kept = len(found.lengths) - found.dropped
+    names = ("truncated", "dropped", "unanswered", "answers", "unended", "merged")
+    return found.count_rows(seq_len), Conversations(kept, *(getattr(found, name) for name in names))
 
 
 def in_words(found: Sequence[Amount]) -> Iterator[str]:
@@ -81,8 +121,43 @@ def in_words(found: Sequence[Amount]) -> Iterator[str]:
         else:
             often = "" if amount.epochs is None else f", {format_epochs(amount.epochs)} by the end of the run"
             yield f"{amount.path}{share}: {format_count(amount.tokens)} tokens{often}"
+            if amount.conversations and amount.samples:
+                yield f"{amount.path}: {_in_rows(amount.conversations, amount.samples)}"
     if len(found) > _SHOWN:
         yield f"and {len(found) - _SHOWN:,} corpora more"
+
+
+def _in_rows(found: Conversations, rows: int) -> str:
+    """How conversations fit, in words."""
+    many = f"{found.count:,} conversation{'s' * (found.count != 1)} in {rows:,} row{'s' * (rows != 1)}"
+    lost = (
+        (found.truncated, "cut off at the end of a row"),
+        (found.dropped, "left out: nothing of the beginning that fits a row is learned"),
+        (found.unanswered, "left out: nothing in them is learned"),
+    )
+    return "; ".join([many, *(f"{count:,} {what}" for count, what in lost if count)])
+
+
+def unlearned(found: Sequence[Amount]) -> Iterator[Problem]:
+    """A warning for each corpus of conversations of which a model learns something else than was meant."""
+    for amount in found:
+        if (told := amount.conversations) is None:
+            continue
+        if told.unended:
+            yield Problem(
+                f"{told.unended:,} of {told.answers:,} answers in {amount.path} end without a token that stops a model",
+                why="it would not learn to stop there",
+                fix="name the token that ends a turn as eos_token_id in generation_config.json beside the tokenizer, "
+                "or write one in the chat template",
+                key=amount.key,
+            )
+        if told.merged:
+            yield Problem(
+                f"{told.merged:,} prompts in {amount.path} end within a token of their completion",
+                why="the model is asked by other tokens than it learns to answer",
+                fix="begin the completion, not the prompt, with the space between them",
+                key=amount.key,
+            )
 
 
 def worn_out(found: Sequence[Amount]) -> Iterator[Problem]:

@@ -12,10 +12,12 @@ from tplaunch.files import Unsafe, inside, open_regular
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
+SPECIAL = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
 # With the chat templates of folder `additional_chat_templates` these are all that transformers keeps of text.
 TEXT_FILES = (
     *(TOKENIZER, TOKENIZER_CONFIG, GENERATION),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *(SPECIAL, "added_tokens.json", TEMPLATE, "chat_template.json"),
     *("tokenizer.model", "vocab.json", "merges.txt"),
 )
 TEMPLATES = "additional_chat_templates"

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tplaunch.data.blocks import BLOCK, SAMPLED, block_count, look, sample_of, whole_places
-from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path, loss_path, open_loss
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import sha256_file
@@ -41,6 +42,32 @@ class Origin(BaseModel):
     sha256: str
 
 
+class ChatMeta(BaseModel):
+    """What is known of a corpus of conversations, of which `PREFIX.loss` says what is learned.
+
+    Attributes:
+        template: SHA-256 of the chat template, or None: all of it is text.
+        loss_on: assistant or all.
+        targets: tokens that are learned.
+        answers: of the assistant; 0 where all tokens are learned.
+        unended: answers that do not end with a token that stops generation.
+        merged: prompts whose end is in one token with the beginning of the completion.
+        unanswered: conversations that were left out, as nothing in them is learned.
+        loss_blocks: as `Meta.bin_blocks`, of that file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str | None
+    loss_on: Literal["assistant", "all"]
+    targets: int
+    answers: int
+    unended: int
+    merged: int
+    unanswered: int
+    loss_blocks: list[str]
+
+
 class Meta(BaseModel):
     """The content of `PREFIX.meta.json`; corpora of other makers have none.
 
@@ -54,6 +81,7 @@ class Meta(BaseModel):
         sources: the inputs, in order.
         block_bytes, bin_blocks, idx_blocks: SHA-256 of each block of so many bytes of the two files.
         bin_sha256, idx_sha256: checksums of the whole files, in place of those, of earlier versions.
+        chat: of conversations; None: it is text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +99,7 @@ class Meta(BaseModel):
     idx_blocks: list[str] = []
     bin_sha256: str | None = None
     idx_sha256: str | None = None
+    chat: ChatMeta | None = None
 
     @classmethod
     def read(cls, prefix: Path) -> Meta | None:
@@ -122,20 +151,31 @@ def verify_corpus(
     prefix = prefix.absolute()
     corpus, meta = IndexedTokens.open(prefix), Meta.read(prefix)
     block = meta.block_bytes if meta else BLOCK
+    loss = loss_path(prefix)
     sums = {bin_path(prefix): meta.bin_blocks, idx_path(prefix): meta.idx_blocks} if meta else {}
+    if meta and meta.chat:
+        sums[loss] = meta.chat.loss_blocks
     known = {bin_path(prefix): meta.bin_sha256, idx_path(prefix): meta.idx_sha256} if meta else {}
-    counts = {path: block_count(path, block) for path in (idx_path(prefix), bin_path(prefix))}
+    files = [idx_path(prefix), bin_path(prefix)]
+    if loss.exists() or loss in sums:
+        open_loss(prefix, len(corpus.tokens))
+        files.append(loss)
+    counts = {path: block_count(path, block) for path in files}
     chosen = {path: list(range(count)) if whole else sample_of(count, sample) for path, count in counts.items()}
     corpus.verify(sample=len(chosen[idx_path(prefix)]) < counts[idx_path(prefix)])
     largest = -1
     with progress.task(f"checking {prefix.name}", sum(map(len, chosen.values()))) as advance:
         for path, numbers in chosen.items():
-            dtype = corpus.tokens.dtype if path == bin_path(prefix) else None
+            dtype = {bin_path(prefix): corpus.tokens.dtype, loss: np.dtype(np.uint8)}.get(path)
             damaged = []
             for found in look(path, numbers, dtype, block=block, advance=advance):
                 expected = sums.get(path)
                 if expected and (found.number >= len(expected) or expected[found.number] != found.sha256):
                     damaged.append(found.number)
+                elif path == loss:
+                    if found.largest > 1:
+                        damaged.append(found.number)
+                    continue
                 elif found.smallest < 0 or (vocab_size is not None and found.largest >= vocab_size):
                     corpus.refuse_tokens(found.number * block, block, vocab_size)
                 largest = max(largest, found.largest)
@@ -159,6 +199,21 @@ def _damaged(path: Path, places: list[tuple[int, int]]) -> TplaunchError:
     )
 
 
+def refuse_other_kind(prefix: Path, kind: Literal["text", "chat"]) -> None:
+    """Check that a corpus is text, or conversations, as is wanted.
+
+    Raises:
+        TplaunchError: it is the other one.
+    """
+    if kind == "text" and loss_path(prefix).exists():
+        why = f"{loss_path(prefix).name} says what is to be learned of them"
+        raise TplaunchError(Problem(f"{prefix} holds conversations", why=why, fix="data.kind: chat"))
+    if kind == "chat" and not loss_path(prefix).exists():
+        why = f"there is no {loss_path(prefix).name} that says what is to be learned"
+        fix = "prepare them with `tplaunch data prepare --kind chat`, name the .jsonl files, or data.kind: text"
+        raise TplaunchError(Problem(f"{prefix} holds no conversations", why=why, fix=fix))
+
+
 def refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
     """Check that a corpus was made with a tokenizer, and its documents begin as this one begins texts, where its
     maker is known.
@@ -169,8 +224,9 @@ def refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
     meta = Meta.read(prefix)
     if meta is None:
         return
+    begins = tokenizer.begin if meta.chat else meta.bos  # conversations begin as their template begins them
     ours = f"use the one it was made with, {tokenizer_path(prefix)}"
-    if meta.bos != tokenizer.begin:
+    if begins != tokenizer.begin:
         again = f"prepare it again with --{'' if tokenizer.begin else 'no-'}bos"
         raise TplaunchError(
             Problem(

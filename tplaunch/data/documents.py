@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
 
-from tplaunch.data.amounts import TOKEN_BYTES
+from tplaunch.data.fitted import TOKEN_BYTES
 from tplaunch.data.made import prefixes
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import length_of_equal_work

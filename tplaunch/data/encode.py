@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tplaunch.data.answers import ChatReader
+from tplaunch.data.conversations import conversations
 from tplaunch.data.text import Block
 from tplaunch.data.tokenizer import Tokenizer
-from tplaunch.errors import Problem
+from tplaunch.errors import Problem, TplaunchError
 
 # Characters that are tokenized in one call: the library takes more than a hundred bytes for one of text.
 _TOGETHER = 1 << 16
@@ -30,12 +32,16 @@ class Encoded:
         ends: positions in `tokens` after which a document ends, ascending.
         read: bytes of input that the block took.
         bad: what is wrong with documents that were left out.
+        loss: of conversations, which tokens are targets, shape [n].
+        counts: of conversations: `corpus.ChatMeta`'s.
     """
 
     tokens: NDArray[np.integer]
     ends: list[int]
     read: int
     bad: list[Problem]
+    loss: NDArray[np.bool_] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def encode(block: Block, tokenizer: Tokenizer, text_key: str, skip_bad: bool = False) -> Encoded:
@@ -51,6 +57,30 @@ def encode(block: Block, tokenizer: Tokenizer, text_key: str, skip_bad: bool = F
         ends = []
     tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
     return Encoded(tokens, ends, block.read, bad)
+
+
+def encode_chat(block: Block, chat: ChatReader, skip_bad: bool = False) -> Encoded:
+    """Tokenize one block of conversations. Those with nothing to learn are left out, and bad ones with `skip_bad`."""
+    bad = list(block.bad)
+    counts: Counter[str] = Counter()
+    tokens, loss = [np.empty(0, chat.tokenizer.dtype)], [np.empty(0, np.bool_)]
+    for conversation in conversations(block, bad if skip_bad else None):
+        try:
+            learned = chat.read(conversation)
+        except TplaunchError as error:
+            if not skip_bad:
+                raise
+            bad.extend(error.problems)
+            continue
+        if not learned.loss.any():
+            counts["unanswered"] += 1
+            continue
+        tokens.append(learned.tokens)
+        loss.append(learned.loss)
+        counts.update(answers=learned.answers, unended=learned.unended, merged=learned.merged)
+        counts["targets"] += int(learned.loss.sum())
+    ends = np.cumsum([len(part) for part in tokens[1:]], dtype=np.int64).tolist()
+    return Encoded(np.concatenate(tokens), ends, block.read, bad, np.concatenate(loss), counts)
 
 
 def _groups(texts: list[str]) -> Iterator[list[str]]:
@@ -75,7 +105,11 @@ def _together(texts: list[str], before: str, tokenizer: Tokenizer) -> list[NDArr
 
 
 def encode_all(
-    blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, skip_bad: bool = False
+    blocks: Iterable[Block],
+    tokenizer: Tokenizer,
+    text_key: str,
+    skip_bad: bool = False,
+    chat: ChatReader | None = None,
 ) -> Iterator[Encoded]:
     """Tokenize blocks in order, by a thread a core, holding a few blocks of each.
 
@@ -87,6 +121,7 @@ def encode_all(
         tokenizer: one for all threads.
         text_key: field or column that holds the text.
         skip_bad: leave out what cannot be read.
+        chat: the blocks hold conversations, which this makes tokens of.
 
     Raises:
         TplaunchError: a block cannot be read.
@@ -100,7 +135,10 @@ def encode_all(
         waiting: deque[Future[Encoded]] = deque()
         while True:
             for block in islice(source, 2 * threads - len(waiting)):
-                waiting.append(pool.submit(encode, block, tokenizer, text_key, skip_bad))
+                if chat is None:
+                    waiting.append(pool.submit(encode, block, tokenizer, text_key, skip_bad))
+                else:
+                    waiting.append(pool.submit(encode_chat, block, chat, skip_bad))
             if not waiting:
                 return
             yield waiting.popleft().result()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.data.cache import default_cache
-from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path
+from tplaunch.data.indexed import IndexedTokens, bin_path, idx_path, loss_path
 from tplaunch.data.mixture import ORDER
 from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.files import sha256_file
@@ -54,9 +54,10 @@ def tokenizer_sha256(path: Path) -> str:
 
 
 def corpus_facts(prefix: Path, weight: float, sums: Remembered) -> dict[str, Any]:
-    """The facts of one prepared corpus: its share, its counts, and a fingerprint of both files."""
+    """The facts of one prepared corpus: its share, its counts, and a fingerprint of its files."""
     corpus = IndexedTokens.open(prefix)
-    both = "".join(sums.sum_of(path, sampled_sha256) for path in (idx_path(prefix), bin_path(prefix)))
+    files = [idx_path(prefix), bin_path(prefix), *([loss_path(prefix)] if loss_path(prefix).exists() else [])]
+    both = "".join(sums.sum_of(path, sampled_sha256) for path in files)
     return {
         "weight": weight,
         "documents": len(corpus),
@@ -74,7 +75,8 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
 
     Returns:
         {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
-        "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data}.
+        "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data,
+        "packs": whether rows are filled with whole documents}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
@@ -87,4 +89,4 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     tokenizer = recipe.data.tokenizer
     sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
     paths = [source.path for source in recipe.data.sources("train")]
-    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths}
+    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths, "packs": recipe.data.packs}

@@ -52,6 +52,26 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def loss_path(prefix: Path) -> Path:
+    """Of conversations, a byte for each token of .bin: 1 where it is a target, else 0."""
+    return prefix.with_name(prefix.name + ".loss")
+
+
+def open_loss(prefix: Path, tokens: int) -> NDArray[np.uint8]:
+    """The content of that file, mapped, [tokens].
+
+    Raises:
+        TplaunchError: it is missing, or does not fit the tokens.
+    """
+    path = loss_path(prefix)
+    size = path.stat().st_size if path.is_file() else -1
+    if size < 0:
+        raise TplaunchError(Problem(f"{path}: no such file", fix="prepare the conversations again"))
+    if size != tokens:
+        raise _damaged(path, min(size, tokens), f"{size:,} bytes, but {bin_path(prefix).name} has {tokens:,} tokens")
+    return np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+
+
 def _damaged(path: Path, offset: int, what: str, why: str = "") -> TplaunchError:
     return TplaunchError(
         Problem(what, why=why, where=f"{path}: byte {offset}", fix="copy the file again, or prepare the data again")
@@ -266,18 +286,22 @@ class IndexedWriter:
         prefix: path without `.bin` or `.idx`.
         dtype: of the tokens, one of `DTYPES`.
         resume: what `sync` returned in an earlier process; anything written after it is cut off.
+        loss: a file that says which tokens are targets is written, too (`loss_path`).
 
     Raises:
         TplaunchError: what was synced is not there any more.
     """
 
-    def __init__(self, prefix: Path | str, dtype: np.dtype, resume: Written | None = None) -> None:
+    def __init__(
+        self, prefix: Path | str, dtype: np.dtype, resume: Written | None = None, *, loss: bool = False
+    ) -> None:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
         self._written = resume or Written()
         self._bin = self._open("bin", self._written.tokens * self.dtype.itemsize)
         self._lengths = self._open("lengths", self._written.sequences * 4)
         self._documents = self._open("documents", self._written.documents * 8)
+        self._loss = self._open("loss", self._written.tokens) if loss else None
 
     def _temporary(self, name: str) -> Path:
         return self.prefix.with_name(f"{self.prefix.name}.{name}.tmp")
@@ -296,9 +320,16 @@ class IndexedWriter:
         file.seek(size)
         return file
 
-    def add(self, tokens: NDArray[np.integer]) -> None:
-        """Append tokens to the open sequence."""
+    def add(self, tokens: NDArray[np.integer], loss: NDArray[np.bool_] | None = None) -> None:
+        """Append tokens to the open sequence.
+
+        Args:
+            loss: which of them are targets, where that is written.
+        """
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
+        if self._loss is not None:
+            assert loss is not None and loss.shape == tokens.shape
+            self._loss.write(np.ascontiguousarray(loss, np.uint8).data)
         now = self._written
         self._written = replace(now, tokens=now.tokens + len(tokens), open_tokens=now.open_tokens + len(tokens))
 
@@ -329,10 +360,19 @@ class IndexedWriter:
 
     def sync(self) -> Written:
         """Bring everything to disk; a new writer given the result goes on from here."""
-        for file in (self._bin, self._lengths, self._documents):
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
         return self._written
+
+    @property
+    def _files(self) -> list[BinaryIO]:
+        return [self._bin, self._lengths, self._documents, *([self._loss] if self._loss else [])]
+
+    @property
+    def loss_file(self) -> Path:
+        """Where it says which tokens are targets, before `commit`."""
+        return self._temporary("loss")
 
     def compose(self) -> tuple[Path, Path]:
         """Complete the files, still under their temporary names, and bring them to disk.
@@ -363,6 +403,8 @@ class IndexedWriter:
     def commit(self) -> None:
         """Rename what `compose` made into place, .idx last, and remove the rest."""
         self.close()
+        if self._loss is not None:
+            self.loss_file.replace(loss_path(self.prefix))
         self._temporary("bin").replace(bin_path(self.prefix))
         self._temporary("idx").replace(idx_path(self.prefix))
         for name in ("lengths", "documents"):
@@ -370,5 +412,5 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Close the temporary files and leave them."""
-        for file in (self._bin, self._lengths, self._documents):
+        for file in self._files:
             file.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG
+from tplaunch.data.beside import GENERATION, SPECIAL, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from tplaunch.data.cache import default_cache
 from tplaunch.data.endings import files_of, is_raw
 from tplaunch.data.remembered import Remembered
@@ -35,15 +35,20 @@ def trained_tokenizer(cache: Path, vocab_size: int, text_key: str, texts: Sequen
     return cache / "tokenizers" / f"{digest([FORMAT, vocab_size, text_key, texts])}.json"
 
 
-def recipe_name(texts: Sequence[str], tokenizer: Path, data: Data, sums: Remembered) -> str:
+def recipe_name(texts: Sequence[str], tokenizer: Path, recipe: Recipe, sums: Remembered) -> str:
     """What a recipe asks for in one name: texts, given by their sums, by a tokenizer's file and what lies beside it.
 
     The name of the corpus itself follows from the tokenizer's meaning, which takes its library to know.
     """
-    files = [tokenizer]
-    if tokenizer.name == TOKENIZER:
-        files += [path for name in (TOKENIZER_CONFIG, GENERATION) if (path := tokenizer.with_name(name)).is_file()]
-    return digest([FORMAT, texts, [sums.sum_of(path, sha256_file) for path in files], data.eod, data.text_key])
+    data, finetune, chat = recipe.data, recipe.finetune, recipe.data.kind == "chat"
+    names = [TOKENIZER_CONFIG, GENERATION] if tokenizer.name == TOKENIZER else []
+    if chat:
+        names += [TEMPLATE, SPECIAL]
+    files = [tokenizer, *(path for name in names if (path := tokenizer.with_name(name)).is_file())]
+    if chat and finetune.chat_template is not None:
+        files.append(Path(finetune.chat_template))
+    how = [data.kind, finetune.chat_template is None, finetune.loss_on] if chat else [data.text_key]
+    return digest([FORMAT, texts, [sums.sum_of(path, sha256_file) for path in files], data.eod, *how])
 
 
 def prefixes(recipe: Recipe, cache: Path | None = None) -> Iterator[str | None]:
@@ -60,7 +65,7 @@ def prefixes(recipe: Recipe, cache: Path | None = None) -> Iterator[str | None]:
     for path, one, known in zip(paths, raw, texts, strict=True):
         name = None
         if known and tokenizer and tokenizer.is_file():
-            name = sums.made(recipe_name(known, tokenizer, data, sums))
+            name = sums.made(recipe_name(known, tokenizer, recipe, sums))
         yield (str(corpora(cache) / name) if name else None) if one else str(path)
 
 

@@ -9,16 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tplaunch.data.answers import ChatReader, chat_reader
 from tplaunch.data.blocks import SAMPLED
 from tplaunch.data.build import owned, tokenize, train_tokenizer
 from tplaunch.data.cache import default_cache, subdirectory
-from tplaunch.data.corpus import refuse_other_tokenizer, tokenizer_path, verify_corpus
+from tplaunch.data.corpus import refuse_other_kind, refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import files_of, is_raw
 from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.inputs import raw_files
 from tplaunch.data.made import FORMAT, corpora, digest, recipe_name, trained_tokenizer
+from tplaunch.data.packed import pieces_of
 from tplaunch.data.progress import Progress
 from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.data.tokenizer import Tokenizer
@@ -59,6 +61,7 @@ class _Preparation:
     def __init__(self, recipe: Recipe, cache: Path, show: Progress, sums: Remembered) -> None:
         self.recipe, self.data, self.cache, self.show, self.sums = recipe, recipe.data, cache, show, sums
         self.problems: list[Problem] = []
+        self.chat: ChatReader | None = None  # of conversations
 
     def run(self) -> Recipe:
         entries = [*_keyed("train", self.data), *_keyed("validation", self.data)]
@@ -75,6 +78,11 @@ class _Preparation:
             with self._problems_at("data.tokenizer"):
                 tokenizer = Tokenizer(tokenizer_file, self.data.eod)
                 self._check_vocabulary(tokenizer)
+        if tokenizer_file and tokenizer and self.data.kind == "chat":
+            given = self.recipe.finetune.chat_template
+            with self._problems_at("finetune.chat_template"):
+                template = Path(given) if given else None
+                self.chat = chat_reader(tokenizer_file, tokenizer, template, self.recipe.finetune.loss_on)
         self._raise_problems()
 
         prefixes = {}
@@ -84,7 +92,7 @@ class _Preparation:
                 path = Path(source.path).absolute()
                 prefixes[key] = self._ready(path, tokenizer, sample)
                 if tokenizer_file and is_raw(path):
-                    wanted = recipe_name(self._sums(files_of(path)), tokenizer_file, self.data, self.sums)
+                    wanted = recipe_name(self._sums(files_of(path)), tokenizer_file, self.recipe, self.sums)
                     self.sums.note(wanted, prefixes[key].name)
         self._raise_problems()
 
@@ -158,10 +166,15 @@ class _Preparation:
         if is_raw(path):
             assert tokenizer is not None, "raw text without a tokenizer was refused before"
             prefix = self._prepared(path, tokenizer)
+        refuse_other_kind(prefix, self.data.kind)
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
         verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
-        samples_in(verified.corpus, self.recipe.training.seq_len)
+        seq_len = self.recipe.training.seq_len
+        if self.data.packs:
+            pieces_of(verified.corpus, self.data.kind, seq_len)
+        else:
+            samples_in(verified.corpus, seq_len)
         return prefix
 
     def _prepared(self, path: Path, tokenizer: Tokenizer) -> Path:
@@ -169,13 +182,14 @@ class _Preparation:
         files = raw_files([path], self.show)
         sums = self._sums(files)
         content = sums[0] if len(sums) == 1 else sums
-        name = digest([FORMAT, content, tokenizer.fingerprint, self.data.text_key, *tokenizer.begin])
+        how = self.chat.about() if self.chat else [self.data.text_key, *tokenizer.begin]
+        name = digest([FORMAT, content, tokenizer.fingerprint, *how])
         title = re.sub(r"[*?\[\]]", "_", path.name.split(".")[0])
         prefix = subdirectory(self.cache, corpora(self.cache).name) / f"{title}-{name}"
         with self._once(prefix, idx_path(prefix)) as missing:
             if missing:
                 write_atomic(tokenizer_path(prefix), tokenizer.json)
-                tokenize(files, prefix, tokenizer, self.data.text_key, self.show)
+                tokenize(files, prefix, tokenizer, self.data.text_key, self.show, chat=self.chat)
         return prefix
 
     def _sums(self, files: Sequence[Path]) -> list[str]:

@@ -147,18 +147,23 @@ def _as_lines(path: Path) -> str:
     return f"{unpack} {name} | jq -c '.[]' > {lines}" if unpack else f"jq -c '.[]' {name} > {lines}"
 
 
+def refuse_array(path: Path, begin: bytes) -> None:
+    """Refuse, by its first bytes, a file that is one JSON array.
+
+    Raises:
+        TplaunchError: it is one.
+    """
+    if begin.lstrip()[:1] == b"[":
+        what, why = f"{path} is one JSON array, not JSON lines", "each line must be an object of its own"
+        raise TplaunchError(Problem(what, why=why, fix=_as_lines(path)))
+
+
 def _line_blocks(path: Path, stream: BufferedIOBase, text_key: str, cuts: Cuts, skip_bad: bool) -> Iterator[Block]:
     """Whole lines by the block; of a line that is longer than a block, the pieces of its text."""
     number = 1
     while block := stream.read(BLOCK):
-        if number == 1 and block.lstrip()[:1] == b"[":
-            raise TplaunchError(
-                Problem(
-                    f"{path} is one JSON array, not JSON lines",
-                    why="each line must be an object of its own",
-                    fix=_as_lines(path),
-                )
-            )
+        if number == 1:
+            refuse_array(path, block)
         block += stream.readline(BLOCK)
         start = block.rfind(b"\n") + 1
         if len(block) - start <= BLOCK:  # else its end is not read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ class Tokenizer:
         return self._tokenizer.token_to_id(name)
 
     @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
     def cuts(self) -> Cuts:
         return Cuts(self._tokenizer)
 
@@ -153,11 +159,26 @@ class Tokenizer:
     def encode_prompt(self, text: str, *, whole: bool = False) -> list[int]:
         """Ids of a text that a model is given, as transformers makes them: with what the post-processor adds before
         and after it, unless it is `whole` already, and names of special tokens read as these (a chat's turns)."""
+        with self.names_read():
+            return self.encode_given([text], whole=whole)[0].ids
+
+    @contextmanager
+    def names_read(self) -> Iterator[None]:
+        """Read names of special tokens in texts as these tokens, in all threads."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text, add_special_tokens=not whole).ids
+            yield
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    def encode_given(self, texts: Sequence[str], *, whole: bool, places: bool = True) -> list[tokenizers.Encoding]:
+        """Tokens of texts, as `encode_prompt` makes them, within `names_read`.
+
+        Args:
+            places: and the characters that each stands for.
+        """
+        encode = self._tokenizer.encode_batch if places else self._tokenizer.encode_batch_fast
+        return encode(texts, add_special_tokens=not whole)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become the replacement character."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from tplaunch.check.recipe import Checked, check_recipe
 from tplaunch.checkpoint.origin import Origin
+from tplaunch.data.chat import read_template, render
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.generate.chat import read_template, render
 from tplaunch.generate.memory import most_pages, page_bytes
 from tplaunch.generate.prompts import Asked, ends_of, prompt_ids, texts_of
 from tplaunch.generate.settings import Settings, read_settings

@@ -12,7 +12,8 @@ from tplaunch.check.recipe import Checked
 from tplaunch.check.samples import check_prompts
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
-from tplaunch.data.beside import TOKENIZER, copy_text
+from tplaunch.data.beside import TEMPLATE, TOKENIZER, copy_text
+from tplaunch.data.chat import read_file
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.launch.resume import (
@@ -159,6 +160,8 @@ def write_ready(ready: Ready, run_dir: RunDir) -> None:
             copy_text(ready.tokenizer.parent, run_dir.root)  # what its folder says about text, for export and generate
         # With the end of documents marked in it: checkpoints keep this file alone.
         write_atomic(run_dir.tokenizer, Tokenizer(ready.tokenizer, ready.checked.recipe.data.eod).json)
+    if (template := ready.checked.recipe.finetune.chat_template) is not None:
+        write_atomic(run_dir.tokenizer.with_name(TEMPLATE), read_file(Path(template)))
     write_atomic(run_dir.data_facts, json.dumps(ready.facts))
     write_recipe(ready.checked, run_dir)
     if ready.changes:

@@ -119,6 +119,9 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         elif len(new) > 1 and orders[0] != orders[1]:
             was, is_now = (f"a mixture read in order {order}" for order in orders)
             changes[f"data.{split}"] = (was, f"{is_now}: this version of tplaunch takes its samples in another order")
+    was, is_now = ("best_fit" if facts.get("packs", False) else "concatenate" for facts in (before, now))
+    if was != is_now:
+        changes["data.packing"] = (was, is_now)
     if before.get("tokenizer") and now["tokenizer"] and before["tokenizer"] != now["tokenizer"]:
         changes["data.tokenizer"] = (f"sha256 {before['tokenizer'][:12]}", f"sha256 {now['tokenizer'][:12]}")
     return changes
@@ -194,7 +197,7 @@ def refuse(changes: Changes, before: Before, allow: Collection[str]) -> None:
     Raises:
         RecipeError: names each of them.
     """
-    spoils = [*_FIXED, "data.train", "data.tokenizer"]
+    spoils = [*_FIXED, "data.train", "data.packing", "data.tokenizer"]
     problems = [
         Problem(
             f"is {now}, was {was} in the checkpoint of step {before.step}",

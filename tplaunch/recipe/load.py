@@ -234,6 +234,7 @@ def _fill_preset(tree: Tree, problems: list[Problem]) -> Tree:
 _PATHS = [
     ("data", ("train", "validation", "tokenizer"), ""),
     ("checkpoint", ("initial",), ""),
+    ("finetune", ("chat_template",), ""),
     ("hardware", ("gpu",), ".json"),
 ]
 

@@ -555,7 +555,9 @@ class Training(Section):
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of log(Z)^2 in the loss (PaLM)")
     eod_mask_loss: bool = Field(False, description="the first token after a document's end is not a target")
-    document_mask: bool = Field(False, description="attention and positions restart at each document")
+    document_mask: bool = Field(
+        False, description="attention and positions restart at each document; of data.kind chat always"
+    )
     nonfinite: NonFinite = Field(
         {}, validate_default=True, description="what is done where a loss or gradient is not finite"
     )
@@ -684,12 +686,23 @@ class TrainTokenizer(Section):
 class Data(Section):
     """Corpora and tokenizer. Relative paths are relative to the recipe file that says them."""
 
+    kind: Literal["text", "chat"] = Field(
+        "text",
+        description="chat: conversations, JSON lines of `messages` or of `prompt` and `completion`, packed whole into "
+        "rows of training.seq_len; see finetune",
+    )
     train: Text | Annotated[list[Text | Source], Field(min_length=1)] = Field(
         description="a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a list of these, "
         "each with its weight or 1"
     )
     validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = Field(
         None, description="the same, of text that is not trained on"
+    )
+    packing: Literal["concatenate", "best_fit"] | None = Field(
+        None,
+        description="concatenate: documents follow one another, and samples are cut wherever they end; best_fit: rows "
+        "are filled with whole documents, and only those longer than training.seq_len are cut (Ding et al. 2024, arXiv "
+        "2404.10830); default: concatenate, of conversations best_fit",
     )
     tokenizer: Text | TrainTokenizer | None = Field(
         None, description="a tokenizer.json, or {vocab_size: N} to train one"
@@ -704,6 +717,11 @@ class Data(Section):
         "data are not prepared; default 2048",
     )
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows are filled with whole documents."""
+        return self.kind == "chat" or self.packing == "best_fit"
+
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""
         value = self.train if split == "train" else self.validation
@@ -711,6 +729,18 @@ class Data(Section):
             return []
         every = [value] if isinstance(value, str) else value
         return [Source(path=one) if isinstance(one, str) else one for one in every]
+
+
+class Finetune(Section):
+    """What is learned of conversations (`data.kind: chat`)."""
+
+    chat_template: Text | None = Field(
+        None, description="a file of jinja that renders messages; default: the template of the tokenizer's folder"
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="tokens that are targets: what the assistant says, up to the token that ends its turn, or all",
+    )
 
 
 class Checkpoint(Section):
@@ -857,7 +887,18 @@ class Recipe(Section):
     optimizer: Optimizer = Field({}, validate_default=True, description="what updates the weights")
     lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
     data: Data = Field(description="corpora and tokenizer")
+    finetune: Finetune = Field({}, validate_default=True, description="what is learned of conversations")
     checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
     logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
     launch: Launch = Field({}, validate_default=True, description="how processes are started")
     hardware: Hardware = Field({}, validate_default=True, description="the GPU to plan for")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        """Conversations that share a row do not see each other."""
+        if isinstance(values, dict) and isinstance(data := values.get("data"), dict) and data.get("kind") == "chat":
+            training = values.get("training")
+            if isinstance(training, dict):
+                values = {**values, "training": {"document_mask": True, **training}}
+        return values

@@ -263,7 +263,8 @@ class DataPlanned(Event):
 
     Args:
         samples: of the run, until its last step.
-        corpora: path, tokens, share of the samples, epochs.
+        corpora: path, tokens, share of the samples, epochs; of conversations how they fit into samples, too
+            (`data.amounts.Conversations`).
     """
 
     name = "data"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tplaunch.data.dataset import TokenDataset
+from tplaunch.data.packed import PackedDataset
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Recipe, Source
 from tplaunch.spec.attention import document_length
 from tplaunch.spec.course import Course
 
@@ -71,9 +73,35 @@ class Batch:
         return Batch(tokens, labels, None if self.positions is None else change(self.positions))
 
 
-def make_batch(recipe: Recipe, dataset: TokenDataset, samples: range) -> Batch:
+Dataset = TokenDataset | PackedDataset
+
+
+def open_dataset(recipe: Recipe, sources: Sequence[Source], *, shuffle: bool = True) -> Dataset:
+    """The samples of corpora, of the kind that a recipe says.
+
+    Raises:
+        TplaunchError: a corpus is missing, damaged, or has no sample.
+    """
+    training, data = recipe.training, recipe.data
+    make = partial(PackedDataset, data.kind) if data.packs else TokenDataset
+    return make(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=recipe.model.vocab_size)
+
+
+def masks_targets(recipe: Recipe) -> bool:
+    """Whether some tokens of a batch may be no targets."""
+    return recipe.training.eod_mask_loss or recipe.data.packs
+
+
+def make_batch(recipe: Recipe, dataset: Dataset, samples: range) -> Batch:
     """Read samples and turn them into inputs and targets as the recipe asks."""
     training, numbers = recipe.training, np.asarray(samples)
+    if isinstance(dataset, PackedDataset):
+        tokens, loss, places = (torch.from_numpy(array) for array in dataset.batch(numbers))
+        if training.document_mask or training.eod_mask_loss:
+            loss &= places != 0  # the first of a document follows nothing
+        labels = torch.full_like(tokens, IGNORE)  # the last of a row has no token behind it
+        labels[:, :-1] = tokens[:, 1:].where(loss[:, 1:], IGNORE)
+        return Batch(tokens, labels, places if training.document_mask else None)
     if not (training.eod_mask_loss or training.document_mask):
         row = torch.from_numpy(dataset.batch(numbers))
         return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous())

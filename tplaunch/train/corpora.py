@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,9 @@ class CorpusLog:
             self.paths, [one.tokens for one in found], self.mixture.shares.tolist(), epochs.tolist(), strict=True
         )
         names = ("path", "tokens", "share", "epochs")
-        run_dir.append(DataPlanned(at_end, [dict(zip(names, row, strict=True)) for row in rows]))
+        fitted = [{"conversations": asdict(one.conversations)} if one.conversations else {} for one in found]
+        planned = [dict(zip(names, row, strict=True)) | fits for row, fits in zip(rows, fitted, strict=True)]
+        run_dir.append(DataPlanned(at_end, planned))
 
     def after(self, step: int, samples: int) -> None:
         """A step has ended; name the corpora of which it read the first sample of a further epoch.

@@ -25,7 +25,7 @@ from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.course import Course
 from tplaunch.spec.flops import model_flops_per_token
 from tplaunch.train.balance import Balance
-from tplaunch.train.batch import Batch
+from tplaunch.train.batch import Batch, masks_targets
 from tplaunch.train.pipeline import Pipeline
 from tplaunch.train.schedule import ScheduledPipeline
 
@@ -167,7 +167,7 @@ class TrainStep:
 
     def count_targets(self, batch: Batch, tokens: int) -> int:
         """Targets of the global batch that count, of `tokens`; right where the loss is."""
-        if not self.recipe.training.eod_mask_loss:
+        if not masks_targets(self.recipe):
             return tokens
         total = (batch.labels != IGNORE).sum()
         if self.mesh.coordinates.cp:  # the ranks that share these rows count them once

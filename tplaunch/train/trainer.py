@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
 from tplaunch.data.beside import text_files
-from tplaunch.data.dataset import TokenDataset, prefetch
+from tplaunch.data.dataset import prefetch
 from tplaunch.observe.wandb import run_id
 from tplaunch.optim.loss_scale import LossScale
 from tplaunch.parallel.mesh import Mesh
@@ -37,7 +37,7 @@ from tplaunch.run.events import (
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.torch_private import set_group_timeouts
-from tplaunch.train.batch import Batch, make_batch, share
+from tplaunch.train.batch import Batch, make_batch, open_dataset, share
 from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.garbage import Garbage
@@ -295,9 +295,7 @@ class Trainer:
             for step in range(begin, end):
                 yield Batch(*(torch.empty(course.batch_size(step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
-        dataset = TokenDataset(
-            recipe.data.sources("train"), training.seq_len, training.seed, vocab_size=recipe.model.vocab_size
-        )
+        dataset = open_dataset(recipe, recipe.data.sources("train"))
         ahead = self.progress.samples - course.first_sample(begin)
 
         def read(step: int) -> Batch:

@@ -1,0 +1,148 @@
+"""Training rows of whole conversations, or of whole documents of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tplaunch.data.corpus import Meta
+from tplaunch.data.fitted import fit, fit_text
+from tplaunch.data.indexed import IndexedTokens, open_loss
+from tplaunch.data.mixture import Ints
+from tplaunch.data.order import SampleOrder
+from tplaunch.data.packing import Rows, pack
+from tplaunch.errors import Problem, TplaunchError
+from tplaunch.recipe.schema import Source
+
+Kind = Literal["text", "chat"]
+_OPEN = 64  # corpora that are held open, at three files each
+
+
+class PackedBatch(NamedTuple):
+    """Rows of documents, all of shape [rows, seq_len].
+
+    Args:
+        tokens: int64; what is left of a row is filled up.
+        loss: which tokens are to be learned: none that fills up.
+        positions: each token's place in its document, or in what fills up; 0 where attention must not look back.
+    """
+
+    tokens: Ints
+    loss: NDArray[np.bool_]
+    positions: Ints
+
+
+class Pieces(NamedTuple):
+    """What rows are filled with.
+
+    Args:
+        starts: in the corpus's tokens, int64 [n].
+        lengths: in tokens, int32 [n]; of 0: in no row.
+        rows: of the pieces.
+    """
+
+    starts: Ints
+    lengths: NDArray[np.int32]
+    rows: Rows
+
+
+class PackedDataset:
+    """Samples of `seq_len` tokens, documents packed whole, from one corpus or a weighted blend.
+
+    Which documents share a row follows from their lengths alone (`pack`); which row comes when is `SampleOrder`'s
+    matter. Of those longer than a row, conversations lose their end, and text becomes several pieces.
+
+    Args:
+        kind: of all corpora.
+        sources: prefixes of .bin/.idx pairs, with weights.
+        seq_len: tokens of a row.
+        seed: of the order.
+        shuffle: without it each corpus is read from its start, in order (validation).
+        vocab_size: tokens of the model.
+
+    Raises:
+        TplaunchError: a corpus is missing, damaged, or has nothing to learn in rows of this length.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        sources: Sequence[Source],
+        seq_len: int,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.seq_len, self.vocab_size = seq_len, vocab_size
+        paths = [Path(source.path) for source in sources]
+        self._corpus = lru_cache(_OPEN)(lambda number: _open(paths[number], kind))
+        self._pieces = [pieces_of(self._corpus(number)[0], kind, seq_len) for number in range(len(paths))]
+        metas = [Meta.read(path) for path in paths]
+        self._filling = [meta.eod if meta else 0 for meta in metas]
+        sizes = tuple(len(pieces.rows) for pieces in self._pieces)
+        self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
+
+    def __len__(self) -> int:
+        """Rows of all corpora, each counted once; `batch` goes on beyond, epoch after epoch."""
+        return sum(self.order.sizes)
+
+    def batch(self, indices: Ints) -> PackedBatch:
+        """The rows with these numbers in the run, any numbers >= 0.
+
+        Raises:
+            TplaunchError: a token is negative, or beyond the vocabulary; its file and byte are named.
+        """
+        shape = (len(indices), self.seq_len)
+        out = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.bool_), np.empty(shape, np.int64))
+        places = zip(*(found.tolist() for found in self.order.locate(indices)), strict=True)
+        for row, (number, sample) in enumerate(places):
+            (corpus, loss), pieces = self._corpus(number), self._pieces[number]
+            at = 0
+            for piece in pieces.rows[sample].tolist():
+                start, length = int(pieces.starts[piece]), int(pieces.lengths[piece])
+                end = at + length
+                out.tokens[row, at:end] = corpus.tokens[start : start + length]
+                out.loss[row, at:end] = True if loss is None else loss[start : start + length]
+                out.positions[row, at:end] = np.arange(length)
+                self._check(corpus, out.tokens[row, at:end], start)
+                at = end
+            out.tokens[row, at:] = self._filling[number]
+            out.positions[row, at:] = np.arange(self.seq_len - at)
+        return out
+
+    def _check(self, corpus: IndexedTokens, tokens: Ints, start: int) -> None:
+        if tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size):
+            width = corpus.tokens.itemsize
+            corpus.refuse_tokens(start * width, len(tokens) * width, self.vocab_size)
+
+
+def pieces_of(corpus: IndexedTokens, kind: Kind, seq_len: int) -> Pieces:
+    """The pieces of a corpus, and the rows that they fill.
+
+    Raises:
+        TplaunchError: there is no row.
+    """
+    if kind == "chat":
+        lengths = np.frombuffer(fit(str(corpus.prefix), seq_len).lengths, np.int32)
+        starts = np.asarray(corpus.pointers) // corpus.tokens.itemsize
+    else:
+        lengths = np.frombuffer(fit_text(str(corpus.prefix), seq_len), np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths  # documents follow one another without a gap
+    rows = pack(lengths, seq_len)
+    if not len(rows):
+        what = f"{corpus.prefix}: nothing is learned in the first {seq_len:,} tokens of any conversation"
+        fix = "raise training.seq_len"
+        if kind == "text":
+            what, fix = f"{corpus.prefix} has no tokens", "use more text"
+        raise TplaunchError(Problem(what, fix=fix))
+    return Pieces(starts, lengths, rows)
+
+
+def _open(path: Path, kind: Kind) -> tuple[IndexedTokens, NDArray[np.uint8] | None]:
+    corpus = IndexedTokens.open(path)
+    return corpus, open_loss(path, len(corpus.tokens)) if kind == "chat" else None
