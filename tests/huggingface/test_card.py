@@ -111,7 +111,7 @@ def test_what_is_of_other_steps_is_left_out(trained: Path, tmp_path: Path) -> No
     assert run(["export", str(of.root), str(tmp_path / "hf")]) == Exit.DONE
     card, rows = card_of(tmp_path / "hf")
     assert card.data.base_model == "acme/tiny-1b" and rows["initial weights"] == "acme/tiny-1b"
-    assert rows["time"] == "1m 30s"
+    assert rows["time"] == "1m30s"
     assert rows["training loss"] != "0.1250" and rows["validation loss"] != "0.2500"
     assert r"| quiz\|1.jsonl | acc 0.7500 |" in card.text and "0.5000" not in card.text
     assert "/home/me" not in card.text
