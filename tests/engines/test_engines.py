@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.engines.conftest import LENGTH, TEXTS, generated
+from tests.engines.conftest import LENGTH, RECIPES, TEXTS, generated, made
 from tests.engines.environments import ask
+from tplaunch.cli.main import run
+from tplaunch.errors import Exit
+from tplaunch.recipe.schema import Data, Recipe
 
 pytestmark = pytest.mark.engines
 
@@ -54,11 +57,13 @@ def test_vllm_with_experts(experts: Path) -> None:
     assert ask("in_vllm.py", request) == ours(experts) == of_transformers(experts)
 
 
-def test_llama_cpp(quickstart: Path, tmp_path: Path) -> None:
-    request = {"model": str(quickstart), "file": str(tmp_path / "model.gguf"), "texts": TEXTS, "max_tokens": LENGTH}
-    theirs = ask("in_llama_cpp.py", request)
-    assert theirs["prompts"] == encoded(quickstart)
-    assert theirs["after"] == ours(quickstart)
+@pytest.mark.parametrize("kind", ["quickstart", "experts"])
+def test_llama_cpp(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model: Path = request.getfixturevalue(kind)
+    asked = {"model": str(model), "file": str(tmp_path / "model.gguf"), "texts": TEXTS, "max_tokens": LENGTH}
+    theirs = ask("in_llama_cpp.py", asked)
+    assert theirs["prompts"] == encoded(model)
+    assert theirs["after"] == ours(model)
 
 
 @pytest.mark.parametrize("kind", ["quickstart", "experts"])
@@ -74,7 +79,8 @@ def test_megatron_bridge(kind: str, request: pytest.FixtureRequest) -> None:
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -94,6 +100,25 @@ def test_vllm_chats(quickstart: Path, place: Path) -> None:
     for file in quickstart.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     (model / "chat_template.jinja").write_text(TEMPLATE)
+    compare_chats(model)
+
+
+def trained_on(model: Path, folder: Path, *sets: str) -> Path:
+    """The exported model of a recipe that begins with the weights of a model made here."""
+    begin = [f"checkpoint.initial={model.with_name('run')}", f"data.tokenizer={model / 'tokenizer.json'}"]
+    return made(folder, str(RECIPES / "quickstart.yaml"), *begin, "optimizer.lr=1e-3", "data.validation=null", *sets)
+
+
+@pytest.mark.skipif("kind" not in Data.model_fields, reason="there is no data.kind: chat yet")
+def test_vllm_chats_with_what_was_fine_tuned(quickstart: Path, place: Path) -> None:
+    """A model that learned to answer; its template, a file of the recipe, is in the exported folder."""
+    (place / "template.jinja").write_text(TEMPLATE)
+    answers = ["Speak, I am bound to hear.", "That is the question.", "It is the east, and Juliet is the sun."]
+    turns = [[*chat, {"role": "assistant", "content": said}] for chat, said in zip(CHATS, answers, strict=True)]
+    lines = [json.dumps({"messages": messages}) for messages in turns]
+    (place / "chats.jsonl").write_text("\n".join(lines * 40))
+    data = ["data.kind=chat", f"data.train={place / 'chats.jsonl'}", "training.steps=40", "lr_schedule.warmup_steps=4"]
+    model = trained_on(quickstart, place / "chat", *data, f"finetune.chat_template={place / 'template.jinja'}")
     compare_chats(model)
 
 
@@ -127,3 +152,16 @@ def compare_adapters(model: Path, lora: Path) -> list[list[int]]:
 
 def test_vllm_with_an_adapter(quickstart: Path, tmp_path: Path) -> None:
     compare_adapters(quickstart, adapter(tmp_path / "adapter", quickstart))
+
+
+@pytest.mark.skipif(
+    "lora" not in getattr(Recipe.model_fields.get("finetune"), "annotation", Recipe).model_fields,
+    reason="there is no finetune.lora yet",
+)
+def test_vllm_with_a_trained_adapter(quickstart: Path, place: Path) -> None:
+    """The adapter of a LoRA run, as it is exported; merged into its base it says the same."""
+    lora = trained_on(quickstart, place / "lora", "finetune.lora={rank: 8}", "training.steps=40", "optimizer.lr=0.02")
+    said = compare_adapters(quickstart, lora)
+    merged = place / "merged" / "hf"
+    assert run(["export", str(place / "lora/run"), str(merged), "--merge"]) == Exit.DONE
+    assert ours(merged) == said
