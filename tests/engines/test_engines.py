@@ -105,7 +105,7 @@ def test_vllm_chats(quickstart: Path, place: Path) -> None:
 
 def trained_on(model: Path, folder: Path, *sets: str) -> Path:
     """The exported model of a recipe that begins with the weights of a model made here."""
-    begin = [f"checkpoint.initial={model.with_name('run')}", f"data.tokenizer={model / 'tokenizer.json'}"]
+    begin = [f"checkpoint.initial={model}", f"data.tokenizer={model / 'tokenizer.json'}"]
     return made(folder, str(RECIPES / "quickstart.yaml"), *begin, "optimizer.lr=1e-3", "data.validation=null", *sets)
 
 
