@@ -67,6 +67,7 @@ def test_what_a_run_tells(trained: Path, tmp_path: Path) -> None:
     assert (rows["steps"], rows["tokens"], rows["processes"]) == ("4", str(4 * 4 * 32), "1")
     assert rows["text.txt"].endswith("tokens, 75.0% of what was read")
     assert rows["other.txt"].endswith("tokens, 25.0% of what was read")
+    assert (rows["batch"], rows["learning rate"]) == ("4 sequences", "warmup steps: 2")
     assert "tplaunch" in rows["made with"] and "# tiny" in card.text
     text = (tmp_path / "hf/README.md").read_text()
     for secret in (str(trained), str(Path.home()), os.uname().nodename, "hf_secret", "TOKEN_OF_MINE"):

@@ -139,15 +139,13 @@ def _training(manifest: Manifest, run: RunDir, recipe: Recipe | None, initial: s
     if progress.get("flops"):
         yield "FLOPs", f"{progress['flops']:.3g}"
     if recipe is not None:
-        training, schedule = recipe.training, recipe.lr_schedule.model_dump(mode="json", exclude_defaults=True)
+        training = recipe.training
+        batch, schedule = training.model_dump(mode="json")["global_batch_size"], recipe.lr_schedule
         yield "sequence length", f"{training.seq_len:,}"
-        yield "batch", plain(f"{training.global_batch_size} sequences")
+        yield "batch", plain(f"{_words(batch)} sequences")
         yield "optimizer", f"{recipe.optimizer.name}, learning rate {recipe.optimizer.lr:g}"
-        if schedule:
-            yield (
-                "learning rate",
-                plain(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in schedule.items())),
-            )
+        if words := _words(schedule.model_dump(mode="json", exclude_defaults=True)):
+            yield "learning rate", plain(words)
         yield "precision", training.precision
     topology = about.get("topology") or {}
     if axes := [f"{name} {topology[name]}" for name in ("tp", "cp", "pp", "dp", "ep") if topology.get(name)]:
@@ -159,6 +157,13 @@ def _training(manifest: Manifest, run: RunDir, recipe: Recipe | None, initial: s
         yield "time", format_duration(seconds)
     versions = [f"{name} {about[name]}" for name in ("tplaunch", "torch") if about.get(name)]
     yield "made with", ", ".join(versions or [f"tplaunch {__version__}"])
+
+
+def _words(value: Any) -> str:
+    """A part of a recipe as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')}: {_words(one)}" for key, one in value.items() if one is not None)
+    return "; ".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
 def _seconds(run: RunDir, step: int) -> float | None:
