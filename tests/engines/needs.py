@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import requires
 
-from packaging.requirements import Requirement
+from pip._vendor.packaging.requirements import Requirement  # a new environment has no other
 
 for line in requires(sys.argv[1]) or []:
     need = Requirement(line)
