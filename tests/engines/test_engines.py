@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.engines.conftest import LENGTH, RECIPES, TEXTS, generated, made
 from tests.engines.environments import ask
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.engines
 
 
 def encoded(model: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return [tokenizer(text).input_ids for text in TEXTS]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return [tokenizer.encode(text).ids for text in TEXTS]
 
 
 def of_transformers(model: Path) -> list[list[int]]:
