@@ -23,7 +23,7 @@ def export(
 ) -> None:
     """Make a Hugging Face folder of a checkpoint's model.
 
-    Safetensors and config.json, for transformers, vLLM, TensorRT-LLM, NeMo.
+    Safetensors, config.json, the tokenizer and a model card, for transformers, vLLM, TensorRT-LLM, NeMo and the hub.
 
     Example: tplaunch export runs/quickstart hf/quickstart
     """

@@ -1,5 +1,5 @@
 """A checkpoint -> a folder that transformers, vLLM, TensorRT-LLM, NeMo and Megatron-Bridge read: safetensors,
-`config.json` and, where it is known, the tokenizer and what was said beside it."""
+`config.json`, a model card and, where it is known, the tokenizer and what was said beside it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.huggingface.card import CARD, model_card
 from tplaunch.huggingface.config import write_config
 from tplaunch.huggingface.families import family_of
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
@@ -71,7 +72,8 @@ def export(
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
-    model = Model.model_validate(_whole_manifest(checkpoint).about["model"])
+    manifest = _whole_manifest(checkpoint)
+    model = Model.model_validate(manifest.about["model"])
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
     config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
@@ -101,6 +103,8 @@ def export(
     _write_json(temporary / "config.json", config)
     if tokenizer is not None and tokens is not None:
         _write_text(temporary, tokenizer, tokens, seq_len)
+    card = model_card(checkpoint, manifest, temporary, out.name, config, elements)
+    (temporary / CARD).write_text(card, encoding="utf-8")
     temporary.rename(out)
     return Exported(names, elements, tokens is not None)
 
