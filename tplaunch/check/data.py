@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tplaunch.data.beside import TOKENIZER
 from tplaunch.data.endings import KINDS, files_of, is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, TrainTokenizer
+from tplaunch.run.directory import RunDir
 
 
 def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -40,6 +42,21 @@ def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def with_tokenizer(recipe: Recipe) -> Recipe:
+    """The recipe with the tokenizer of its initial weights, where text is read and the recipe names none."""
+    data, initial = recipe.data, recipe.checkpoint.initial
+    sources = [*data.sources("train"), *data.sources("validation")]
+    if data.tokenizer is not None or initial is None or not any(is_raw(Path(source.path)) for source in sources):
+        return recipe
+    folders = [Path(initial)]
+    if (folders[0] / "manifest.json").is_file():  # a checkpoint: `tplaunch import` puts it beside, a run above
+        folders += [folders[0].parent, folders[0].parent.parent]
+    found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
+    if found is None:
+        return recipe
+    return recipe.model_copy(update={"data": data.model_copy(update={"tokenizer": str(found)})})
+
+
 def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
     data, initial = recipe.data, recipe.checkpoint.initial
@@ -56,9 +73,16 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
             fix="give a tokenizer.json, or {vocab_size: 4096} to train one",
             key="data.tokenizer",
         )
-    if initial is not None and not os.path.isfile(os.path.join(initial, "manifest.json")):
-        fix = "name a directory such as runs/NAME/checkpoints/step-00000500, or what `tplaunch import` made"
-        yield Problem(f"{initial}: no checkpoint", fix=fix, key="checkpoint.initial")
+    if initial is not None and not _has_weights(initial):
+        fix = "name a checkpoint (runs/NAME/checkpoints/step-00000500), a run with one, or a Hugging Face folder"
+        yield Problem(f"{initial}: no checkpoint, and no model", fix=fix, key="checkpoint.initial")
+
+
+def _has_weights(path: str) -> bool:
+    """Whether a path looks like a checkpoint, a folder of some, a run, or a Hugging Face folder; what it is worth is
+    seen when it is loaded."""
+    there = (os.path.isfile(os.path.join(path, name)) for name in ("manifest.json", "config.json"))
+    return any(there) or any(Path(path).glob("step-*/")) or any(RunDir(Path(path)).checkpoints.glob("step-*/"))
 
 
 def _data_file(path: str, key: str) -> Iterator[Problem]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-from tplaunch.check.data import missing_files, tokenizer_problems
+from tplaunch.check.data import missing_files, tokenizer_problems, with_tokenizer
 from tplaunch.check.experts import expert_warnings, experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
@@ -30,10 +32,12 @@ class Checked(NamedTuple):
     Attributes:
         recipe: as loaded, and resolved: `topology.dp`, `gpus_per_node` and `stage_layers` are stated.
         warnings: settings that work but are probably mistakes.
+        where: tells where a dotted key is said.
     """
 
     recipe: Recipe
     warnings: list[Problem]
+    where: Callable[[str], str] = lambda key: ""
 
     @property
     def topology(self) -> Topology:
@@ -66,7 +70,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     Raises:
         RecipeError: holds every problem that was found.
     """
-    recipe = loaded.recipe
+    recipe = with_tokenizer(loaded.recipe)
     problems = [
         *model_problems(recipe.model, recipe.training.seq_len),
         *tensor_parallel(recipe),
@@ -94,7 +98,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         raise RecipeError(*placed(problems))
     recipe = resolve(with_document_length(recipe))
     warnings += [*placement_warnings(Topology.of(recipe), recipe.topology.async_tp)]
-    return Checked(recipe, placed(warnings))
+    return Checked(recipe, placed(warnings), partial(_place, loaded))
 
 
 def _place(loaded: LoadedRecipe, key: str) -> str:

@@ -263,7 +263,7 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._fill(self.tensors(), lambda tensors, path=path: load_tensors(tensors, path, group=self.group))
+                self._fill(self.tensors(), partial(load_tensors, checkpoint=path, group=self.group))
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
@@ -289,7 +289,7 @@ class CheckpointManager:
         if manifest is None or problems:
             raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
         self._check_fits(path, manifest.about, weights_only=True)
-        self.fill_weights(lambda weights: load_tensors(weights, path, group=self.group))
+        self.fill_weights(partial(load_tensors, checkpoint=path, group=self.group))
         return manifest.step
 
     def fill_weights(self, load: Callable[[State], None]) -> None:

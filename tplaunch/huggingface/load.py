@@ -28,7 +28,7 @@ def load_folder(tensors: dict[str, Any], folder: Path, model: Model, group: dist
 
     Args:
         tensors: by global name (`checkpoint.state.named_tensors`); DTensors get their shards.
-        folder: of the model, as far as its weights are concerned (`huggingface.initial`).
+        folder: of the model, as far as its weights are concerned (`launch.initial`).
         model: the recipe's.
         group: the ranks that load.
 
@@ -57,7 +57,7 @@ class _Reader(StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        found = {}
+        found: dict[str, Any] = {}
         for name, part in self._slices.source.parts.items():
             shape = torch.Size(part.parameter.shape)
             whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)

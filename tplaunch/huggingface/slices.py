@@ -100,7 +100,7 @@ class Slices:
         """Fill a tensor with numbers that follow each other."""
         if stored.file not in self._files:
             self._files[stored.file] = open_regular(stored.file)
-        view, at = memoryview(into.view(torch.uint8).numpy()), stored.begin + start * into.itemsize
+        view, at = memoryview(into.view(torch.uint8).numpy().data), stored.begin + start * into.itemsize
         while view:
             if not (count := os.preadv(self._files[stored.file].fileno(), [view], at)):
                 raise OSError(f"{stored.file} ends within {stored.key}")

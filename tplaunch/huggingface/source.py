@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tplaunch.data.beside import blobs_of
 from tplaunch.errors import Problem, TplaunchError
@@ -88,7 +88,11 @@ class Source(NamedTuple):
 
 
 def open_folder(
-    folder: Path, *, vocab_multiple: int | None = None, tied: bool | None = None, check: Callable[[Read], object] = bool
+    folder: Path,
+    *,
+    vocab_multiple: int | None = None,
+    tied: bool | None = None,
+    check: Callable[[Read, list[str]], object] = lambda read, warnings: None,
 ) -> Source:
     """Look at a folder: its `config.json`, and the headers of its files.
 
@@ -96,7 +100,7 @@ def open_folder(
         vocab_multiple: of which our vocabulary is padded to one (`model.make_vocab_size_divisible_by`).
         tied: whether its output matrix is the embedding, where that is known; else the two are compared, if both are
             there.
-        check: told what `config.json` says before its tensors are compared with it.
+        check: told what `config.json` says, and the warnings, before its tensors are compared with it.
 
     Raises:
         TplaunchError: see `read_config`; a file cannot be read; or tensors are missing, too many, of another shape, or
@@ -106,12 +110,12 @@ def open_folder(
     where = {found.key: found for path in _files(folder) for found in _header(path)}
     if read.left_out and any(key.startswith(read.left_out) for key in where):
         warnings.append("layers that predict further tokens are left out: the model predicts the next one alone")
-    changes = {} if vocab_multiple is None else {"make_vocab_size_divisible_by": vocab_multiple}
+    changes: dict[str, Any] = {} if vocab_multiple is None else {"make_vocab_size_divisible_by": vocab_multiple}
     if read.model.tie_embeddings and (_head_is_its_own(where, read.family) if tied is None else not tied):
         warnings.append(UNTIED)
         changes["tie_embeddings"] = False
     read = read._replace(model=read.model.model_copy(update=changes))
-    check(read)
+    check(read, warnings)
     return _match(folder, read, where, warnings)
 
 
@@ -205,13 +209,12 @@ def _header(path: Path) -> Iterator[Stored]:
         raise TplaunchError(Problem(f"{path} cannot be read", why=why[:300], fix=fix)) from None
 
 
-def _place(path: Path, key: str, said: dict[str, object], first: int, size: int) -> Stored:
-    dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]  # type: ignore[misc]
-    numbers = [begin, end, *shape]  # type: ignore[has-type, misc]
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+def _place(path: Path, key: str, said: dict[str, Any], first: int, size: int) -> Stored:
+    dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
         raise ValueError(f"{key} is no tensor")
-    if not begin <= end <= size - first:  # type: ignore[has-type]
+    if not begin <= end <= size - first:
         raise ValueError(f"{key} ends beyond the file")
-    if dtype in _BYTES and end - begin != prod(shape) * _BYTES[dtype]:  # type: ignore[has-type, arg-type]
-        raise ValueError(f"{key} has {end - begin} bytes, and its shape has others")  # type: ignore[has-type]
-    return Stored(path, key, dtype, tuple(shape), first + begin)  # type: ignore[has-type, arg-type]
+    if dtype in _BYTES and end - begin != prod(shape) * _BYTES[dtype]:
+        raise ValueError(f"{key} has {end - begin} bytes, and its shape has others")
+    return Stored(path, key, dtype, tuple(shape), first + begin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
+from tplaunch.launch.initial import check_initial, with_initial
 from tplaunch.launch.resume import Before, Changes, before_this, data_changes, past, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -53,8 +54,10 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         )
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise RecipeError(Problem(f"there is no checkpoint {resume}", fix="--resume auto takes the newest of the run"))
-    initial = checked.recipe.checkpoint.initial
-    _check_named({"--resume": None if resume in ("auto", "none") else resume, "checkpoint.initial": initial})
+    if resume not in ("auto", "none"):
+        _check_named(Path(resume))
+    elif not saved:  # else they have been taken
+        check_initial(checked)
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe.model
         changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
@@ -65,13 +68,11 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             )
 
 
-def _check_named(named: Mapping[str, str | None]) -> None:
-    for key, path in named.items():
-        try:
-            if path is not None:
-                open_checkpoint(Path(path), key=key)
-        except TplaunchError as error:
-            raise RecipeError(*error.problems) from None
+def _check_named(checkpoint: Path) -> None:
+    try:
+        open_checkpoint(checkpoint, key="--resume")
+    except TplaunchError as error:
+        raise RecipeError(*error.problems) from None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     check_resume(checked, run_dir, resume)
     before = before_this(run_dir, resume)
     changes: Changes = {}
-    recipe = checked.recipe
+    recipe = with_initial(checked.recipe, run_dir)
     if before is not None:
         changes = recipe_changes(before, recipe)
         refuse(changes, before, allow)

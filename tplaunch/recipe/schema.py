@@ -575,7 +575,9 @@ class Checkpoint(Section):
     keep_every: Count | None = Field(None, description="steps whose multiples stay for ever")
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
-        None, description="a checkpoint, of another run or imported, whose weights a new run starts from"
+        None,
+        description="what a new run takes its weights from: a checkpoint, a run directory (its newest), or a Hugging "
+        "Face folder; where data.tokenizer is not said, its tokenizer, too",
     )
 
 

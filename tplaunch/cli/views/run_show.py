@@ -38,6 +38,7 @@ def _head(facts: RunFacts) -> str:
         ("loss", _last_and_best(curves.last("loss"), best)),
         ("validation", _last_and_best(curves.last("validation/loss"), best_validation)),
         ("tokens", "" if (tokens := curves.last("tokens")) is None else format_count(tokens)),
+        ("began with", facts.initial),
         ("topology", row.topology),
         ("job", row.job),
         ("age", "" if row.age is None else format_duration(row.age)),
