@@ -15,9 +15,9 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from tplaunch.checkpoint.origin import origin_of
+from tplaunch.data.pairs import Pair, Words, as_rows
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.evaluate.pairs import Pair, Words, as_rows
 from tplaunch.evaluate.run import check, run_rows, tokenizer_of
 from tplaunch.huggingface.given import checkpoint_of
 

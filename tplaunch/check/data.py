@@ -66,7 +66,7 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
             value = getattr(data, split)
             if not isinstance(value, str):
                 key += f"[{index}]" + ("" if isinstance(value[index], str) else ".path")
-            yield from _data_file(source.path, key)
+            yield from data_file(source.path, key)
     if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
         yield Problem(
             f"{data.tokenizer}: no such file{_near_file(data.tokenizer)}",
@@ -85,7 +85,8 @@ def _has_weights(path: str) -> bool:
     return any(there) or any(Path(path).glob("step-*/")) or any(RunDir(Path(path)).checkpoints.glob("step-*/"))
 
 
-def _data_file(path: str, key: str) -> Iterator[Problem]:
+def data_file(path: str, key: str) -> Iterator[Problem]:
+    """What is wrong with a path that means text, or token files."""
     name, there = os.path.basename(path), [end for end in (".bin", ".idx") if os.path.isfile(path + end)]
     prepare = "make it with `tplaunch data prepare`"
     if (os.path.isfile(path) and is_raw(Path(path))) or len(there) == 2:

@@ -15,6 +15,7 @@ from tplaunch.check.optimizer import optimizer_problems, optimizer_warnings
 from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
+from tplaunch.check.tasks import missing_tasks, task_problems, task_warnings, tasks_without_tokenizer
 from tplaunch.check.world import data_parallel, placement_warnings
 from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
@@ -83,13 +84,13 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
-    problems += [*sample_problems(recipe), *tokenizer_problems(recipe)]
+    problems += [*sample_problems(recipe), *tokenizer_problems(recipe), *task_problems(recipe)]
     warnings = [*run_warnings(recipe), *optimizer_warnings(recipe), *expert_warnings(recipe)]
-    warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]
-    missing = [*missing_files(recipe), *missing_packages(recipe)]
+    warnings += [*observe_warnings(recipe), *sample_warnings(recipe), *task_warnings(recipe)]
+    missing = [*missing_files(recipe), *missing_tasks(recipe), *missing_packages(recipe)]
     (problems if need_data else warnings).extend(missing)
     if need_data and not missing:
-        problems += prompt_problems(recipe)
+        problems += [*prompt_problems(recipe), *tasks_without_tokenizer(recipe)]
 
     def placed(found: list[Problem]) -> list[Problem]:
         return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]

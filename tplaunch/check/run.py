@@ -27,10 +27,10 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
             fix=f"decay_steps: at most {room}" if room > 0 else "fewer warmup_steps",
             key="lr_schedule.decay_steps",
         )
-    if training.eval_every and recipe.data.validation is None:
+    if training.eval_every and recipe.data.validation is None and not recipe.eval.tasks:
         yield Problem(
             "there is no validation data to evaluate on",
-            fix="give data.validation, or eval_every: 0",
+            fix="give data.validation or eval.tasks, or eval_every: 0",
             key="training.eval_every",
         )
     if slurm.time is not None and slurm.grace >= slurm.time:

@@ -57,8 +57,9 @@ def eval_(
     from tplaunch.checkpoint.origin import origin_of
     from tplaunch.cli.views.table import columns
     from tplaunch.data.endings import is_raw
-    from tplaunch.evaluate.choices import ask, score_choices
-    from tplaunch.evaluate.pairs import Words
+    from tplaunch.data.pairs import Words
+    from tplaunch.data.questions import ask
+    from tplaunch.evaluate.choices import score_choices
     from tplaunch.evaluate.run import check, tokenizer_of
     from tplaunch.evaluate.text import ready_text, score_text
     from tplaunch.huggingface.given import checkpoint_of
@@ -80,7 +81,9 @@ def eval_(
             assert loaded is not None and file is not None, "else `tokenizer_of` has said so"
             words = Words(loaded, file, window)
             asked = [(str(path), ask(path, words)) for path in questions]
-        ready = [stack.enter_context(ready_text(origin, path, loaded, text_key, window)) for path in texts]
+        ready = [
+            stack.enter_context(ready_text(origin.model.vocab_size, path, loaded, text_key, window)) for path in texts
+        ]
         warnings = [*(text.warnings for text in ready), *(some.warnings for _, some in asked)]
         for warning in (one for some in warnings for one in some):
             typer.echo(f"warning: {warning}", err=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.check.samples import check_prompts
+from tplaunch.check.tasks import check_choices
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
@@ -127,6 +128,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     check_prompts(recipe, tokenizer)
+    check_choices(recipe, tokenizer)
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})

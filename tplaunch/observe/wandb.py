@@ -38,7 +38,7 @@ EVENTS_S = 2.0  # between looks at the run's events, for alerts
 QUIET_S = 3600.0  # that W&B keeps back a further alert of the same kind
 
 # The x-axis of each group of metrics: what is learnt goes by tokens, so that batch sizes compare; the rest by step.
-_BY_TOKENS = ("train/*", "validation/*", "grad_norm/*", "moe/*")
+_BY_TOKENS = ("train/*", "validation/*", "eval/*", "grad_norm/*", "moe/*")
 _BY_STEP = ("plan/*", "throughput/*", "time/*", "memory/*", "checkpoint/*", "rank/*")
 
 

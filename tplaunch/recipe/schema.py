@@ -6,6 +6,8 @@ and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`
 
 # No `from __future__ import annotations` here: pydantic would parse every one of them again at each start.
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -460,7 +462,9 @@ class Training(Section):
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
-    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
+    eval_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between validations, and evaluations (eval.tasks); 0: never"
+    )
     eval_steps: Small = Field(8, description="global batches of one validation")
 
 
@@ -563,6 +567,42 @@ class Data(Section):
             return []
         every = [value] if isinstance(value, str) else value
         return [Source(path=one) if isinstance(one, str) else one for one in every]
+
+
+class Task(Section):
+    """A text, or questions with choices, that a model is measured by; as `tplaunch eval` takes them."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = Field(
+        None, description="as metrics call it, eval/NAME/loss; default: the file's, without its ending"
+    )
+    data: Text | None = Field(None, description="a file of text, a folder or pattern of them, or a .bin/.idx prefix")
+    choices: Text | None = Field(None, description="JSON lines of question, choices and answer")
+    text_key: str | None = Field(None, description="the field that holds the text; default: data.text_key")
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "Task":
+        if (self.data is None) == (self.choices is None):
+            raise ValueError("of data and choices one must be there")
+        return self
+
+    @property
+    def path(self) -> str:
+        """What it reads."""
+        path = self.data if self.choices is None else self.choices
+        assert path is not None  # see `_is_one_of_both`
+        return path
+
+    @property
+    def label(self) -> str:
+        """What metrics call it."""
+        return self.name or re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(self.path.rstrip("/")).split(".")[0])
+
+
+class Eval(Section):
+    """What the model is measured by while it is trained, every `training.eval_every` steps and at the end; the numbers
+    are those of `tplaunch eval` at that step's checkpoint."""
+
+    tasks: list[Task] = Field([], description="texts, and questions with choices")
 
 
 class Checkpoint(Section):
@@ -709,6 +749,7 @@ class Recipe(Section):
     optimizer: Optimizer = Field({}, validate_default=True, description="what updates the weights")
     lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
     data: Data = Field(description="corpora and tokenizer")
+    eval: Eval = Field({}, validate_default=True, description="what is measured beside the validation loss")
     checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
     logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
     launch: Launch = Field({}, validate_default=True, description="how processes are started")

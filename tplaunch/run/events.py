@@ -246,6 +246,21 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
+class Evaluated(Event):
+    """The model was measured by the tasks of `eval` after a step; training waited meanwhile.
+
+    Args:
+        figures: metric -> value.
+        seconds: that it took.
+    """
+
+    name = "evaluation"
+    step: int
+    figures: dict[str, float]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Sampled(Event):
     """The model has continued the prompts of `logging.samples`; training waited meanwhile.
 

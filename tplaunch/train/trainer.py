@@ -26,6 +26,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     Done,
+    Evaluated,
     Fault,
     Initialized,
     LossSpiked,
@@ -50,6 +51,7 @@ from tplaunch.train.sampler import TextSampler
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
+from tplaunch.train.tasks import Tasks
 from tplaunch.train.validate import validate
 
 
@@ -102,6 +104,7 @@ class Trainer:
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
+        self.tasks = Tasks(self.step, run_dir)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
@@ -155,6 +158,7 @@ class Trainer:
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
+        self.tasks.open()
         with closing(self._batches()) as batches, Garbage() as garbage:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
@@ -177,12 +181,12 @@ class Trainer:
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
-                validation = self.validate() if self._due(recipe.training.eval_every, last) else None
+                measured = self.evaluate() if self._due(recipe.training.eval_every, last) else {}
                 if self._due(recipe.logging.samples.every, last):
                     self._sample()
                 if self.log.due(progress.step):
                     epochs = {} if corpora is None else corpora.epochs(progress.samples)
-                    self._write_record(result, window, validation, epochs)
+                    self._write_record(result, window, {**epochs, **measured})
                     window = Window()
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
@@ -244,6 +248,19 @@ class Trainer:
             self.run_dir.append(Validated(self.progress.step, loss))
         return loss
 
+    def evaluate(self) -> dict[str, float]:
+        """The validation loss, and on rank 0 what the tasks of `eval` give, as metrics."""
+        loss = self.validate()
+        found = {} if loss is None else {"validation/loss": loss}
+        if not self.recipe.eval.tasks:
+            return found
+        self.heartbeat.mark(self.progress.step, "evaluation")
+        began = time.perf_counter()
+        figures = self.tasks.measure()
+        if self.main:
+            self.run_dir.append(Evaluated(self.progress.step, figures, round(time.perf_counter() - began, 3)))
+        return found | figures
+
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""
         self.heartbeat.mark(self.progress.step, "samples")
@@ -272,12 +289,9 @@ class Trainer:
         self.heartbeat.mark(step, part)
         self.log.mark(step, part)
 
-    def _write_record(
-        self, result: StepResult, window: Window, validation: float | None, epochs: dict[str, float]
-    ) -> None:
+    def _write_record(self, result: StepResult, window: Window, more: dict[str, float]) -> None:
         self.heartbeat.mark(self.progress.step, "metrics")
-        measured = {} if validation is None else {"validation/loss": validation}
-        self.log.write(result, window, {**epochs, **self.checkpoints.take_timings(), **measured})
+        self.log.write(result, window, {**more, **self.checkpoints.take_timings()})
 
     def _note_start(self) -> None:
         """Write how long the start took, part by part, once the first step has ended."""
