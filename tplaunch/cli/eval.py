@@ -50,7 +50,8 @@ def eval_(
 
     On TP x PP x DP ranks of this machine. A text is read in windows that do not overlap, documents one after the other,
     and each token is predicted once. Questions are answered as lm-eval has it: by the likeliest choice (acc), a
-    character (acc_norm), a byte (acc_bytes). What a run's checkpoint gets is kept in its evaluations.jsonl.
+    character (acc_norm), a byte (acc_bytes). What a run's checkpoint gets is kept in its evaluations.jsonl, and sent to
+    its W&B run.
 
     Example: tplaunch eval runs/quickstart --data held-out.txt --choices questions.jsonl --tp 2
     """
@@ -89,6 +90,11 @@ def eval_(
             typer.echo(f"warning: {warning}", err=True)
         found = [_kept(origin, text.name, score_text(origin, checked, text).as_dict()) for text in ready]
         found += [_kept(origin, name, score_choices(origin, checked, some).as_dict()) for name, some in asked]
+    if origin.run is not None:
+        from tplaunch.observe.evaluations import send_evaluations
+
+        if why := send_evaluations(origin.run, found):
+            typer.echo(f"warning: W&B has not got the results: {why}", err=True)
     if as_json:
         echo_json(found)
     else:

@@ -569,6 +569,11 @@ class Data(Section):
         return [Source(path=one) if isinstance(one, str) else one for one in every]
 
 
+def task_name(path: str) -> str:
+    """What metrics call the task that reads a file: the file's name, without its ending."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(path.rstrip("/")).split(".")[0])
+
+
 class Task(Section):
     """A text, or questions with choices, that a model is measured by; as `tplaunch eval` takes them."""
 
@@ -595,7 +600,7 @@ class Task(Section):
     @property
     def label(self) -> str:
         """What metrics call it."""
-        return self.name or re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(self.path.rstrip("/")).split(".")[0])
+        return self.name or task_name(self.path)
 
 
 class Eval(Section):

@@ -20,9 +20,8 @@ from tplaunch.generate.decode import StagedModel
 from tplaunch.parallel.layers import whole_sequences
 from tplaunch.recipe.schema import Task
 from tplaunch.run.directory import RunDir
+from tplaunch.run.evaluations import metrics_of
 from tplaunch.train.step import TrainStep
-
-_FIGURES = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "acc_bytes")
 
 
 @dataclass(frozen=True)
@@ -120,4 +119,4 @@ class Tasks:
         else:
             predicted = sum(length - 1 for length in task.rows.lengths)
             figures = summarize_text(losses, predicted, task.bytes, self.step.recipe.training.seq_len).as_dict()
-        return {f"eval/{task.name}/{name}": figures[name] for name in _FIGURES if figures.get(name) is not None}
+        return metrics_of("", figures, task.name)
