@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from tests.evaluate.questions import write_records
-from tests.recipes import ranks
+from tests.recipes import ranks, resolved
 from tests.train.test_sampler import STEPS, curve, events, folder, recipe, state  # noqa: F401 (folder: a fixture)
 from tests.training import trainer
 from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.errors import Exit
 from tplaunch.files import read_lines
+from tplaunch.recipe.load import dump_recipe
 
 EVERY = 5
 FIGURES = {
@@ -169,10 +170,17 @@ def test_ranks_that_share_experts_have_passes_of_the_same_number(
         assert measured(found["ep"])[step] == {key: pytest.approx(value, rel=1e-9) for key, value in figures.items()}
 
 
-def test_what_is_said(alone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said(
+    alone: Path,
+    folder: Path,  # noqa: F811
+    tasks: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     said = events(alone, "evaluation")
     assert [one["step"] for one in said] == [EVERY, STEPS] and said[0]["seconds"] > 0
     assert said[1]["figures"] == {f"eval/{key}": value for key, value in measured(alone)[STEPS].items()}
+    raw = {**recipe(folder, None), "eval": tasks}
+    (alone / "recipe.yaml").write_text(dump_recipe(resolved(raw)))
     assert run(["runs", "show", str(alone)]) == Exit.DONE
     shown = capfd.readouterr().out
     assert f"quiz acc {measured(alone)[STEPS]['quiz/acc']:.4f}" in shown
