@@ -16,10 +16,11 @@ from tests.families import VOCAB
 from tests.recipes import work_in
 from tplaunch.cli.main import run
 from tplaunch.data.begin import with_begin
+from tplaunch.data.pairs import Words
+from tplaunch.data.questions import Asked, Question, read_questions
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Exit, TplaunchError
-from tplaunch.evaluate.choices import Asked, Question, read_questions, summarize
-from tplaunch.evaluate.pairs import Words
+from tplaunch.evaluate.choices import summarize
 
 LIMIT = 64
 

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tplaunch.data.beside import TOKENIZER
 from tplaunch.data.endings import FORMAT, KINDS, files_of, is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, TrainTokenizer
+from tplaunch.run.directory import RunDir
 
 
 def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -69,6 +71,21 @@ def chat_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(what, fix="leave it out", key="training.eod_mask_loss")
 
 
+def with_tokenizer(recipe: Recipe) -> Recipe:
+    """The recipe with the tokenizer of its initial weights, where text is read and the recipe names none."""
+    data, initial = recipe.data, recipe.checkpoint.initial
+    sources = [*data.sources("train"), *data.sources("validation")]
+    if data.tokenizer is not None or initial is None or not any(is_raw(Path(source.path)) for source in sources):
+        return recipe
+    folders = [Path(initial)]
+    if (folders[0] / "manifest.json").is_file():  # a checkpoint: `tplaunch import` puts it beside, a run above
+        folders += [folders[0].parent, folders[0].parent.parent]
+    found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
+    if found is None:
+        return recipe
+    return recipe.model_copy(update={"data": data.model_copy(update={"tokenizer": str(found)})})
+
+
 def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
     data, initial = recipe.data, recipe.checkpoint.initial
@@ -78,7 +95,7 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
             value = getattr(data, split)
             if not isinstance(value, str):
                 key += f"[{index}]" + ("" if isinstance(value[index], str) else ".path")
-            yield from _data_file(source.path, key)
+            yield from data_file(source.path, key)
     if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
         yield Problem(
             f"{data.tokenizer}: no such file{_near_file(data.tokenizer)}",
@@ -88,12 +105,20 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     template = recipe.finetune.chat_template
     if template is not None and not os.path.isfile(template):
         yield Problem(f"{template}: no such file{_near_file(template)}", key="finetune.chat_template")
-    if initial is not None and not os.path.isfile(os.path.join(initial, "manifest.json")):
-        fix = "name a directory such as runs/NAME/checkpoints/step-00000500, or what `tplaunch import` made"
-        yield Problem(f"{initial}: no checkpoint", fix=fix, key="checkpoint.initial")
+    if initial is not None and not _has_weights(initial):
+        fix = "name a checkpoint (runs/NAME/checkpoints/step-00000500), a run with one, or a Hugging Face folder"
+        yield Problem(f"{initial}: no checkpoint, and no model", fix=fix, key="checkpoint.initial")
 
 
-def _data_file(path: str, key: str) -> Iterator[Problem]:
+def _has_weights(path: str) -> bool:
+    """Whether a path looks like a checkpoint, a folder of some, a run, or a Hugging Face folder; what it is worth is
+    seen when it is loaded."""
+    there = (os.path.isfile(os.path.join(path, name)) for name in ("manifest.json", "config.json"))
+    return any(there) or any(Path(path).glob("step-*/")) or any(RunDir(Path(path)).checkpoints.glob("step-*/"))
+
+
+def data_file(path: str, key: str) -> Iterator[Problem]:
+    """What is wrong with a path that means text, or token files."""
     name, there = os.path.basename(path), [end for end in (".bin", ".idx") if os.path.isfile(path + end)]
     prepare = "make it with `tplaunch data prepare`"
     if (os.path.isfile(path) and is_raw(Path(path))) or len(there) == 2:

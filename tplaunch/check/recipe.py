@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-from tplaunch.check.data import chat_problems, missing_files, tokenizer_problems
+from tplaunch.check.data import chat_problems, missing_files, tokenizer_problems, with_tokenizer
 from tplaunch.check.experts import expert_warnings, experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
@@ -14,6 +16,7 @@ from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_paral
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
 from tplaunch.check.schedule import length_problems, schedule_problems, schedule_warnings
+from tplaunch.check.tasks import missing_tasks, task_problems, task_warnings, tasks_without_tokenizer
 from tplaunch.check.world import data_parallel, placement_warnings
 from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
@@ -32,10 +35,12 @@ class Checked(NamedTuple):
     Attributes:
         recipe: as loaded, and resolved: `topology.dp`, `gpus_per_node` and `stage_layers` are stated.
         warnings: settings that work but are probably mistakes.
+        where: tells where a dotted key is said.
     """
 
     recipe: Recipe
     warnings: list[Problem]
+    where: Callable[[str], str] = lambda key: ""
 
     @property
     def topology(self) -> Topology:
@@ -68,7 +73,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     Raises:
         RecipeError: holds every problem that was found.
     """
-    recipe, lengths = loaded.recipe, [*length_problems(loaded.recipe)]
+    recipe, lengths = with_tokenizer(loaded.recipe), [*length_problems(loaded.recipe)]
     recipe = recipe if lengths else with_steps(recipe)
     problems = [
         *(lengths or schedule_problems(recipe)),
@@ -83,14 +88,14 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
-    problems += [*sample_problems(recipe), *tokenizer_problems(recipe), *chat_problems(recipe)]
+    problems += [*sample_problems(recipe), *tokenizer_problems(recipe), *chat_problems(recipe), *task_problems(recipe)]
     warnings = [*([] if problems else schedule_warnings(recipe)), *run_warnings(recipe)]
     warnings += [*optimizer_warnings(recipe), *expert_warnings(recipe)]
-    warnings += [*observe_warnings(recipe), *sample_warnings(recipe)]
-    missing = [*missing_files(recipe), *missing_packages(recipe)]
+    warnings += [*observe_warnings(recipe), *sample_warnings(recipe), *task_warnings(recipe)]
+    missing = [*missing_files(recipe), *missing_tasks(recipe), *missing_packages(recipe)]
     (problems if need_data else warnings).extend(missing)
     if need_data and not missing:
-        problems += prompt_problems(recipe)
+        problems += [*prompt_problems(recipe), *tasks_without_tokenizer(recipe)]
 
     def placed(found: list[Problem]) -> list[Problem]:
         return [replace(problem, where=problem.where or _place(loaded, problem.key)) for problem in found]
@@ -99,7 +104,7 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         raise RecipeError(*placed(problems))
     recipe = resolve(with_document_length(recipe))
     warnings += [*placement_warnings(Topology.of(recipe), recipe.topology.async_tp)]
-    return Checked(recipe, placed(warnings))
+    return Checked(recipe, placed(warnings), partial(_place, loaded))
 
 
 def _place(loaded: LoadedRecipe, key: str) -> str:

@@ -13,10 +13,10 @@ from tplaunch.units import format_slurm_time
 
 def run_problems(recipe: Recipe) -> Iterator[Problem]:
     training, slurm = recipe.training, recipe.launch.slurm
-    if training.eval_every and recipe.data.validation is None:
+    if training.eval_every and recipe.data.validation is None and not recipe.eval.tasks:
         yield Problem(
             "there is no validation data to evaluate on",
-            fix="give data.validation, or eval_every: 0",
+            fix="give data.validation or eval.tasks, or eval_every: 0",
             key="training.eval_every",
         )
     if slurm.time is not None and slurm.grace >= slurm.time:

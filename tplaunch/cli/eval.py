@@ -50,15 +50,17 @@ def eval_(
 
     On TP x PP x DP ranks of this machine. A text is read in windows that do not overlap, documents one after the other,
     and each token is predicted once. Questions are answered as lm-eval has it: by the likeliest choice (acc), a
-    character (acc_norm), a byte (acc_bytes). What a run's checkpoint gets is kept in its evaluations.jsonl.
+    character (acc_norm), a byte (acc_bytes). What a run's checkpoint gets is kept in its evaluations.jsonl, and sent to
+    its W&B run.
 
     Example: tplaunch eval runs/quickstart --data held-out.txt --choices questions.jsonl --tp 2
     """
     from tplaunch.checkpoint.origin import origin_of
     from tplaunch.cli.views.table import columns
     from tplaunch.data.endings import is_raw
-    from tplaunch.evaluate.choices import ask, score_choices
-    from tplaunch.evaluate.pairs import Words
+    from tplaunch.data.pairs import Words
+    from tplaunch.data.questions import ask
+    from tplaunch.evaluate.choices import score_choices
     from tplaunch.evaluate.run import check, tokenizer_of
     from tplaunch.evaluate.text import ready_text, score_text
     from tplaunch.huggingface.given import checkpoint_of
@@ -80,12 +82,19 @@ def eval_(
             assert loaded is not None and file is not None, "else `tokenizer_of` has said so"
             words = Words(loaded, file, window)
             asked = [(str(path), ask(path, words)) for path in questions]
-        ready = [stack.enter_context(ready_text(origin, path, loaded, text_key, window)) for path in texts]
+        ready = [
+            stack.enter_context(ready_text(origin.model.vocab_size, path, loaded, text_key, window)) for path in texts
+        ]
         warnings = [*(text.warnings for text in ready), *(some.warnings for _, some in asked)]
         for warning in (one for some in warnings for one in some):
             typer.echo(f"warning: {warning}", err=True)
         found = [_kept(origin, text.name, score_text(origin, checked, text).as_dict()) for text in ready]
         found += [_kept(origin, name, score_choices(origin, checked, some).as_dict()) for name, some in asked]
+    if origin.run is not None:
+        from tplaunch.observe.evaluations import send_evaluations
+
+        if why := send_evaluations(origin.run, found):
+            typer.echo(f"warning: W&B has not got the results: {why}", err=True)
     if as_json:
         echo_json(found)
     else:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from tplaunch.data.indexed import IndexedTokens
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,38 @@ class Rows(Protocol):
     def __getitem__(self, number: int) -> Row: ...
 
 
+class Tokens(Protocol):
+    """Documents one after the other."""
+
+    @property
+    def tokens(self) -> NDArray[Any]: ...
+
+    def starts_between(self, first: int, last: int) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class HeldTokens:
+    """Documents one after the other, in memory.
+
+    Args:
+        tokens: of all.
+        starts: places in it at which documents begin, ascending.
+    """
+
+    tokens: NDArray[Any]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, corpus: Tokens) -> HeldTokens:
+        """A copy of a corpus."""
+        return cls(np.array(corpus.tokens), corpus.starts_between(0, len(corpus.tokens)))
+
+    def starts_between(self, first: int, last: int) -> NDArray[np.int64]:
+        """See `IndexedTokens.starts_between`."""
+        begin, end = np.searchsorted(self.starts, (first, last))
+        return self.starts[begin:end]
+
+
 class Windows:
     """A corpus in windows that do not overlap: window i reads tokens i n to i n + n - 1, and predicts those one later.
 
@@ -49,7 +79,7 @@ class Windows:
         documents: tell documents apart, as training with `training.document_mask` does.
     """
 
-    def __init__(self, corpus: IndexedTokens, size: int, *, documents: bool = False) -> None:
+    def __init__(self, corpus: Tokens, size: int, *, documents: bool = False) -> None:
         self.corpus, self.size, self.documents = corpus, size, documents
         predicted = len(corpus.tokens) - 1
         whole, rest = divmod(predicted, size)

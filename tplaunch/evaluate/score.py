@@ -19,16 +19,19 @@ _TOKENS = 8192  # that go through the model together; more make it no faster, an
 
 @torch.no_grad()
 def score(
-    model: StagedModel, rows: Rows, done: Callable[[int], object] = lambda count: None
+    model: StagedModel, rows: Rows, done: Callable[[int], object] = lambda count: None, *, most: int = _TOKENS
 ) -> list[tuple[float, bool]]:
     """Score rows; every rank calls it, and gets the same.
 
-    Data-parallel ranks share the rows. The stages of a pipeline work at once, each on another pass.
+    Data-parallel ranks share the rows, in as many passes each: weights that they gather, and experts that they share,
+    ask for all of them. Context-parallel ranks do the same (`whole_sequences`). The stages of a pipeline work at once,
+    each on another pass.
 
     Args:
         model: the model.
         rows: what to score.
         done: is told how many more rows are done, on one rank of those that share a row.
+        most: tokens that go through the model together, if more than one row does.
 
     Returns:
         Of each row the sum of its scored tokens' cross-entropies, in nats, and whether no token was likelier than
@@ -41,8 +44,10 @@ def score(
     dtype, hidden = COMPUTE_DTYPE[model.recipe.training.precision], model.recipe.model.hidden_size
     found = torch.zeros(len(rows.lengths), 2, dtype=torch.float64, device=mesh.device)
     # Few rows make smaller passes, so that every rank has one.
-    at_once = min(_TOKENS, sum(rows.lengths) // (mesh.topology.dp * len(relay.ranks)))
-    for numbers in passes(rows.lengths, at_once)[place.dp :: mesh.topology.dp]:
+    at_once = min(most, sum(rows.lengths) // (mesh.topology.dp * len(relay.ranks)))
+    every, dp = passes(rows.lengths, at_once), mesh.topology.dp
+    for turn in range(place.dp, -(-len(every) // dp) * dp, dp):
+        numbers = every[min(turn, len(every) - 1)]  # beyond the last, which is the shortest: for company
         tokens, labels, positions = (None if x is None else x.to(mesh.device) for x in _batch(rows, numbers))
         assert tokens is not None and labels is not None
         carried: Tensor | tuple[Tensor, Tensor] = tokens
@@ -52,7 +57,7 @@ def score(
             carried = stage.score(relay.receive(number, carried, shape, dtype), labels, positions)
             if isinstance(carried, Tensor):
                 relay.send(number, carried)
-        if last and place.tp == 0:
+        if last and place.tp == 0 and place.cp == 0 and turn < len(every):
             losses, likeliest = carried
             found[numbers] = torch.stack([losses.double().sum(1), likeliest.all(1).double()], 1)
             done(len(numbers))

@@ -71,10 +71,11 @@ class TextScore:
 
 
 @contextmanager
-def ready_text(origin: Origin, data: Path, tokenizer: Tokenizer | None, text_key: str, window: int) -> Iterator[Text]:
+def ready_text(vocab_size: int, data: Path, tokenizer: Tokenizer | None, text_key: str, window: int) -> Iterator[Text]:
     """Make a text ready, for the length of a `with` block; nothing of it stays.
 
     Args:
+        vocab_size: of the model.
         data: raw text, as `tplaunch data prepare` takes it, or the prefix of a .bin/.idx pair.
         tokenizer: needed for raw text.
         text_key: field or column of the text.
@@ -94,7 +95,7 @@ def ready_text(origin: Origin, data: Path, tokenizer: Tokenizer | None, text_key
             files, prefix = [], data.absolute()
             if tokenizer is not None:
                 refuse_other_tokenizer(prefix, tokenizer)
-        corpus = verify_corpus(prefix, show, vocab_size=origin.model.vocab_size, whole=True).corpus
+        corpus = verify_corpus(prefix, show, vocab_size=vocab_size, whole=True).corpus
         count = len(corpus.tokens)
         if count < 2:
             what = f"{data} has {count} token{'s' * (count != 1)}: of one, nothing is predicted"
@@ -132,14 +133,26 @@ def score_text(origin: Origin, checked: Checked, text: Text) -> TextScore:
     windows = len(Windows(text.corpus, text.window).lengths)
     request = {"corpus": str(text.corpus.prefix), "window": text.window, "documents": origin.document_mask}
     found = run_rows(origin, checked, windows, request, Progress())
-    total, tokens = math.fsum(loss for loss, _ in found), len(text.corpus.tokens) - 1
+    return summarize_text([loss for loss, _ in found], len(text.corpus.tokens) - 1, text.bytes, text.window)
+
+
+def summarize_text(losses: Sequence[float], tokens: int, size: int | None, window: int) -> TextScore:
+    """What the windows of a text make together.
+
+    Args:
+        losses: of each window, summed.
+        tokens: that are predicted.
+        size: bytes of the text, where they are known.
+        window: tokens of a window.
+    """
+    total = math.fsum(losses)
     loss = total / tokens
     return TextScore(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=total / math.log(2) / text.bytes if text.bytes else None,
+        bits_per_byte=total / math.log(2) / size if size else None,
         tokens=tokens,
-        bytes=text.bytes,
-        windows=windows,
-        window=text.window,
+        bytes=size,
+        windows=len(losses),
+        window=window,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,7 @@ from tplaunch.run.events import (
     CheckpointDamaged,
     CheckpointKept,
     EpochBegan,
+    Evaluated,
     Event,
     LossSpiked,
     Profiled,
@@ -185,6 +186,17 @@ def _lines(items: Sequence[str], width: int) -> list[str]:
     return lines
 
 
+def evaluated(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Of each task of `eval` its figures, as text; of a file that anybody may have edited."""
+    found: dict[str, str] = {}
+    for key, value in figures.items():
+        group, _, rest = key.partition("/")
+        task, _, name = rest.rpartition("/")
+        if group == "eval" and task and isinstance(value, (int, float)):
+            found[task] = f"{found.get(task, task)} {name} {_number(value)}"
+    return found
+
+
 def in_words(event: Event) -> str:
     """What a launch says of an event; "" of those that need no word."""
     match event:
@@ -206,6 +218,8 @@ def in_words(event: Event) -> str:
             return f"back to the state of step {checkpoint} after step {step}; its data are skipped"
         case EpochBegan(step=step, corpora=corpora):
             return f"a further epoch begins with step {step}: {_epochs(corpora)}"
+        case Evaluated(step=step, figures=figures):
+            return f"step {step} evaluated: {'; '.join(evaluated(figures).values())}"
         case Sampled(step=step, count=count, prompt=prompt, text=text):
             more = f" ({count - 1} more in samples.jsonl)" if count > 1 else ""
             return f"step {step} writes: {_one_line(prompt, _PROMPT)} | {_one_line(text, _WRITTEN)}{more}"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.check.samples import check_prompts
+from tplaunch.check.tasks import check_choices
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TEMPLATE, TOKENIZER, copy_text
 from tplaunch.data.chat import read_file
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
+from tplaunch.launch.initial import check_initial, with_initial
 from tplaunch.launch.resume import (
     Before,
     Changes,
@@ -63,8 +65,10 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
         )
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise RecipeError(Problem(f"there is no checkpoint {resume}", fix="--resume auto takes the newest of the run"))
-    initial = checked.recipe.checkpoint.initial
-    _check_named({"--resume": None if resume in ("auto", "none") else resume, "checkpoint.initial": initial})
+    if resume not in ("auto", "none"):
+        _check_named(Path(resume))
+    elif not saved:  # else they have been taken
+        check_initial(checked)
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe.model
         changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
@@ -75,13 +79,11 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             )
 
 
-def _check_named(named: Mapping[str, str | None]) -> None:
-    for key, path in named.items():
-        try:
-            if path is not None:
-                open_checkpoint(Path(path), key=key)
-        except TplaunchError as error:
-            raise RecipeError(*error.problems) from None
+def _check_named(checkpoint: Path) -> None:
+    try:
+        open_checkpoint(checkpoint, key="--resume")
+    except TplaunchError as error:
+        raise RecipeError(*error.problems) from None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     check_resume(checked, run_dir, resume)
     before = before_this(run_dir, resume)
     changes: Changes = {}
-    recipe = checked.recipe
+    recipe = with_initial(checked.recipe, run_dir)
     if before is not None:
         changes = recipe_changes(before, recipe)
         refuse(changes, before, allow)
@@ -137,6 +139,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     check_prompts(recipe, tokenizer)
+    check_choices(recipe, tokenizer)
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})

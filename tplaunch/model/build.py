@@ -135,7 +135,7 @@ def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters
     if tied_here:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight
-    shard(module, mesh.ranks.mesh, zero=zero, precision=precision, root=True, also="extend")
+    shard(module, mesh.ranks.mesh, zero=zero, precision=precision, root=True, also=("extend", "score"))
     return FsdpSharding(module, parameters, zero=zero)
 
 

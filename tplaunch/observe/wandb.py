@@ -38,7 +38,7 @@ EVENTS_S = 2.0  # between looks at the run's events, for alerts
 QUIET_S = 3600.0  # that W&B keeps back a further alert of the same kind
 
 # The x-axis of each group of metrics: what is learnt goes by tokens, so that batch sizes compare; the rest by step.
-_BY_TOKENS = ("train/*", "validation/*", "grad_norm/*", "moe/*")
+_BY_TOKENS = ("train/*", "validation/*", "eval/*", "grad_norm/*", "moe/*")
 _BY_STEP = ("plan/*", "throughput/*", "time/*", "memory/*", "checkpoint/*", "rank/*")
 
 
@@ -190,7 +190,7 @@ class WandbLog(Mirror):
                 more = shared if mode == "shared" else {}
                 config = self._config()
                 run = init_run(self._recipe, self._run_dir, folder=self._run_dir.root, mode=mode, config=config, **more)
-                _define_axes(run)
+                define_axes(run)
             except Exception as error:  # an unreachable server, a wrong key, a full disk: train on without
                 problem = _reason(error)
                 wandb.teardown()  # else its service holds the id and refuses the offline run
@@ -206,7 +206,8 @@ class WandbLog(Mirror):
         return {**recipe, **self._facts, **({"plan": plan} if plan else {}), **({"git": git} if git else {})}
 
 
-def _define_axes(run: wandb.Run) -> None:
+def define_axes(run: wandb.Run) -> None:
+    """Say what the curves of each group go by."""
     for axis, groups in (("train/tokens", _BY_TOKENS), ("train/step", _BY_STEP)):
         run.define_metric(axis)
         for group in groups:

@@ -28,7 +28,7 @@ def shard(
     zero: int,
     precision: Precision,
     root: bool = False,
-    also: str = "",
+    also: tuple[str, ...] = (),
     within: str = "",
 ) -> None:
     """Put one unit under FSDP2: a block, or the stage (`root`) with what its blocks have left.
@@ -36,7 +36,7 @@ def shard(
     Args:
         mesh: 1-D, or (replicate, shard).
         root: the outermost unit, whose few parameters stay gathered from the first use to the end of the step.
-        also: a method that runs the unit, as `forward` does.
+        also: methods that run the unit, as `forward` does.
         within: a submodule that, if it is a unit itself, is gathered as a forward pass enters this one. Experts would
             else be gathered when the host has waited for the router's counts, while everything waits for them.
     """
@@ -48,8 +48,8 @@ def shard(
     )
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3 and not root)
     assert isinstance(module, FSDPModule)
-    if also:
-        register_fsdp_forward_method(module, also)
+    for method in also:
+        register_fsdp_forward_method(module, method)
     parts = dict(module.named_modules())
     if within and isinstance(part := parts.get(within), FSDPModule):
         module.set_modules_to_forward_prefetch([part])

@@ -233,6 +233,7 @@ def _fill_preset(tree: Tree, problems: list[Problem]) -> Tree:
 # Sections, their keys that hold paths, and how a value ends that is a path.
 _PATHS = [
     ("data", ("train", "validation", "tokenizer"), ""),
+    ("eval", ("tasks",), ""),
     ("checkpoint", ("initial",), ""),
     ("finetune", ("chat_template",), ""),
     ("hardware", ("gpu",), ".json"),
@@ -257,6 +258,7 @@ def _absolute(node: Tree, ending: str) -> Tree:
         return node._replace(value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
     if isinstance(node.value, list):
         return node._replace(value=[_absolute(child, ending) for child in node.value])
-    if isinstance(node.value, dict) and "path" in node.value:
-        return node._replace(value={**node.value, "path": _absolute(node.value["path"], ending)})
+    if isinstance(node.value, dict):
+        paths = {key: _absolute(node.value[key], ending) for key in ("path", "data", "choices") if key in node.value}
+        return node._replace(value={**node.value, **paths})
     return node

@@ -6,6 +6,8 @@ and reading files (extends, --set, positions, presets) in `tplaunch.recipe.load`
 
 # No `from __future__ import annotations` here: pydantic would parse every one of them again at each start.
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -565,7 +567,11 @@ class Training(Section):
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
-    eval_every: Every = Field(0, validate_default=True, description="steps between validations; 0: never")
+    eval_every: Every = Field(
+        0,
+        validate_default=True,
+        description="steps between validations, and evaluations (eval.tasks); 0: never",
+    )
     eval_steps: Small = Field(8, description="global batches of one validation")
 
     @field_validator("global_batch_size", "batch_ramp_up", "batch_schedule", mode="before")
@@ -743,6 +749,47 @@ class Finetune(Section):
     )
 
 
+def task_name(path: str) -> str:
+    """What metrics call the task that reads a file: the file's name, without its ending."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(path.rstrip("/")).split(".")[0])
+
+
+class Task(Section):
+    """A text, or questions with choices, that a model is measured by; as `tplaunch eval` takes them."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = Field(
+        None, description="as metrics call it, eval/NAME/loss; default: the file's, without its ending"
+    )
+    data: Text | None = Field(None, description="a file of text, a folder or pattern of them, or a .bin/.idx prefix")
+    choices: Text | None = Field(None, description="JSON lines of question, choices and answer")
+    text_key: str | None = Field(None, description="the field that holds the text; default: data.text_key")
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "Task":
+        if (self.data is None) == (self.choices is None):
+            raise ValueError("of data and choices one must be there")
+        return self
+
+    @property
+    def path(self) -> str:
+        """What it reads."""
+        path = self.data if self.choices is None else self.choices
+        assert path is not None  # see `_is_one_of_both`
+        return path
+
+    @property
+    def label(self) -> str:
+        """What metrics call it."""
+        return self.name or task_name(self.path)
+
+
+class Eval(Section):
+    """What the model is measured by while it is trained, every `training.eval_every` steps and at the end; the numbers
+    are those of `tplaunch eval` at that step's checkpoint."""
+
+    tasks: list[Task] = Field([], description="texts, and questions with choices")
+
+
 class Checkpoint(Section):
     """When to save and what to keep. The last step is always saved."""
 
@@ -753,7 +800,9 @@ class Checkpoint(Section):
     keep_every: Lasting | None = Field(None, description="steps whose multiples stay for ever")
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
-        None, description="a checkpoint, of another run or imported, whose weights a new run starts from"
+        None,
+        description="what a new run takes its weights from: a checkpoint, a run directory (its newest), or a Hugging "
+        "Face folder; where data.tokenizer is not said, its tokenizer, too",
     )
 
 
@@ -888,6 +937,7 @@ class Recipe(Section):
     lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
     data: Data = Field(description="corpora and tokenizer")
     finetune: Finetune = Field({}, validate_default=True, description="what is learned of conversations")
+    eval: Eval = Field({}, validate_default=True, description="what is measured beside the validation loss")
     checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
     logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
     launch: Launch = Field({}, validate_default=True, description="how processes are started")

@@ -12,9 +12,10 @@ from tplaunch.files import Record, read_lines
 from tplaunch.report.curves import Curves
 from tplaunch.report.prediction import Figure, figures, memory_by_stage, read_plan
 from tplaunch.report.rows import Row, rows_of
-from tplaunch.report.story import Attempt, Mark, attempts, marks
+from tplaunch.report.story import Attempt, Mark, attempts, marks, say
 from tplaunch.run.directory import RunDir
 from tplaunch.run.evaluations import read_evaluations
+from tplaunch.run.events import Initialized
 from tplaunch.run.samples import read_samples
 
 _SAMPLES = 12  # texts that are shown: the newest
@@ -42,6 +43,7 @@ class RunFacts:
         samples: generated texts, newest last: step, prompt, text.
         recipe: the text of the recipe.
         evaluations: what its checkpoints were found to know, oldest first (`run.evaluations`).
+        initial: whose weights it began with, where not with its own; in words.
     """
 
     row: Row
@@ -57,6 +59,7 @@ class RunFacts:
     samples: list[Record]
     recipe: str
     evaluations: list[Record]
+    initial: str = ""
 
     @classmethod
     def of(cls, run: RunDir) -> RunFacts:
@@ -73,6 +76,7 @@ class RunFacts:
             stages=memory_by_stage(plan, curves),
             attempts=(found := attempts(history)),
             marks=marks(history, curves),
+            initial=next((say(event) for event in history.events if isinstance(event, Initialized)), ""),
             checkpoints=_checkpoints(run),
             environment=_environment(run, found, plan),
             samples=read_samples(run)[-_SAMPLES:],

@@ -115,10 +115,16 @@ class StartedUp(Event):
 
 @dataclass(frozen=True)
 class Initialized(Event):
-    """A new run took its weights from a checkpoint (`checkpoint.initial`)."""
+    """A new run took its weights from a checkpoint, or a Hugging Face folder (`checkpoint.initial`).
+
+    Args:
+        path: its directory.
+        of_step: the step at which it was written; None of a folder.
+    """
 
     name = "initial"
     path: str
+    of_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,21 @@ class Validated(Event):
     name = "validation"
     step: int
     loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The model was measured by the tasks of `eval` after a step; training waited meanwhile.
+
+    Args:
+        figures: metric -> value.
+        seconds: that it took.
+    """
+
+    name = "evaluation"
+    step: int
+    figures: dict[str, float]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import prefetch
+from tplaunch.huggingface.config import is_model_folder
+from tplaunch.huggingface.load import load_folder
 from tplaunch.observe.wandb import run_id
 from tplaunch.optim.loss_scale import LossScale
 from tplaunch.parallel.mesh import Mesh
@@ -24,6 +26,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     Done,
+    Evaluated,
     Fault,
     Initialized,
     LossSpiked,
@@ -47,6 +50,7 @@ from tplaunch.train.sampler import TextSampler
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
+from tplaunch.train.tasks import Tasks
 from tplaunch.train.validate import validate
 from tplaunch.units import Length
 
@@ -100,6 +104,7 @@ class Trainer:
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
+        self.tasks = Tasks(self.step, run_dir)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
@@ -114,10 +119,10 @@ class Trainer:
         self.step.optimizer.settle()
         loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
         if loaded is None and initial is not None:
-            self.checkpoints.start_from(Path(initial))
+            of_step = self._start_from(Path(initial))
             self.step.optimizer.publish()
             if self.main:
-                self.run_dir.append(Initialized(initial))
+                self.run_dir.append(Initialized(initial, of_step))
         if loaded is not None:
             state, seq_len = loaded.state, self.recipe.training.seq_len
             was = loaded.about.get("seq_len", seq_len)
@@ -128,6 +133,14 @@ class Trainer:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
             if self.main:
                 self.run_dir.append(Resumed(loaded.step))
+
+    def _start_from(self, initial: Path) -> int | None:
+        """Read a new run's weights; returns the step at which they were written, of a checkpoint."""
+        if not is_model_folder(initial):
+            return self.checkpoints.start_from(initial)
+        model = self.recipe.model
+        self.checkpoints.fill_weights(lambda weights: load_folder(weights, initial, model, self.checkpoints.group))
+        return None
 
     def run(self) -> bool:
         """Train to the recipe's last step.
@@ -145,6 +158,7 @@ class Trainer:
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
+        self.tasks.open()
         with closing(self._batches()) as batches, Garbage() as garbage:
             window = Window()
             while progress.step < recipe.training.steps and not stopped:
@@ -167,12 +181,12 @@ class Trainer:
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
-                validation = self.validate() if self._due(recipe.training.eval_every, last) else None
+                measured = self.evaluate() if self._due(recipe.training.eval_every, last) else {}
                 if self._due(recipe.logging.samples.every, last):
                     self._sample()
                 if self.log.due(progress.step):
                     epochs = {} if corpora is None else corpora.epochs(progress.samples)
-                    self._write_record(result, window, validation, epochs)
+                    self._write_record(result, window, {**epochs, **measured})
                     window = Window()
                 stopped = result.stop and not last
                 if stopped or last or self._due(recipe.checkpoint.every, last):
@@ -234,6 +248,19 @@ class Trainer:
             self.run_dir.append(Validated(self.progress.step, loss))
         return loss
 
+    def evaluate(self) -> dict[str, float]:
+        """The validation loss, and on rank 0 what the tasks of `eval` give, as metrics."""
+        loss = self.validate()
+        found = {} if loss is None else {"validation/loss": loss}
+        if not self.recipe.eval.tasks:
+            return found
+        self.heartbeat.mark(self.progress.step, "evaluation")
+        began = time.perf_counter()
+        figures = self.tasks.measure()
+        if self.main:
+            self.run_dir.append(Evaluated(self.progress.step, figures, round(time.perf_counter() - began, 3)))
+        return found | figures
+
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""
         self.heartbeat.mark(self.progress.step, "samples")
@@ -262,12 +289,9 @@ class Trainer:
         self.heartbeat.mark(step, part)
         self.log.mark(step, part)
 
-    def _write_record(
-        self, result: StepResult, window: Window, validation: float | None, epochs: dict[str, float]
-    ) -> None:
+    def _write_record(self, result: StepResult, window: Window, more: dict[str, float]) -> None:
         self.heartbeat.mark(self.progress.step, "metrics")
-        measured = {} if validation is None else {"validation/loss": validation}
-        self.log.write(result, window, {**epochs, **self.checkpoints.take_timings(), **measured})
+        self.log.write(result, window, {**more, **self.checkpoints.take_timings()})
 
     def _note_start(self) -> None:
         """Write how long the start took, part by part, once the first step has ended."""

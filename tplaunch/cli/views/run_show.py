@@ -9,6 +9,7 @@ from typer import style
 
 from tplaunch.cli.output import short_path
 from tplaunch.cli.views.table import columns
+from tplaunch.launch.console import evaluated
 from tplaunch.report.evaluations import evaluation_table
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
@@ -37,7 +38,9 @@ def _head(facts: RunFacts) -> str:
         ("step", f"{row.step or 0:,} of {'?' if row.steps is None else format(row.steps, ',')}"),
         ("loss", _last_and_best(curves.last("loss"), best)),
         ("validation", _last_and_best(curves.last("validation/loss"), best_validation)),
+        *_tasks(facts),
         ("tokens", "" if (tokens := curves.last("tokens")) is None else format_count(tokens)),
+        ("began with", facts.initial),
         ("topology", row.topology),
         ("job", row.job),
         ("age", "" if row.age is None else format_duration(row.age)),
@@ -45,6 +48,15 @@ def _head(facts: RunFacts) -> str:
         ("left out", f"{curves.bad} bad line{'s' * (curves.bad > 1)} of metrics.jsonl" if curves.bad else ""),
     ]
     return "\n".join(f"{style(f'{name:<12}', bold=True)}{text}" for name, text in lines if text)
+
+
+def _tasks(facts: RunFacts) -> list[tuple[str, str]]:
+    """What the tasks of `eval` gave last."""
+    for record in reversed(facts.curves.records):
+        if found := evaluated(record):
+            lines = [("evaluated", text) for text in found.values()]
+            return [*lines[:-1], (lines[-1][0], f"{lines[-1][1]} (step {record['step']:,})")]
+    return []
 
 
 _VERSIONS = ("tplaunch", "torch", "python", "GPU")
