@@ -42,6 +42,35 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
+    (
+        ["data.validation={a/b: text.txt}", "training.eval_every=5"],
+        "data.validation.a/b",
+        "'a/b' cannot name validation data",
+        None,
+    ),
+    (
+        ["data.validation={path: text.txt, steps: text.txt}", "training.eval_every=5"],
+        "data.validation.path",
+        "'path' cannot name validation data",
+        None,
+    ),
+    (
+        ["data.validation={wiki: text.txt, code: {path: text.txt}}", "checkpoint.keep_best=validation/loss"],
+        "checkpoint.keep_best",
+        "the run will measure no validation/loss",
+        "give data.validation and training.eval_every",
+    ),
+    (
+        [
+            "data.validation={wiki: text.txt}",
+            "training.eval_every=5",
+            "checkpoint.every=5",
+            "checkpoint.keep_best=validation/loss",
+        ],
+        "checkpoint.keep_best",
+        "the run will measure no validation/loss",
+        "name validation/wiki/loss",
+    ),
     (["logging.samples.every=5"], "logging.samples", "there is no prompt to continue", "every: 0"),
     (["logging.samples={every: 5, prompts: [a, '']}"], "logging.samples.prompts[1]", "is empty", "leave it out"),
     (

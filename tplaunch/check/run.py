@@ -8,6 +8,7 @@ from dataclasses import replace
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import find_gpu
+from tplaunch.spec.validation import NAME, RESERVED, validation_losses
 from tplaunch.units import format_slurm_time
 
 
@@ -32,6 +33,22 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
             "there is no validation data to evaluate on",
             fix="give data.validation, or eval_every: 0",
             key="training.eval_every",
+        )
+    for one in recipe.data.validation_sets():
+        if one.name and (not NAME.fullmatch(one.name) or one.name in RESERVED):
+            yield Problem(
+                f"{one.name!r} cannot name validation data",
+                why=f"it is a part of metrics' names, and {', '.join(RESERVED)} mean something else",
+                fix="use letters, digits, - and _; settings stand below a name: {wiki: {path: PATH, steps: 4}}",
+                key=one.key,
+            )
+    best = recipe.checkpoint.keep_best
+    if best is not None and best not in (known := validation_losses(recipe)):
+        yield Problem(
+            f"the run will measure no {best}",
+            why=f"it measures {', '.join(known)}" if known else "it validates nothing",
+            fix=f"name {known[0]}" if known else "give data.validation and training.eval_every",
+            key="checkpoint.keep_best",
         )
     if slurm.time is not None and slurm.grace >= slurm.time:
         yield Problem(
@@ -88,6 +105,17 @@ def run_warnings(recipe: Recipe) -> Iterator[Problem]:
                 fix="set checkpoint.every",
                 key=key,
             )
+    if (
+        checkpoint.keep_best
+        and training.eval_every
+        and (checkpoint.every == 0 or checkpoint.every % training.eval_every)
+    ):
+        yield Problem(
+            f"compares only checkpoints of validated steps: every {checkpoint.every} is not a multiple of "
+            f"training.eval_every {training.eval_every}",
+            fix=f"checkpoint.every: {training.eval_every}, or a multiple of it",
+            key="checkpoint.keep_best",
+        )
     if checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
         yield Problem(
             f"keep_every {checkpoint.keep_every} is not a multiple of every {checkpoint.every}: "

@@ -170,7 +170,10 @@ class CheckpointManager:
     def _retire(self, saved: int) -> None:
         """Delete old checkpoints. One that cannot be deleted costs space, not the run: it is told, and stays."""
         settings = self.recipe.checkpoint
-        for path, why in store.retire(self.root, saved=saved, keep=settings.keep, keep_every=settings.keep_every):
+        left = store.retire(
+            self.root, saved=saved, keep=settings.keep, keep_every=settings.keep_every, keep_best=settings.keep_best
+        )
+        for path, why in left:
             self.run_dir.append(CheckpointKept(str(path), why))
 
     def _prepare(self, temporary: Path) -> None:

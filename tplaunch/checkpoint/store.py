@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -196,22 +197,26 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list[tuple[Path, str]]:
-    """Remove what is older than the `keep` newest checkpoints, but steps that are a multiple of `keep_every`.
+def retire(
+    root: Path, *, saved: int, keep: int, keep_every: int | None, keep_best: str | None = None
+) -> list[tuple[Path, str]]:
+    """Remove what is older than the `keep` newest checkpoints, but steps that are a multiple of `keep_every`, and the
+    one of the smallest `keep_best`.
 
     Damaged checkpoints, and later ones that this run did not resume from, do not count towards `keep`.
 
     Args:
         saved: the step just saved; this checkpoint stays.
+        keep_best: a validation loss that manifests state.
 
     Returns:
         Those that could not be removed, with why.
     """
     kept, left = 0, []
-    for step, path in reversed(list_checkpoints(root)):
-        if step > saved:
-            continue
-        if kept >= keep and (keep_every is None or step % keep_every):
+    here = [(step, path) for step, path in reversed(list_checkpoints(root)) if step <= saved]
+    best = None if keep_best is None else best_of([path for _, path in here], keep_best)
+    for step, path in here:
+        if kept >= keep and (keep_every is None or step % keep_every) and path != best:
             try:
                 shutil.rmtree(path)
             except OSError as error:
@@ -219,6 +224,25 @@ def retire(root: Path, *, saved: int, keep: int, keep_every: int | None) -> list
         elif _is_readable(path):
             kept += 1
     return left
+
+
+def validation_of(manifest: Manifest) -> dict[str, float]:
+    """What validation has measured after a checkpoint's step, by metric; {} where nothing was."""
+    found = manifest.state.get("validation") or {}
+    return {key: value for key, value in found.items() if isinstance(value, float) and math.isfinite(value)}
+
+
+def best_of(paths: Sequence[Path], metric: str) -> Path | None:
+    """The checkpoint of the smallest validation loss, of equal ones the earliest; None where none states it."""
+    found = []
+    for path in paths:
+        try:
+            manifest = read_manifest(path)
+        except ValueError:
+            continue
+        if metric in (known := validation_of(manifest)):
+            found.append((known[metric], manifest.step, path))
+    return min(found)[2] if found else None
 
 
 def _is_readable(path: Path) -> bool:

@@ -13,6 +13,7 @@ from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.files import Unsafe
+from tplaunch.spec.validation import is_loss
 from tplaunch.units import format_bytes, format_count
 
 app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
@@ -26,7 +27,7 @@ PathArgument = Annotated[
 
 @app.command("list")
 def list_(path: PathArgument, as_json: JsonOption = False) -> None:
-    """List checkpoints, and whether each has all its files.
+    """List checkpoints, whether each has all its files, and the validation losses after its step.
 
     `verify` reads them, too.
 
@@ -38,7 +39,9 @@ def list_(path: PathArgument, as_json: JsonOption = False) -> None:
         return
     for row in rows:
         when = datetime.fromtimestamp(row["time"]).isoformat(" ", "seconds")
-        typer.echo(f"{row['path']}  {format_bytes(row['bytes']):>10}  {when}  {'; '.join(row['damage']) or 'complete'}")
+        losses = [f"{key} {value:.4f}" for key, value in row["validation"].items() if is_loss(key)]
+        said = "  ".join(["; ".join(row["damage"]) or "complete", *losses])
+        typer.echo(f"{row['path']}  {format_bytes(row['bytes']):>10}  {when}  {said}")
 
 
 @app.command()
@@ -104,7 +107,15 @@ def _row(checkpoint: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
         "time": checkpoint.stat().st_mtime,
         "damage": _damage(checkpoint, read_files=False),
+        "validation": _validation(checkpoint),
     }
+
+
+def _validation(checkpoint: Path) -> dict[str, float]:
+    try:
+        return store.validation_of(store.read_manifest(checkpoint))
+    except ValueError:
+        return {}
 
 
 def _damage(checkpoint: Path, *, read_files: bool) -> list[str]:

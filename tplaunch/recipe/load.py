@@ -237,4 +237,6 @@ def _absolute(node: Tree, ending: str) -> Tree:
         return node._replace(value=[_absolute(child, ending) for child in node.value])
     if isinstance(node.value, dict) and "path" in node.value:
         return node._replace(value={**node.value, "path": _absolute(node.value["path"], ending)})
+    if isinstance(node.value, dict):  # named
+        return node._replace(value={name: _absolute(child, ending) for name, child in node.value.items()})
     return node

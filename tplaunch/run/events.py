@@ -232,11 +232,16 @@ class Fault(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """The loss over the validation data after a step."""
+    """The loss over a set of validation data after a step.
+
+    Args:
+        of: the set's name, where it has one; "ema" in it: of the averaged weights.
+    """
 
     name = "validation"
     step: int
     loss: float | None = None
+    of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -37,6 +38,7 @@ from tplaunch.run.events import (
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.spec.batches import batch_size, first_sample
+from tplaunch.spec.validation import losses
 from tplaunch.torch_private import set_group_timeouts
 from tplaunch.train.batch import Batch, make_batch, share
 from tplaunch.train.corpora import CorpusLog
@@ -48,7 +50,7 @@ from tplaunch.train.sampler import TextSampler
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
-from tplaunch.train.validate import validate
+from tplaunch.train.validate import Validation
 
 
 class Trainer:
@@ -100,9 +102,11 @@ class Trainer:
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
+        self.validation = Validation(self.step)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
+        self._validated: tuple[int, dict[str, float]] = -1, {}  # the last step that was, and what it gave
 
     @property
     def progress(self) -> TrainingProgress:
@@ -167,7 +171,7 @@ class Trainer:
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
                 last = progress.step == recipe.training.steps
-                validation = self.validate() if self._due(recipe.training.eval_every, last) else None
+                validation = self.validate() if self._due(recipe.training.eval_every, last) else {}
                 if self._due(recipe.logging.samples.every, last):
                     self._sample()
                 if self.log.due(progress.step):
@@ -226,13 +230,16 @@ class Trainer:
         if self.main:
             self.run_dir.append(RolledBack(self.progress.step, loaded.step))
 
-    def validate(self) -> float | None:
-        """The validation loss after the last step; None without validation data."""
+    def validate(self) -> dict[str, float]:
+        """What validation measures after the last step, by metric; {} without validation data."""
         self.heartbeat.mark(self.progress.step, "validation")
-        loss = validate(self.step)
-        if self.main and loss is not None:
-            self.run_dir.append(Validated(self.progress.step, loss))
-        return loss
+        found = self.validation.measure()
+        self._validated = self.progress.step, found
+        if self.main:
+            for key, words in losses(found).items():
+                name = words.removeprefix("validation").strip()
+                self.run_dir.append(Validated(self.progress.step, found[key], name or None))
+        return found
 
     def _sample(self) -> None:
         """Let the model continue the recipe's prompts."""
@@ -247,6 +254,9 @@ class Trainer:
         self.heartbeat.mark(self.progress.step, "checkpoint")
         scale = self.step.loss_scale
         state = {"progress": asdict(self.progress), "loss_scale": asdict(scale) if scale else None}
+        step, validation = self._validated
+        if step == self.progress.step:
+            state["validation"] = {key: value for key, value in validation.items() if math.isfinite(value)}
         self.checkpoints.save(self.progress.step, state, wait=wait)
 
     def fail(self, why: str) -> None:
@@ -263,11 +273,10 @@ class Trainer:
         self.log.mark(step, part)
 
     def _write_record(
-        self, result: StepResult, window: Window, validation: float | None, epochs: dict[str, float]
+        self, result: StepResult, window: Window, validation: dict[str, float], epochs: dict[str, float]
     ) -> None:
         self.heartbeat.mark(self.progress.step, "metrics")
-        measured = {} if validation is None else {"validation/loss": validation}
-        self.log.write(result, window, {**epochs, **self.checkpoints.take_timings(), **measured})
+        self.log.write(result, window, {**epochs, **self.checkpoints.take_timings(), **validation})
 
     def _note_start(self) -> None:
         """Write how long the start took, part by part, once the first step has ended."""
