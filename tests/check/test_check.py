@@ -43,6 +43,12 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
     (
+        ["training.ema={decay: 0.99, every: 15, from: 15}"],
+        "training.ema",
+        "the averages begin after step 30, and the run has 20",
+        "from: at most 14",
+    ),
+    (
         ["data.validation={a/b: text.txt}", "training.eval_every=5"],
         "data.validation.a/b",
         "'a/b' cannot name validation data",

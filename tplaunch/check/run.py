@@ -50,6 +50,15 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
             fix=f"name {known[0]}" if known else "give data.validation and training.eval_every",
             key="checkpoint.keep_best",
         )
+    if training.ema is not None:
+        every, last = training.ema.every, training.steps // training.ema.every * training.ema.every
+        if last <= training.ema.from_:
+            begin = training.ema.from_ // every * every + every
+            yield Problem(
+                f"the averages begin after step {begin}, and the run has {training.steps}",
+                fix=f"from: at most {last - 1}" if last else f"every: at most {training.steps}",
+                key="training.ema",
+            )
     if slurm.time is not None and slurm.grace >= slurm.time:
         yield Problem(
             f"grace {slurm.grace:g}s is not shorter than the job's time {format_slurm_time(slurm.time)}",

@@ -26,11 +26,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from tplaunch.checkpoint.metadata import Stored, StoredTensor, read_metadata
+from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Problem, TplaunchError
 
 
 def load_tensors(
-    tensors: dict[str, Any], checkpoint: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False
+    tensors: dict[str, Any],
+    checkpoint: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+    ema: bool = False,
 ) -> None:
     """Fill tensors from a checkpoint, in place. Every rank calls it, unless `alone`.
 
@@ -39,6 +45,7 @@ def load_tensors(
         checkpoint: its directory.
         group: the ranks that load; default: all.
         alone: only this process loads.
+        ema: fill `model.<parameter>` with its average, where it has one.
 
     Raises:
         TplaunchError: the checkpoint lacks one, is damaged, or would run code; one line.
@@ -47,6 +54,8 @@ def load_tensors(
         stored = read_metadata(checkpoint)
     except ValueError as error:
         raise TplaunchError(Problem(f"{checkpoint}: {error}")) from None
+    if ema:
+        tensors = {averages_name(name, stored): tensor for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         try:
@@ -54,6 +63,12 @@ def load_tensors(
         except CheckpointException as error:  # a BaseException: what DCP gathered from the ranks that failed
             cause, _ = next(iter(error.failures.values()))
             raise TplaunchError(Problem(f"{checkpoint}: {_words(cause)}")) from None
+
+
+def averages_name(name: str, stored: Stored) -> str:
+    """The name of a parameter's average among the tensors of a checkpoint; of what has none its own."""
+    average = EMA + name.removeprefix("model.")
+    return average if average in stored.tensors else name
 
 
 def _words(cause: BaseException) -> str:

@@ -36,6 +36,7 @@ from tplaunch.checkpoint import store
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
+from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.parallel.precision import STORAGE_DTYPE
 from tplaunch.recipe.load import dump_recipe
@@ -200,7 +201,8 @@ class CheckpointManager:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
         size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
         parameters = parameter_shapes(self.recipe.model)
-        return size * sum(p.count * (1 + len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
+        beside = 1 + (self.recipe.training.ema is not None)
+        return size * sum(p.count * (beside + len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():
@@ -217,6 +219,7 @@ class CheckpointManager:
             "parameters": parameter_count(self.recipe.model),
             "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
+            "ema": self.recipe.training.ema is not None,
             **self.about,
             "tplaunch": tplaunch.__version__,
             "torch": torch.__version__,
@@ -266,7 +269,7 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._read(path)
+                self._read(path, left_out=() if manifest.about.get("ema") else (EMA,))
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
@@ -289,7 +292,7 @@ class CheckpointManager:
         if manifest is None or problems:
             raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
         self._check_fits(path, manifest.about, weights_only=True)
-        self._read(path, weights_only=True)
+        self._read(path, left_out=(EMA, "optimizer."))
 
     def _inspect(self, path: Path) -> tuple[store.Manifest | None, list[str]]:
         """The manifest, and what is wrong, the same on every rank; ranks share the hashing."""
@@ -304,8 +307,9 @@ class CheckpointManager:
         dist.all_gather_object(everyone, mine, group=self.group)
         return manifest, list(dict.fromkeys(text for texts in everyone for text in texts))
 
-    def _read(self, path: Path, *, weights_only: bool = False) -> None:
-        pairs = [pair for pair in self.tensors() if not weights_only or pair[0].startswith("model.")]
+    def _read(self, path: Path, *, left_out: tuple[str, ...] = ()) -> None:
+        """Fill the live tensors, but those whose names begin so."""
+        pairs = [pair for pair in self.tensors() if not pair[0].startswith(left_out)]
         filled: State = dict(pairs)
         load_tensors(filled, path, group=self.group)
         for name, tensor in pairs:

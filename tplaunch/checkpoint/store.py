@@ -25,6 +25,7 @@ from tplaunch.run.directory import RunDir
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+EMA = "ema."  # how the names of averaged weights begin
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".old.tmp"  # a checkpoint while another takes its name
 

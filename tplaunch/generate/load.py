@@ -14,11 +14,12 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.stages import stage_ranges
 
 
-def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
+def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path, *, ema: bool = False) -> StagedModel:
     """The model with this rank's stage, filled; every rank calls it.
 
     Args:
         recipe: with one stage on each pipeline rank.
+        ema: with the averages of the weights.
 
     Raises:
         TplaunchError: the checkpoint is not whole, or would run code.
@@ -35,5 +36,5 @@ def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
         f"model.{kept.name}": (module.get_parameter(name) if kept.trained else module.get_buffer(name)).detach()
         for name, kept in parameters.items()
     }
-    load_tensors(wanted, checkpoint)
+    load_tensors(wanted, checkpoint, ema=ema)
     return StagedModel(recipe, mesh, {rank: module.eval().requires_grad_(False)}, mesh.pp_group)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.state_dict_saver import save
 
-import tplaunch
 from tplaunch.checkpoint import store
-from tplaunch.checkpoint.state import TrainingProgress
+from tplaunch.checkpoint.write import commit_weights, write_tensors
 from tplaunch.data.beside import blobs_of
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
@@ -34,7 +26,7 @@ from tplaunch.huggingface.tensors import HfTensor, embedding_name, hf_tensors, o
 from tplaunch.huggingface.ways import unpack
 from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Precision
-from tplaunch.spec.parameters import Parameter, parameter_count
+from tplaunch.spec.parameters import Parameter
 
 _INDEX = "model.safetensors.index.json"
 # What old files have beside the weights: masks, rotary tables, a tied matrix said twice.
@@ -75,24 +67,9 @@ def import_model(folder: Path, out: Path, read: Read, before_commit: Callable[[]
         except BaseException:
             shutil.rmtree(absent[-1] if absent else temporary, ignore_errors=True)
             raise
-    files = {path.name: store.hash_file(path) for path in sorted(temporary.iterdir())}
-    about: dict[str, Any] = {
-        "recipe_sha256": None,
-        "topology": {},
-        "model": read.model.model_dump(mode="json"),
-        "seq_len": read.seq_len,
-        "precision": source.precision,
-        "parameters": parameter_count(read.model),
-        "optimizer_state": [],
-        "wandb_id": None,
-        "imported_from": str(folder.absolute()),
-        "tplaunch": tplaunch.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    state = {"progress": asdict(TrainingProgress()), "loss_scale": None}
     before_commit()
-    return store.commit(temporary, store.Manifest(0, state, about, files))
+    origin = {"imported_from": str(folder.absolute())}
+    return commit_weights(temporary, read.model, seq_len=read.seq_len, precision=source.precision, origin=origin)
 
 
 def head_is_its_own(folder: Path, family: Family) -> bool:
@@ -135,14 +112,13 @@ def _write(source: _Source, temporary: Path, final: Path) -> None:
     Raises:
         TplaunchError: some are not finite; says which.
     """
-    with Progress().task(f"writing {final}", len(source.parts)) as advance, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no process group is there
-        save(
-            {name: source.outline(name) for name in source.parts},
-            storage_writer=FileSystemWriter(str(temporary), single_file_per_rank=True, sync_files=True),
-            planner=_OneByOne(source, advance),
-            no_dist=True,
-        )
+    with Progress().task(f"writing {final}", len(source.parts)) as advance:
+
+        def read(name: str) -> Tensor:
+            advance(1)
+            return source.read(name)
+
+        write_tensors(temporary, {name: source.outline(name) for name in source.parts}, read)
     if source.nonfinite:
         said = [f"{count:,} of {key}" for key, count in sorted(source.nonfinite.items())]
         more = f", and of {len(said) - 3} tensors more" if len(said) > 3 else ""
@@ -265,16 +241,3 @@ def _check_header(path: Path) -> None:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
     if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
         raise Unsafe(f"its first bytes promise a header of {length:,} bytes, in a file of {size:,}")
-
-
-class _OneByOne(DefaultSavePlanner):
-    """Reads a tensor only when it is written."""
-
-    def __init__(self, source: _Source, advance: Any) -> None:
-        super().__init__()
-        self._source = source
-        self._advance = advance
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        self._advance(1)
-        return self._source.read(index.fqn)

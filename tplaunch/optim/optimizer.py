@@ -154,7 +154,7 @@ class ShardedOptimizer:
                     state[slot] = torch.zeros_like(weight)
                     if kind == "adamw":
                         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=weight.device))
-                yield f"{shard.parameter.name}.{slot}", _like(shard.layout, state[slot])
+                yield f"{shard.parameter.name}.{slot}", like_layout(shard.layout, state[slot])
 
     def set_updates(self, updates: int) -> None:
         """Set AdamW's step counter (bias correction) after loading a checkpoint."""
@@ -164,7 +164,8 @@ class ShardedOptimizer:
                     state["step"].fill_(updates)
 
 
-def _like(source: DTensor, shard: Tensor) -> DTensor:
+def like_layout(source: DTensor, shard: Tensor) -> DTensor:
+    """A DTensor laid out like another, over a shard of the same shape."""
     return DTensor.from_local(
         shard.detach(),
         source.device_mesh,

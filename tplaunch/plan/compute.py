@@ -189,6 +189,8 @@ def _update_seconds(case: Case, stages: list[Stage]) -> float:
     kept = sum(case.sharded_weights(stage) for stage in stages)
     clipping = 3 * width if case.recipe.training.grad_clip else width
     seconds = move(case, kept * clipping) + move(case, kept * case.compute_bytes * 2)
+    if (ema := case.recipe.training.ema) is not None:  # average and weight read, average written
+        seconds += move(case, kept * 3 * width) / ema.every
     if name != "muon":
         return seconds + move(case, kept * (4 + 3 if name == "adamw" else 2 + 1) * width)
     of, gpu = hidden(case, stages), case.gpu

@@ -27,7 +27,7 @@ class Memory(NamedTuple):
         weights: the master weights that are kept, this rank's shard.
         gathered_weights: weights in the compute dtype that the step works on, apart from the master weights.
         gradients: what is accumulated over microbatches; in flat buffers they never go away.
-        optimizer: its state.
+        optimizer: its state, and averaged weights.
         activations: what the microbatches in flight keep for their backward passes.
         loss: logits of a chunk, and the gradients of the head.
         working: temporaries of the block at work: recomputed insides, gradients, gathered sequences.
@@ -276,13 +276,14 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices; and the averages of weights."""
     optimizer = case.recipe.optimizer
+    averages = weights(case, stages) if case.recipe.training.ema is not None else 0.0
     if optimizer.name == "muon":
         of = hidden(case, stages)
-        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
+        return averages + 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
-    return copies * weights(case, stages)
+    return averages + copies * weights(case, stages)
 
 
 def loss_working(case: Case) -> float:

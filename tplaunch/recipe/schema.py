@@ -429,6 +429,19 @@ class LossSpike(Section):
     )
 
 
+class Ema(Section):
+    """Exponential moving averages of the weights, in fp32, beside the weights that are trained: after an update
+    average = decay * average + (1 - decay) * weight, from the weights after the first such update on."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="of the averages; about 1 / (1 - decay) updates weigh in"
+    )
+    every: Small = Field(1, description="steps between their updates")
+    from_: Annotated[int, Field(ge=0)] = Field(0, alias="from", description="steps before they begin")
+
+
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
@@ -460,6 +473,9 @@ class Training(Section):
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
+    ema: Ema | None = Field(
+        None, description="averaged weights, which validation measures, too, and `export --ema` takes; null: none"
+    )
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: never")
     eval_steps: Small = Field(8, description="global batches of one validation")
 

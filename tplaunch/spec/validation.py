@@ -15,13 +15,14 @@ RESERVED = ("ema", "path", "steps", "weight")
 _LOSS = re.compile(r"validation/(?:[^/]+/){0,2}loss")
 
 
-def metric(name: str, figure: Figure) -> str:
+def metric(name: str, figure: Figure, *, ema: bool = False) -> str:
     """The metric of a set of validation data.
 
     Args:
         name: of the set; "" where the recipe gives none.
+        ema: of the averaged weights.
     """
-    return "/".join(part for part in ("validation", name, figure) if part)
+    return "/".join(part for part in ("validation", name, "ema" if ema else "", figure) if part)
 
 
 def is_loss(key: str) -> bool:
@@ -37,4 +38,8 @@ def losses(keys: Iterable[str]) -> dict[str, str]:
 
 def validation_losses(recipe: Recipe) -> list[str]:
     """The losses that a recipe's validations will measure."""
-    return [metric(one.name, "loss") for one in recipe.data.validation_sets()] if recipe.training.eval_every else []
+    training = recipe.training
+    if not training.eval_every:
+        return []
+    weights = (False, True) if training.ema is not None else (False,)
+    return [metric(one.name, "loss", ema=ema) for ema in weights for one in recipe.data.validation_sets()]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
+from tplaunch.checkpoint.store import Manifest
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import TokenDataset, prefetch
 from tplaunch.observe.wandb import run_id
@@ -91,7 +92,11 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             run_dir,
             recipe,
-            lambda: named_tensors(self.step.stages, self.step.optimizer.state()),
+            lambda: named_tensors(
+                self.step.stages,
+                self.step.optimizer.state(),
+                self.step.averages.state() if self.step.averages is not None else (),
+            ),
             about={
                 "wandb_id": run_id(run_dir) if logs_wandb else None,
                 "seed": recipe.training.seed,
@@ -126,7 +131,7 @@ class Trainer:
             state, seq_len = loaded.state, self.recipe.training.seq_len
             was = loaded.about.get("seq_len", seq_len)
             self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
-            self.step.optimizer.set_updates(self.progress.updates)
+            self._set_counts(loaded)
             self.step.optimizer.publish()
             if self.step.loss_scale is not None and state["loss_scale"] is not None:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
@@ -224,11 +229,19 @@ class Trainer:
         loaded = self.checkpoints.load("auto")
         if loaded is None:
             return
-        self.progress.updates = loaded.state["progress"]["updates"]
-        self.step.optimizer.set_updates(self.progress.updates)
+        self._set_counts(loaded)
         self.step.optimizer.publish()
         if self.main:
             self.run_dir.append(RolledBack(self.progress.step, loaded.step))
+
+    def _set_counts(self, loaded: Manifest) -> None:
+        """Count the updates that are in the weights, and in their averages, as a checkpoint does that was read."""
+        progress = loaded.state["progress"]
+        self.progress.updates = progress["updates"]
+        self.step.optimizer.set_updates(self.progress.updates)
+        self.progress.averaged = progress.get("averaged", 0) if self.step.averages and loaded.about.get("ema") else 0
+        if self.step.averages is not None:
+            self.step.averages.count = self.progress.averaged
 
     def validate(self) -> dict[str, float]:
         """What validation measures after the last step, by metric; {} without validation data."""

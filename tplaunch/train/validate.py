@@ -65,16 +65,26 @@ class Validation:
         """Of each set the mean loss over its first global batches, the perplexity, and the bits per byte: all of the
         loss, in bits, over the UTF-8 bytes that the targets stand for, where a tokenizer tells these.
 
+        With `training.ema` the same of the averaged weights, once they have begun.
+
         Returns:
             Metrics by name, the same on every rank; {} without validation data.
         """
+        found = self._measure(ema=False)
+        averages = self.step.averages
+        if found and averages is not None and averages.count:
+            with averages.in_place_of_weights():
+                found |= self._measure(ema=True)
+        return found
+
+    def _measure(self, *, ema: bool) -> dict[str, float]:
         found: dict[str, float] = {}
         for one in self._sets:
             loss, nats, size = self._sums(one)
-            found[metric(one.of.name, "loss")] = loss
-            found[metric(one.of.name, "perplexity")] = math.exp(loss) if loss < 700 else math.inf
+            found[metric(one.of.name, "loss", ema=ema)] = loss
+            found[metric(one.of.name, "perplexity", ema=ema)] = math.exp(loss) if loss < 700 else math.inf
             if size:
-                found[metric(one.of.name, "bits_per_byte")] = nats / math.log(2) / size
+                found[metric(one.of.name, "bits_per_byte", ema=ema)] = nats / math.log(2) / size
         return found
 
     def _sums(self, one: _Set) -> tuple[float, float, int]:
