@@ -43,6 +43,18 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
     (
+        ["optimizer.name=sgd", "optimizer.state_dtype=bf16"],
+        "optimizer.state_dtype",
+        "bf16 is for adamw and muon",
+        "state_dtype: fp32",
+    ),
+    (
+        ["optimizer.name=muon", "optimizer.gradient_dtype=bf16"],
+        "optimizer.gradient_dtype",
+        "bf16 is for adamw and training.precision bf16, not for muon and bf16",
+        "gradient_dtype: fp32",
+    ),
+    (
         ["training.ema={decay: 0.99, every: 15, from: 15}"],
         "training.ema",
         "the averages begin after step 30, and the run has 20",
@@ -507,6 +519,15 @@ class TestSamples:
         (["training.batch_ramp_up={start: 8, increment: 4, steps: 10}"], "training.batch_ramp_up"),
         (["data.validation={path}"], "data.validation"),
         (["optimizer.momentum=0.9"], "optimizer.momentum"),
+        (["optimizer={state_dtype: bf16, betas: [0.9, 0.999]}"], "optimizer.state_dtype"),
+        (
+            [
+                "data.validation={path}",
+                "training.eval_every=4",
+                "checkpoint={every: 6, keep_best: validation/loss}",
+            ],
+            "checkpoint.keep_best",
+        ),
         (["optimizer={name: sgd, betas: [0.8, 0.9]}"], "optimizer.betas"),
         (["optimizer={name: sgd, eps: 1e-6}"], "optimizer.eps"),
         (["optimizer.groups=[{match: norm.weight}]"], "optimizer.groups[0]"),

@@ -48,9 +48,11 @@ class Checked(NamedTuple):
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
         spread = f", experts {topology.expert_sizes}" if topology.expert_sizes else ""
         active = f" ({format_count(active_parameter_count(recipe.model))} active)" if recipe.model.moe else ""
+        narrow = ", moments in bf16" if recipe.optimizer.state_dtype == "bf16" else ""
+        narrow += ", gradients in bf16" if recipe.optimizer.gradient_dtype == "bf16" else ""
         return (
             f"{topology.sizes} = {topology.world_size} ranks{where}{spread}{split}; "
-            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}; "
+            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}{narrow}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
 

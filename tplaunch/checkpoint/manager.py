@@ -38,7 +38,7 @@ from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.parallel.precision import STORAGE_DTYPE
+from tplaunch.parallel.precision import STORAGE_DTYPE, state_dtype
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
@@ -201,8 +201,8 @@ class CheckpointManager:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
         size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
         parameters = parameter_shapes(self.recipe.model)
-        beside = 1 + (self.recipe.training.ema is not None)
-        return size * sum(p.count * (beside + len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
+        kept, moment = size * (1 + (self.recipe.training.ema is not None)), state_dtype(self.recipe).itemsize
+        return sum(p.count * (kept + moment * len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():
@@ -219,6 +219,7 @@ class CheckpointManager:
             "parameters": parameter_count(self.recipe.model),
             "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
+            "state_dtype": self.recipe.optimizer.state_dtype,
             "ema": self.recipe.training.ema is not None,
             **self.about,
             "tplaunch": tplaunch.__version__,

@@ -513,6 +513,16 @@ class Optimizer(Section):
         0.1, description="decoupled, of matrices: not of norms and biases"
     )
     momentum: Probability | None = Field(None, description="sgd and muon; default 0, of muon 0.95")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of AdamW's moments and Muon's momentum between steps; updates are computed in fp32, and in fp64 "
+        "runs all is fp64 (bf16: DeepSeek-V3, arXiv 2412.19437)",
+    )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of gradients as they are added up over microbatches and summed over replicas; with ZeRO 2 and 3 "
+        "of the sums over replicas alone",
+    )
     groups: list[ParameterGroup] = Field([], description="parameters with a learning rate or a decay of their own")
 
     @model_validator(mode="before")
