@@ -43,6 +43,12 @@ def problems(recipe: Path, *overrides: str, gpus: int | None = None) -> list[Pro
 REFUSED = [
     # overrides, key, what, a mend that is offered (None: none is)
     (
+        ["checkpoint={every: 4, export_every: 6}"],
+        "checkpoint.export_every",
+        "no checkpoint is written at all of its multiples: every is 4",
+        "export_every: a multiple of 4",
+    ),
+    (
         ["optimizer.name=sgd", "optimizer.state_dtype=bf16"],
         "optimizer.state_dtype",
         "bf16 is for adamw and muon",

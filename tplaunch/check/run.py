@@ -50,6 +50,14 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
             fix=f"name {known[0]}" if known else "give data.validation and training.eval_every",
             key="checkpoint.keep_best",
         )
+    every, exported = recipe.checkpoint.every, recipe.checkpoint.export_every
+    if exported and (every == 0 or exported % every) and (every or exported != training.steps):
+        yield Problem(
+            f"no checkpoint is written at all of its multiples: every is {every}",
+            why="what is exported is a checkpoint",
+            fix=f"export_every: a multiple of {every}" if every else f"checkpoint.every: {exported}",
+            key="checkpoint.export_every",
+        )
     if training.ema is not None:
         every, last = training.ema.every, training.steps // training.ema.every * training.ema.every
         if last <= training.ema.from_:

@@ -42,7 +42,7 @@ from tplaunch.parallel.precision import STORAGE_DTYPE, state_dtype
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Saved, SaveFailed
+from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Exported, ExportFailed, Saved, SaveFailed
 from tplaunch.spec.optimizer import all_slots, group_of, slots
 from tplaunch.spec.parameters import parameter_count, parameter_shapes
 from tplaunch.units import format_bytes
@@ -61,6 +61,8 @@ class CheckpointManager:
         files: more files that each checkpoint holds a copy of, by name; only rank 0's count.
         before_commit: called with the step when this rank's files are written; what it raises fails the save, like
             an error in writing.
+        export: makes a Hugging Face folder of a checkpoint, whole or not at all; called on rank 0, in the thread that
+            saves, for those that the recipe asks for.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class CheckpointManager:
         about: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         before_commit: Callable[[int], None] = lambda step: None,
+        export: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
@@ -80,6 +83,7 @@ class CheckpointManager:
         self.about = about or {}
         self.files = files or {}
         self.before_commit = before_commit
+        self.export = export
         self.rank = dist.get_rank()
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.root = run_dir.checkpoints
@@ -164,9 +168,25 @@ class CheckpointManager:
                 seconds = time.perf_counter() - started
                 self._timings["checkpoint/save_s"] = seconds
                 self.run_dir.append(Saved(step, str(path), round(seconds, 3)))
+                self._export(step, path)
                 self._retire(step)
         if not errors:
             self.saved_step = step
+
+    def _export(self, step: int, checkpoint: Path) -> None:
+        """Make a Hugging Face folder of a checkpoint, where it is due. A failure leaves all else as it is."""
+        every = self.recipe.checkpoint.export_every
+        if self.export is None or every is None or step % every:
+            return
+        started, out = time.perf_counter(), store.export_path(checkpoint)
+        try:
+            if out.exists():  # of a history that this run has left
+                shutil.rmtree(out)
+            self.export(checkpoint, out)
+        except Exception as error:  # whatever it is, the checkpoint is there
+            self.run_dir.append(ExportFailed(step, " ".join(f"{type(error).__name__}: {error}".split())[:500]))
+        else:
+            self.run_dir.append(Exported(step, str(out), round(time.perf_counter() - started, 3)))
 
     def _retire(self, saved: int) -> None:
         """Delete old checkpoints. One that cannot be deleted costs space, not the run: it is told, and stays."""

@@ -198,6 +198,11 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
+def export_path(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a run makes of a checkpoint (`checkpoint.export_every`); it goes with it."""
+    return checkpoint.with_name(checkpoint.name + ".hf")
+
+
 def retire(
     root: Path, *, saved: int, keep: int, keep_every: int | None, keep_best: str | None = None
 ) -> list[tuple[Path, str]]:
@@ -219,6 +224,8 @@ def retire(
     for step, path in here:
         if kept >= keep and (keep_every is None or step % keep_every) and path != best:
             try:
+                if export_path(path).exists():
+                    shutil.rmtree(export_path(path))
                 shutil.rmtree(path)
             except OSError as error:
                 left.append((path, f"{type(error).__name__}: {error}"))
@@ -266,6 +273,9 @@ def set_aside(root: Path, *, after: int) -> list[Path]:
         if step > after:
             target = path.with_name(f"{path.name}.abandoned")
             shutil.rmtree(target, ignore_errors=True)  # of an earlier time that this run was sent back
+            if export_path(path).exists():
+                shutil.rmtree(export_path(target), ignore_errors=True)
+                export_path(path).rename(export_path(target))
             renamed.append(path.rename(target))
     return renamed
 

@@ -55,6 +55,7 @@ def export(
     tokenizer: Path | None,
     shard_bytes: int = SHARD_BYTES,
     ema: bool = False,
+    fresh: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint; the folder appears whole or not at all. Holds one file's tensors at a time.
 
@@ -66,6 +67,8 @@ def export(
         tokenizer: a tokenizer.json to put beside them.
         shard_bytes: no file is larger, unless one tensor is, or a matrix of all experts of a layer.
         ema: the averages of the weights.
+        fresh: the checkpoint has just been written, by this process: its checksums are not looked at, and no progress
+            is shown.
 
     Raises:
         TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
@@ -73,7 +76,7 @@ def export(
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
-    model = Model.model_validate(_whole_manifest(checkpoint).about["model"])
+    model = Model.model_validate((store.open_checkpoint if fresh else _whole_manifest)(checkpoint).about["model"])
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
     config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
@@ -88,7 +91,7 @@ def export(
     names = [_file_name(number, len(shards)) for number in range(len(shards))]
     elements = sum(tensor.elements for tensor in tensors)
     try:
-        with Progress().task(f"writing {out.name}", elements) as advance:
+        with Progress(not fresh).task(f"writing {out.name}", elements) as advance:
             for name, shard in zip(names, shards, strict=True):
                 save_file(_read(checkpoint, shard, dtypes, dtype, ema=ema), temporary / name, metadata={"format": "pt"})
                 (temporary / name).chmod(0o644)  # the library's files are their owner's alone

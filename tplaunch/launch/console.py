@@ -23,6 +23,7 @@ from tplaunch.run.events import (
     CheckpointKept,
     EpochBegan,
     Event,
+    ExportFailed,
     LossSpiked,
     Profiled,
     ProfileFailed,
@@ -195,6 +196,8 @@ def in_words(event: Event) -> str:
             return f"checkpoint of step {step}"
         case SaveFailed(step=step, why=why):
             return f"checkpoint of step {step} failed, training goes on: {why}"
+        case ExportFailed(step=step, why=why):
+            return f"export of step {step} failed, training goes on: {why}"
         case CheckpointKept(path=path, why=why):
             return f"old checkpoint {path} could not be deleted and stays: {why}"
         case CheckpointDamaged(path=path, why=why):

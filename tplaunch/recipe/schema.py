@@ -680,6 +680,11 @@ class Checkpoint(Section):
         description="a validation loss, such as validation/loss or validation/wiki/loss: of the checkpoints written "
         "after a step that was validated, the one with the smallest stays, besides",
     )
+    export_every: Count | None = Field(
+        None,
+        description="steps whose multiples are also written as a Hugging Face folder, step-*.hf beside the checkpoint, "
+        "with which it goes",
+    )
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
         None, description="a checkpoint, of another run or imported, whose weights a new run starts from"

@@ -6,7 +6,7 @@ import faulthandler
 import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +66,7 @@ class Trainer:
         draw: fill the model with initial weights; not needed when `resume` will find a checkpoint.
         stopwatch: times the start.
         attempt: number of the attempt.
+        export: see `CheckpointManager`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         draw: bool = True,
         stopwatch: Stopwatch | None = None,
         attempt: int = 1,
+        export: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self.recipe = recipe
         self.mesh = mesh
@@ -104,6 +106,7 @@ class Trainer:
             },
             files={str(path): run_dir.root / path for path in text_files(run_dir.root)},
             before_commit=self.faults.in_save,
+            export=export,
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
