@@ -18,6 +18,7 @@ from tplaunch.data.documents import with_document_length
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
@@ -48,11 +49,10 @@ class Checked(NamedTuple):
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
         spread = f", experts {topology.expert_sizes}" if topology.expert_sizes else ""
         active = f" ({format_count(active_parameter_count(recipe.model))} active)" if recipe.model.moe else ""
-        narrow = ", moments in bf16" if recipe.optimizer.state_dtype == "bf16" else ""
-        narrow += ", gradients in bf16" if recipe.optimizer.gradient_dtype == "bf16" else ""
         return (
             f"{topology.sizes} = {topology.world_size} ranks{where}{spread}{split}; "
-            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}{narrow}; "
+            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}"
+            f"{kept_in_words(recipe)}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
 
