@@ -87,7 +87,8 @@ def _headline(case: Case) -> str:
         f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
         f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}{experts}\n"
         f"  {training.precision}{kept_in_words(case.recipe)}, seq_len {training.seq_len}, "
-        f"micro batch {training.micro_batch_size}, global batch {training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
+        f"micro batch {training.micro_batch_size}, global batch {training.global_batch_size} "
+        f"({case.microbatches} microbatches), recompute {recompute_text(case)}"
     )
 
 
