@@ -203,6 +203,12 @@ def scale_in_place(tensors: list[Tensor], factor: float) -> None:
     _get(torch, "_foreach_mul_", "torch._foreach_mul_")(tensors, factor)
 
 
+def lerp_in_place(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move tensors, if any, by a part of the way to their ends, in one call."""
+    if tensors:
+        _get(torch, "_foreach_lerp_", "torch._foreach_lerp_")(tensors, ends, weight)
+
+
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor, fp64 [], its squares summed in fp64, in one call."""
     return _get(torch, "_foreach_norm", "torch._foreach_norm")(tensors, 2, torch.float64)

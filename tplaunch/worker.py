@@ -95,6 +95,7 @@ class Worker:
             draw=draw,
             stopwatch=self.stopwatch,
             attempt=self.attempt,
+            export=export_saved if recipe.checkpoint.export_every else None,
         )
         self.trainer = trainer
         self.stopwatch.lap("model")
@@ -123,6 +124,26 @@ class Worker:
             self.run_dir.rank_flight(self.attempt, self.rank).write_bytes(record)
         if self.trainer is not None:
             self.trainer.fail(f"rank {self.rank}: {type(error).__name__}: {error}"[:500])
+
+
+def export_saved(checkpoint: Path, out: Path) -> None:
+    """Make a Hugging Face folder of a checkpoint that has just been written (`checkpoint.export_every`).
+
+    Raises:
+        TplaunchError: see `tplaunch.huggingface.export.export`.
+    """
+    from tplaunch.checkpoint.origin import origin_of
+    from tplaunch.huggingface.export import export
+
+    origin = origin_of(checkpoint)
+    export(
+        checkpoint,
+        out,
+        precision=origin.precision,
+        seq_len=origin.seq_len,
+        tokenizer=origin.tokenizer,
+        fresh=True,
+    )
 
 
 def describe_error(error: BaseException, beat: Beat, recipe: Recipe | None, collective: str) -> dict[str, Any]:

@@ -235,6 +235,15 @@ def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     assert steps(tmp_path) == [30, 60, 70]
 
 
+def test_the_best_stays_besides(tmp_path: Path) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 1.0), (40, 2.0), (50, None)):
+        temporary = tmp_path / f"step-{step:08d}.tmp"
+        temporary.mkdir()
+        commit(temporary, Manifest(step, {} if loss is None else {"validation": {"validation/loss": loss}}, {}, {}))
+    retire(tmp_path, saved=50, keep=1, keep_every=None, keep_best="validation/loss")
+    assert steps(tmp_path) == [20, 50], "of equal ones the earliest"
+
+
 def test_a_damaged_one_does_not_push_out_the_last_good_one(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(tmp_path, step)

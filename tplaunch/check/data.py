@@ -90,11 +90,7 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
     data, initial = recipe.data, recipe.checkpoint.initial
     for split in ("train", "validation"):
-        for index, source in enumerate(data.sources(split)):
-            key = f"data.{split}"
-            value = getattr(data, split)
-            if not isinstance(value, str):
-                key += f"[{index}]" + ("" if isinstance(value[index], str) else ".path")
+        for key, source in data.keyed_sources(split):
             yield from data_file(source.path, key)
     if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
         yield Problem(

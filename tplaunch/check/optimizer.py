@@ -12,6 +12,8 @@ from tplaunch.recipe.schema import Optimizer, Recipe
 from tplaunch.spec.optimizer import rule_of
 from tplaunch.spec.parameters import parameter_shapes
 
+_BF16 = 2**-8  # a change of a number of bf16 by less than this part of it, or half of that, is rounded away
+
 
 def optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
     optimizer = recipe.optimizer
@@ -20,6 +22,18 @@ def optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
     if optimizer.name == "muon" and optimizer.momentum == 1:
         why = "the running mean of gradients would stay 0"
         yield Problem("must be below 1", why=why, fix="the usual value is 0.95", key="optimizer.momentum")
+    precision = recipe.training.precision
+    if optimizer.state_dtype == "bf16" and (optimizer.name == "sgd" or precision == "fp64"):
+        why = "sgd's momentum is kept as torch keeps it" if optimizer.name == "sgd" else "fp64 runs keep all in fp64"
+        yield Problem("bf16 is for adamw and muon", why=why, fix="state_dtype: fp32", key="optimizer.state_dtype")
+    if optimizer.gradient_dtype == "bf16" and (optimizer.name != "adamw" or precision != "bf16"):
+        why = f"{optimizer.name} updates in its gradients" if optimizer.name != "adamw" else ""
+        yield Problem(
+            f"bf16 is for adamw and training.precision bf16, not for {optimizer.name} and {precision}",
+            why=why,
+            fix="gradient_dtype: fp32",
+            key="optimizer.gradient_dtype",
+        )
     if not optimizer.groups:
         return
     names = _names(recipe)
@@ -40,6 +54,13 @@ def optimizer_warnings(recipe: Recipe) -> Iterator[Problem]:
     for key in ("betas", "eps"):
         if optimizer.name == "sgd" and getattr(optimizer, key) != Optimizer.model_fields[key].default:
             yield Problem("has no effect with sgd", key=f"optimizer.{key}")
+    if optimizer.state_dtype == "bf16" and optimizer.name != "sgd" and 1 - max(optimizer.betas) < _BF16:
+        yield Problem(
+            f"bf16 cannot follow moments that change by {1 - max(optimizer.betas):.2g} of themselves a step",
+            why="a number of bf16 has 8 bits: a change by less than 1/512 of it is rounded away, and it never falls",
+            fix="betas of at most 0.996, or state_dtype: fp32",
+            key="optimizer.state_dtype",
+        )
     names = _names(recipe) if optimizer.groups else []
     taken = {rule_of(optimizer, name) for name in names}
     for number, rule in enumerate(optimizer.groups):

@@ -23,6 +23,7 @@ from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.course import with_steps
+from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.topology import Topology
@@ -57,7 +58,8 @@ class Checked(NamedTuple):
         active = f" ({format_count(active_parameter_count(recipe.model))} active)" if recipe.model.moe else ""
         return (
             f"{topology.sizes} = {topology.world_size} ranks{where}{spread}{split}; "
-            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}; "
+            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}"
+            f"{kept_in_words(recipe)}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import find_gpu
-from tplaunch.units import format_slurm_time
+from tplaunch.spec.validation import NAME, RESERVED, validation_losses
+from tplaunch.units import Length, format_slurm_time
 
 
 def run_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -19,6 +20,41 @@ def run_problems(recipe: Recipe) -> Iterator[Problem]:
             fix="give data.validation or eval.tasks, or eval_every: 0",
             key="training.eval_every",
         )
+    for one in recipe.data.validation_sets():
+        if one.name and (not NAME.fullmatch(one.name) or one.name in RESERVED):
+            yield Problem(
+                f"{one.name!r} cannot name validation data",
+                why=f"it is a part of metrics' names, and {', '.join(RESERVED)} mean something else",
+                fix="use letters, digits, - and _; settings stand below a name: {wiki: {path: PATH, steps: 4}}",
+                key=one.key,
+            )
+    best = recipe.checkpoint.keep_best
+    if best is not None and best not in (known := validation_losses(recipe)):
+        yield Problem(
+            f"the run will measure no {best}",
+            why=f"it measures {', '.join(known)}" if known else "it validates nothing",
+            fix=f"name {known[0]}" if known else "give data.validation and training.eval_every",
+            key="checkpoint.keep_best",
+        )
+    every, exported = recipe.checkpoint.every, recipe.checkpoint.export_every
+    at_end = (Length(training.steps), training.length, Length(100, "%"))
+    if exported is not None and not (exported.is_multiple_of(every) if every else exported in at_end):
+        yield Problem(
+            f"no checkpoint is written at all of its multiples: every is {every}",
+            why="what is exported is a checkpoint",
+            fix=f"export_every: a multiple of {every}" if every else f"checkpoint.every: {exported}",
+            key="checkpoint.export_every",
+        )
+    if training.ema is not None:
+        step = training.ema.every
+        last = training.steps // step * step
+        if last <= training.ema.from_:
+            begin = training.ema.from_ // step * step + step
+            yield Problem(
+                f"the averages begin after step {begin}, and the run has {training.steps}",
+                fix=f"from: at most {last - 1}" if last else f"every: at most {training.steps}",
+                key="training.ema",
+            )
     if slurm.time is not None and slurm.grace >= slurm.time:
         yield Problem(
             f"grace {slurm.grace:g}s is not shorter than the job's time {format_slurm_time(slurm.time)}",
@@ -57,7 +93,14 @@ def run_warnings(recipe: Recipe) -> Iterator[Problem]:
                 fix="set checkpoint.every",
                 key=key,
             )
-    every, kept = checkpoint.every, checkpoint.keep_every
+    every, kept, validated = checkpoint.every, checkpoint.keep_every, training.eval_every
+    if checkpoint.keep_best and validated and not (every and every.is_multiple_of(validated)):
+        yield Problem(
+            f"compares only checkpoints of validated steps: every {every} is not a multiple of "
+            f"training.eval_every {validated}",
+            fix=f"checkpoint.every: {validated}, or a multiple of it",
+            key="checkpoint.keep_best",
+        )
     if kept is not None and not kept.is_multiple_of(every):
         yield Problem(
             f"keep_every {kept} is not a multiple of every {every}: only steps that are multiples of both stay",

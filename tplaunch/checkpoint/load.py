@@ -27,11 +27,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 
 from tplaunch.checkpoint.metadata import Stored, StoredTensor, read_metadata
+from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Problem, TplaunchError
 
 
 def load_tensors(
-    tensors: dict[str, Any], checkpoint: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False
+    tensors: dict[str, Any],
+    checkpoint: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+    ema: bool = False,
 ) -> None:
     """Fill tensors from a checkpoint, in place. Every rank calls it, unless `alone`.
 
@@ -40,6 +46,7 @@ def load_tensors(
         checkpoint: its directory.
         group: the ranks that load; default: all.
         alone: only this process loads.
+        ema: fill `model.<parameter>` with its average, where it has one.
 
     Raises:
         TplaunchError: the checkpoint lacks one, is damaged, or would run code; one line.
@@ -48,6 +55,8 @@ def load_tensors(
         stored = read_metadata(checkpoint)
     except ValueError as error:
         raise TplaunchError(Problem(f"{checkpoint}: {error}")) from None
+    if ema:
+        tensors = {averages_name(name, stored): tensor for name, tensor in tensors.items()}
     load_by(_Reader(checkpoint, stored), tensors, checkpoint, group=group, alone=alone)
 
 
@@ -75,6 +84,12 @@ def load_by(
         except CheckpointException as error:  # a BaseException: what DCP gathered from the ranks that failed
             cause, _ = next(iter(error.failures.values()))
             raise TplaunchError(Problem(f"{path}: {_words(cause)}")) from None
+
+
+def averages_name(name: str, stored: Stored) -> str:
+    """The name of a parameter's average among the tensors of a checkpoint; of what has none its own."""
+    average = EMA + name.removeprefix("model.")
+    return average if average in stored.tensors else name
 
 
 def _words(cause: BaseException) -> str:

@@ -36,12 +36,13 @@ from tplaunch.checkpoint import store
 from tplaunch.checkpoint.fit import model_differences
 from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
+from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.parallel.precision import STORAGE_DTYPE
+from tplaunch.parallel.precision import STORAGE_DTYPE, state_dtype
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
-from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Saved, SaveFailed
+from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Exported, ExportFailed, Saved, SaveFailed
 from tplaunch.spec.course import Course
 from tplaunch.spec.optimizer import all_slots, group_of, slots
 from tplaunch.spec.parameters import parameter_count, parameter_shapes
@@ -61,6 +62,8 @@ class CheckpointManager:
         files: more files that each checkpoint holds a copy of, by name; only rank 0's count.
         before_commit: called with the step when this rank's files are written; what it raises fails the save, like
             an error in writing.
+        export: makes a Hugging Face folder of a checkpoint, whole or not at all; called on rank 0, in the thread that
+            saves, for those that the recipe asks for.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class CheckpointManager:
         about: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         before_commit: Callable[[int], None] = lambda step: None,
+        export: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
@@ -80,6 +84,7 @@ class CheckpointManager:
         self.about = about or {}
         self.files = files or {}
         self.before_commit = before_commit
+        self.export = export
         self.rank = dist.get_rank()
         self.group = dist.new_group(backend="gloo")  # the thread's own
         self.root = run_dir.checkpoints
@@ -164,15 +169,31 @@ class CheckpointManager:
                 seconds = time.perf_counter() - started
                 self._timings["checkpoint/save_s"] = seconds
                 self.run_dir.append(Saved(step, str(path), round(seconds, 3)))
+                self._export(step, path)
                 self._retire(step)
         if not errors:
             self.saved_step = step
+
+    def _export(self, step: int, checkpoint: Path) -> None:
+        """Make a Hugging Face folder of a checkpoint, where it is due. A failure leaves all else as it is."""
+        if self.export is None or not Course(self.recipe).due(self.recipe.checkpoint.export_every, step):
+            return
+        started, out = time.perf_counter(), store.export_path(checkpoint)
+        try:
+            if out.exists():  # of a history that this run has left
+                shutil.rmtree(out)
+            self.export(checkpoint, out)
+        except Exception as error:  # whatever it is, the checkpoint is there
+            self.run_dir.append(ExportFailed(step, " ".join(f"{type(error).__name__}: {error}".split())[:500]))
+        else:
+            self.run_dir.append(Exported(step, str(out), round(time.perf_counter() - started, 3)))
 
     def _retire(self, saved: int) -> None:
         """Delete old checkpoints. One that cannot be deleted costs space, not the run: it is told, and stays."""
         settings = self.recipe.checkpoint
         stays = partial(Course(self.recipe).due, settings.keep_every)
-        for path, why in store.retire(self.root, saved=saved, keep=settings.keep, stays=stays):
+        left = store.retire(self.root, saved=saved, keep=settings.keep, stays=stays, keep_best=settings.keep_best)
+        for path, why in left:
             self.run_dir.append(CheckpointKept(str(path), why))
 
     def _prepare(self, temporary: Path) -> None:
@@ -199,7 +220,8 @@ class CheckpointManager:
         """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
         size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
         parameters = parameter_shapes(self.recipe.model)
-        return size * sum(p.count * (1 + len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
+        kept, moment = size * (1 + (self.recipe.training.ema is not None)), state_dtype(self.recipe).itemsize
+        return sum(p.count * (kept + moment * len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():
@@ -216,6 +238,8 @@ class CheckpointManager:
             "parameters": parameter_count(self.recipe.model),
             "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
+            "state_dtype": self.recipe.optimizer.state_dtype,
+            "ema": self.recipe.training.ema is not None,
             **self.about,
             "tplaunch": tplaunch.__version__,
             "torch": torch.__version__,
@@ -265,7 +289,11 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._fill(self.tensors(), partial(load_tensors, checkpoint=path, group=self.group))
+                pairs, averaged = self.tensors(), manifest.about.get("ema")
+                self._fill(
+                    [pair for pair in pairs if averaged or not pair[0].startswith(EMA)],
+                    partial(load_tensors, checkpoint=path, group=self.group),
+                )
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tplaunch.checkpoint.store import find_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER
 from tplaunch.data.corpus import tokenizer_path
+from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Data, Model, Precision
 from tplaunch.run.directory import RunDir
@@ -26,6 +27,7 @@ class Origin:
         step: at which it was written.
         run: that wrote it, where it lies in a run's directory.
         document_mask: whether that run kept the documents of a sample apart.
+        ema: its averaged weights are meant.
     """
 
     checkpoint: Path
@@ -36,17 +38,25 @@ class Origin:
     step: int = 0
     run: RunDir | None = None
     document_mask: bool = False
+    ema: bool = False
 
 
-def origin_of(path: Path) -> Origin:
+def origin_of(path: Path, *, ema: bool = False) -> Origin:
     """Of a checkpoint, or of a run's newest.
 
+    Args:
+        ema: its averaged weights are wanted.
+
     Raises:
-        TplaunchError: there is no checkpoint, its manifest is damaged, or it would have us run code.
+        TplaunchError: there is no checkpoint, its manifest is damaged, or it would have us run code; or it has no
+            averaged weights.
     """
     checkpoint = find_checkpoints(path)[-1]
     manifest = open_checkpoint(checkpoint)
     about = manifest.about
+    if ema and not (about.get("ema") and manifest.state["progress"].get("averaged")):
+        why = "its averages had not begun" if about.get("ema") else "it was written without training.ema"
+        raise TplaunchError(Problem(f"{checkpoint} has no averaged weights", why=why, fix="leave out --ema"))
     folder = checkpoint.absolute().parent
     tokenizers = [checkpoint / TOKENIZER, folder / TOKENIZER]  # where `tplaunch import` puts it
     run, document_mask = RunDir(folder.parent), False
@@ -66,6 +76,7 @@ def origin_of(path: Path) -> Origin:
         step=manifest.step,
         run=run if run.recipe.exists() else None,
         document_mask=document_mask,
+        ema=ema,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tplaunch.checkpoint.store import EMA
 from tplaunch.model.build import Stage
 
 
@@ -24,6 +25,7 @@ class TrainingProgress:
         tokens: trained on.
         flops: model FLOPs spent.
         losses: of the last steps, where `training.loss_spike` asks for them.
+        averaged: updates of the averaged weights (`training.ema`).
         record_steps: finite steps since the last metrics record.
         record_loss, record_grad_norm: sums over them.
     """
@@ -36,6 +38,7 @@ class TrainingProgress:
     tokens: int = 0
     flops: float = 0.0
     losses: list[float] = field(default_factory=list)
+    averaged: int = 0
     record_steps: int = 0
     record_loss: float = 0.0
     record_grad_norm: float = 0.0
@@ -55,7 +58,9 @@ class TrainingProgress:
         return cls(**values)
 
 
-def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def named_tensors(
+    stages: list[Stage], optimizer_state: Iterable[tuple[str, Tensor]], averages: Iterable[tuple[str, Tensor]] = ()
+) -> list[tuple[str, Tensor]]:
     """Everything that a checkpoint stores, with its global name; the tensors are the live ones.
 
     A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
@@ -63,10 +68,12 @@ def named_tensors(stages: list[Stage], optimizer_state: Iterable[tuple[str, Tens
     Args:
         stages: this rank's stages: `model.<parameter>`, and `model.<buffer>`, which is no DTensor.
         optimizer_state: its optimizer's state by "<parameter>.<slot>": `optimizer.<parameter>.<slot>`.
+        averages: averaged weights by parameter: `ema.<parameter>`.
     """
     found: list[tuple[str, Tensor]] = []
     for stage in stages:
         for shard in stage.sharding.shards:
             found.append((f"model.{shard.parameter.name}", shard.layout.detach()))
         found += [(f"model.{name}", buffer) for name, buffer in stage.buffers.items()]
-    return found + [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]
+    found += [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]
+    return found + [(f"{EMA}{name}", tensor) for name, tensor in averages]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from tplaunch.run.directory import RunDir
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+EMA = "ema."  # how the names of averaged weights begin
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".old.tmp"  # a checkpoint while another takes its name
 
@@ -196,30 +198,59 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(root: Path, *, saved: int, keep: int, stays: Callable[[int], bool]) -> list[tuple[Path, str]]:
-    """Remove what is older than the `keep` newest checkpoints.
+def export_path(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a run makes of a checkpoint (`checkpoint.export_every`); it goes with it."""
+    return checkpoint.with_name(checkpoint.name + ".hf")
+
+
+def retire(
+    root: Path, *, saved: int, keep: int, stays: Callable[[int], bool], keep_best: str | None = None
+) -> list[tuple[Path, str]]:
+    """Remove what is older than the `keep` newest checkpoints, but the one of the smallest `keep_best`.
 
     Damaged checkpoints, and later ones that this run did not resume from, do not count towards `keep`.
 
     Args:
         saved: the step just saved; this checkpoint stays.
         stays: whether a step's checkpoint is to stay for ever.
+        keep_best: a validation loss that manifests state.
 
     Returns:
         Those that could not be removed, with why.
     """
     kept, left = 0, []
-    for step, path in reversed(list_checkpoints(root)):
-        if step > saved:
-            continue
-        if kept >= keep and not stays(step):
+    here = [(step, path) for step, path in reversed(list_checkpoints(root)) if step <= saved]
+    best = None if keep_best is None else best_of([path for _, path in here], keep_best)
+    for step, path in here:
+        if kept >= keep and not stays(step) and path != best:
             try:
+                if export_path(path).exists():
+                    shutil.rmtree(export_path(path))
                 shutil.rmtree(path)
             except OSError as error:
                 left.append((path, f"{type(error).__name__}: {error}"))
         elif _is_readable(path):
             kept += 1
     return left
+
+
+def validation_of(manifest: Manifest) -> dict[str, float]:
+    """What validation has measured after a checkpoint's step, by metric; {} where nothing was."""
+    found = manifest.state.get("validation") or {}
+    return {key: value for key, value in found.items() if isinstance(value, float) and math.isfinite(value)}
+
+
+def best_of(paths: Sequence[Path], metric: str) -> Path | None:
+    """The checkpoint of the smallest validation loss, of equal ones the earliest; None where none states it."""
+    found = []
+    for path in paths:
+        try:
+            manifest = read_manifest(path)
+        except ValueError:
+            continue
+        if metric in (known := validation_of(manifest)):
+            found.append((known[metric], manifest.step, path))
+    return min(found)[2] if found else None
 
 
 def _is_readable(path: Path) -> bool:
@@ -242,6 +273,9 @@ def set_aside(root: Path, *, after: int) -> list[Path]:
         if step > after:
             target = path.with_name(f"{path.name}.abandoned")
             shutil.rmtree(target, ignore_errors=True)  # of an earlier time that this run was sent back
+            if export_path(path).exists():
+                shutil.rmtree(export_path(target), ignore_errors=True)
+                export_path(path).rename(export_path(target))
             renamed.append(path.rename(target))
     return renamed
 

@@ -13,11 +13,12 @@ from tplaunch.cli.common import echo_json
 from tplaunch.cli.options import JsonOption
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.files import Unsafe
+from tplaunch.spec.validation import is_loss
 from tplaunch.units import format_bytes, format_count
 
 app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
 
-_MAKERS = ("imported_from", "recipe_sha256", "wandb_id", "tplaunch", "torch", "python")
+_MAKERS = ("imported_from", "averaged_from", "recipe_sha256", "wandb_id", "tplaunch", "torch", "python")
 
 PathArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A run directory, or one checkpoint (.../step-00000500).")
@@ -28,7 +29,7 @@ PathArgument = Annotated[
 def list_(path: PathArgument, as_json: JsonOption = False) -> None:
     """List checkpoints, and whether each has all its files.
 
-    `verify` reads them, too.
+    `verify` reads them, too. Beside a checkpoint stand the validation losses after its step, where it was validated.
 
     Example: tplaunch checkpoint list runs/quickstart
     """
@@ -38,7 +39,9 @@ def list_(path: PathArgument, as_json: JsonOption = False) -> None:
         return
     for row in rows:
         when = datetime.fromtimestamp(row["time"]).isoformat(" ", "seconds")
-        typer.echo(f"{row['path']}  {format_bytes(row['bytes']):>10}  {when}  {'; '.join(row['damage']) or 'complete'}")
+        losses = [f"{key} {value:.4f}" for key, value in row["validation"].items() if is_loss(key)]
+        said = "  ".join(["; ".join(row["damage"]) or "complete", *losses])
+        typer.echo(f"{row['path']}  {format_bytes(row['bytes']):>10}  {when}  {said}")
 
 
 @app.command()
@@ -98,13 +101,62 @@ def verify(path: PathArgument, as_json: JsonOption = False) -> None:
         raise typer.Exit(int(Exit.FAILED))
 
 
+@app.command()
+def average(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Two or more checkpoints, or runs (the newest of each).")
+    ],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W,...", help="Of each in the mean; default: all alike.")
+    ] = None,
+) -> None:
+    """Write the mean of checkpoints' weights.
+
+    Of steps of a run or of several runs, on any topologies. The result is a checkpoint without optimizer state, for
+    export, generate, eval and checkpoint.initial.
+
+    Example: tplaunch checkpoint average runs/a/checkpoints/step-* -o averaged
+    """
+    from tplaunch.checkpoint.origin import origin_of
+
+    if len(paths) < 2:
+        raise TplaunchError(Problem("of one checkpoint there is no mean", fix="name two or more"))
+    shares = None if weights is None else _weights(weights, len(paths))
+    origins = [origin_of(path) for path in paths]
+    from tplaunch.checkpoint.average import average as write
+
+    tokenizer = next((origin.tokenizer for origin in origins if origin.tokenizer is not None), None)
+    made = write([origin.checkpoint for origin in origins], out, shares, tokenizer)
+    typer.echo(f"{made}: the mean of {len(paths)} checkpoints")
+
+
+def _weights(text: str, count: int) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(0 < weight < float("inf") for weight in found):
+        fix = f"give {count} numbers above 0, with commas between"
+        raise TplaunchError(Problem(f"{text!r} are no weights of {count} checkpoints", fix=fix, key="--weights"))
+    return found
+
+
 def _row(checkpoint: Path) -> dict[str, Any]:
     return {
         "path": str(checkpoint),
         "bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
         "time": checkpoint.stat().st_mtime,
         "damage": _damage(checkpoint, read_files=False),
+        "validation": _validation(checkpoint),
     }
+
+
+def _validation(checkpoint: Path) -> dict[str, float]:
+    try:
+        return store.validation_of(store.read_manifest(checkpoint))
+    except ValueError:
+        return {}
 
 
 def _damage(checkpoint: Path, *, read_files: bool) -> list[str]:

@@ -37,11 +37,28 @@ def checked_here(recipe: str, set_: list[str] | None, *, need_data: bool, warn: 
         from tplaunch.plan.recomputation import settle
 
         checked = settle(checked, _gpu_of(checked.recipe))
+    refuse_export(checked.recipe, loaded)
     if problems := shared_gpus(checked.recipe, gpus):
         raise RecipeError(*(replace(problem, where=loaded.where(problem.key)) for problem in problems))
     for warning in checked.warnings if warn else ():
         typer.echo(f"warning: {warning}", err=True)
     return checked
+
+
+def refuse_export(recipe: Recipe, loaded: LoadedRecipe) -> None:
+    """Refuse a recipe whose run could not make the Hugging Face folders that it asks for.
+
+    Raises:
+        RecipeError: see `tplaunch.huggingface.families.family_of`.
+    """
+    key = "checkpoint.export_every"
+    if recipe.checkpoint.export_every:
+        from tplaunch.huggingface.families import family_of
+
+        try:
+            family_of(recipe.model)
+        except TplaunchError as error:
+            raise RecipeError(*(replace(p, key=key, where=loaded.where(key)) for p in error.problems)) from None
 
 
 class Told:

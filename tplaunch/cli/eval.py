@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tplaunch.cli.common import echo_json
-from tplaunch.cli.options import JsonOption
+from tplaunch.cli.options import EmaOption, JsonOption
 from tplaunch.cli.output import echo
 from tplaunch.errors import Problem, TplaunchError
 
@@ -44,6 +44,7 @@ def eval_(
     tp: Annotated[int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share each layer.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, metavar="N", help="Groups of consecutive layers.")] = 1,
     dp: Annotated[int, typer.Option("--dp", min=1, metavar="N", help="Copies of the model, which share the text.")] = 1,
+    ema: EmaOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on texts and on questions.
@@ -70,7 +71,7 @@ def eval_(
     if not texts and not questions:
         fix = "name a text, --data FILE, or questions, --choices FILE"
         raise TplaunchError(Problem("there is nothing to measure", fix=fix))
-    origin = origin_of(checkpoint_of(checkpoint))
+    origin = origin_of(checkpoint_of(checkpoint), ema=ema)
     checked = check(origin, tp, pp, dp, seq_len=seq_len)
     window = checked.recipe.training.seq_len
     file = tokenizer or origin.tokenizer
@@ -106,6 +107,7 @@ def _kept(origin: Origin, data: str, figures: dict[str, Any]) -> dict[str, Any]:
     from tplaunch.files import as_json
     from tplaunch.run.evaluations import append_evaluation
 
+    data = f"{data} (averaged weights)" if origin.ema else data
     record = as_json({"step": origin.step, "time": round(time.time(), 3), "data": data, **figures})
     if origin.run is not None:
         append_evaluation(origin.run, record)

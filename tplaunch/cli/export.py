@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from tplaunch.cli.options import EmaOption
+
 PrecisionOption = Annotated[
     Literal["bf16", "fp16", "fp32", "fp64"] | None,
     typer.Option("--precision", help="Of the weights written; default: that of the training."),
@@ -17,6 +19,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest), or one.")],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
     precision: PrecisionOption = None,
+    ema: EmaOption = False,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", metavar="FILE", help="Its tokenizer.json; default: that of the run.")
     ] = None,
@@ -29,7 +32,7 @@ def export(
     """
     from tplaunch.checkpoint.origin import origin_of
 
-    origin = origin_of(checkpoint)
+    origin = origin_of(checkpoint, ema=ema)
     from tplaunch.huggingface.export import export as write
 
     done = write(
@@ -38,6 +41,7 @@ def export(
         precision=precision or origin.precision,
         seq_len=origin.seq_len,
         tokenizer=tokenizer or origin.tokenizer,
+        ema=ema,
     )
     typer.echo(f"{out}: {done.parameters:,} parameters in {len(done.files)} file{'s' * (len(done.files) > 1)}")
     if not done.tokenizer:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tplaunch.cli.options import EmaOption
+
 
 def generate(
     checkpoint: Annotated[
@@ -52,6 +54,7 @@ def generate(
     ] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share each layer.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, metavar="N", help="Groups of consecutive layers.")] = 1,
+    ema: EmaOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line, one for each prompt.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write what --json prints to this file.")
@@ -81,7 +84,7 @@ def generate(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
         raise TplaunchError(Problem(f"{output} cannot be written", why=why, fix="name a file", key="--output"))
-    origin = origin_of(checkpoint_of(checkpoint))
+    origin = origin_of(checkpoint_of(checkpoint), ema=ema)
     given = encode(origin, asked, max_tokens, chat=chat)
     checked = check(origin, tp, pp)
     for warning in given.warnings:
@@ -108,6 +111,7 @@ def generate(
         "log_probabilities": logprobs,
         "as_json": as_json,
         "output": None if output is None else str(output.absolute()),
+        "ema": origin.ema,
     }
     speed = run_generate(checked, request)
     typer.echo(

@@ -29,3 +29,5 @@ GpuOption = Annotated[
 RunsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[RUN]...", help="Run directories, names under runs/, or jobs.")
 ]
+
+EmaOption = Annotated[bool, typer.Option("--ema", help="Of the averaged weights (training.ema).")]

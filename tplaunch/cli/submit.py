@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tplaunch.cli.common import Told
+from tplaunch.cli.common import Told, refuse_export
 from tplaunch.cli.options import AllowOption, RecipeArgument, RunDirOption, SetOption
 from tplaunch.errors import Problem, TplaunchError
 
@@ -45,6 +45,8 @@ def submit(
     submission = plan_submission(
         recipe, set_ or (), sweep=sweep or (), run_dir=run_dir, chain=chain > 1, need_data=not dry_run
     )
+    for member in submission.members:
+        refuse_export(member.checked.recipe, submission.loaded)
     if dry_run:
         typer.echo(submission.script(), nl=False)
         return

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from tplaunch.data.answers import ChatReader, chat_reader
 from tplaunch.data.blocks import SAMPLED
@@ -26,7 +25,7 @@ from tplaunch.data.remembered import Remembered, remembered
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
-from tplaunch.recipe.schema import Data, Recipe, Source, TrainTokenizer
+from tplaunch.recipe.schema import Recipe, Source, TrainTokenizer
 
 _START_BLOCKS = 256  # that a start reads of all corpora together, one of each at least
 
@@ -64,7 +63,7 @@ class _Preparation:
         self.chat: ChatReader | None = None  # of conversations
 
     def run(self) -> Recipe:
-        entries = [*_keyed("train", self.data), *_keyed("validation", self.data)]
+        entries = [*self.data.keyed_sources("train"), *self.data.keyed_sources("validation")]
         for key, source in entries:
             with self._problems_at(key):
                 path = Path(source.path)
@@ -96,16 +95,9 @@ class _Preparation:
                     self.sums.note(wanted, prefixes[key].name)
         self._raise_problems()
 
-        update: dict[str, Any] = {"tokenizer": str(tokenizer_file) if tokenizer_file else None}
-        splits: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
-        for split in splits:
-            value = getattr(self.data, split)
-            if isinstance(value, str):
-                update[split] = str(prefixes[f"data.{split}"])
-            elif value is not None:
-                moved = [s.model_copy(update={"path": str(prefixes[key])}) for key, s in _keyed(split, self.data)]
-                update[split] = moved
-        return self.recipe.model_copy(update={"data": self.data.model_copy(update=update)})
+        moved = self.data.moved({key: str(prefix) for key, prefix in prefixes.items()})
+        tokenizer_name = str(tokenizer_file) if tokenizer_file else None
+        return self.recipe.model_copy(update={"data": moved.model_copy(update={"tokenizer": tokenizer_name})})
 
     def _tokenizer_file(self, sources: list[Source]) -> Path | None:
         """The tokenizer that the recipe names, trains, or whose data was made with it."""
@@ -215,17 +207,3 @@ class _Preparation:
     def _raise_problems(self) -> None:
         if self.problems:
             raise RecipeError(*self.problems)
-
-
-def _keyed(split: Literal["train", "validation"], data: Data) -> list[tuple[str, Source]]:
-    """The corpora of a split with their dotted keys."""
-    value = getattr(data, split)
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [(f"data.{split}", Source(path=value))]
-    named = [isinstance(one, str) for one in value]
-    return [
-        (f"data.{split}[{number}]" + ("" if named[number] else ".path"), source)
-        for number, source in enumerate(data.sources(split))
-    ]

@@ -128,6 +128,10 @@ class Tokenizer:
                 return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
         return ()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, added tokens too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def token_id(self, name: str) -> int | None:
         """Id of a token; None when there is no such token."""
         return self._tokenizer.token_to_id(name)

@@ -83,7 +83,8 @@ def run_rows(
         TplaunchError: a rank failed; what it said is on stderr.
     """
     with tempfile.NamedTemporaryFile(prefix="tplaunch.evaluate-") as progress:
-        request = {"checkpoint": str(origin.checkpoint.absolute()), "progress": progress.name, **request}
+        about = {"checkpoint": str(origin.checkpoint.absolute()), "ema": origin.ema, "progress": progress.name}
+        request = {**about, **request}
         with show.task("evaluating", count) as advance, _following(Path(progress.name), advance):
             found = run_module("tplaunch.evaluate.worker", checked, request, task="the evaluation")
     return [(loss, likeliest) for loss, likeliest in found]

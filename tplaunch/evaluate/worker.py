@@ -28,6 +28,7 @@ class Request:
         rows: see `Given`.
         corpus: prefix of a .bin/.idx pair.
         window, documents: see `Windows`.
+        ema: by the averaged weights.
     """
 
     checkpoint: str
@@ -36,6 +37,7 @@ class Request:
     corpus: str = ""
     window: int = 0
     documents: bool = False
+    ema: bool = False
 
 
 def main(folder: str) -> None:
@@ -47,7 +49,7 @@ def main(folder: str) -> None:
             rows = Given(request.rows)
         else:
             rows = Windows(IndexedTokens.open(request.corpus), request.window, documents=request.documents)
-        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint))
+        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint), ema=request.ema)
         progress = os.open(request.progress, os.O_WRONLY | os.O_APPEND)
         rank.answer(score(model, rows, lambda count: os.write(progress, b"." * count)))
 

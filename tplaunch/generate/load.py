@@ -21,11 +21,12 @@ from tplaunch.spec.stages import stage_ranges
 _ALIGN = 64  # elements: every matrix begins on a boundary that vector instructions like
 
 
-def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
+def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path, *, ema: bool = False) -> StagedModel:
     """The model with this rank's stage, filled; every rank calls it.
 
     Args:
         recipe: with one stage on each pipeline rank.
+        ema: with the averages of the weights.
 
     Raises:
         TplaunchError: the checkpoint is not whole, or would run code.
@@ -39,7 +40,7 @@ def load_model(recipe: Recipe, mesh: Mesh, checkpoint: Path) -> StagedModel:
             owner, _, attribute = name.rpartition(".")
             placed[name] = torch.empty_like(module.get_buffer(name), device=mesh.device)
             module.get_submodule(owner).register_buffer(attribute, placed[name])
-    load_tensors({f"model.{kept.name}": placed[name] for name, kept in parameters.items()}, checkpoint)
+    load_tensors({f"model.{kept.name}": placed[name] for name, kept in parameters.items()}, checkpoint, ema=ema)
     return StagedModel(recipe, mesh, {rank: module.eval()}, mesh.pp_group)
 
 

@@ -42,6 +42,7 @@ class Request:
         log_probabilities: tell that of each token.
         as_json: print lines of JSON instead of text.
         output: the file that they are written to instead.
+        ema: by the averaged weights.
     """
 
     checkpoint: str
@@ -57,6 +58,7 @@ class Request:
     log_probabilities: bool
     as_json: bool
     output: str | None
+    ema: bool = False
 
 
 def main(folder: str) -> None:
@@ -64,7 +66,7 @@ def main(folder: str) -> None:
     adapt_encoding()
     with helper_rank(folder) as rank:
         request = Request(**rank.request)
-        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint))
+        model = load_model(rank.recipe, Mesh.of(rank.recipe, rank.device), Path(request.checkpoint), ema=request.ema)
         rank.answer(asdict(_continue(model, request, show=rank.main)))
 
 

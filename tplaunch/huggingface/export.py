@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tplaunch.checkpoint import store
-from tplaunch.checkpoint.load import dtype_of, load_tensors
+from tplaunch.checkpoint.load import averages_name, dtype_of, load_tensors
 from tplaunch.checkpoint.metadata import read_metadata
 from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG, copy_text, read_beside
 from tplaunch.data.mark import unmark
@@ -55,6 +55,8 @@ def export(
     seq_len: int,
     tokenizer: Path | None,
     shard_bytes: int = SHARD_BYTES,
+    ema: bool = False,
+    fresh: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint; the folder appears whole or not at all. Holds one file's tensors at a time.
 
@@ -65,6 +67,9 @@ def export(
         seq_len: positions that the model was trained on.
         tokenizer: a tokenizer.json to put beside them.
         shard_bytes: no file is larger, unless one tensor is, or a matrix of all experts of a layer.
+        ema: the averages of the weights.
+        fresh: the checkpoint has just been written, by this process: its checksums are not looked at, and no progress
+            is shown.
 
     Raises:
         TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
@@ -72,7 +77,7 @@ def export(
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
-    manifest = _whole_manifest(checkpoint)
+    manifest = (store.open_checkpoint if fresh else _whole_manifest)(checkpoint)
     model = Model.model_validate(manifest.about["model"])
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
@@ -82,15 +87,15 @@ def export(
     tensors = hf_tensors(model, family_of(model))
     shards = list(_shards(tensors, dtype.itemsize, shard_bytes))
     temporary = out.with_name(out.name + ".tmp")
-    dtypes = _stored_dtypes(checkpoint, tensors)
+    dtypes = _stored_dtypes(checkpoint, tensors, ema=ema)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     names = [_file_name(number, len(shards)) for number in range(len(shards))]
     elements = sum(tensor.elements for tensor in tensors)
     try:
-        with Progress().task(f"writing {out.name}", elements) as advance:
+        with Progress(not fresh).task(f"writing {out.name}", elements) as advance:
             for name, shard in zip(names, shards, strict=True):
-                save_file(_read(checkpoint, shard, dtypes, dtype), temporary / name, metadata={"format": "pt"})
+                save_file(_read(checkpoint, shard, dtypes, dtype, ema=ema), temporary / name, metadata={"format": "pt"})
                 (temporary / name).chmod(0o644)  # the library's files are their owner's alone
                 advance(sum(tensor.elements for tensor in shard))
     except BaseException:
@@ -117,12 +122,12 @@ def _whole_manifest(checkpoint: Path) -> store.Manifest:
     return manifest
 
 
-def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor]) -> dict[str, torch.dtype]:
+def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor], *, ema: bool) -> dict[str, torch.dtype]:
     """The dtype that each part is stored in, by its name in the checkpoint."""
-    stored, names = read_metadata(checkpoint).tensors, [f"model.{part.name}" for t in tensors for part in t.parts]
-    if missing := [name for name in names if name not in stored]:
+    stored, names = read_metadata(checkpoint), [f"model.{part.name}" for t in tensors for part in t.parts]
+    if missing := [name for name in names if name not in stored.tensors]:
         raise TplaunchError(Problem(f"{checkpoint} has no {missing[0]} ({len(missing)} of {len(names)} missing)"))
-    return {name: dtype_of(stored[name]) for name in names}
+    return {name: dtype_of(stored.tensors[averages_name(name, stored) if ema else name]) for name in names}
 
 
 def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
@@ -145,12 +150,12 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _read(
-    checkpoint: Path, shard: list[HfTensor], dtypes: dict[str, torch.dtype], dtype: torch.dtype
+    checkpoint: Path, shard: list[HfTensor], dtypes: dict[str, torch.dtype], dtype: torch.dtype, *, ema: bool
 ) -> dict[str, Tensor]:
     """The tensors of one file, as they are written."""
     parts = {f"model.{part.name}": part for tensor in shard for part in tensor.parts}
     ours = {name: torch.empty(part.shape, dtype=dtypes[name]) for name, part in parts.items()}
-    load_tensors(ours, checkpoint, alone=True)
+    load_tensors(ours, checkpoint, alone=True, ema=ema)
     last = {f"model.{part.name}": tensor for tensor in shard for part in tensor.parts}  # to be made of each
     found = {}
     for tensor in shard:

@@ -24,6 +24,7 @@ from tplaunch.run.events import (
     EpochBegan,
     Evaluated,
     Event,
+    ExportFailed,
     LossSpiked,
     Profiled,
     ProfileFailed,
@@ -41,6 +42,7 @@ from tplaunch.run.events import (
 )
 from tplaunch.run.records import parse_records
 from tplaunch.sparkline import sparkline
+from tplaunch.spec.validation import is_loss, losses
 from tplaunch.units import format_count, format_duration
 
 REDRAW_S = 0.25
@@ -66,7 +68,7 @@ class RunView:
         self.phase = f"starting {checked.topology.world_size} processes"
         self.first: Record = {}
         self.last: Record = {}
-        self.validation: tuple[int, float] | None = None
+        self.validation: dict[str, tuple[int, float]] = {}  # in words -> step, loss
         self.checkpoint: int | None = None
         self.losses: list[float | None] = []
         self.skipped = 0  # steps of this launch
@@ -133,8 +135,9 @@ class RunView:
         self.losses.append(record.get("loss"))
         self.last = record
         self.first = self.first or record
-        if record.get("validation/loss") is not None:
-            self.validation = (record["step"], record["validation/loss"])
+        for key, words in losses(record).items():
+            if record[key] is not None:
+                self.validation[words] = record["step"], record[key]
         if not self.live:
             self.say("  ".join([f"step {record['step']}/{self._steps}", *_figures(record), *self._time_left()]))
 
@@ -163,11 +166,10 @@ class RunView:
             f"{100 * step / self._steps:.0f} %",
             *self._time_left(),
         )
-        figures = _figures({k: v for k, v in self.last.items() if k != "validation/loss"})
+        figures = _figures({k: v for k, v in self.last.items() if not is_loss(k)})
         if "loss" in self.last and len(self.losses) > 1:
             figures[0] += f" {sparkline(self.losses, min(60, width // 4))}"
-        if self.validation:
-            figures.insert(1, f"validation {_number(self.validation[1])} (step {self.validation[0]})")
+        figures[1:1] = [f"{words} {_number(loss)} (step {at})" for words, (at, loss) in self.validation.items()]
         if self.checkpoint is not None:
             figures.append(f"checkpoint {self.checkpoint}")
         lines = _lines(figures, width)
@@ -206,6 +208,8 @@ def in_words(event: Event) -> str:
             return f"checkpoint of step {step}"
         case SaveFailed(step=step, why=why):
             return f"checkpoint of step {step} failed, training goes on: {why}"
+        case ExportFailed(step=step, why=why):
+            return f"export of step {step} failed, training goes on: {why}"
         case CheckpointKept(path=path, why=why):
             return f"old checkpoint {path} could not be deleted and stays: {why}"
         case CheckpointDamaged(path=path, why=why):
@@ -260,8 +264,7 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
         lines += [("step", str(last["step"]))]
     if "loss" in last:
         lines += [("loss", _number(last["loss"]))]
-    if "validation/loss" in last:
-        lines += [("validation", _number(last["validation/loss"]))]
+    lines += [(words, _number(last[key])) for key, words in losses(last).items()]
     lines += [("time", format_duration(seconds))]
     if bad := run_dir.count_bad_metrics():
         lines += [("metrics", f"{bad} line{'s' * (bad > 1)} of {run_dir.metrics} left out: not records")]
@@ -276,15 +279,16 @@ def print_summary(console: Console, run_dir: RunDir, seconds: float) -> None:
         ("next", "the same command with --set training.steps=N trains on"),
         ("", "and with --set topology.tp=N goes on from the same checkpoint on another topology"),
     ]
+    width = max(12, *(len(label) + 2 for label, _ in lines))
     for label, text in lines:
-        console.print(f"{label:<12}{text}", soft_wrap=True)
+        console.print(f"{label:<{width}}{text}", soft_wrap=True)
 
 
 def _figures(record: Record) -> list[str]:
     """The figures of a record that is there, as text."""
     shown = [
         ("loss", "loss {}", _number),
-        ("validation/loss", "validation {}", _number),
+        *((key, f"{words} {{}}", _number) for key, words in losses(record).items()),
         ("grad_norm", "grad_norm {}", _number),
         ("lr", "lr {}", "{:.2e}".format),
         ("tokens_per_s", "{} tokens/s", format_count),

@@ -15,7 +15,7 @@ from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.flat import FlatSharding
 from tplaunch.parallel.fsdp import FsdpSharding, shard
 from tplaunch.parallel.mesh import Mesh
-from tplaunch.parallel.precision import STORAGE_DTYPE
+from tplaunch.parallel.precision import STORAGE_DTYPE, gradient_dtype
 from tplaunch.parallel.shard import Sharding
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
@@ -103,6 +103,7 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
             parameters,
             mesh,
             precision=training.precision,
+            gradient=gradient_dtype(recipe),
             in_place=are_added_in_place(recipe),
             overlap=backward_is_whole(layout),
             compiled=training.compile,
@@ -121,13 +122,13 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
 
 def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters: dict[str, Parameter]) -> FsdpSharding:
     """Place a stage block by block and put it under FSDP2: no rank holds more than one whole block at a time."""
-    zero, precision = recipe.topology.zero, recipe.training.precision
+    zero, precision, reduce = recipe.topology.zero, recipe.training.precision, gradient_dtype(recipe)
     for number, block in module.layers.items():
         block.to_empty(device=mesh.device)
         if recipe.model.has_experts(int(number)):  # a unit of their own, over their own data-parallel ranks
             assert mesh.experts is not None
-            shard(block.get_submodule("moe.experts"), mesh.experts.data, zero=zero, precision=precision)
-        shard(block, mesh.ranks.mesh, zero=zero, precision=precision, within="moe.experts")
+            shard(block.get_submodule("moe.experts"), mesh.experts.data, zero=zero, precision=precision, reduce=reduce)
+        shard(block, mesh.ranks.mesh, zero=zero, precision=precision, reduce=reduce, within="moe.experts")
     tied_here = recipe.model.tie_embeddings and module.embedding is not None and module.output is not None
     for name, part in module.named_children():
         if name != "layers" and not (tied_here and name == "output"):
@@ -135,7 +136,8 @@ def _under_fsdp(recipe: Recipe, mesh: Mesh, module: TransformerStage, parameters
     if tied_here:
         assert module.output is not None and module.embedding is not None
         module.output.weight = module.embedding.weight
-    shard(module, mesh.ranks.mesh, zero=zero, precision=precision, root=True, also=("extend", "score"))
+    also = ("extend", "score")
+    shard(module, mesh.ranks.mesh, zero=zero, precision=precision, reduce=reduce, root=True, also=also)
     return FsdpSharding(module, parameters, zero=zero)
 
 

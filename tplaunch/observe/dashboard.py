@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.validation import validation_losses
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "tplaunch"
 _TOKENS, _STEP = "train/tokens", "train/step"
+_FIGURES = ("loss", "perplexity", "bits_per_byte")
 _Plot = tuple[str, list[str]]  # title, and the metrics in it
 
 # Sections of plots by the x-axis; what a run measures stands beside what its plan says (`plan/`).
 LEARNING: list[_Plot] = [
-    ("loss", ["train/loss", "validation/loss"]),
-    ("validation perplexity", ["validation/perplexity"]),
     ("gradient norm", ["train/grad_norm"]),
     ("update / weight", ["train/update_ratio"]),
     ("norm of the weights", ["train/param_norm"]),
@@ -51,6 +51,14 @@ def memory(recipe: Recipe) -> list[_Plot]:
     ]
 
 
+def learning(recipe: Recipe) -> list[_Plot]:
+    """The plots of what is learnt: the losses together, and what follows from those of validation."""
+    known = validation_losses(recipe) or ["validation/loss"]
+    loss, perplexity, bits = ([key.removesuffix("loss") + figure for key in known] for figure in _FIGURES)
+    plots = [("loss", ["train/loss", *loss]), ("validation perplexity", perplexity), ("bits per byte", bits)]
+    return [*plots, *LEARNING]
+
+
 def make_workspace(recipe: Recipe) -> Workspace:
     """The workspace of a recipe's project.
 
@@ -67,7 +75,7 @@ def make_workspace(recipe: Recipe) -> Workspace:
     maps = MediaBrowser(title="memory, forward and backward, data, by rank", media_keys=["rank/heat_maps"])
     table = MediaBrowser(title="ranks", media_keys=["rank/table"])
     sections = [
-        section("Learning, by tokens", _TOKENS, LEARNING),
+        section("Learning, by tokens", _TOKENS, learning(recipe)),
         *([] if recipe.model.moe is None else [section("Experts, by tokens", _TOKENS, EXPERTS)]),
         section("Speed", _STEP, SPEED),
         section("Memory", _STEP, memory(recipe)),

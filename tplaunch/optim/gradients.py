@@ -144,7 +144,13 @@ def square_sum(tensors: Iterable[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     if not filled[0].is_cuda:
         rows = [row for tensor in filled for row in _rows(tensor.reshape(-1))]
-        total = torch.cat([torch.linalg.vector_norm(row, dim=-1) for row in rows]).to(torch.float64).square_().sum()
+        wide = torch.float32 if filled[0].dtype == torch.bfloat16 else None
+        total = (
+            torch.cat([torch.linalg.vector_norm(row, dim=-1, dtype=wide) for row in rows])
+            .to(torch.float64)
+            .square_()
+            .sum()
+        )
         if 1e-30 < total < torch.inf:  # else squares that fp32 cannot hold
             return total
     return torch.stack(norms(filled)).square().sum()

@@ -66,6 +66,7 @@ class Muon(torch.optim.Optimizer):
         rank: this one's place in the pipeline stage.
         group: the stage's ranks; None: there is no other.
         dtype: that matrices are orthogonalised in, and sent in.
+        momentum_dtype: that the running means are kept in; default: the weights', in which they are computed.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Muon(torch.optim.Optimizer):
         rank: int,
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(groups, {"momentum": momentum})
+        self._momentum_dtype = momentum_dtype
         for each in held:
             assert each.weight.shape == (len(each.place.rows), len(each.place.columns)), "spec.slices is wrong"
         self._held = held
@@ -93,9 +96,12 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 state = self.state[weight]
                 if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                    state["momentum_buffer"] = torch.zeros_like(weight, dtype=self._momentum_dtype)
+                kept = state["momentum_buffer"]
+                mean = kept.to(weight.dtype).lerp_(weight.grad, 1 - group["momentum"])
                 weight.grad.lerp_(mean, group["momentum"])
+                if mean is not kept:
+                    kept.copy_(mean)
         for exchange in self._rounds:
             exchange.run()
         for group in self.param_groups:

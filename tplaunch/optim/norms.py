@@ -149,7 +149,8 @@ def _adamw_directions(
     for weight in weights:
         state, size = optimizer.state[weight], _piece(weight)
         tensors = (weight.detach(), state["exp_avg"], state["exp_avg_sq"])
-        for now, mean, square in zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True):
+        for now, *moments in zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True):
+            mean, square = (moment.to(now.dtype) for moment in moments)  # rounded ones are near enough
             yield now.mul(decay).addcdiv_(mean, square.sqrt().add_(eps))
 
 

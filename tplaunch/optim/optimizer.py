@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tplaunch.model.build import Stage
+from tplaunch.optim.adamw import NarrowAdamW
 from tplaunch.optim.muon import HeldMatrix, Muon
 from tplaunch.parallel.mesh import Mesh
+from tplaunch.parallel.precision import gradient_dtype, state_dtype
 from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.recipe.schema import Recipe
+from tplaunch.spec.gradients import are_flat
 from tplaunch.spec.muon import DTYPE, matrix_shape, rounds
 from tplaunch.spec.optimizer import Group, Kind, group_of, groups_of, slots
 from tplaunch.spec.parameters import parameter_shapes
@@ -40,6 +43,7 @@ class ShardedOptimizer:
 
     def __init__(self, stages: list[Stage], recipe: Recipe, mesh: Mesh) -> None:
         self.settings = recipe.optimizer
+        self.moments, self.gradients = state_dtype(recipe), gradient_dtype(recipe)
         self.shards: list[tuple[Sharding, ParameterShard, nn.Parameter]] = []
         # Of the whole model, in one order, so that ranks of all stages tell the same rates.
         self.groups: dict[Group, list[nn.Parameter]] = {
@@ -49,6 +53,8 @@ class ShardedOptimizer:
             for shard in stage.sharding.shards:
                 if shard.parameter.trained:
                     weight = nn.Parameter(shard.weight)
+                    if self.gradients != weight.dtype and are_flat(recipe.topology):
+                        weight.grad_dtype = self.gradients
                     self.shards.append((stage.sharding, shard, weight))
                     if weight.numel():
                         self.groups[group_of(self.settings, shard.parameter)].append(weight)
@@ -68,6 +74,9 @@ class ShardedOptimizer:
         ]
         if kind == "adamw":
             first, second = settings.betas
+            if torch.bfloat16 in (self.moments, self.gradients):
+                betas = first, second
+                return NarrowAdamW(params, lr=settings.lr, betas=betas, eps=settings.eps, moments=self.moments)
             return torch.optim.AdamW(params, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
         assert settings.momentum is not None
         if kind == "sgd":
@@ -90,6 +99,7 @@ class ShardedOptimizer:
             rank=rank,
             group=mesh.stage_group() if topology.stage_size > 1 else None,
             dtype=getattr(torch, DTYPE[recipe.training.precision]),
+            momentum_dtype=self.moments,
         )
 
     @property
@@ -154,10 +164,10 @@ class ShardedOptimizer:
             state = self.parts[kind].state[weight]
             for slot in slots(self.settings, kind):
                 if state.get(slot) is None:
-                    state[slot] = torch.zeros_like(weight)
+                    state[slot] = torch.zeros_like(weight, dtype=self.moments)
                     if kind == "adamw":
                         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=weight.device))
-                yield f"{shard.parameter.name}.{slot}", _like(shard.layout, state[slot])
+                yield f"{shard.parameter.name}.{slot}", like_layout(shard.layout, state[slot])
 
     def set_updates(self, updates: int) -> None:
         """Set AdamW's step counter (bias correction) after loading a checkpoint."""
@@ -167,7 +177,8 @@ class ShardedOptimizer:
                     state["step"].fill_(updates)
 
 
-def _like(source: DTensor, shard: Tensor) -> DTensor:
+def like_layout(source: DTensor, shard: Tensor) -> DTensor:
+    """A DTensor laid out like another, over a shard of the same shape."""
     return DTensor.from_local(
         shard.detach(),
         source.device_mesh,

@@ -6,12 +6,12 @@ DistributedDataParallel and distributed optimizer; Rajbhandari et al. 2020, arXi
     1     weights whole, master weights and state of its rows     reduce-scatter of gradients, all-gather of weights,
                                                                   which goes on behind the next forward pass
 
-A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 runs), to which backward passes add in
-place; its weights in another, of the compute dtype. Where the two dtypes are one, master weights are a view of the
-weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal parts, rounded up; each
-parameter's place in the buffers is padded to whole parts, so that collectives work on the buffers themselves and
-nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the buffers. Where they
-alone have some (tp without dp and cp), they are held as with ZeRO 1, whatever the stage.
+A stage's gradients lie in one buffer of the storage dtype (fp32; fp64 in fp64 runs) or a narrower one, to which
+backward passes add in place; its weights in another, of the compute dtype. Where storage and compute dtype are one,
+master weights are a view of the weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal
+parts, rounded up; each parameter's place in the buffers is padded to whole parts, so that collectives work on the
+buffers themselves and nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the
+buffers. Where they alone have some (tp without dp and cp), they are held as with ZeRO 1, whatever the stage.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ class FlatSharding:
         module: a stage on the meta device; its parameters are replaced by plain ones, in the buffers.
         parameters: what each is.
         mesh: the mesh.
-        precision: names the dtypes.
+        precision: names the dtypes of weights.
         in_place: the matmul that computes a weight gradient may add it to the buffer itself: backward passes are not
             split in two.
         overlap: a block's gradients are complete when a backward pass leaves it: passes are not split in two.
         compiled: blocks are compiled.
+        gradient: dtype that gradients are added up and reduced in; default: the storage dtype.
     """
 
     def __init__(
@@ -98,15 +99,17 @@ class FlatSharding:
         in_place: bool,
         overlap: bool,
         compiled: bool,
+        gradient: torch.dtype | None = None,
     ) -> None:
         self.storage, self.compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
+        gradient = gradient or self.storage
         layouts = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
         names = sorted(layouts, key=lambda name: parameters[name].expert)
         ranks = {name: mesh.data_ranks(parameters[name]) for name in names}
         rows = {name: -(-layouts[name].to_local().shape[0] // ranks[name].parts) for name in names}
         sizes = {name: _padded(layouts[name], rows[name] * ranks[name].parts) for name in names}
         self.weights = torch.zeros(sum(sizes.values()), dtype=self.compute, device=mesh.device)
-        self.gradients = torch.zeros(sum(sizes.values()), dtype=self.storage, device=mesh.device)
+        self.gradients = torch.zeros(sum(sizes.values()), dtype=gradient, device=mesh.device)
         buckets = self._buckets(ranks, sizes)
         self.blocks: defaultdict[str, list[_Bucket]] = defaultdict(list)  # its parameters; those of its experts
         for (block, _), bucket in buckets.items():
@@ -126,7 +129,7 @@ class FlatSharding:
             weights, gradients = weights[: padded.numel()].view(padded), gradients[: padded.numel()].view(padded)
             # `data` counts its changes by itself: a gather of one block is no change to another's saved weights.
             parameter = nn.Parameter(weights[: local[0]].data)
-            parameter.grad_dtype = self.storage
+            parameter.grad_dtype = gradient
             if in_place and parameters[name].role in _BY_MATMUL:
                 total = parameter.accumulator = Accumulator(gradients[: local[0]])  # type: ignore[attr-defined]
                 bucket.accumulators.append(total)

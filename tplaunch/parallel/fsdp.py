@@ -10,6 +10,7 @@ compute dtype. Gradients are summed, never averaged: the loss already carries 1 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -27,6 +28,7 @@ def shard(
     *,
     zero: int,
     precision: Precision,
+    reduce: torch.dtype | None = None,
     root: bool = False,
     also: tuple[str, ...] = (),
     within: str = "",
@@ -35,6 +37,7 @@ def shard(
 
     Args:
         mesh: 1-D, or (replicate, shard).
+        reduce: dtype of gradients while they are reduced; default: the storage dtype, which the sums have always.
         root: the outermost unit, whose few parameters stay gathered from the first use to the end of the step.
         also: methods that run the unit, as `forward` does.
         within: a submodule that, if it is a unit itself, is gathered as a forward pass enters this one. Experts would
@@ -43,7 +46,7 @@ def shard(
     storage, compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != storage else None,
-        reduce_dtype=storage if compute != storage else None,
+        reduce_dtype=(reduce or storage) if compute != storage else None,
         cast_forward_inputs=False,
     )
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3 and not root)

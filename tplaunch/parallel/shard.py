@@ -50,7 +50,7 @@ class Sharding(Protocol):
         ...
 
     def gradient(self, shard: ParameterShard) -> Tensor:
-        """The gradient of a shard, in the storage dtype, sharing memory with what was accumulated.
+        """The gradient of a shard, in the dtype that it is kept in, sharing memory with what was accumulated.
 
         Raises:
             RuntimeError: there is none.

@@ -223,8 +223,24 @@ class Case:
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of an element of the kept weights, their gradients and the optimizer state."""
+        """Bytes of an element of the kept weights, their averages, and their gradients and the optimizer's state where
+        these are no narrower."""
         return STORAGE_BYTES[self.recipe.training.precision]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of an element of the optimizer's state."""
+        return 2 if self.recipe.optimizer.state_dtype == "bf16" else self.storage_bytes
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Bytes of an element of a gradient while it is reduced over data parallel."""
+        return 2 if self.recipe.optimizer.gradient_dtype == "bf16" else self.storage_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of an element of the gradients that are added up."""
+        return self.reduced_bytes if self.flat else self.storage_bytes
 
     @cached_property
     def stages(self) -> list[Stage]:

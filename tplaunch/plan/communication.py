@@ -286,7 +286,7 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         )
 
     for of in _shared(case, stages):
-        gathered, reduced = of.weights * case.compute_bytes, of.weights * case.storage_bytes
+        gathered, reduced = of.weights * case.compute_bytes, of.weights * case.reduced_bytes
         units = of.tensors if case.flat else of.blocks
         before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
         if of.group.size > 1:

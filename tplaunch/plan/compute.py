@@ -187,12 +187,15 @@ def optimizer_seconds(case: Case, pp_ranks: Iterable[int]) -> float:
 def _update_seconds(case: Case, stages: list[Stage]) -> float:
     width, name = case.storage_bytes, case.recipe.optimizer.name
     kept = sum(case.sharded_weights(stage) for stage in stages)
-    clipping = 3 * width if case.recipe.training.grad_clip else width
+    gradient, moment = case.gradient_bytes, case.state_bytes
+    clipping = 3 * gradient if case.recipe.training.grad_clip else gradient
     seconds = move(case, kept * clipping) + move(case, kept * case.compute_bytes * 2)
+    if (ema := case.recipe.training.ema) is not None:  # average and weight read, average written
+        seconds += move(case, kept * 3 * width) / ema.every
     if name != "muon":
-        return seconds + move(case, kept * (4 + 3 if name == "adamw" else 2 + 1) * width)
+        return seconds + move(case, kept * (2 * width + gradient + (4 * moment if name == "adamw" else 0)))
     of, gpu = hidden(case, stages), case.gpu
     mine = of.weights + of.expert_weights
     # Of hidden matrices: gradient and momentum are read and written twice, weight and update once.
-    seconds += move(case, (kept - mine) * 7 * width + mine * 11 * width)
+    seconds += move(case, (kept - mine) * (3 * width + 4 * moment) + mine * (7 * width + 4 * moment))
     return seconds + of.flops / (gpu.peak[case.recipe.training.precision] * gpu.matmul_efficiency)

@@ -27,7 +27,7 @@ class Memory(NamedTuple):
         weights: the master weights that are kept, this rank's shard.
         gathered_weights: weights in the compute dtype that the step works on, apart from the master weights.
         gradients: what is accumulated over microbatches; in flat buffers they never go away.
-        optimizer: its state.
+        optimizer: its state, and averaged weights.
         activations: what the microbatches in flight keep for their backward passes.
         loss: logits of a chunk, and the gradients of the head.
         working: temporaries of the block at work: recomputed insides, gradients, gathered sequences.
@@ -272,17 +272,19 @@ def gathered_weights(case: Case, stages: list[Stage]) -> float:
 def gradients(case: Case, stages: list[Stage]) -> float:
     """Gradients at their largest: whole in flat buffers, else shards."""
     count = sum(case.weights(s) if case.flat else case.sharded_weights(s) for s in stages)
-    return count * case.storage_bytes
+    return count * case.gradient_bytes
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices; and the averages of weights."""
     optimizer = case.recipe.optimizer
+    updated = sum(case.sharded_weights(stage) for stage in stages)
+    averages = weights(case, stages) if case.recipe.training.ema is not None else 0.0
     if optimizer.name == "muon":
         of = hidden(case, stages)
-        return 2 * weights(case, stages) - (of.weights + of.expert_weights) * case.storage_bytes
+        return averages + (2 * updated - of.weights - of.expert_weights) * case.state_bytes
     copies = 2 if optimizer.name == "adamw" else 1 if optimizer.momentum else 0
-    return copies * weights(case, stages)
+    return averages + copies * updated * case.state_bytes
 
 
 def loss_working(case: Case) -> float:
@@ -296,7 +298,7 @@ def loss_working(case: Case) -> float:
     matrix = columns * model.hidden_size
     logits = min(training.loss_chunk, case.tokens) * columns
     own = 0 if case.accumulates_in_place else fp32  # of each number of the gradient, until it is handed over
-    product = 0 if case.accumulates_in_place and case.storage_bytes == width else width
+    product = 0 if case.accumulates_in_place and case.gradient_bytes == width else width
     summing = logits * (fp32 + lowered) + matrix * (own + product)
     following = logits * 2 * (fp32 + lowered) + matrix * own if case.tokens > training.loss_chunk else 0
     return max(summing, following) + case.tokens * model.hidden_size * width
@@ -344,7 +346,7 @@ def _mlp_working(case: Case, block: Block) -> float:
     ffn = model.ffn_hidden_size // tp
     inside = case.tokens * ffn * (2 if model.gated else 1)
     whole = case.tokens * model.hidden_size
-    product = 0 if case.accumulates_in_place and case.storage_bytes == width else ffn * model.hidden_size
+    product = 0 if case.accumulates_in_place and case.gradient_bytes == width else ffn * model.hidden_size
     tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
     gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, block.again).kept)
@@ -364,7 +366,7 @@ def _expert_working(case: Case, block: Block) -> float:
     sorted_once_more = case.topology.ep * expert_tp > 1 and case.local_experts > 1
     coming = rows * (1 + sorted_once_more) + (rows * (1 + 1 / expert_tp) if expert_tp > 1 else 0.0)
     # A matrix's gradient, where no matmul adds it to the sum by itself; else two wait until they are handed over.
-    in_place = case.accumulates_in_place and case.storage_bytes == width
+    in_place = case.accumulates_in_place and case.gradient_bytes == width
     product = 0.0 if in_place else case.block_expert_weights / 3 * width
     waiting = product if case.accumulates_in_place else 2 * product
     again = _made_again(case, block, "dispatched", "inside", "activated")
@@ -397,9 +399,9 @@ def split_backward_waiting(case: Case, stage: Stage) -> float:
 def reducing(case: Case, unit: float) -> float:
     """FSDP2's buffers while it reduces the gradients of a unit of so many weights: the unit's gradients as computed,
     the reduce-scatter's input and its output. With a single microbatch the output is the gradient that stays."""
-    storage = case.storage_bytes
-    output = 0.0 if case.microbatches == 1 and case.topology.pp == 1 else storage / case.shards
-    return unit * (storage + output + case.compute_bytes)
+    width = case.reduced_bytes
+    stays = case.microbatches == 1 and case.topology.pp == 1 and width == case.storage_bytes
+    return unit * (width + (0.0 if stays else width / case.shards) + case.compute_bytes)
 
 
 def gathering(case: Case) -> float:

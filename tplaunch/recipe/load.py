@@ -253,12 +253,14 @@ def _absolute_paths(tree: Tree) -> Tree:
     return tree._replace(value=sections)
 
 
-def _absolute(node: Tree, ending: str) -> Tree:
+def _absolute(node: Tree, ending: str, *, listed: bool = False) -> Tree:
     if isinstance(node.value, str) and node.value and node.value.endswith(ending):
         return node._replace(value=os.path.normpath(os.path.join(node.folder, os.path.expanduser(node.value))))
     if isinstance(node.value, list):
-        return node._replace(value=[_absolute(child, ending) for child in node.value])
+        return node._replace(value=[_absolute(child, ending, listed=True) for child in node.value])
     if isinstance(node.value, dict):
-        paths = {key: _absolute(node.value[key], ending) for key in ("path", "data", "choices") if key in node.value}
-        return node._replace(value={**node.value, **paths})
+        keys = [key for key in ("path", "data", "choices") if key in node.value] if listed else ["path"]
+        if not listed and "path" not in node.value:  # named
+            keys = list(node.value)
+        return node._replace(value={**node.value, **{key: _absolute(node.value[key], ending) for key in keys}})
     return node

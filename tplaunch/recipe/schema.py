@@ -523,6 +523,19 @@ class LossSpike(Section):
     )
 
 
+class Ema(Section):
+    """Exponential moving averages of the weights, in fp32, beside the weights that are trained: after an update
+    average = decay * average + (1 - decay) * weight, from the weights after the first such update on."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="of the averages; about 1 / (1 - decay) updates weigh in"
+    )
+    every: Small = Field(1, description="steps between their updates")
+    from_: Annotated[int, Field(ge=0)] = Field(0, alias="from", description="steps before they begin")
+
+
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
@@ -567,6 +580,9 @@ class Training(Section):
         None, description="reload the last checkpoint after a loss spike; {} for the defaults"
     )
     loss_chunk: Small = Field(1024, description="tokens whose fp32 logits exist at one time")
+    ema: Ema | None = Field(
+        None, description="averaged weights, which validation measures, too, and `export --ema` takes; null: none"
+    )
     eval_every: Every = Field(
         0,
         validate_default=True,
@@ -650,6 +666,16 @@ class Optimizer(Section):
         None, description="weight_decay over the run, in pieces; default: constant. Groups' own move in proportion"
     )
     momentum: Probability | None = Field(None, description="sgd and muon; default 0, of muon 0.95")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of AdamW's moments and Muon's momentum between steps; updates are computed in fp32, and in fp64 "
+        "runs all is fp64 (bf16: DeepSeek-V3, arXiv 2412.19437)",
+    )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of gradients as they are added up over microbatches and summed over replicas; with ZeRO 2 and 3 "
+        "of the sums over replicas alone",
+    )
     groups: list[ParameterGroup] = Field([], description="parameters with a learning rate or a decay of their own")
 
     @model_validator(mode="before")
@@ -683,6 +709,33 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="samples of this corpus, in relation to the others'")
 
 
+class ValidationText(Section):
+    """One of several texts to validate on, with settings of its own."""
+
+    path: Text | Annotated[list[Text | Source], Field(min_length=1)] = Field(
+        description="as data.train: a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a "
+        "list of these"
+    )
+    steps: Small | None = Field(None, description="its global batches of one validation; default training.eval_steps")
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """What is validated on together.
+
+    Args:
+        name: in metrics; "" where the recipe gives none.
+        key: of the recipe, that says it.
+        sources: its corpora.
+        steps: its global batches of one validation; None: as the recipe says for all.
+    """
+
+    name: str
+    key: str
+    sources: list[Source]
+    steps: int | None = None
+
+
 class TrainTokenizer(Section):
     """Train a byte-level BPE on the training text."""
 
@@ -701,8 +754,17 @@ class Data(Section):
         description="a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a list of these, "
         "each with its weight or 1"
     )
-    validation: Text | Annotated[list[Text | Source], Field(min_length=1)] | None = Field(
-        None, description="the same, of text that is not trained on"
+    validation: (
+        Text
+        | Annotated[list[Text | Source], Field(min_length=1)]
+        | Annotated[
+            dict[str, Text | Annotated[list[Text | Source], Field(min_length=1)] | ValidationText], Field(min_length=1)
+        ]
+        | None
+    ) = Field(
+        None,
+        description="the same, of text that is not trained on; or several of them by name, each measured by itself: "
+        "{wiki: PATH, code: {path: PATH, steps: 4}}",
     )
     packing: Literal["concatenate", "best_fit"] | None = Field(
         None,
@@ -730,11 +792,51 @@ class Data(Section):
 
     def sources(self, split: Literal["train", "validation"]) -> list[Source]:
         """The corpora of a split, as a list of `Source`, empty when there are none."""
-        value = self.train if split == "train" else self.validation
-        if value is None:
+        return [source for _, source in self.keyed_sources(split)]
+
+    def keyed_sources(self, split: Literal["train", "validation"]) -> list[tuple[str, Source]]:
+        """The same, each with the dotted key that says its path."""
+        return _keyed_sources(f"data.{split}", getattr(self, split))
+
+    def validation_sets(self) -> list[ValidationSet]:
+        """What is validated on, each by itself; empty when there is nothing."""
+        if self.validation is None:
             return []
-        every = [value] if isinstance(value, str) else value
-        return [Source(path=one) if isinstance(one, str) else one for one in every]
+        named = self.validation if isinstance(self.validation, dict) else {"": self.validation}
+        found = []
+        for name, value in named.items():
+            key = f"data.validation.{name}".rstrip(".")
+            steps = value.steps if isinstance(value, ValidationText) else None
+            found.append(ValidationSet(name, key, [source for _, source in _keyed_sources(key, value)], steps))
+        return found
+
+    def moved(self, prefixes: dict[str, str]) -> "Data":
+        """The same with other paths, each by the dotted key of `keyed_sources`."""
+        update = {split: _moved(f"data.{split}", getattr(self, split), prefixes) for split in ("train", "validation")}
+        return self.model_copy(update=update)
+
+
+def _keyed_sources(key: str, value: Any) -> list[tuple[str, Source]]:
+    """The corpora of a value of `Data`, with their dotted keys."""
+    if isinstance(value, str):
+        return [(key, Source(path=value))]
+    if isinstance(value, list):
+        every = [(f"{key}[{number}]", one) for number, one in enumerate(value)]
+        return [(at, Source(path=one)) if isinstance(one, str) else (f"{at}.path", one) for at, one in every]
+    if isinstance(value, ValidationText):
+        return _keyed_sources(f"{key}.path", value.path)
+    return [pair for name, one in (value or {}).items() for pair in _keyed_sources(f"{key}.{name}", one)]
+
+
+def _moved(key: str, value: Any, prefixes: dict[str, str]) -> Any:
+    """A value of `Data` with other paths."""
+    if isinstance(value, str):
+        return prefixes[key]
+    if isinstance(value, list):
+        return [source.model_copy(update={"path": prefixes[at]}) for at, source in _keyed_sources(key, value)]
+    if isinstance(value, ValidationText):
+        return value.model_copy(update={"path": _moved(f"{key}.path", value.path, prefixes)})
+    return None if value is None else {name: _moved(f"{key}.{name}", one, prefixes) for name, one in value.items()}
 
 
 class Finetune(Section):
@@ -798,6 +900,16 @@ class Checkpoint(Section):
     every: Every = Field(0, validate_default=True, description="steps between saves; 0: only at the end")
     keep: Small = Field(3, description="newest checkpoints that stay")
     keep_every: Lasting | None = Field(None, description="steps whose multiples stay for ever")
+    keep_best: Text | None = Field(
+        None,
+        description="a validation loss, such as validation/loss or validation/wiki/loss: of the checkpoints written "
+        "after a step that was validated, the one with the smallest stays, besides",
+    )
+    export_every: Lasting | None = Field(
+        None,
+        description="steps whose multiples are also written as a Hugging Face folder, step-*.hf beside the checkpoint, "
+        "with which it goes",
+    )
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
         None,

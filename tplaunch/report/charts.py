@@ -8,6 +8,7 @@ from math import ceil, floor, log10
 from typing import Literal
 
 from tplaunch.report.curves import Curves, Point
+from tplaunch.spec.validation import losses
 from tplaunch.units import format_count
 
 USUAL = ("loss", "lr", "grad_norm", "tokens_per_s")
@@ -64,8 +65,10 @@ def charts(
         for number, (name, curves) in enumerate(runs):
             if points := curves.points(key, x):
                 lines.append(Line(name, points, colour=number))
-            if key == "loss" and (points := curves.points("validation/loss", x)):
-                lines.append(Line(f"{name} validation" if len(runs) > 1 else "validation", points, "dots", number))
+            if key == "loss":
+                for loss, words in losses(curves.metrics()).items():
+                    if points := curves.points(loss, x):
+                        lines.append(Line(f"{name} {words}" if len(runs) > 1 else words, points, "dots", number))
         if lines:
             level = (levels or {}).get(key)
             if level is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from tplaunch.recipe.tree import parse
 from tplaunch.report.curves import Curves
 from tplaunch.run.directory import RunDir
+from tplaunch.spec.validation import losses
 
 # What differs of itself between two runs: where their files lie.
 _OWN = ("name", "data.tokenizer")
@@ -60,7 +61,8 @@ def differences(runs: Sequence[RunDir]) -> dict[str, list[Any]]:
 def measures(curves: Sequence[Curves]) -> list[Measure]:
     """What the runs' curves say, side by side."""
     found = []
-    for key, name in (("loss", "loss"), ("validation/loss", "validation loss")):
+    validation = losses(key for one in curves for key in one.metrics())
+    for key, name in {"loss": "loss", **{key: f"{words} loss" for key, words in validation.items()}}.items():
         if not any(one.last(key) is not None for one in curves):
             continue
         found.append(Measure(f"final {name}", [one.last(key) for one in curves], _final_steps(curves, key)))

@@ -25,6 +25,7 @@ from tplaunch.report.story import Mark, gathered, when
 from tplaunch.report.svg import chart_svg
 from tplaunch.run.directory import RunDir
 from tplaunch.spec.topology import Topology
+from tplaunch.spec.validation import losses
 from tplaunch.units import format_bytes, format_count, format_duration
 
 _DRAWN = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_peak_gib", "step_time_s")
@@ -87,17 +88,15 @@ def _section(title: str, content: str) -> str:
 
 def _head(facts: RunFacts) -> str:
     row, curves = facts.row, facts.curves
-    best, validation = curves.best("loss"), curves.best("validation/loss")
+    best = curves.best("loss")
+    validation = {words: curves.best(key) for key, words in losses(curves.metrics()).items()}
     mfu, rate, tokens = curves.typical("mfu"), curves.typical("tokens_per_s"), curves.last("tokens")
     steps = "" if row.steps is None else f"of {row.steps:,} steps"
     tiles = [
         (f"{row.step or 0:,}", steps or "steps"),
         (_loss(row.loss), "loss"),
         (_loss(best[1]) if best else "", f"best loss, step {best[0]:,.0f}" if best else ""),
-        (
-            _loss(validation[1]) if validation else "",
-            f"best validation, step {validation[0]:,.0f}" if validation else "",
-        ),
+        *((_loss(one[1]), f"best {escape(words)}, step {one[0]:,.0f}") for words, one in validation.items() if one),
         ("" if tokens is None else format_count(tokens), "tokens"),
         ("" if rate is None else format_count(rate), "tokens/s, median"),
         ("" if mfu is None else f"{mfu:.1%}", "MFU, median"),
@@ -166,7 +165,7 @@ _SIGNS = {
 def _key(facts: RunFacts) -> str:
     """What the signs on the curves mean, of those that are there."""
     kinds = {str(mark.kind) for mark in facts.marks if not (mark.kind == "attempt" and mark.step == 0)}
-    if facts.curves.last("validation/loss") is not None:
+    if losses(facts.curves.metrics()):
         kinds.add("validation")
     if facts.plan is not None:
         kinds.add("predicted")

@@ -20,6 +20,7 @@ from tplaunch.run.events import (
     Done,
     EpochBegan,
     Event,
+    ExportFailed,
     Fault,
     Initialized,
     LossSpiked,
@@ -146,7 +147,7 @@ def _kind(event: Event) -> Kind | None:
             return "loss"
         case AttemptEnded(code=code):
             return "fault" if code == 1 else "other"
-        case Fault() | SaveFailed() | CheckpointDamaged() | BadNodes():
+        case Fault() | SaveFailed() | ExportFailed() | CheckpointDamaged() | BadNodes():
             return "fault"
         case Straggled():
             return "straggler"

@@ -10,6 +10,7 @@ from tplaunch.run.events import (
     AttemptEnded,
     BadNodes,
     Event,
+    ExportFailed,
     Fault,
     LossSpiked,
     RolledBack,
@@ -53,4 +54,6 @@ def alert_of(event: Event) -> Alert | None:
             return Alert("straggler", f"step {step}: rank {rank} on node {node} takes {ratio} times the median")
         case SaveFailed(step=step, why=why):
             return Alert("checkpoint failed", f"of step {step}, training goes on: {why}", "ERROR")
+        case ExportFailed(step=step, why=why):
+            return Alert("export failed", f"of step {step}, training goes on: {why}", "ERROR")
     return None

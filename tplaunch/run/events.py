@@ -173,6 +173,29 @@ class SaveFailed(Event):
 
 
 @dataclass(frozen=True)
+class Exported(Event):
+    """A checkpoint is there as a Hugging Face folder, too.
+
+    Args:
+        seconds: that it took, while training went on.
+    """
+
+    name = "export"
+    step: int
+    path: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ExportFailed(Event):
+    """A checkpoint could not be written as a Hugging Face folder; it is there all the same, and training goes on."""
+
+    name = "export_failed"
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
 class CheckpointKept(Event):
     """An old checkpoint could not be deleted; it stays, and training goes on."""
 
@@ -238,11 +261,16 @@ class Fault(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """The loss over the validation data after a step."""
+    """The loss over a set of validation data after a step.
+
+    Args:
+        of: the set's name, where it has one; "ema" in it: of the averaged weights.
+    """
 
     name = "validation"
     step: int
     loss: float | None = None
+    of: str | None = None
 
 
 @dataclass(frozen=True)

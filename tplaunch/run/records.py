@@ -11,9 +11,7 @@ from typing import Any
 from tplaunch.files import Record
 
 # The figures that readers calculate with or format. Other names are nobody's but their writer's.
-_FIGURES = frozenset(
-    ("time", "loss", "loss_last", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "mfu", "validation/loss")
-)
+_FIGURES = frozenset(("time", "loss", "loss_last", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "mfu"))
 _TAIL = 4096  # bytes: some records
 
 
@@ -63,7 +61,8 @@ def _parse(line: bytes) -> Record | None:
         return None
     if not isinstance(record, dict) or not is_step(record.get("step")):
         return None
-    return record if all(_is_figure(record[name]) for name in _FIGURES & record.keys()) else None
+    figures = [name for name in record if name in _FIGURES or name.startswith("validation/")]
+    return record if all(_is_figure(record[name]) for name in figures) else None
 
 
 def is_step(value: Any) -> bool:

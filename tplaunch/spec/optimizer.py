@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from tplaunch.recipe.schema import Optimizer, ParameterGroup
+from tplaunch.recipe.schema import Optimizer, ParameterGroup, Recipe
 from tplaunch.spec.parameters import Parameter
 
 Kind = Literal["adamw", "sgd", "muon"]
@@ -76,3 +76,14 @@ def all_slots(settings: Optimizer) -> tuple[str, ...]:
     """Names of the state tensors of all kinds of parameters."""
     kinds: tuple[Kind, ...] = ("adamw", "muon") if settings.name == "muon" else (settings.name,)
     return tuple(name for kind in kinds for name in slots(settings, kind))
+
+
+def kept_in_words(recipe: Recipe) -> str:
+    """What is kept beside the weights otherwise than usual, in words that follow the precision; else ""."""
+    optimizer = recipe.optimizer
+    found = {
+        "moments in bf16": optimizer.state_dtype == "bf16",
+        "gradients in bf16": optimizer.gradient_dtype == "bf16",
+        "averages": recipe.training.ema is not None,
+    }
+    return "".join(f", {words}" for words, is_so in found.items() if is_so)

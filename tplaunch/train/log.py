@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -275,8 +274,6 @@ class TrainingLog:
         found = dict(more)
         if "checkpoint/stall_s" in more:
             found["time/checkpoint_stall_s"] = more["checkpoint/stall_s"] / window.steps
-        if (loss := more.get("validation/loss")) is not None:
-            found["validation/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return found
 
     def _record(self, means: dict[str, float], window: Window, memory_gib: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tplaunch.checkpoint.state import TrainingProgress
 from tplaunch.model.build import Stage, build_stages
+from tplaunch.optim.averages import Averages
 from tplaunch.optim.gradients import GradientFinalizer
 from tplaunch.optim.loss_scale import LossScale
 from tplaunch.optim.optimizer import ShardedOptimizer
@@ -110,6 +111,8 @@ class TrainStep:
         self.pipeline = make_pipeline(self.stages, mesh, recipe)
         self.balance = Balance(self.stages, mesh, recipe, self.course)
         self.optimizer = ShardedOptimizer(self.stages, recipe, mesh)
+        ema = recipe.training.ema
+        self.averages = Averages(self.optimizer, ema) if ema is not None else None
         self.gradients = GradientFinalizer(
             self.stages,
             mesh,
@@ -150,6 +153,9 @@ class TrainStep:
         if result.finite:
             self.balance.update()
             progress.updates, progress.nonfinite = progress.updates + 1, 0
+            if self.averages is not None:
+                self.averages.after(step)
+                progress.averaged = self.averages.count
         else:
             progress.nonfinite, progress.skipped = progress.nonfinite + 1, progress.skipped + 1
         if self.loss_scale is not None:

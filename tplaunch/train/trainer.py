@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
+from tplaunch.checkpoint.store import Manifest
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import prefetch
 from tplaunch.huggingface.config import is_model_folder
@@ -39,6 +41,7 @@ from tplaunch.run.events import (
 )
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
+from tplaunch.spec.validation import losses
 from tplaunch.torch_private import set_group_timeouts
 from tplaunch.train.batch import Batch, make_batch, open_dataset, share
 from tplaunch.train.corpora import CorpusLog
@@ -51,7 +54,7 @@ from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
 from tplaunch.train.tasks import Tasks
-from tplaunch.train.validate import validate
+from tplaunch.train.validate import Validation
 from tplaunch.units import Length
 
 
@@ -67,6 +70,7 @@ class Trainer:
         draw: fill the model with initial weights; not needed when `resume` will find a checkpoint.
         stopwatch: times the start.
         attempt: number of the attempt.
+        export: see `CheckpointManager`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Trainer:
         draw: bool = True,
         stopwatch: Stopwatch | None = None,
         attempt: int = 1,
+        export: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self.recipe = recipe
         self.mesh = mesh
@@ -93,7 +98,11 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             run_dir,
             recipe,
-            lambda: named_tensors(self.step.stages, self.step.optimizer.state()),
+            lambda: named_tensors(
+                self.step.stages,
+                self.step.optimizer.state(),
+                self.step.averages.state() if self.step.averages is not None else (),
+            ),
             about={
                 "wandb_id": run_id(run_dir) if logs_wandb else None,
                 "seed": recipe.training.seed,
@@ -101,13 +110,16 @@ class Trainer:
             },
             files={str(path): run_dir.root / path for path in text_files(run_dir.root)},
             before_commit=self.faults.in_save,
+            export=export,
         )
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
+        self.validation = Validation(self.step)
         self.tasks = Tasks(self.step, run_dir)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
+        self._validated: tuple[int, dict[str, float]] = -1, {}  # the last step that was, and what it gave
 
     @property
     def progress(self) -> TrainingProgress:
@@ -127,7 +139,7 @@ class Trainer:
             state, seq_len = loaded.state, self.recipe.training.seq_len
             was = loaded.about.get("seq_len", seq_len)
             self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
-            self.step.optimizer.set_updates(self.progress.updates)
+            self._set_counts(loaded)
             self.step.optimizer.publish()
             if self.step.loss_scale is not None and state["loss_scale"] is not None:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
@@ -234,24 +246,34 @@ class Trainer:
         loaded = self.checkpoints.load("auto")
         if loaded is None:
             return
-        self.progress.updates = loaded.state["progress"]["updates"]
-        self.step.optimizer.set_updates(self.progress.updates)
+        self._set_counts(loaded)
         self.step.optimizer.publish()
         if self.main:
             self.run_dir.append(RolledBack(self.progress.step, loaded.step))
 
-    def validate(self) -> float | None:
-        """The validation loss after the last step; None without validation data."""
+    def _set_counts(self, loaded: Manifest) -> None:
+        """Count the updates that are in the weights, and in their averages, as a checkpoint does that was read."""
+        progress = loaded.state["progress"]
+        self.progress.updates = progress["updates"]
+        self.step.optimizer.set_updates(self.progress.updates)
+        self.progress.averaged = progress.get("averaged", 0) if self.step.averages and loaded.about.get("ema") else 0
+        if self.step.averages is not None:
+            self.step.averages.count = self.progress.averaged
+
+    def validate(self) -> dict[str, float]:
+        """What validation measures after the last step, by metric; {} without validation data."""
         self.heartbeat.mark(self.progress.step, "validation")
-        loss = validate(self.step)
-        if self.main and loss is not None:
-            self.run_dir.append(Validated(self.progress.step, loss))
-        return loss
+        found = self.validation.measure()
+        self._validated = self.progress.step, found
+        if self.main:
+            for key, words in losses(found).items():
+                name = words.removeprefix("validation").strip()
+                self.run_dir.append(Validated(self.progress.step, found[key], name or None))
+        return found
 
     def evaluate(self) -> dict[str, float]:
-        """The validation loss, and on rank 0 what the tasks of `eval` give, as metrics."""
-        loss = self.validate()
-        found = {} if loss is None else {"validation/loss": loss}
+        """What validation measures, and on rank 0 what the tasks of `eval` give, as metrics."""
+        found = self.validate()
         if not self.recipe.eval.tasks:
             return found
         self.heartbeat.mark(self.progress.step, "evaluation")
@@ -274,6 +296,9 @@ class Trainer:
         self.heartbeat.mark(self.progress.step, "checkpoint")
         scale = self.step.loss_scale
         state = {"progress": asdict(self.progress), "loss_scale": asdict(scale) if scale else None}
+        step, validation = self._validated
+        if step == self.progress.step:
+            state["validation"] = {key: value for key, value in validation.items() if math.isfinite(value)}
         self.checkpoints.save(self.progress.step, state, wait=wait)
 
     def fail(self, why: str) -> None:

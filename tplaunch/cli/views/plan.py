@@ -19,6 +19,7 @@ from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
 from tplaunch.spec.attention import document_length
 from tplaunch.spec.course import Course
+from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.recompute import sets
 from tplaunch.units import GiB, format_bytes, format_count, format_duration
@@ -88,8 +89,9 @@ def _headline(case: Case) -> str:
     return (
         f"{style(case.recipe.name, bold=True)}  {world} on {nodes}: tp {topology.tp}{context}, pp {topology.pp}, "
         f"dp {topology.dp}, zero {parallelism.zero}{sequence}{schedule}{experts}\n"
-        f"  {training.precision}, seq_len {training.seq_len}, micro batch {training.micro_batch_size}, global batch "
-        f"{training.global_batch_size} ({case.microbatches} microbatches), recompute {recompute_text(case)}"
+        f"  {training.precision}{kept_in_words(case.recipe)}, seq_len {training.seq_len}, "
+        f"micro batch {training.micro_batch_size}, global batch {training.global_batch_size} "
+        f"({case.microbatches} microbatches), recompute {recompute_text(case)}"
     )
 
 

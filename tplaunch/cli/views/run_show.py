@@ -14,6 +14,7 @@ from tplaunch.report.evaluations import evaluation_table
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.prediction import Figure, in_unit
 from tplaunch.report.story import Attempt, Mark, gathered, when
+from tplaunch.spec.validation import losses
 from tplaunch.units import format_bytes, format_count, format_duration
 
 _SHOWN = 40  # events; the file has all
@@ -31,13 +32,15 @@ def show_text(facts: RunFacts) -> str:
 
 def _head(facts: RunFacts) -> str:
     row, curves = facts.row, facts.curves
-    best, best_validation = curves.best("loss"), curves.best("validation/loss")
+    best = curves.best("loss")
+    validation = losses(curves.metrics())
+    width = max([12, *(len(words) + 2 for words in validation.values())])
     lines = [
         ("run", short_path(row.run)),
         ("state", " - ".join(filter(None, (row.state, row.why)))),
         ("step", f"{row.step or 0:,} of {'?' if row.steps is None else format(row.steps, ',')}"),
         ("loss", _last_and_best(curves.last("loss"), best)),
-        ("validation", _last_and_best(curves.last("validation/loss"), best_validation)),
+        *((words, _last_and_best(curves.last(key), curves.best(key))) for key, words in validation.items()),
         *_tasks(facts),
         ("tokens", "" if (tokens := curves.last("tokens")) is None else format_count(tokens)),
         ("began with", facts.initial),
@@ -47,7 +50,7 @@ def _head(facts: RunFacts) -> str:
         ("environment", ", ".join(f"{key} {value}" for key, value in facts.environment.items() if key in _VERSIONS)),
         ("left out", f"{curves.bad} bad line{'s' * (curves.bad > 1)} of metrics.jsonl" if curves.bad else ""),
     ]
-    return "\n".join(f"{style(f'{name:<12}', bold=True)}{text}" for name, text in lines if text)
+    return "\n".join(f"{style(f'{name:<{width}}', bold=True)}{text}" for name, text in lines if text)
 
 
 def _tasks(facts: RunFacts) -> list[tuple[str, str]]:
