@@ -73,6 +73,18 @@ REFUSED = [
         "export_every: a multiple of 4",
     ),
     (
+        ["checkpoint={every: 1K tokens, export_every: 1500 tokens}"],
+        "checkpoint.export_every",
+        "no checkpoint is written at all of its multiples: every is 1K tokens",
+        "export_every: a multiple of 1K tokens",
+    ),
+    (
+        ["checkpoint.export_every=50%"],
+        "checkpoint.export_every",
+        "no checkpoint is written at all of its multiples: every is 0 steps",
+        "checkpoint.every: 50%",
+    ),
+    (
         ["optimizer.name=sgd", "optimizer.state_dtype=bf16"],
         "optimizer.state_dtype",
         "bf16 is for adamw and muon",

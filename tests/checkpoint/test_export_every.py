@@ -86,7 +86,7 @@ def test_they_are_kept_and_set_aside_with_their_checkpoint(tmp_path: Path) -> No
         export_path(write(tmp_path, step)).mkdir()
     (tmp_path / "step-00000030.hf.tmp").mkdir()
     sweep(tmp_path)
-    retire(tmp_path, saved=20, keep=1, keep_every=None)
+    retire(tmp_path, saved=20, keep=1, stays=lambda step: False)
     set_aside(tmp_path, after=20)
     names = ["step-00000020", "step-00000020.hf", "step-00000030.abandoned", "step-00000030.abandoned.hf"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

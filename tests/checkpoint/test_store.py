@@ -240,7 +240,7 @@ def test_the_best_stays_besides(tmp_path: Path) -> None:
         temporary = tmp_path / f"step-{step:08d}.tmp"
         temporary.mkdir()
         commit(temporary, Manifest(step, {} if loss is None else {"validation": {"validation/loss": loss}}, {}, {}))
-    retire(tmp_path, saved=50, keep=1, keep_every=None, keep_best="validation/loss")
+    retire(tmp_path, saved=50, keep=1, stays=lambda step: False, keep_best="validation/loss")
     assert steps(tmp_path) == [20, 50], "of equal ones the earliest"
 
 

@@ -193,6 +193,17 @@ class TestPaths:
             assert [source.path for source in data.sources("validation")] == ["/abs/v.txt", str(child.parent / "w.txt")]
             assert load(path).data.sources("validation")[0].path == str(child.parent / "v.txt")
 
+    def test_of_named_texts_and_of_tasks(self, write: Write) -> None:
+        named = "{data: v.txt, code: [c.txt, {path: d.txt}], wiki: {path: w.txt, steps: 4}}"
+        tasks = "eval: {tasks: [{name: q, choices: q.jsonl}, {data: u.txt, text_key: body}]}\n"
+        path = write("r.yaml", BASE.replace("text.txt}", f"text.txt, validation: {named}}}") + tasks)
+        recipe = load(path)
+        found = [os.path.relpath(source.path, path.parent) for source in recipe.data.sources("validation")]
+        assert found == ["v.txt", "c.txt", "d.txt", "w.txt"]
+        assert [task.path for task in recipe.eval.tasks] == [str(path.parent / "q.jsonl"), str(path.parent / "u.txt")]
+        assert [task.label for task in recipe.eval.tasks] == ["q", "u"]
+        assert recipe.eval.tasks[1].text_key == "body"
+
     def test_home_is_expanded(self, write: Write) -> None:
         assert load(write("r.yaml", BASE), "data.train=~/t.txt").data.train == os.path.expanduser("~/t.txt")
 

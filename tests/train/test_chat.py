@@ -46,7 +46,7 @@ def learn(raw: dict[str, Any], root: str, device: torch.device | None = None) ->
         for batch in batches:
             result = made.step.run(batch)
             found += [result.loss, result.grad_norm]
-    return [*found, made.validate()]
+    return [*found, made.validate()["validation/loss"]]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def by_hand(raw: dict[str, Any], root: str) -> tuple[float, float, float, float]
     from tplaunch.train.batch import Batch, open_dataset
 
     made = trainer(raw, root)
-    validation = made.validate()
+    validation = made.validate()["validation/loss"]
     sums = []
     for split, count in (("train", 8), ("validation", 24)):
         source = made.recipe.data.sources(split)[0]
