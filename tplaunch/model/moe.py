@@ -33,7 +33,7 @@ from tplaunch.parallel.experts import (
     make_routes,
 )
 from tplaunch.parallel.grouped import add_group_bias, grouped_columns, grouped_row
-from tplaunch.parallel.layers import local, parameter
+from tplaunch.parallel.linear import local, parameter
 from tplaunch.parallel.mesh import ExpertParallel, Mesh, TensorParallel
 from tplaunch.parallel.split_backward import saved, wanted
 from tplaunch.recipe.schema import Experts as Spec

@@ -579,6 +579,29 @@ class Checkpoint(Section):
     )
 
 
+Target = Literal["wq", "wk", "wv", "wo", "gate", "up", "down"]
+
+
+class Lora(Section):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685): a matrix W of [out, in] becomes
+    W + alpha / rank B A, with A of [rank, in] and B of [out, rank], which alone are trained."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rows of A and columns of B")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="what B A is multiplied with, over rank")
+    targets: Literal["all-linear"] | Annotated[list[Target], Field(min_length=1)] = Field(
+        "all-linear",
+        description="the matrices that get adapters, by the last part of their name: wq, wk, wv, wo of attention; "
+        "gate, up, down of MLPs and of shared experts; all-linear: all of these. Experts, their router, embedding and "
+        "output layer stay frozen",
+    )
+
+
+class Finetune(Section):
+    """How a model that is trained already is trained on."""
+
+    lora: Lora | None = Field(None, description="train low-rank adapters, and nothing else; {} for the defaults")
+
+
 class Wandb(Section):
     """Weights & Biases. auto: online with a key, else offline."""
 
@@ -707,7 +730,13 @@ class Recipe(Section):
     optimizer: Optimizer = Field({}, validate_default=True, description="what updates the weights")
     lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
     data: Data = Field(description="corpora and tokenizer")
+    finetune: Finetune = Field({}, validate_default=True, description="how a trained model is trained on")
     checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
     logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
     launch: Launch = Field({}, validate_default=True, description="how processes are started")
     hardware: Hardware = Field({}, validate_default=True, description="the GPU to plan for")
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained in the place of the model; None: the model is."""
+        return self.finetune.lora
