@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
 
 from tplaunch.checkpoint.metadata import Stored, StoredTensor, read_metadata
 from tplaunch.errors import Problem, TplaunchError
@@ -47,13 +48,33 @@ def load_tensors(
         stored = read_metadata(checkpoint)
     except ValueError as error:
         raise TplaunchError(Problem(f"{checkpoint}: {error}")) from None
+    load_by(_Reader(checkpoint, stored), tensors, checkpoint, group=group, alone=alone)
+
+
+def load_by(
+    reader: StorageReader,
+    tensors: dict[str, Any],
+    path: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> None:
+    """Fill tensors by a reader of some format; see `load_tensors`.
+
+    Args:
+        reader: the reader.
+        path: what it reads.
+
+    Raises:
+        TplaunchError: see `load_tensors`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         try:
-            load(tensors, storage_reader=_Reader(checkpoint, stored), process_group=group, no_dist=alone)
+            load(tensors, storage_reader=reader, process_group=group, no_dist=alone)
         except CheckpointException as error:  # a BaseException: what DCP gathered from the ranks that failed
             cause, _ = next(iter(error.failures.values()))
-            raise TplaunchError(Problem(f"{checkpoint}: {_words(cause)}")) from None
+            raise TplaunchError(Problem(f"{path}: {_words(cause)}")) from None
 
 
 def _words(cause: BaseException) -> str:

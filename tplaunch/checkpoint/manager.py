@@ -263,7 +263,7 @@ class CheckpointManager:
             manifest, problems = self._inspect(path)
             if manifest is not None and not problems:
                 self._check_fits(path, manifest.about)
-                self._read(path)
+                self._fill(self.tensors(), lambda tensors, path=path: load_tensors(tensors, path, group=self.group))
                 self.saved_step = manifest.step
                 if self.rank == 0 and source != "auto":
                     store.set_aside(self.root, after=manifest.step)
@@ -276,8 +276,11 @@ class CheckpointManager:
         fix = "name an older one with --resume PATH, or train in a new --run-dir"
         raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
 
-    def start_from(self, path: Path) -> None:
+    def start_from(self, path: Path) -> int:
         """Read the weights of another run's checkpoint, or of an imported one, and nothing else.
+
+        Returns:
+            The step at which it was written.
 
         Raises:
             TplaunchError: it is damaged, or of another model.
@@ -286,7 +289,16 @@ class CheckpointManager:
         if manifest is None or problems:
             raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
         self._check_fits(path, manifest.about, weights_only=True)
-        self._read(path, weights_only=True)
+        self.fill_weights(lambda weights: load_tensors(weights, path, group=self.group))
+        return manifest.step
+
+    def fill_weights(self, load: Callable[[State], None]) -> None:
+        """Read the weights alone, of a new run.
+
+        Args:
+            load: fills tensors, each under its global name; every rank calls it.
+        """
+        self._fill([pair for pair in self.tensors() if pair[0].startswith("model.")], load)
 
     def _inspect(self, path: Path) -> tuple[store.Manifest | None, list[str]]:
         """The manifest, and what is wrong, the same on every rank; ranks share the hashing."""
@@ -301,10 +313,9 @@ class CheckpointManager:
         dist.all_gather_object(everyone, mine, group=self.group)
         return manifest, list(dict.fromkeys(text for texts in everyone for text in texts))
 
-    def _read(self, path: Path, *, weights_only: bool = False) -> None:
-        pairs = [pair for pair in self.tensors() if not weights_only or pair[0].startswith("model.")]
+    def _fill(self, pairs: list[tuple[str, Tensor]], load: Callable[[State], None]) -> None:
         filled: State = dict(pairs)
-        load_tensors(filled, path, group=self.group)
+        load(filled)
         for name, tensor in pairs:
             if tensor is not filled[name]:
                 tensor.copy_(filled[name])

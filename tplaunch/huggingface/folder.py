@@ -13,9 +13,10 @@ from tplaunch.data.cache import subdirectory
 from tplaunch.data.progress import Progress
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import locked, write_atomic
-from tplaunch.huggingface.config import CONFIG, Read, read_config
-from tplaunch.huggingface.import_ import head_is_its_own, holds, import_model
+from tplaunch.huggingface.config import CONFIG, Read
+from tplaunch.huggingface.import_ import import_model
 from tplaunch.huggingface.recipe import model_recipe
+from tplaunch.huggingface.source import open_folder
 
 
 class Imported(NamedTuple):
@@ -40,26 +41,21 @@ def import_folder(folder: Path, out: Path) -> Imported:
     The checkpoint comes last: where it is, all is there.
 
     Raises:
-        TplaunchError: see `read_config` and `import_model`.
+        TplaunchError: see `open_folder` and `import_model`.
     """
-    read = read_config(folder / CONFIG)
     name = checkpoint_name(0)
     if (out / name).exists():
         raise TplaunchError(Problem(f"{out / name} exists already", fix="name another folder, or remove it"))
-    warnings = []
-    if holds(folder, read.left_out):
-        warnings.append("layers that predict further tokens are left out: the model predicts the next one alone")
-    if read.model.tie_embeddings and head_is_its_own(folder, read.family):
-        warnings.append(UNTIED)
-        read = read._replace(model=read.model.model_copy(update={"tie_embeddings": False}))
+    source = open_folder(folder)
+    read = source.read
 
     def beside() -> None:
         _take_text(folder, out)
         text = model_recipe(folder, read.model, name, tokenizer=(out / TOKENIZER).exists())
         write_atomic(out / "model.yaml", text)
 
-    checkpoint = import_model(folder, out, read, before_commit=beside)
-    return Imported(checkpoint, out / "model.yaml", read, warnings)
+    checkpoint = import_model(source, out, before_commit=beside)
+    return Imported(checkpoint, out / "model.yaml", read, source.warnings)
 
 
 def cached_import(folder: Path, cache: Path) -> Path:
@@ -84,12 +80,6 @@ def cached_import(folder: Path, cache: Path) -> Path:
             for text in import_folder(folder, out).warnings:
                 show.say(text)
     return out
-
-
-UNTIED = (
-    "config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: "
-    "imported untied (tie_embeddings: false), as transformers reads it"
-)
 
 
 def _take_text(folder: Path, out: Path) -> None:

@@ -173,8 +173,8 @@ def say(event: Event) -> str:
             return f"submitted as {', '.join(map(str, jobs))}"
         case Started(world_size=size):
             return f"{size} ranks have met"
-        case Initialized(path=path):
-            return f"weights of {path}"
+        case Initialized(path=path, of_step=step):
+            return f"weights of {path}{'' if step is None else f', step {step}'}"
         case Fault(kind=kind, step=step, rank=rank):
             return f"fault at step {step}: {kind}{'' if rank is None else f' on rank {rank}'}"
         case Stopped(step=step, by=by):

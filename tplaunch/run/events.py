@@ -115,10 +115,16 @@ class StartedUp(Event):
 
 @dataclass(frozen=True)
 class Initialized(Event):
-    """A new run took its weights from a checkpoint (`checkpoint.initial`)."""
+    """A new run took its weights from a checkpoint, or a Hugging Face folder (`checkpoint.initial`).
+
+    Args:
+        path: its directory.
+        of_step: the step at which it was written; None of a folder.
+    """
 
     name = "initial"
     path: str
+    of_step: int | None = None
 
 
 @dataclass(frozen=True)

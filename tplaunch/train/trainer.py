@@ -17,6 +17,8 @@ from tplaunch.checkpoint.manager import CheckpointManager
 from tplaunch.checkpoint.state import TrainingProgress, named_tensors
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import TokenDataset, prefetch
+from tplaunch.huggingface.config import is_model_folder
+from tplaunch.huggingface.load import load_folder
 from tplaunch.observe.wandb import run_id
 from tplaunch.optim.loss_scale import LossScale
 from tplaunch.parallel.mesh import Mesh
@@ -114,10 +116,10 @@ class Trainer:
         self.step.optimizer.settle()
         loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
         if loaded is None and initial is not None:
-            self.checkpoints.start_from(Path(initial))
+            of_step = self._start_from(Path(initial))
             self.step.optimizer.publish()
             if self.main:
-                self.run_dir.append(Initialized(initial))
+                self.run_dir.append(Initialized(initial, of_step))
         if loaded is not None:
             state, seq_len = loaded.state, self.recipe.training.seq_len
             was = loaded.about.get("seq_len", seq_len)
@@ -128,6 +130,14 @@ class Trainer:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
             if self.main:
                 self.run_dir.append(Resumed(loaded.step))
+
+    def _start_from(self, initial: Path) -> int | None:
+        """Read a new run's weights; returns the step at which they were written, of a checkpoint."""
+        if not is_model_folder(initial):
+            return self.checkpoints.start_from(initial)
+        model = self.recipe.model
+        self.checkpoints.fill_weights(lambda weights: load_folder(weights, initial, model, self.checkpoints.group))
+        return None
 
     def run(self) -> bool:
         """Train to the recipe's last step.
