@@ -10,11 +10,12 @@ from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.check.samples import check_prompts
-from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.fit import adapter_differences, model_differences, refuse_adapters
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TOKENIZER, copy_text
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
+from tplaunch.huggingface.base import refuse_changed
 from tplaunch.launch.resume import Before, Changes, before_this, data_changes, past, recipe_changes, refuse
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -56,8 +57,10 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
     initial = checked.recipe.checkpoint.initial
     _check_named({"--resume": None if resume in ("auto", "none") else resume, "checkpoint.initial": initial})
     if saved and run_dir.recipe.exists():
-        stored = load_recipe(run_dir.recipe).recipe.model
-        changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
+        stored = load_recipe(run_dir.recipe).recipe
+        changed = model_differences(stored.model.model_dump(mode="json"), checked.recipe.model)
+        lora = None if stored.lora is None else stored.lora.model_dump(mode="json")
+        changed += adapter_differences(lora, checked.recipe.lora)
         why = f"the checkpoints in {run_dir.root} are of another model"
         if changed:
             raise RecipeError(
@@ -69,7 +72,9 @@ def _check_named(named: Mapping[str, str | None]) -> None:
     for key, path in named.items():
         try:
             if path is not None:
-                open_checkpoint(Path(path), key=key)
+                about = open_checkpoint(Path(path), key=key).about
+                if key == "checkpoint.initial" and (found := refuse_adapters(path, about)):
+                    raise RecipeError(*found)
         except TplaunchError as error:
             raise RecipeError(*error.problems) from None
 
@@ -113,6 +118,9 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     before = before_this(run_dir, resume)
     changes: Changes = {}
     recipe = checked.recipe
+    if before is not None and recipe.checkpoint.initial is not None and "base" in before.about:
+        was = before.about["base"]["fingerprint"]
+        refuse_changed(Path(recipe.checkpoint.initial), was, f"{before.path} holds adapters alone")
     if before is not None:
         changes = recipe_changes(before, recipe)
         refuse(changes, before, allow)

@@ -48,6 +48,11 @@ class Stage:
         """What is kept with the weights and not trained, the same on all ranks that hold the layer, by its name."""
         return {name: self.module.get_buffer(name) for name, kept in self.parameters.items() if kept.buffer}
 
+    @property
+    def frozen(self) -> bool:
+        """Whether all but adapters stays as it is."""
+        return any(parameter.frozen for parameter in self.parameters.values())
+
 
 def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage]:
     """Build this rank's stages, sharded.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tplaunch.recipe.schema import Lora
-from tplaunch.spec.parameters import Parameter
+from tplaunch.recipe.schema import Lora, Model
+from tplaunch.spec.parameters import Parameter, block_parameters, layer_kinds, parameter_count
 
 A, B = "lora_a", "lora_b"
 TARGETS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
@@ -49,3 +49,13 @@ def adapted(parameters: Iterable[Parameter], lora: Lora | None) -> list[Paramete
         if is_target(lora, parameter):
             found += adapters(lora, parameter)
     return found
+
+
+def trainable_count(model: Model, lora: Lora | None) -> int:
+    """Parameters that are trained: those of adapters, else all of the model (`parameter_count`)."""
+    if lora is None:
+        return parameter_count(model)
+    return sum(
+        number * sum(p.count for p in adapted(block_parameters(model, layer), lora) if p.trained)
+        for layer, number in layer_kinds(model).items()
+    )
