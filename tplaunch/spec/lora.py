@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tplaunch.recipe.schema import Lora, Model
+from tplaunch.recipe.schema import Lora, Model, Target
 from tplaunch.spec.parameters import Parameter, block_parameters, layer_kinds, parameter_count
 
 A, B = "lora_a", "lora_b"
-TARGETS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
+TARGETS: tuple[Target, ...] = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 
 
-def targets(lora: Lora) -> tuple[str, ...]:
+def targets(lora: Lora) -> tuple[Target, ...]:
     """The last parts of the names of matrices that get adapters, in the order of a block."""
     return TARGETS if lora.targets == "all-linear" else tuple(name for name in TARGETS if name in lora.targets)
 
