@@ -216,6 +216,7 @@ class CheckpointManager:
             "seq_len": self.recipe.training.seq_len,
             "precision": self.recipe.training.precision,
             "parameters": parameter_count(self.recipe.model),
+            **({"lora": lora.model_dump(mode="json")} if (lora := self.recipe.lora) else {}),
             "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
             **self.about,

@@ -14,7 +14,6 @@ from typing import Any
 from tplaunch.checkpoint.store import open_checkpoint
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.huggingface.config import CONFIG, is_model_folder
-from tplaunch.recipe.schema import Lora
 
 _SAMPLES, _SAMPLE = 16, 1 << 16  # of each file of a Hugging Face folder, which says no checksum: how many, and bytes
 
@@ -52,10 +51,10 @@ def _samples(file: Path) -> Iterator[Any]:
     yield digest.hexdigest()
 
 
-def describe_base(initial: str, lora: Lora) -> dict[str, Any]:
-    """What a checkpoint's manifest says of adapters: the recipe's section, and what they belong to."""
+def describe_base(initial: str) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the model that its adapters belong to."""
     path = Path(initial).absolute()
-    return {"lora": lora.model_dump(mode="json"), "base": {"path": str(path), "fingerprint": fingerprint(path)}}
+    return {"base": {"path": str(path), "fingerprint": fingerprint(path)}}
 
 
 def base_of(checkpoint: Path, about: Mapping[str, Any]) -> Path | None:

@@ -273,8 +273,10 @@ def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
     total = documents(case)
     total += sum(n * block_activations(case, b.again, experts=b.experts) for b, n in case.blocks(stage).items())
-    if stage.first:
+    if stage.first and case.recipe.lora is None:
         total += embedding_activations(case)
+    if stage.first and case.recipe.lora is not None and stage.layers and case.model.pre_norms:
+        total -= hidden_bytes(case) + norm_statistics(case)  # nobody needs the gradient of the first norm's input
     if stage.last:
         total += head_activations(case)
     return total
@@ -446,8 +448,9 @@ def reducing(case: Case, unit: float) -> float:
 
 
 def gathering(case: Case) -> float:
-    """With ZeRO 3, the next block's weights on their way."""
-    if case.zero < 3 or case.flat:
+    """With ZeRO 3, the next block's weights on their way. With ZeRO 2 those of the last block, as they came, which
+    FSDP2 keeps until it gathers others: where gradients are reduced in as large buffers later, no peak is there."""
+    if case.flat or (case.zero < 3 and case.recipe.lora is None):
         return 0.0
     return max(_unit_weights(case, experts, all=True) for experts in case.kinds) * case.compute_bytes
 
@@ -560,7 +563,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     stages = case.stages_on(pp_rank)
     moments = [(step.gradients[pp_rank], moment) for moment in _moments(case, stages, step.held[pp_rank])]
     if any(stage.last for stage in stages):
-        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=_lingering(case, stages))
+        buffers = _lingering(case, stages) + (gathering(case) if case.zero == 2 else 0.0)
+        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=buffers)
         moments.append((step.gradients_at_loss[pp_rank], head))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]

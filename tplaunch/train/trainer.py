@@ -148,7 +148,7 @@ class Trainer:
             return
         if "base" in loaded:
             refuse_changed(Path(initial), loaded["base"]["fingerprint"], "the checkpoint holds adapters alone")
-        self.checkpoints.about |= describe_base(initial, self.recipe.lora)
+        self.checkpoints.about |= describe_base(initial)
 
     def _start_from(self, initial: Path) -> int | None:
         """Read a new run's weights; returns the step at which they were written, of a checkpoint."""

@@ -245,8 +245,8 @@ def _notes(case: Case) -> Iterator[str]:
     if (lora := case.recipe.lora) is not None:
         trained, total = trainable_count(case.model, lora), parameter_count(case.model)
         yield (
-            f"adapters: {format_count(trained)} parameters are trained, in rank {lora.rank} beside {', '.join(targets(lora))}; "
-            f"the model's {format_count(total)} are frozen"
+            f"adapters: {format_count(trained)} parameters are trained, in rank {lora.rank} beside "
+            f"{', '.join(targets(lora))}; the model's {format_count(total)} are frozen"
         )
     if length := document_length(case.recipe):
         why = "" if data.document_length else ": no data are at hand, and data.document_length is not given"
