@@ -77,9 +77,9 @@ def adapter_differences(stored: Mapping[str, Any] | None, asked: Lora | None) ->
     return [(f"finetune.lora.{name}", theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
 
 
-def refuse_adapters(path: object, about: Mapping[str, Any], key: str = "checkpoint.initial") -> list[Problem]:
+def refuse_adapters(path: object, about: Mapping[str, Any]) -> list[Problem]:
     """Why a run cannot start from a checkpoint: there is no whole model in it."""
     if about.get("lora") is None:
         return []
     fix = "make a whole model of it: `tplaunch export --merge`, and name that folder"
-    return [Problem(f"{path} holds adapters alone, not a model to start from", fix=fix, key=key)]
+    return [Problem(f"{path} holds adapters alone, not a model to start from", fix=fix, key="checkpoint.initial")]

@@ -236,9 +236,7 @@ class CheckpointManager:
             Problem(f"{path} has {key.removeprefix('model.')}={theirs}, the recipe {ours}", key=key)
             for key, theirs, ours in model_differences(about["model"], self.recipe.model, weights_only=weights_only)
         ]
-        if weights_only:
-            problems += refuse_adapters(path, about)
-        else:
+        if not weights_only:
             problems += [
                 Problem(f"{path} has {key.removeprefix('finetune.')}={theirs}, the recipe {ours}", key=key)
                 for key, theirs, ours in adapter_differences(about.get("lora"), self.recipe.lora)
@@ -300,6 +298,8 @@ class CheckpointManager:
         manifest, problems = self._inspect(path)
         if manifest is None or problems:
             raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
+        if found := refuse_adapters(path, manifest.about):
+            raise TplaunchError(*found)
         self._check_fits(path, manifest.about, weights_only=True)
         self.fill_weights(lambda weights: load_tensors(weights, path, group=self.group))
         return manifest.step
