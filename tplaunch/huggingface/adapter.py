@@ -27,6 +27,7 @@ from tplaunch.parallel.precision import COMPUTE_DTYPE
 from tplaunch.recipe.schema import Lora, Precision
 from tplaunch.spec.lora import is_target
 
+_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj"}  # names that PEFT 0.21 moves to transformers' fused experts
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -42,7 +43,8 @@ def export_adapter(checkpoint: Path, out: Path, *, precision: Precision) -> int:
 
     Raises:
         TplaunchError: `out` exists, the checkpoint is damaged or would run code, the model beneath is not there or was
-            changed, or no architecture of transformers is its model. Nothing is written then.
+            changed, no architecture of transformers is its model, or PEFT cannot name its adapters. Nothing is written
+            then.
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
@@ -51,6 +53,9 @@ def export_adapter(checkpoint: Path, out: Path, *, precision: Precision) -> int:
     family = family_of(whole.model)
     every = hf_tensors(whole.model, family)
     adapted = [tensor for tensor in every if any(is_target(whole.lora, part) for part in tensor.parts)]
+    if whole.model.moe is not None and (named := sorted({_leaf(tensor) for tensor in adapted} & _OF_EXPERTS)):
+        why = f"in a model with experts PEFT takes {', '.join(named)} for theirs, in all layers"
+        raise TplaunchError(Problem("PEFT cannot have these adapters", why, "export the whole model: --merge"))
     tensors: dict[str, Tensor] = {}
     for tensor in adapted:
         inner, outer = _factors(whole, whole.lora, tensor)
@@ -115,6 +120,10 @@ def _plain(number: float) -> float:
 
 def _module(tensor: HfTensor) -> str:
     return tensor.name.removesuffix(".weight")
+
+
+def _leaf(tensor: HfTensor) -> str:
+    return _module(tensor).rpartition(".")[2]
 
 
 def _target(tensor: HfTensor, others: set[str]) -> str:

@@ -161,7 +161,11 @@ def _of_frozen_alone(case: Case, *, experts: bool) -> set[str]:
     if case.model.pre_norms and case.model.latent is None and not {"wq", "wk", "wv"} & names:
         found.add("normed")
     if experts:
-        return found
+        found |= {"dispatched", "activated"}
+        shared = case.model.moe is not None and case.model.moe.shared_ffn_hidden_size is not None
+        if not shared or "down" not in names:
+            found.add("shared_activated")
+        return found if shared and {"gate", "up"} & names else found | {"middle_normed"}
     if case.model.pre_norms and not {"gate", "up"} & names:
         found.add("middle_normed")
     return found if "down" in names else found | {"activated"}
@@ -414,7 +418,7 @@ def _expert_working(case: Case, block: Block) -> float:
     waiting = product if case.accumulates_in_place else 2 * product
     again = _made_again(case, block, "dispatched", "inside", "activated")
     last, between = rows + activated + product, 3 * activated
-    first = rows + waiting - activated
+    first = rows + waiting - (activated if case.recipe.lora is None else 0.0)  # of frozen experts it is not kept
     beside = hidden_bytes(case) * (1 + (moe.shared_ffn_hidden_size is not None))
     return max(coming, again + max(last, between, first)) + beside
 
