@@ -154,8 +154,6 @@ ADAPTED = {
     "adapters, dp 2, zero 0, cheap": {"lora": ALL, "dp": 2, "zero": 0, "training": {"recompute": "cheap"}},
     "few adapters, tp 2, sp": {"lora": FEW, "tp": 2, "sequence_parallel": True},
     "adapters, pp 2, dp 2": {"lora": ALL, "pp": 2, "dp": 2},
-    "adapters, pp 2, zbv": {"lora": ALL, "pp": 2, "schedule": "zbvzerobubble", "virtual_stages": 2, "microbatches": 8},
-    "adapters, experts": experts(EXPERTS, lora=ALL, dp=2, ep=2),
 }
 MEASURED |= ADAPTED
 
