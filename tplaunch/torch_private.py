@@ -112,16 +112,16 @@ def unflatten(mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) 
     return _get(mesh, "_unflatten", "DeviceMesh._unflatten")(0, shape, names)
 
 
-def rows_of(layout: DTensor, rows: Tensor, data: DeviceMesh) -> DTensor:
+def rows_of(layout: DTensor, rows: Tensor, data: DeviceMesh | None) -> DTensor:
     """Some rows of a parameter as a DTensor that knows their place in the whole, sharing their memory.
 
     Args:
         layout: the parameter, laid on its tensor-parallel mesh.
         rows: this rank's part of the rows of its slice of it; parts are equal, rounded up.
-        data: the 1-D mesh over which the rows are cut, of the same world.
+        data: the 1-D mesh over which the rows are cut, of the same world; None: they are not.
     """
     mesh, placements = layout.device_mesh, tuple(layout.placements)
-    if data.size() > 1:
+    if data is not None and data.size() > 1:
         from torch.distributed.tensor import placement_types
 
         slices = 1  # tensor-parallel slices of the rows, which lie between the parts of the whole

@@ -26,6 +26,7 @@ class Origin:
         step: at which it was written.
         run: that wrote it, where it lies in a run's directory.
         document_mask: whether that run kept the documents of a sample apart.
+        adapters: it holds adapters alone.
     """
 
     checkpoint: Path
@@ -36,6 +37,7 @@ class Origin:
     step: int = 0
     run: RunDir | None = None
     document_mask: bool = False
+    adapters: bool = False
 
 
 def origin_of(path: Path) -> Origin:
@@ -66,6 +68,7 @@ def origin_of(path: Path) -> Origin:
         step=manifest.step,
         run=run if run.recipe.exists() else None,
         document_mask=document_mask,
+        adapters="base" in about,
     )
 
 
