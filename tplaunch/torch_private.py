@@ -28,9 +28,11 @@ symmetric_memory_ops = torch.ops.symm_mem
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by oneDNN, which torch's own matmuls in fp32 do not use: [rows, k] and [n, k] -> [rows, n]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return product
+    """x W^T by oneDNN, which torch's own matmuls in fp32 do not use: [..., k] and [n, k] -> [..., n], which is no view,
+    as of torch's own."""
+    rows = x.reshape(-1, x.shape[-1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
+    return product if x.dim() == 2 else torch.ops.aten._unsafe_view.default(product, [*x.shape[:-1], len(weight)])
 
 
 class UnsupportedTorch(RuntimeError):
