@@ -15,7 +15,7 @@ from tests.gpu.test_experts import SPARSE, train_on
 from tests.gpu.test_launch import train
 from tests.recipes import case
 from tests.train.test_lora_invariance import lora
-from tests.train.test_topology_invariance import LATENT
+from tests.train.test_muon import LATENT
 from tests.train.test_torchrun import environment, shape
 from tests.world import World
 from tplaunch.errors import Exit

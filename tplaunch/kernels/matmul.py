@@ -100,13 +100,12 @@ def _put(out: Tensor, product: Tensor, add: bool) -> None:
 
 def _for_onednn(left: Tensor, right: Tensor, tokens: int) -> int:
     """How many of the tokens are oneDNN's."""
+    if not left.is_cpu or left.dtype != torch.float32 or right.dtype != torch.float32 or not _onednn_is_faster():
+        return 0
     both = (left, right)
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in both)
     watched = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in both)
-    if not plain or watched or torch.compiler.is_compiling():
-        return 0
-    fits = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and _onednn_is_faster()
-    return tokens // _STEP * _STEP if fits else 0
+    return tokens // _STEP * _STEP if plain and not watched and not torch.compiler.is_compiling() else 0
 
 
 @cache
