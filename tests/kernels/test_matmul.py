@@ -24,7 +24,7 @@ def used(request, monkeypatch):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
