@@ -78,7 +78,8 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
             counter.peak = 0
             pipeline.train(Batch(tokens, tokens), 1.0 / training.global_batch_size)
             finalizer.complete()
-            gradients = sum(sharding.gradient(shard).nbytes for sharding, shard in held)
+            trained = [(sharding, shard) for sharding, shard in held if shard.parameter.trained]
+            gradients = sum(sharding.gradient(shard).nbytes for sharding, shard in trained)
             optimizer.step(1e-3)
             optimizer.zero_grad()
         states = [

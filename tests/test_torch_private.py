@@ -186,3 +186,11 @@ assert torch.equal(without, trained(nn.Parameter)) and "torch._dynamo" in sys.mo
 
 def test_a_process_that_compiles_nothing_loads_no_dynamo() -> None:
     subprocess.run([sys.executable, "-c", _WITHOUT_DYNAMO], check=True)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_onednn_multiplies() -> None:
+    x, weight = torch.randn(4, 8, 16), torch.randn(12, 16)
+    found = torch_private.onednn_linear(x, weight)
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert not found._is_view()

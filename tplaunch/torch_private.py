@@ -28,9 +28,11 @@ symmetric_memory_ops = torch.ops.symm_mem
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by oneDNN, which torch's own matmuls in fp32 do not use: [rows, k] and [n, k] -> [rows, n]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return product
+    """x W^T by oneDNN, which torch's own matmuls in fp32 do not use: [..., k] and [n, k] -> [..., n], which is no view,
+    as of torch's own."""
+    rows = x.reshape(-1, x.shape[-1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
+    return product if x.dim() == 2 else torch.ops.aten._unsafe_view.default(product, [*x.shape[:-1], len(weight)])
 
 
 class UnsupportedTorch(RuntimeError):
@@ -112,16 +114,16 @@ def unflatten(mesh: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) 
     return _get(mesh, "_unflatten", "DeviceMesh._unflatten")(0, shape, names)
 
 
-def rows_of(layout: DTensor, rows: Tensor, data: DeviceMesh) -> DTensor:
+def rows_of(layout: DTensor, rows: Tensor, data: DeviceMesh | None) -> DTensor:
     """Some rows of a parameter as a DTensor that knows their place in the whole, sharing their memory.
 
     Args:
         layout: the parameter, laid on its tensor-parallel mesh.
         rows: this rank's part of the rows of its slice of it; parts are equal, rounded up.
-        data: the 1-D mesh over which the rows are cut, of the same world.
+        data: the 1-D mesh over which the rows are cut, of the same world; None: they are not.
     """
     mesh, placements = layout.device_mesh, tuple(layout.placements)
-    if data.size() > 1:
+    if data is not None and data.size() > 1:
         from torch.distributed.tensor import placement_types
 
         slices = 1  # tensor-parallel slices of the rows, which lie between the parts of the whole

@@ -53,6 +53,7 @@ def recipe(layout: dict[str, Any], *, tied: bool, moe: dict[str, Any] | None = N
 def save_and_go_on(raw: dict[str, Any], root: str) -> Curve:
     """The steps after a save that is written while they run."""
     made = trainer(raw, root)
+    made.resume("auto")
     train(made, BEFORE)
     made.save(wait=False)
     curve = train(made, AFTER)

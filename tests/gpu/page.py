@@ -102,7 +102,7 @@ def _tests(after: dict[str, Any]) -> Iterator[str]:
         if figures:
             worst = max(one["worst_relative_difference"] for one in figures)
             yield f"- `{part['part']}`: {len(figures)} cases {part['result']}, at most {worst:.1e} off."
-        elif part["part"] in ("parity", "experts", "checkpoint", "launch", "bench"):
+        elif part["part"] in ("parity", "experts", "models", "checkpoint", "launch", "bench"):
             yield f"- `{part['part']}`: {part['result']}."
     yield ""
 

@@ -70,14 +70,12 @@ def _look(contender: str, limit_s: int, shape: str = "1b") -> Part:
     return Part(name, limit_s, ("tests.gpu.look", SHAPE_OF[shape], contender, "OUT", "FIGURES"))
 
 
-TESTED = ("parity", "memory", "topologies", "kernels", "experts", "checkpoint", "launch")
+TESTED = ("parity", "memory", "topologies", "kernels", "experts", "models", "checkpoint", "launch")
 # Parts of a stage run at once, on a GPU: tests, whose times nobody reads.
 STAGES = (
     (_speed("1b", "tplaunch", 60),),
     (_look("tplaunch", 60),),
-    tuple(
-        _tests(name, 200) for name in ("parity", "memory", "topologies", "kernels", "experts", "checkpoint", "launch")
-    ),
+    tuple(_tests(name, 200) for name in TESTED),
     (_speed("1b", "transformers-compile", 90),),
     (_speed("1b", "tplaunch-compile", 90),),
     (_look("tplaunch-compile", 90),),

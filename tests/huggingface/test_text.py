@@ -83,7 +83,7 @@ def about_text(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json"
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", "README.md")
     }
 
 

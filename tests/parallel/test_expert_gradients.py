@@ -79,7 +79,7 @@ def stand_in(parameters: dict[str, Parameter], mesh: Mesh) -> nn.Module:
     from torch import nn
     from torch.distributed.tensor import Replicate, Shard
 
-    from tplaunch.parallel.layers import local, parameter
+    from tplaunch.parallel.linear import local, parameter
 
     class Part(nn.Module):
         def __init__(self, prefix: str) -> None:

@@ -30,6 +30,7 @@ def values(
     model: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     optimizer: str = "adamw",
+    lora: dict[str, Any] | None = None,
     **topology: Any,
 ) -> dict[str, Any]:
     """A small model on any topology, as a recipe."""
@@ -41,6 +42,7 @@ def values(
         "topology": {"tp": tp, "pp": pp, "dp": dp, **topology},
         "training": {**run, **(training or {})},
         "optimizer": {"name": optimizer},
+        "finetune": {"lora": lora},
         "data": {"train": "data/train"},
     }
 
@@ -142,6 +144,18 @@ MEASURED |= {
     "deepseek, pp 2, dp 2, ep 2": experts(DEEPSEEK, pp=2, dp=2, ep=2),
     "experts, pp 2, dualpipev": experts(EXPERTS, **DUALPIPE),
 }
+ALL, FEW = {"rank": 8}, {"rank": 8, "targets": ["wq", "wv"]}
+ADAPTED = {
+    "adapters": {"lora": ALL},
+    "few adapters, bf16": {"lora": FEW, "training": {"precision": "bf16"}},
+    "adapters, bf16, dp 2, zero 1": {"lora": ALL, "dp": 2, "training": {"precision": "bf16"}},
+    "adapters, bf16, dp 2, zero 2": {"lora": ALL, "dp": 2, "zero": 2, "training": {"precision": "bf16"}},
+    "adapters, bf16, dp 2, zero 3": {"lora": ALL, "dp": 2, "zero": 3, "training": {"precision": "bf16"}},
+    "adapters, dp 2, zero 0, cheap": {"lora": ALL, "dp": 2, "zero": 0, "training": {"recompute": "cheap"}},
+    "few adapters, tp 2, sp": {"lora": FEW, "tp": 2, "sequence_parallel": True},
+    "adapters, pp 2, dp 2": {"lora": ALL, "pp": 2, "dp": 2},
+}
+MEASURED |= ADAPTED
 
 
 @pytest.mark.slow

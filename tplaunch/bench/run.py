@@ -44,7 +44,8 @@ class Bench:
     @property
     def flops_per_gpu(self) -> float:
         """Model FLOP/s of one rank."""
-        per_token = model_flops_per_token(self.checked.recipe.model, attended_positions(self.checked.recipe))
+        recipe = self.checked.recipe
+        per_token = model_flops_per_token(recipe.model, attended_positions(recipe), recipe.lora)
         return self.tokens_per_second * per_token / self.checked.topology.world_size
 
     def plan(self) -> Plan | None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Optimizer, Recipe
+from tplaunch.spec.lora import adapted
 from tplaunch.spec.optimizer import rule_of
 from tplaunch.spec.parameters import parameter_shapes
 
@@ -75,6 +76,6 @@ def optimizer_warnings(recipe: Recipe) -> Iterator[Problem]:
 def _names(recipe: Recipe) -> list[str]:
     """Of all parameters that are trained; none where the model is wrong, which is told elsewhere."""
     try:
-        return [parameter.name for parameter in parameter_shapes(recipe.model) if parameter.trained]
+        return [p.name for p in adapted(parameter_shapes(recipe.model), recipe.lora) if p.trained]
     except (ValueError, AssertionError):
         return []

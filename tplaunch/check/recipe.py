@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tplaunch.check.data import chat_problems, missing_files, tokenizer_problems, with_tokenizer
 from tplaunch.check.experts import expert_warnings, experts
+from tplaunch.check.lora import lora_problems, missing_base
 from tplaunch.check.model import model_problems
 from tplaunch.check.observe import hook_problems, missing_packages, observe_warnings, profile_problems
 from tplaunch.check.optimizer import optimizer_problems, optimizer_warnings
@@ -23,6 +24,7 @@ from tplaunch.errors import Problem, RecipeError
 from tplaunch.recipe.load import LoadedRecipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.course import with_steps
+from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
@@ -56,9 +58,13 @@ class Checked(NamedTuple):
         split = f", layers {layers} by {recipe.topology.schedule}" if topology.pp > 1 else ""
         spread = f", experts {topology.expert_sizes}" if topology.expert_sizes else ""
         active = f" ({format_count(active_parameter_count(recipe.model))} active)" if recipe.model.moe else ""
+        adapters = ""
+        if recipe.lora is not None:
+            count = trainable_count(recipe.model, recipe.lora)
+            adapters = f", frozen, with {format_count(count)} in adapters of rank {recipe.lora.rank}"
         return (
             f"{topology.sizes} = {topology.world_size} ranks{where}{spread}{split}; "
-            f"{format_count(parameter_count(recipe.model))} parameters{active} in {training.precision}"
+            f"{format_count(parameter_count(recipe.model))} parameters{active}{adapters} in {training.precision}"
             f"{kept_in_words(recipe)}; "
             f"{training.global_batch_size} x {training.seq_len} tokens a step, {format_count(training.steps)} steps"
         )
@@ -90,11 +96,12 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
         recipe = recipe.model_copy(update={"topology": recipe.topology.model_copy(update={"dp": dp})})
         problems += [*experts(recipe), *batch(recipe, dp), *profile_problems(recipe)]
     problems += [*run_problems(recipe), *optimizer_problems(recipe), *hook_problems(recipe)]
+    problems += [*lora_problems(recipe)]
     problems += [*sample_problems(recipe), *tokenizer_problems(recipe), *chat_problems(recipe), *task_problems(recipe)]
     warnings = [*([] if problems else schedule_warnings(recipe)), *run_warnings(recipe)]
     warnings += [*optimizer_warnings(recipe), *expert_warnings(recipe)]
     warnings += [*observe_warnings(recipe), *sample_warnings(recipe), *task_warnings(recipe)]
-    missing = [*missing_files(recipe), *missing_tasks(recipe), *missing_packages(recipe)]
+    missing = [*missing_files(recipe), *missing_tasks(recipe), *missing_packages(recipe), *missing_base(recipe)]
     (problems if need_data else warnings).extend(missing)
     if need_data and not missing:
         problems += [*prompt_problems(recipe), *tasks_without_tokenizer(recipe)]

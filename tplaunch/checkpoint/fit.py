@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tplaunch.recipe.schema import Experts, Latent, Model, RopeScaling, Section
+from tplaunch.errors import Problem
+from tplaunch.recipe.schema import Experts, Latent, Lora, Model, RopeScaling, Section
 
 # Only names, and how weights are drawn that a checkpoint brings along.
 _IRRELEVANT = frozenset({"preset", "family", "init_std"})
@@ -61,3 +62,24 @@ def _expert_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> l
         if not same:
             found.append((f"model.moe.{name}", theirs[name], ours[name]))
     return found
+
+
+def adapter_differences(stored: Mapping[str, Any] | None, asked: Lora | None) -> list[tuple[str, Any, Any]]:
+    """The same of adapters: what keeps those of a checkpoint from going on as those of a recipe.
+
+    Args:
+        stored: the checkpoint's `finetune.lora`, as plain data; None: it is a whole model.
+    """
+    ours = None if asked is None else asked.model_dump(mode="json")
+    theirs = None if stored is None else {**stored}
+    if ours is None or theirs is None:
+        return [] if ours is theirs else [("finetune.lora", theirs, ours)]
+    return [(f"finetune.lora.{name}", theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
+
+
+def refuse_adapters(path: object, about: Mapping[str, Any]) -> list[Problem]:
+    """Why a run cannot start from a checkpoint: there is no whole model in it."""
+    if about.get("lora") is None:
+        return []
+    fix = "make a whole model of it: `tplaunch export --merge`, and name that folder"
+    return [Problem(f"{path} holds adapters alone, not a model to start from", fix=fix, key="checkpoint.initial")]

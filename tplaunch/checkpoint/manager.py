@@ -33,7 +33,7 @@ from torch.futures import Future
 
 import tplaunch
 from tplaunch.checkpoint import store
-from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.fit import adapter_differences, model_differences, refuse_adapters
 from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.checkpoint.store import EMA
@@ -44,6 +44,7 @@ from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Exported, ExportFailed, Saved, SaveFailed
 from tplaunch.spec.course import Course
+from tplaunch.spec.lora import adapted
 from tplaunch.spec.optimizer import all_slots, group_of, slots
 from tplaunch.spec.parameters import parameter_count, parameter_shapes
 from tplaunch.units import format_bytes
@@ -58,6 +59,7 @@ class CheckpointManager:
         run_dir: the run's directory.
         recipe: the recipe.
         tensors: gives everything to store or fill, with its global name (`named_tensors`).
+        weights: gives of these what a new run takes over from another; default: all of the model.
         about: more facts for the manifest.
         files: more files that each checkpoint holds a copy of, by name; only rank 0's count.
         before_commit: called with the step when this rank's files are written; what it raises fails the save, like
@@ -72,7 +74,8 @@ class CheckpointManager:
         recipe: Recipe,
         tensors: Callable[[], list[tuple[str, Tensor]]],
         *,
-        about: Mapping[str, Any] | None = None,
+        weights: Callable[[], list[tuple[str, Tensor]]] | None = None,
+        about: dict[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         before_commit: Callable[[int], None] = lambda step: None,
         export: Callable[[Path, Path], object] | None = None,
@@ -80,6 +83,7 @@ class CheckpointManager:
         self.run_dir = run_dir
         self.recipe = recipe
         self.tensors = tensors
+        self.weights = weights or (lambda: [pair for pair in tensors() if pair[0].startswith("model.")])
         self.slots = all_slots(recipe.optimizer)
         self.about = about or {}
         self.files = files or {}
@@ -217,9 +221,9 @@ class CheckpointManager:
             raise OSError(why[0])
 
     def estimate_bytes(self) -> int:
-        """Size of the tensors of a checkpoint: every parameter once, with its optimizer state."""
+        """Size of the tensors of a checkpoint: every parameter that is not frozen once, with its optimizer state."""
         size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
-        parameters = parameter_shapes(self.recipe.model)
+        parameters = [p for p in adapted(parameter_shapes(self.recipe.model), self.recipe.lora) if not p.frozen]
         kept, moment = size * (1 + (self.recipe.training.ema is not None)), state_dtype(self.recipe).itemsize
         return sum(p.count * (kept + moment * len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
@@ -236,6 +240,7 @@ class CheckpointManager:
             "seq_len": self.recipe.training.seq_len,
             "precision": self.recipe.training.precision,
             "parameters": parameter_count(self.recipe.model),
+            **({"lora": lora.model_dump(mode="json")} if (lora := self.recipe.lora) else {}),
             "optimizer": self.recipe.optimizer.name,
             "optimizer_state": list(self.slots),
             "state_dtype": self.recipe.optimizer.state_dtype,
@@ -257,6 +262,11 @@ class CheckpointManager:
             Problem(f"{path} has {key.removeprefix('model.')}={theirs}, the recipe {ours}", key=key)
             for key, theirs, ours in model_differences(about["model"], self.recipe.model, weights_only=weights_only)
         ]
+        if not weights_only:
+            problems += [
+                Problem(f"{path} has {key.removeprefix('finetune.')}={theirs}, the recipe {ours}", key=key)
+                for key, theirs, ours in adapter_differences(about.get("lora"), self.recipe.lora)
+            ]
         stored = set(about["optimizer_state"])
         if about.get("optimizer") == "muon" != self.recipe.optimizer.name:
             stored = set()  # of matrices it has Muon's, of all else AdamW's
@@ -318,6 +328,8 @@ class CheckpointManager:
         manifest, problems = self._inspect(path)
         if manifest is None or problems:
             raise TplaunchError(*(Problem(text, key="checkpoint.initial") for text in problems), code=Exit.FAILED)
+        if found := refuse_adapters(path, manifest.about):
+            raise TplaunchError(*found)
         self._check_fits(path, manifest.about, weights_only=True)
         self.fill_weights(partial(load_tensors, checkpoint=path, group=self.group))
         return manifest.step
@@ -328,7 +340,7 @@ class CheckpointManager:
         Args:
             load: fills tensors, each under its global name; every rank calls it.
         """
-        self._fill([pair for pair in self.tensors() if pair[0].startswith("model.")], load)
+        self._fill(self.weights(), load)
 
     def _inspect(self, path: Path) -> tuple[store.Manifest | None, list[str]]:
         """The manifest, and what is wrong, the same on every rank; ranks share the hashing."""

@@ -28,6 +28,7 @@ class Origin:
         run: that wrote it, where it lies in a run's directory.
         document_mask: whether that run kept the documents of a sample apart.
         ema: its averaged weights are meant.
+        adapters: it holds adapters alone.
     """
 
     checkpoint: Path
@@ -39,6 +40,7 @@ class Origin:
     run: RunDir | None = None
     document_mask: bool = False
     ema: bool = False
+    adapters: bool = False
 
 
 def origin_of(path: Path, *, ema: bool = False) -> Origin:
@@ -77,6 +79,7 @@ def origin_of(path: Path, *, ema: bool = False) -> Origin:
         run=run if run.recipe.exists() else None,
         document_mask=document_mask,
         ema=ema,
+        adapters="base" in about,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,8 @@ class TrainingProgress:
 def named_tensors(
     stages: list[Stage], optimizer_state: Iterable[tuple[str, Tensor]], averages: Iterable[tuple[str, Tensor]] = ()
 ) -> list[tuple[str, Tensor]]:
-    """Everything that a checkpoint stores, with its global name; the tensors are the live ones.
+    """Everything that a checkpoint stores, with its global name; the tensors are the live ones. Of a model that is
+    frozen beneath adapters, the adapters alone.
 
     A name comes twice on a rank that holds a tied embedding and its copy (V schedules).
 
@@ -70,10 +71,19 @@ def named_tensors(
         optimizer_state: its optimizer's state by "<parameter>.<slot>": `optimizer.<parameter>.<slot>`.
         averages: averaged weights by parameter: `ema.<parameter>`.
     """
-    found: list[tuple[str, Tensor]] = []
-    for stage in stages:
-        for shard in stage.sharding.shards:
-            found.append((f"model.{shard.parameter.name}", shard.layout.detach()))
-        found += [(f"model.{name}", buffer) for name, buffer in stage.buffers.items()]
+    found = [pair for stage in stages for pair in _of_stage(stage, weights=not stage.frozen, adapters=True)]
     found += [(f"optimizer.{name}", tensor) for name, tensor in optimizer_state]
     return found + [(f"{EMA}{name}", tensor) for name, tensor in averages]
+
+
+def model_tensors(stages: list[Stage]) -> list[tuple[str, Tensor]]:
+    """Of these what is the model's own, without adapters: what a new run takes over from another."""
+    return [pair for stage in stages for pair in _of_stage(stage, weights=True, adapters=False)]
+
+
+def _of_stage(stage: Stage, *, weights: bool, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+    for shard in stage.sharding.shards:
+        if adapters if shard.parameter.role == "adapter" else weights:
+            yield f"model.{shard.parameter.name}", shard.layout.detach()
+    if weights:
+        yield from ((f"model.{name}", buffer) for name, buffer in stage.buffers.items())

@@ -150,6 +150,19 @@ def damage(path: Path, manifest: Manifest, names: Sequence[str] | None = None, *
     return found
 
 
+def whole_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose every file matches it.
+
+    Raises:
+        TplaunchError: see `open_checkpoint`; or a file is damaged (`Exit.FAILED`).
+    """
+    manifest = open_checkpoint(path)
+    if found := damage(path, manifest):
+        fix = "export an older one: `tplaunch checkpoint verify` says which are whole"
+        raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
+    return manifest
+
+
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints as (step, path), oldest first. Whether they are whole is not looked at."""
     if not root.is_dir():

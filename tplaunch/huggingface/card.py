@@ -17,11 +17,10 @@ from tplaunch.checkpoint.store import Manifest
 from tplaunch.data.corpus import Meta
 from tplaunch.errors import TplaunchError
 from tplaunch.recipe.schema import Recipe
-from tplaunch.report.curves import is_number
-from tplaunch.report.prediction import read_recipe
-from tplaunch.run.directory import RunDir
+from tplaunch.run.directory import RunDir, read_recipe
 from tplaunch.run.evaluations import read_evaluations
 from tplaunch.run.events import AttemptBegan, AttemptEnded, Saved
+from tplaunch.run.records import is_number
 from tplaunch.units import format_count, format_duration
 
 CARD = "README.md"

@@ -15,20 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tplaunch.checkpoint import store
-from tplaunch.checkpoint.load import averages_name, dtype_of, load_tensors
-from tplaunch.checkpoint.metadata import read_metadata
 from tplaunch.data.beside import GENERATION, TOKENIZER, TOKENIZER_CONFIG, copy_text, read_beside
 from tplaunch.data.mark import unmark
 from tplaunch.data.progress import Progress
 from tplaunch.data.tokenizer import Tokenizer
-from tplaunch.errors import Exit, Problem, TplaunchError
+from tplaunch.errors import Problem, TplaunchError
 from tplaunch.huggingface.card import CARD, model_card
 from tplaunch.huggingface.config import write_config
 from tplaunch.huggingface.families import family_of
 from tplaunch.huggingface.tensors import HfTensor, hf_tensors
 from tplaunch.huggingface.ways import pack
+from tplaunch.huggingface.whole import Whole
 from tplaunch.parallel.precision import COMPUTE_DTYPE
-from tplaunch.recipe.schema import Model, Precision
+from tplaunch.recipe.schema import Precision
 
 SHARD_BYTES = 5 * 10**9  # what transformers makes its own files of
 
@@ -59,6 +58,7 @@ def export(
     fresh: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint; the folder appears whole or not at all. Holds one file's tensors at a time.
+    Adapters are merged into the model that they belong to.
 
     Args:
         checkpoint: a checkpoint directory.
@@ -72,13 +72,14 @@ def export(
             is shown.
 
     Raises:
-        TplaunchError: `out` exists, the checkpoint is damaged or would run code, or no architecture of transformers is
-            its model. Nothing is written then.
+        TplaunchError: `out` exists, the checkpoint is damaged or would run code, what its adapters belong to is not
+            there, or no architecture of transformers is its model. Nothing is written then.
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
-    manifest = (store.open_checkpoint if fresh else _whole_manifest)(checkpoint)
-    model = Model.model_validate(manifest.about["model"])
+    manifest = (store.open_checkpoint if fresh else store.whole_manifest)(checkpoint)
+    whole = Whole(checkpoint, manifest.about, ema=ema)
+    model = whole.model
     dtype = COMPUTE_DTYPE[precision]
     tokens = Tokenizer(tokenizer) if tokenizer is not None else None
     config = write_config(model, seq_len=seq_len, precision=precision, eod=tokens.eod if tokens else None)
@@ -87,7 +88,7 @@ def export(
     tensors = hf_tensors(model, family_of(model))
     shards = list(_shards(tensors, dtype.itemsize, shard_bytes))
     temporary = out.with_name(out.name + ".tmp")
-    dtypes = _stored_dtypes(checkpoint, tensors, ema=ema)
+    dtypes = whole.dtypes(part for tensor in tensors for part in tensor.parts)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     names = [_file_name(number, len(shards)) for number in range(len(shards))]
@@ -95,7 +96,7 @@ def export(
     try:
         with Progress(not fresh).task(f"writing {out.name}", elements) as advance:
             for name, shard in zip(names, shards, strict=True):
-                save_file(_read(checkpoint, shard, dtypes, dtype, ema=ema), temporary / name, metadata={"format": "pt"})
+                save_file(_read(whole, shard, dtypes, dtype), temporary / name, metadata={"format": "pt"})
                 (temporary / name).chmod(0o644)  # the library's files are their owner's alone
                 advance(sum(tensor.elements for tensor in shard))
     except BaseException:
@@ -112,22 +113,6 @@ def export(
     (temporary / CARD).write_text(card, encoding="utf-8")
     temporary.rename(out)
     return Exported(names, elements, tokens is not None)
-
-
-def _whole_manifest(checkpoint: Path) -> store.Manifest:
-    manifest = store.open_checkpoint(checkpoint)
-    if found := store.damage(checkpoint, manifest):
-        fix = "export an older one: `tplaunch checkpoint verify` says which are whole"
-        raise TplaunchError(*(Problem(text, fix=fix) for text in found), code=Exit.FAILED)
-    return manifest
-
-
-def _stored_dtypes(checkpoint: Path, tensors: list[HfTensor], *, ema: bool) -> dict[str, torch.dtype]:
-    """The dtype that each part is stored in, by its name in the checkpoint."""
-    stored, names = read_metadata(checkpoint), [f"model.{part.name}" for t in tensors for part in t.parts]
-    if missing := [name for name in names if name not in stored.tensors]:
-        raise TplaunchError(Problem(f"{checkpoint} has no {missing[0]} ({len(missing)} of {len(names)} missing)"))
-    return {name: dtype_of(stored.tensors[averages_name(name, stored) if ema else name]) for name in names}
 
 
 def _shards(tensors: list[HfTensor], itemsize: int, max_bytes: int) -> Iterator[list[HfTensor]]:
@@ -149,17 +134,13 @@ def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _read(
-    checkpoint: Path, shard: list[HfTensor], dtypes: dict[str, torch.dtype], dtype: torch.dtype, *, ema: bool
-) -> dict[str, Tensor]:
+def _read(whole: Whole, shard: list[HfTensor], dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one file, as they are written."""
-    parts = {f"model.{part.name}": part for tensor in shard for part in tensor.parts}
-    ours = {name: torch.empty(part.shape, dtype=dtypes[name]) for name, part in parts.items()}
-    load_tensors(ours, checkpoint, alone=True, ema=ema)
-    last = {f"model.{part.name}": tensor for tensor in shard for part in tensor.parts}  # to be made of each
+    ours = whole.read((part for tensor in shard for part in tensor.parts), dtypes)
+    last = {part.name: tensor for tensor in shard for part in tensor.parts}  # to be made of each
     found = {}
     for tensor in shard:
-        names = [f"model.{part.name}" for part in tensor.parts]
+        names = [part.name for part in tensor.parts]
         kept = torch.promote_types(dtype, torch.float32) if tensor.wide else dtype
         found[tensor.name] = pack(tensor, [ours[name] for name in names]).to(kept).contiguous()
         for name in names:

@@ -17,20 +17,39 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from tplaunch.checkpoint.load import load_by
+from tplaunch.checkpoint.load import load_by, load_tensors
+from tplaunch.huggingface.config import is_model_folder
 from tplaunch.huggingface.slices import Slices, refuse_nonfinite
 from tplaunch.huggingface.source import open_folder
 from tplaunch.recipe.schema import Model
 
 
-def load_folder(tensors: dict[str, Any], folder: Path, model: Model, group: dist.ProcessGroup) -> None:
+def load_weights(tensors: dict[str, Any], path: Path, model: Model, *, alone: bool = False, ema: bool = False) -> None:
+    """Fill tensors from a checkpoint or from a folder, in place. Every rank calls it, unless `alone`.
+
+    Args:
+        ema: of a checkpoint, the averages (`load_tensors`).
+
+    Raises:
+        TplaunchError: see `load_tensors` and `load_folder`.
+    """
+    if is_model_folder(path):
+        load_folder(tensors, path, model, alone=alone)
+    else:
+        load_tensors(tensors, path, alone=alone, ema=ema)
+
+
+def load_folder(
+    tensors: dict[str, Any], folder: Path, model: Model, group: dist.ProcessGroup | None = None, *, alone: bool = False
+) -> None:
     """Fill tensors from a folder, in place, as its import and a load of that would. Every rank calls it.
 
     Args:
         tensors: by global name (`checkpoint.state.named_tensors`); DTensors get their shards.
         folder: of the model, as far as its weights are concerned (`launch.initial`).
         model: the recipe's.
-        group: the ranks that load.
+        group: the ranks that load; default: all.
+        alone: only this process loads.
 
     Raises:
         TplaunchError: it has changed since the launch looked at it, is damaged, or holds numbers that are not finite;
@@ -38,9 +57,11 @@ def load_folder(tensors: dict[str, Any], folder: Path, model: Model, group: dist
     """
     source = open_folder(folder, vocab_multiple=model.make_vocab_size_divisible_by, tied=model.tie_embeddings)
     with Slices(source) as slices:
-        load_by(_Reader(slices), tensors, folder, group=group)
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, slices.nonfinite, group=group)
+        load_by(_Reader(slices), tensors, folder, group=group, alone=alone)
+    everyone = [slices.nonfinite]
+    if not alone:
+        everyone *= dist.get_world_size(group)
+        dist.all_gather_object(everyone, slices.nonfinite, group=group)
     found: dict[str, int] = {}
     for key, count in (pair for one in everyone for pair in one.items()):
         found[key] = max(found.get(key, 0), count)  # ranks that hold the same slice count the same numbers

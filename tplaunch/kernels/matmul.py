@@ -37,7 +37,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     columns = x.reshape(tokens, -1)
     if tokens == 1:
         columns = torch.cat([columns, columns])
-    return torch.mm(weight, columns.t())[:, :tokens].t().contiguous().view(*x.shape[:-1], -1)
+    out = x.new_empty(*x.shape[:-1], len(weight))  # what an autograd function gives must be no view
+    out.view(tokens, -1).copy_(torch.mm(weight, columns.t())[:, :tokens].t())
+    return out
 
 
 def matmul(x: Tensor, matrix: Tensor) -> Tensor:
@@ -46,11 +48,11 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     whole = _for_onednn(x, matrix, tokens)
     if not whole:
         return x @ matrix
-    rows = x.reshape(tokens, -1)
-    product = onednn_linear(rows[:whole], matrix.t())
-    if whole < tokens:
-        product = torch.cat([product, rows[whole:] @ matrix])
-    return product.view(*x.shape[:-1], -1)
+    if whole == tokens:
+        return onednn_linear(x, matrix.t())
+    out, rows = x.new_empty(*x.shape[:-1], matrix.shape[1]), x.reshape(tokens, -1)
+    matmul_into(out.view(tokens, -1), rows, matrix)
+    return out
 
 
 def matmul_into(out: Tensor, x: Tensor, matrix: Tensor, *, add: bool = False) -> None:
@@ -98,13 +100,12 @@ def _put(out: Tensor, product: Tensor, add: bool) -> None:
 
 def _for_onednn(left: Tensor, right: Tensor, tokens: int) -> int:
     """How many of the tokens are oneDNN's."""
+    if not left.is_cpu or left.dtype != torch.float32 or right.dtype != torch.float32 or not _onednn_is_faster():
+        return 0
     both = (left, right)
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in both)
     watched = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in both)
-    if not plain or watched or torch.compiler.is_compiling():
-        return 0
-    fits = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and _onednn_is_faster()
-    return tokens // _STEP * _STEP if fits else 0
+    return tokens // _STEP * _STEP if plain and not watched and not torch.compiler.is_compiling() else 0
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tplaunch.check.recipe import Checked
-from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.fit import model_differences, refuse_adapters
 from tplaunch.checkpoint.store import damage, find_checkpoints, is_checkpoint, open_checkpoint
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.huggingface.config import CONFIG, Read, is_model_folder
@@ -54,8 +54,10 @@ def check_initial(checked: Checked) -> None:
     try:
         initial = initial_of(Path(recipe.checkpoint.initial))
         if is_checkpoint(initial):
-            model = open_checkpoint(initial, key=_KEY).about["model"]
-            _refuse_other(checked, model, initial, "its weights are of another model")
+            about = open_checkpoint(initial, key=_KEY).about
+            if found := refuse_adapters(initial, about):
+                raise RecipeError(*found)
+            _refuse_other(checked, about["model"], initial, "its weights are of another model")
         else:
             _check_folder(checked, initial)
     except RecipeError:

@@ -11,12 +11,13 @@ from typing import Any
 from tplaunch.check.recipe import Checked
 from tplaunch.check.samples import check_prompts
 from tplaunch.check.tasks import check_choices
-from tplaunch.checkpoint.fit import model_differences
+from tplaunch.checkpoint.fit import adapter_differences, model_differences
 from tplaunch.checkpoint.store import list_checkpoints, open_checkpoint
 from tplaunch.data.beside import TEMPLATE, TOKENIZER, copy_text
 from tplaunch.data.chat import read_file
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
+from tplaunch.huggingface.base import refuse_changed
 from tplaunch.launch.initial import check_initial, with_initial
 from tplaunch.launch.resume import (
     Before,
@@ -70,8 +71,10 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
     elif not saved:  # else they have been taken
         check_initial(checked)
     if saved and run_dir.recipe.exists():
-        stored = load_recipe(run_dir.recipe).recipe.model
-        changed = model_differences(stored.model_dump(mode="json"), checked.recipe.model)
+        stored = load_recipe(run_dir.recipe).recipe
+        changed = model_differences(stored.model.model_dump(mode="json"), checked.recipe.model)
+        lora = None if stored.lora is None else stored.lora.model_dump(mode="json")
+        changed += adapter_differences(lora, checked.recipe.lora)
         why = f"the checkpoints in {run_dir.root} are of another model"
         if changed:
             raise RecipeError(
@@ -125,6 +128,9 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     before = before_this(run_dir, resume)
     changes: Changes = {}
     recipe = with_initial(checked.recipe, run_dir)
+    if before is not None and recipe.checkpoint.initial is not None and "base" in before.about:
+        was = before.about["base"]["fingerprint"]
+        refuse_changed(Path(recipe.checkpoint.initial), was, f"{before.path} holds adapters alone")
     if before is not None:
         changes = recipe_changes(before, recipe)
         refuse(changes, before, allow)

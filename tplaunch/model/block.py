@@ -21,14 +21,8 @@ from tplaunch.model.residual import added
 from tplaunch.model.rope import apply_rope, split_heads
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.context import begin_gather, end_gather, to_heads, to_tokens
-from tplaunch.parallel.layers import (
-    ColumnPair,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    column_parallel,
-    local,
-    parameter,
-)
+from tplaunch.parallel.layers import ColumnPair, ColumnParallelLinear, RowParallelLinear, column_parallel
+from tplaunch.parallel.linear import local, parameter
 from tplaunch.parallel.mesh import ContextParallel, Mesh, TensorParallel
 from tplaunch.parallel.split_backward import read_once
 from tplaunch.recipe.schema import Model, Part

@@ -3,7 +3,7 @@ only with what it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,12 +14,14 @@ from tplaunch.model.init import Slice, initialize
 from tplaunch.model.transformer import TransformerStage
 from tplaunch.parallel.flat import FlatSharding
 from tplaunch.parallel.fsdp import FsdpSharding, shard
+from tplaunch.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from tplaunch.parallel.mesh import Mesh
-from tplaunch.parallel.precision import STORAGE_DTYPE, gradient_dtype
+from tplaunch.parallel.precision import COMPUTE_DTYPE, STORAGE_DTYPE, gradient_dtype
 from tplaunch.parallel.shard import Sharding
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Lora, Recipe
 from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
-from tplaunch.spec.parameters import Parameter, first_parameters, stage_parameters
+from tplaunch.spec.lora import adapted, is_target
+from tplaunch.spec.parameters import Parameter, stage_parameters
 from tplaunch.spec.schedules import stages_of
 from tplaunch.spec.stages import stage_ranges
 
@@ -44,21 +46,27 @@ class Stage:
     @property
     def buffers(self) -> dict[str, Tensor]:
         """What is kept with the weights and not trained, the same on all ranks that hold the layer, by its name."""
-        return {name: self.module.get_buffer(name) for name, kept in self.parameters.items() if not kept.trained}
+        return {name: self.module.get_buffer(name) for name, kept in self.parameters.items() if kept.buffer}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all but adapters stays as it is."""
+        return any(parameter.frozen for parameter in self.parameters.values())
 
 
 def build_stages(recipe: Recipe, mesh: Mesh, *, draw: bool = True) -> list[Stage]:
     """Build this rank's stages, sharded.
 
     Args:
-        draw: fill them with initial weights; without, they hold none, for a checkpoint to be read into.
+        draw: fill them with initial weights; without, all but adapters hold none, for a checkpoint to be read into.
     """
     parallelism = recipe.topology
     ranges = stage_ranges(recipe)
     mine = stages_of(mesh.coordinates.pp, parallelism.pp, parallelism.virtual_stages, parallelism.schedule)
     stages = [_build(recipe, mesh, i, ranges[i], first=i == 0, last=i == len(ranges) - 1) for i in mine]
-    if draw:
-        initialize([part for stage in stages for part in _slices(stage, mesh)], recipe.model, recipe.training.seed)
+    parts = [part for stage in stages for part in _slices(stage, mesh) if draw or part.parameter.role == "adapter"]
+    if parts:
+        initialize(parts, recipe.model, recipe.training.seed)
         for stage in stages:
             stage.sharding.publish()
     return stages
@@ -70,23 +78,41 @@ def _slices(stage: Stage, mesh: Mesh) -> Iterator[Slice]:
         begins, ranks = mesh.slice_of(kept.parameter), mesh.data_ranks(kept.parameter)
         rows = mesh.local_shape(kept.parameter)[0]
         first = min(ranks.part * -(-rows // ranks.parts), rows)  # rows are cut into equal parts, rounded up
+        if len(kept.weight) == rows:  # a frozen weight is not cut in flat buffers
+            first = 0
         yield Slice(kept.weight, kept.parameter, (begins[0] + first, *begins[1:]))
 
 
 def outline(
     recipe: Recipe, mesh: Mesh, layers: range, dtype: torch.dtype, *, first: bool, last: bool
 ) -> tuple[TransformerStage, dict[str, Parameter]]:
-    """A stage on the meta device, and what it holds (see `Stage.parameters`)."""
-    model = recipe.model
-    with torch.device("meta"), default_dtype(dtype):
+    """A stage on the meta device, and what it holds (see `Stage.parameters`).
+
+    Args:
+        dtype: of what is trained. Frozen weights are kept in the compute dtype alone.
+    """
+    model, lora = recipe.model, recipe.lora
+    with torch.device("meta"), default_dtype(dtype if lora is None else COMPUTE_DTYPE[recipe.training.precision]):
         module = TransformerStage(model, recipe.training, layers, first=first, last=last, mesh=mesh)
-    parameters = {p.name: p for p in stage_parameters(model, layers, first=first, last=last)}
+    parameters = {p.name: p for p in adapted(stage_parameters(model, layers, first=first, last=last), lora)}
+    if lora is not None:
+        module.requires_grad_(False)
+        with torch.device("meta"), default_dtype(dtype):
+            _add_adapters(module, parameters.values(), lora)
     if module.tied_copy:
-        parameters["output.weight"] = first_parameters(model)[0]
-        del parameters["embedding.weight"]
+        parameters["output.weight"] = parameters.pop("embedding.weight")
     held = {*dict(module.named_parameters()), *(name for name, _ in module.named_buffers() if name in parameters)}
     assert parameters.keys() == held, "spec.parameters and model.block disagree"
     return module, parameters
+
+
+def _add_adapters(module: TransformerStage, parameters: Iterable[Parameter], lora: Lora) -> None:
+    """Add the adapters of a stage, uninitialised."""
+    for parameter in parameters:
+        if is_target(lora, parameter):
+            layer = module.get_submodule(parameter.name.removesuffix(".weight"))
+            assert isinstance(layer, ColumnParallelLinear | RowParallelLinear)
+            layer.add_adapter(lora.rank, lora.alpha / lora.rank)
 
 
 def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool, last: bool) -> Stage:
@@ -112,7 +138,7 @@ def _build(recipe: Recipe, mesh: Mesh, index: int, layers: range, *, first: bool
         if flat.overlaps:
             module.block_done = flat.block_done
     for name, parameter in parameters.items():
-        if not parameter.trained:
+        if parameter.buffer:
             owner, _, attribute = name.rpartition(".")
             buffer = torch.zeros(parameter.shape, dtype=torch.float32, device=mesh.device)
             module.get_submodule(owner).register_buffer(attribute, buffer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tplaunch.recipe.schema import Model
+from tplaunch.spec.lora import B
 from tplaunch.spec.parameters import Parameter
 
 _BLOCK_ROWS_BYTES = 64 * 2**20  # a tensor is drawn in runs of rows of about this size, each with its own generator
@@ -43,7 +44,8 @@ class Slice:
 
 
 def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
-    """Fill slices of parameters in place: matrices normal, norms one, biases, sinks and padding rows zero.
+    """Fill slices of parameters in place: matrices normal, norms one, biases, sinks and padding rows zero; of adapters
+    A uniform within 1 / sqrt(in), and B zero.
 
     Only the rows of a slice are drawn, on as many cores as torch uses.
     """
@@ -52,6 +54,8 @@ def initialize(slices: Sequence[Slice], model: Model, seed: int) -> None:
         parameter, data = part.parameter, part.data
         if parameter.role in ("bias", "buffer") or parameter.name.endswith(".bias"):
             data.zero_()
+        elif parameter.name.endswith(f".{B}"):
+            data.zero_()  # an adapter begins without an effect
         elif parameter.role == "norm":
             data.fill_(0.0 if model.norm_plus_one else 1.0)
         else:
@@ -77,11 +81,23 @@ def _draw(part: Slice, block: int, model: Model, seed: int) -> None:
     first, last = block * run, min((block + 1) * run, rows)
     low, high = max(first, part.start[0]), min(last, part.start[0] + data.shape[0])
     generator = _generator(seed, parameter.name, block)
+    if parameter.role == "adapter":
+        # As PEFT: kaiming_uniform_ with a = sqrt(5).
+        bound = 1 / math.sqrt(width)
+        drawn = torch.empty(last - first, width).uniform_(-bound, bound, generator=generator)
+        _place(part, drawn, first, low, high)
+        return
     begin, drawn = _normal_rows(generator, last - first, width, low - first, high - first)
     begin += first
     drawn *= initial_std(model, parameter)
     real_rows = model.vocab_size if parameter.role in ("embedding", "output") else rows
     drawn[max(0, real_rows - begin) :] = 0.0
+    _place(part, drawn, begin, low, high)
+
+
+def _place(part: Slice, drawn: Tensor, begin: int, low: int, high: int) -> None:
+    """Copy rows `low` to `high` of the whole, of drawn rows that start at `begin`, to where a slice has them."""
+    data = part.data
     piece = drawn[low - begin : high - begin, part.start[1] : part.start[1] + data.shape[1]]
     data[low - part.start[0] : high - part.start[0]].copy_(piece)
 

@@ -19,15 +19,8 @@ from tplaunch.model.recompute import Run
 from tplaunch.model.residual import added
 from tplaunch.model.rope import turn_pairs
 from tplaunch.parallel.function import Function
-from tplaunch.parallel.layers import (
-    ColumnPair,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    WholeLinear,
-    parameter,
-    whole_linear,
-    widened,
-)
+from tplaunch.parallel.layers import ColumnPair, ColumnParallelLinear, RowParallelLinear, widened
+from tplaunch.parallel.linear import WholeLinear, parameter, whole_linear
 from tplaunch.parallel.mesh import Mesh
 from tplaunch.recipe.schema import Model
 

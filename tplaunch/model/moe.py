@@ -34,7 +34,7 @@ from tplaunch.parallel.experts import (
 )
 from tplaunch.parallel.function import Function
 from tplaunch.parallel.grouped import add_group_bias, grouped_columns, grouped_row
-from tplaunch.parallel.layers import local, parameter
+from tplaunch.parallel.linear import for_weights, local, parameter
 from tplaunch.parallel.mesh import ExpertParallel, Mesh, TensorParallel
 from tplaunch.parallel.split_backward import saved, wanted
 from tplaunch.recipe.schema import Experts as Spec
@@ -85,7 +85,7 @@ class _WideLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(for_weights(ctx, 1, x), weight)
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), weight.to(wide))
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Placement, Replicate
 
 from tplaunch.parallel.collectives import start_all_reduce, wait
 from tplaunch.parallel.function import Function
-from tplaunch.parallel.layers import local, parameter
+from tplaunch.parallel.linear import local, parameter
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
 from tplaunch.recipe.schema import Model

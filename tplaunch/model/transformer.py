@@ -20,7 +20,8 @@ from tplaunch.model.rope import rope_table, still_table
 from tplaunch.model.watch import on_backward
 from tplaunch.parallel.collectives import enter_region
 from tplaunch.parallel.cross_entropy import output_cross_entropy, score_labels
-from tplaunch.parallel.layers import VocabParallelEmbedding, local, parameter
+from tplaunch.parallel.layers import VocabParallelEmbedding
+from tplaunch.parallel.linear import local, parameter
 from tplaunch.parallel.mesh import Mesh, TensorParallel
 from tplaunch.recipe.schema import Model, Training
 from tplaunch.spec.recompute import chosen

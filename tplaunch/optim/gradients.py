@@ -69,7 +69,7 @@ class GradientFinalizer:
         self.tied: list[_Held] = []
         self.all: list[_Held] = []
         for stage in stages:
-            for shard in stage.sharding.shards:
+            for shard in (shard for shard in stage.sharding.shards if shard.parameter.trained):
                 held, parameter = _Held(stage.sharding, shard), shard.parameter
                 copy = stage.module.tied_copy and shard.name == "output.weight"
                 self.all.append(held)

@@ -23,6 +23,7 @@ from tplaunch.parallel.precision import gradient_dtype, state_dtype
 from tplaunch.parallel.shard import ParameterShard, Sharding
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gradients import are_flat
+from tplaunch.spec.lora import adapted
 from tplaunch.spec.muon import DTYPE, matrix_shape, rounds
 from tplaunch.spec.optimizer import Group, Kind, group_of, groups_of, slots
 from tplaunch.spec.parameters import parameter_shapes
@@ -47,7 +48,7 @@ class ShardedOptimizer:
         self.shards: list[tuple[Sharding, ParameterShard, nn.Parameter]] = []
         # Of the whole model, in one order, so that ranks of all stages tell the same rates.
         self.groups: dict[Group, list[nn.Parameter]] = {
-            group: [] for group in groups_of(self.settings, parameter_shapes(recipe.model))
+            group: [] for group in groups_of(self.settings, adapted(parameter_shapes(recipe.model), recipe.lora))
         }
         for stage in stages:
             for shard in stage.sharding.shards:

@@ -3,8 +3,8 @@
 Each tp rank has the logits of its vocabulary slice only, and of one chunk of tokens at a time: whole logits never
 exist, on any rank, in any precision. Two all-reduces a chunk ([tokens] of maxima, [2, tokens] of sums) join the
 slices (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Where the gradient of the output matrix is added up in place,
-all gradients are made in the forward pass, while the logits exist (Liger's fused linear cross-entropy, Hsu et al. 2024,
-arXiv 2410.10989). Elsewhere the backward pass computes them again, which costs one more output matmul.
+or it has none, all gradients are made in the forward pass, while the logits exist (Liger's fused linear cross-entropy,
+Hsu et al. 2024, arXiv 2410.10989). Elsewhere the backward pass computes them again, which costs one more output matmul.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tplaunch.kernels import fused
 from tplaunch.kernels.matmul import matmul_into
 from tplaunch.parallel.accumulator import Accumulator, widened_matmul
 from tplaunch.parallel.collectives import enter_region, start_all_reduce, wait
-from tplaunch.parallel.layers import accumulator
+from tplaunch.parallel.linear import accumulator
 from tplaunch.parallel.mesh import TensorParallel
 from tplaunch.parallel.split_backward import wanted
 from tplaunch.torch_private import assert_soon
@@ -33,17 +33,19 @@ class _OutputCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, columns: _Columns, scale: float, training: bool
     ) -> Tensor:
         total = accumulator(weight) if training else None
-        grad_hidden = None if total is None else torch.empty_like(hidden)
+        frozen = training and hidden.requires_grad and not weight.requires_grad
+        grad_hidden = torch.empty_like(hidden) if frozen or total is not None else None
         losses, log_z = (hidden.new_empty(labels.shape, dtype=columns.dtype) for _ in range(2))
         for part in columns.chunks(len(labels)):
             logits = columns.logits(hidden[part], weight, labels[part])
             log_z[part], target = columns.join(*logits.measure())
             counted = labels[part] != IGNORE
             losses[part] = torch.where(counted, log_z[part] - target + columns.z_loss * log_z[part].square(), 0.0)
-            if grad_hidden is not None and total is not None:
+            if grad_hidden is not None:
                 grad = logits.gradient(log_z[part], scale, weight.dtype)
                 matmul_into(grad_hidden[part], grad, weight)
-                total.add_product(grad.t(), hidden[part])
+                if total is not None:
+                    total.add_product(grad.t(), hidden[part])
         ctx.columns, ctx.scale, ctx.fused = columns, scale, grad_hidden is not None
         ctx.save_for_backward(*([grad_hidden] if grad_hidden is not None else [hidden, weight, labels, log_z]))
         return losses.sum(0, keepdim=True, dtype=torch.float64).to(columns.dtype) * scale

@@ -11,7 +11,8 @@ backward passes add in place; its weights in another, of the compute dtype. Wher
 master weights are a view of the weights. Rows of a parameter are cut over data parallel as FSDP2 cuts them, into equal
 parts, rounded up; each parameter's place in the buffers is padded to whole parts, so that collectives work on the
 buffers themselves and nothing is copied. Experts have data-parallel ranks of their own: they lie behind all else in the
-buffers. Where they alone have some (tp without dp and cp), they are held as with ZeRO 1, whatever the stage.
+buffers. Where they alone have some (tp without dp and cp), they are held as with ZeRO 1, whatever the stage. Frozen
+weights have no place in the buffers: they are held whole, in the compute dtype alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ from tplaunch.recipe.schema import Precision
 from tplaunch.spec.parameters import Parameter
 from tplaunch.torch_private import copy_in_place, rows_of, zero_in_place
 
-_BY_MATMUL = ("matrix", "expert", "embedding", "output")  # roles of parameters whose layers use an `Accumulator`
+_BY_MATMUL = (
+    "matrix",
+    "expert",
+    "embedding",
+    "output",
+    "adapter",
+)  # roles of parameters whose layers use an `Accumulator`
 _ALIGN = 64  # elements: every parameter begins on a boundary that vector instructions like
 
 
@@ -103,7 +110,9 @@ class FlatSharding:
     ) -> None:
         self.storage, self.compute = STORAGE_DTYPE[precision], COMPUTE_DTYPE[precision]
         gradient = gradient or self.storage
-        layouts = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
+        everything = {name: tensor for name, tensor in module.named_parameters() if isinstance(tensor, DTensor)}
+        frozen = _freeze(module, {n: t for n, t in everything.items() if parameters[n].frozen}, parameters, mesh)
+        layouts = {name: tensor for name, tensor in everything.items() if name not in frozen}
         names = sorted(layouts, key=lambda name: parameters[name].expert)
         ranks = {name: mesh.data_ranks(parameters[name]) for name in names}
         rows = {name: -(-layouts[name].to_local().shape[0] // ranks[name].parts) for name in names}
@@ -148,7 +157,7 @@ class FlatSharding:
             shard = ParameterShard(name, parameters[name], master, place)
             self.slots[name] = slot = _Slot(weights, gradients, bucket.ranks, shard)
             bucket.slots.append(slot)
-        self.shards = [self.slots[name].shard for name in layouts]
+        self.shards = [frozen[name] if name in frozen else self.slots[name].shard for name in everything]
         self._zeroed = further if in_place else [self.gradients]
 
     def _buckets(self, ranks: dict[str, DataRanks], sizes: dict[str, int]) -> dict[tuple[str, DataRanks], _Bucket]:
@@ -254,6 +263,20 @@ class FlatSharding:
 
     def release(self) -> None:
         """See `Sharding`: weights are never let go of."""
+
+
+def _freeze(
+    module: nn.Module, layouts: dict[str, DTensor], parameters: dict[str, Parameter], mesh: Mesh
+) -> dict[str, ParameterShard]:
+    """Give a module its frozen weights: each rank holds its tensor-parallel slices whole, in the dtype that they are
+    multiplied in, and nothing beside them."""
+    shards = {}
+    for name, layout in layouts.items():
+        local = layout.to_local()
+        weight = torch.zeros(local.shape, dtype=local.dtype, device=mesh.device)
+        replace_parameter(module, name, nn.Parameter(weight, requires_grad=False))
+        shards[name] = ParameterShard(name, parameters[name], weight, rows_of(layout, weight, None))
+    return shards
 
 
 def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -22,6 +22,8 @@ class Function(torch.autograd.Function):
 class _Forgetful:
     """A context of which nothing is asked later."""
 
+    needs_input_grad: tuple[bool, ...] = ()
+
     def save_for_backward(self, *tensors: Any) -> None:
         """Keep nothing."""
 

@@ -18,7 +18,7 @@ from tplaunch.kernels.matmul import matmul_into
 from tplaunch.parallel.accumulator import Accumulator
 from tplaunch.parallel.experts import Groups
 from tplaunch.parallel.function import Function
-from tplaunch.parallel.layers import accumulator
+from tplaunch.parallel.linear import accumulator, for_weights
 from tplaunch.parallel.split_backward import saved, wanted
 
 _ALIGN = 16  # bytes: what the kernel asks of rows
@@ -106,7 +106,7 @@ class _GroupedColumns(Function):
     def forward(ctx: Any, x: Tensor, groups: Groups, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.groups = groups
         ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(for_weights(ctx, 2, x), *weights)
         return tuple(_multiply(x, _by_expert(weight, groups), groups) for weight in weights)
 
     @staticmethod
@@ -131,7 +131,7 @@ class _GroupedRow(Function):
     def forward(ctx: Any, x: Tensor, groups: Groups, weight: Tensor) -> Tensor:
         ctx.groups = groups
         ctx.accumulator = accumulator(weight)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(for_weights(ctx, 2, x), weight)
         return _multiply(x, _by_expert(weight, groups).transpose(1, 2), groups)
 
     @staticmethod

@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tplaunch.kernels.matmul import linear, matmul
-from tplaunch.parallel.accumulator import Accumulator, add_products, merge
+from tplaunch.parallel.accumulator import Accumulator, merge
+from tplaunch.parallel.adapters import Adapted, add_columns, add_rows
 from tplaunch.parallel.collectives import (
     gather_matmul,
     leave_region,
@@ -31,46 +32,17 @@ from tplaunch.parallel.collectives import (
     wait,
 )
 from tplaunch.parallel.function import Function
+from tplaunch.parallel.linear import (
+    accumulator,
+    columns,
+    for_weights,
+    input_gradient,
+    local,
+    parameter,
+    weight_gradients,
+)
 from tplaunch.parallel.mesh import ContextParallel, TensorParallel
 from tplaunch.parallel.split_backward import saved, wanted
-from tplaunch.torch_private import as_parameter
-
-
-def parameter(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
-    """An uninitialised parameter of global `shape`, laid on `mesh`, on the default device and dtype.
-
-    Raises:
-        ValueError: a sharded dimension that its mesh dimension does not divide.
-    """
-    local = list(shape)
-    for dim, placement in enumerate(placements):
-        if isinstance(placement, Shard):
-            if local[placement.dim] % mesh.size(dim):
-                raise ValueError(f"dimension {placement.dim} of {shape} is not divisible by {mesh.size(dim)}")
-            local[placement.dim] //= mesh.size(dim)
-    stride = torch.empty(shape, device="meta").stride()
-    data = DTensor.from_local(
-        torch.empty(local), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
-    return as_parameter(data)
-
-
-def local(param: Tensor) -> Tensor:
-    """This rank's slice of a parameter, differentiable.
-
-    A parameter whose gradient autograd accumulates is seen through a view: the engine tells of a view's node, but not
-    of a leaf, whether a pass needs its gradient (`split_backward.wanted`).
-    """
-    if isinstance(param, DTensor):
-        return param.to_local()
-    return param.view_as(param) if torch.is_grad_enabled() and accumulator(param) is None else param
-
-
-def accumulator(weight: Tensor) -> Accumulator | None:
-    """Where the gradient of a weight is added up in place; None where it is handed to autograd. Asked in the forward
-    pass: what a backward pass reads of a weight is not always the parameter.
-    """
-    return getattr(weight, "accumulator", None)
 
 
 class _ColumnParallel(Function):
@@ -85,11 +57,11 @@ class _ColumnParallel(Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> Tensor:
         ctx.tp = tp
         ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(for_weights(ctx, 2, x), *weights)
         if tp.fused:
             outputs = gather_matmul(x, [weight.t() for weight in merge(list(weights))], tp)[1]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return _columns(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
+        return columns(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,45 +75,15 @@ class _ColumnParallel(Function):
             merged = merge(weights)
             grad_x = matmul_scatter(grad, merged[0] if len(merged) == 1 else torch.cat(merged), tp)
         elif need_x:
-            grad_x = _input_gradient(grad, weights)
+            grad_x = input_gradient(grad, weights)
         if tp.sequence_parallel and need_weights:
             gathering = wait(gathering)
         if grad_x is not None and reducing:
             grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
-        grads = _weight_gradients(ctx.accumulators, grad, gathering, weights) if need_weights else [None] * len(weights)
+        grads = weight_gradients(ctx.accumulators, grad, gathering, weights) if need_weights else [None] * len(weights)
         if grad_x is not None and reducing:
             grad_x = wait(grad_x)
         return grad_x, None, *grads
-
-
-def _columns(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x W_i^T side by side; x is whole."""
-    outputs = [linear(x, weight) for weight in merge(list(weights))]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-
-def _input_gradient(grad: Tensor, weights: list[Tensor]) -> Tensor:
-    """This rank's part of the gradient of x, from that of `_columns`."""
-    merged = merge(weights)
-    first, *others = grad.split([len(weight) for weight in merged], -1)
-    grad_x = matmul(first, merged[0])
-    for part, weight in zip(others, merged[1:], strict=True):
-        grad_x += matmul(part, weight)
-    return grad_x
-
-
-def _weight_gradients(
-    accumulators: Sequence[Accumulator | None], grad: Tensor, x: Tensor, weights: list[Tensor]
-) -> list[Tensor | None]:
-    """Those of the weights of `_columns`; None where they were added up in place."""
-    rows, sizes = x.flatten(0, -2), [len(weight) for weight in merge(weights)]
-    lefts = [part.flatten(0, -2).t() for part in grad.split(sizes, -1)]
-    into = [accumulator for accumulator in accumulators if accumulator is not None]
-    if into:
-        add_products(into, lefts, rows)
-        return [None] * len(weights)
-    products = [left @ rows for left in lefts]
-    return [*products] if len(products) == len(weights) else [*products[0].split([len(weight) for weight in weights])]
 
 
 class _RowParallel(Function):
@@ -151,7 +93,7 @@ class _RowParallel(Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
         ctx.tp = tp
         ctx.accumulator = accumulator(weight)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(for_weights(ctx, 2, x), weight)
         if tp.fused:
             return matmul_scatter(x, weight.t(), tp)
         y = linear(x, weight)
@@ -180,7 +122,7 @@ class _RowParallel(Function):
         return grad_x, None, grad_weight
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Adapted):
     """A linear layer whose output features are split over the tp ranks.
 
     Args:
@@ -206,6 +148,12 @@ class ColumnParallelLinear(nn.Module):
         self.weight = parameter((out_features, in_features), mesh, placements)
         self.bias = parameter((out_features,), mesh, placements) if bias else None
 
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """See `Adapted.adapt`."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        self.adapt(rank, scale, (self.tp.mesh, (Replicate(),)), (weight.device_mesh, tuple(weight.placements)))
+
     def forward(self, x: Tensor) -> Tensor:
         """[s or s/tp, b, in_features] -> [s, b, out_features/tp]."""
         return column_parallel(x, self)
@@ -220,7 +168,9 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     Returns:
         [s, b, sum of out_features/tp], the layers' outputs side by side.
     """
-    return _biased(_ColumnParallel.apply(x, layers[0].tp, *(local(layer.weight) for layer in layers)), layers)
+    tp = layers[0].tp
+    y = _biased(_ColumnParallel.apply(x, tp, *(local(layer.weight) for layer in layers)), layers)
+    return add_columns(y, x, layers, tp)
 
 
 class ColumnPair:
@@ -247,12 +197,12 @@ class ColumnPair:
             The outputs, and an empty tensor by which the graph knows that `second` belongs to them.
         """
         y, link = _FirstColumns.apply(x, self, *(local(layer.weight) for layer in layers))
-        return _biased(y, layers), link
+        return add_columns(_biased(y, layers), x, layers, self.tp), link
 
     def second(self, x: Tensor, link: Tensor, *layers: ColumnParallelLinear) -> Tensor:
         """The second half, of the same x."""
         y = _SecondColumns.apply(link, self, *(local(layer.weight) for layer in layers), x.detach())
-        return _biased(y, layers)
+        return add_columns(_biased(y, layers), x, layers, self.tp)
 
     def start(self, x: Tensor) -> Tensor:
         """Begin to make x [s or s/tp, ...] whole; `finish` ends that."""
@@ -282,9 +232,9 @@ class _FirstColumns(Function):
     def forward(ctx: Any, x: Tensor, pair: ColumnPair, *weights: Tensor) -> tuple[Tensor, Tensor]:
         ctx.pair = pair
         ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(for_weights(ctx, 2, x), *weights)
         ctx.set_materialize_grads(False)
-        return _columns(pair.finish(pair.start(x)), weights), x.new_empty(0)
+        return columns(pair.finish(pair.start(x)), weights), x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, link: None) -> tuple[Tensor | None, ...]:
@@ -295,7 +245,7 @@ class _FirstColumns(Function):
         started = pair.start(x) if any(need_each) else x
         grad_x = None
         if need_x:
-            grad_x = _input_gradient(grad, weights)
+            grad_x = input_gradient(grad, weights)
             if pair.partial is not None:
                 grad_x += pair.partial
                 pair.partial = None
@@ -303,7 +253,7 @@ class _FirstColumns(Function):
                 grad_x = (start_reduce_scatter if tp.sequence_parallel else start_all_reduce)(grad_x, tp)
         grads: list[Tensor | None] = [None] * len(weights)
         if any(need_each):
-            grads = _weight_gradients(accumulators, grad, pair.finish(started), weights)
+            grads = weight_gradients(accumulators, grad, pair.finish(started), weights)
         if grad_x is not None and tp.size > 1:
             grad_x = wait(grad_x)
         return grad_x, None, *grads
@@ -317,8 +267,8 @@ class _SecondColumns(Function):
         *weights, x = tensors
         ctx.pair = pair
         ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
-        return _columns(pair.finish(pair.start(x)), weights)
+        ctx.save_for_backward(for_weights(ctx, 2, x), *weights)
+        return columns(pair.finish(pair.start(x)), weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -327,14 +277,14 @@ class _SecondColumns(Function):
         x, *weights = saved(ctx, activations=any(need_each))
         started = pair.start(x) if any(need_each) else x
         if need_link:
-            pair.partial = _input_gradient(grad, weights)
+            pair.partial = input_gradient(grad, weights)
         grads: list[Tensor | None] = [None] * len(weights)
         if any(need_each):
-            grads = _weight_gradients(ctx.accumulators, grad, pair.finish(started), weights)
+            grads = weight_gradients(ctx.accumulators, grad, pair.finish(started), weights)
         return None, None, *grads, None
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Adapted):
     """A linear layer whose input features are split over the tp ranks. The bias is whole on each and added once."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
@@ -343,48 +293,14 @@ class RowParallelLinear(nn.Module):
         self.weight = parameter((out_features, in_features), tp.mesh, (Shard(1),))
         self.bias = parameter((out_features,), tp.mesh, (Replicate(),)) if bias else None
 
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """See `Adapted.adapt`."""
+        self.adapt(rank, scale, (self.tp.mesh, (Shard(1),)), (self.tp.mesh, (Replicate(),)))
+
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in_features/tp] -> [s or s/tp, b, out_features]."""
-        y = _RowParallel.apply(x, self.tp, local(self.weight))
+        y = add_rows(_RowParallel.apply(x, self.tp, local(self.weight)), x, self, self.tp)
         return y if self.bias is None else y + local(self.bias)
-
-
-class WholeLinear(nn.Module):
-    """A linear layer without a bias that every tp rank has whole, and applies to its own piece of the sequence with
-    sequence parallelism."""
-
-    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel) -> None:
-        super().__init__()
-        self.weight = parameter((out_features, in_features), tp.mesh, (Replicate(),))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return whole_linear(x, self)
-
-
-def whole_linear(x: Tensor, *layers: WholeLinear) -> Tensor:
-    """Several such layers' outputs of one input, side by side."""
-    return _WholeLinear.apply(x, *(local(layer.weight) for layer in layers))
-
-
-class _WholeLinear(Function):
-    """See `whole_linear`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
-        return _columns(x, weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, *need_each = wanted(ctx, *range(1 + len(ctx.accumulators)))
-        x, *weights = saved(ctx, activations=any(need_each))
-        grad_x = _input_gradient(grad, weights) if need_x else None
-        grads: list[Tensor | None] = [None] * len(weights)
-        if any(need_each):
-            grads = _weight_gradients(ctx.accumulators, grad, x, weights)
-        return grad_x, *grads
 
 
 def widened(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
@@ -407,7 +323,7 @@ class _Widened(Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.tp = tp
         ctx.accumulators = [accumulator(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(for_weights(ctx, 2, x), *weights)
         *parts, rest = _channels(wait(start_all_gather(x, tp)) if tp.sequence_parallel else x, weights)
         return *(linear(part, weight) for part, weight in zip(parts, weights, strict=True)), rest.contiguous()
 
@@ -429,7 +345,7 @@ class _Widened(Function):
         if need_weights:
             parts = _channels(gathering, weights)[:-1]
             each = zip(ctx.accumulators, grads[:-1], parts, weights, strict=True)
-            made = [_weight_gradients([into], grad, part, [weight])[0] for into, grad, part, weight in each]
+            made = [weight_gradients([into], grad, part, [weight])[0] for into, grad, part, weight in each]
         if grad_x is not None and reducing:
             grad_x = wait(grad_x)
         return grad_x, None, *made

@@ -8,10 +8,11 @@ from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
-from tplaunch.recipe.schema import Model, Part, Precision, Recipe
+from tplaunch.recipe.schema import Lora, Model, Part, Precision, Recipe, Target
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
+from tplaunch.spec.lora import adapted, targets
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters, layer_kinds
 from tplaunch.spec.recompute import sets
 from tplaunch.spec.schedules import SCHEDULES, stages_of
@@ -48,7 +49,7 @@ class Block(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """Trained weights of one rank in a block without experts, in one with them beside these, in its experts, before the
+    """Weights of one rank in a block without experts, in one with them beside these, in its experts, before the
     blocks, after them, and in the embedding alone."""
 
     dense: int
@@ -68,11 +69,13 @@ class _Counts(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Weights as they are gathered, and of a shard; and how many tensors they are."""
+    """Trained weights as they are gathered, and of a shard; and how many tensors they are; frozen weights likewise."""
 
     whole: _Counts
     shard: _Counts
     tensors: _Counts
+    frozen: _Counts
+    frozen_shard: _Counts
 
 
 class _Cut(NamedTuple):
@@ -86,30 +89,34 @@ class _Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _sizes(model: Model, cut: _Cut) -> _Sizes:
-    kinds = {model.has_experts(layer): block_parameters(model, layer) for layer in layer_kinds(model)}
+def _sizes(model: Model, rank: int, names: tuple[Target, ...], cut: _Cut) -> _Sizes:
+    """Of a model; with adapters of this rank, if it is not 0."""
+    lora = Lora(rank=rank, targets=list(names)) if rank else None
+    kinds = {model.has_experts(layer): adapted(block_parameters(model, layer), lora) for layer in layer_kinds(model)}
 
-    def count(parameters: list[Parameter], *, shard: bool, experts: bool = False) -> int:
+    def count(parameters: list[Parameter], *, shard: bool, frozen: bool = False, experts: bool = False) -> int:
         parts = (cut.expert_shards if experts else cut.shards) if shard else 1
-        chosen = (p for p in parameters if p.trained and p.expert == experts)
+        chosen = (p for p in parameters if not p.buffer and p.frozen == frozen and p.expert == experts)
         shapes = [parameter.local_shape(cut.tp, cut.ep, cut.expert_tp) for parameter in chosen]
         return sum(-(-rows // parts) * prod(rest) for rows, *rest in shapes)
 
     def counts(count: Callable[..., int]) -> _Counts:
-        first = first_parameters(model)
+        first = adapted(first_parameters(model), lora)
         return _Counts(
             count(kinds.get(False, [])),
             count(kinds.get(True, [])),
             count(kinds.get(True, []), experts=True),
             count(first),
-            count(last_parameters(model)),
+            count(adapted(last_parameters(model), lora)),
             count(first[:1]),
         )
 
     def tensors(parameters: list[Parameter], *, experts: bool = False) -> int:
         return sum(p.trained and p.expert == experts for p in parameters)
 
-    return _Sizes(counts(partial(count, shard=False)), counts(partial(count, shard=True)), counts(tensors))
+    trained = counts(partial(count, shard=False)), counts(partial(count, shard=True)), counts(tensors)
+    frozen = (counts(partial(count, shard=shard, frozen=True)) for shard in (False, True))
+    return _Sizes(*trained, *frozen)
 
 
 @dataclass(frozen=True)
@@ -256,21 +263,29 @@ class Case:
     def _sizes(self) -> _Sizes:
         topology = self.topology
         cut = _Cut(topology.tp, self.shards, topology.ep, topology.expert_tp, self.expert_shards)
-        return _sizes(self.model.model_copy(update={"window_layers": None, "rope_layers": None}), cut)
+        lora = self.recipe.lora
+        adapters = (0, ()) if lora is None else (lora.rank, targets(lora))
+        return _sizes(self.model.model_copy(update={"window_layers": None, "rope_layers": None}), *adapters, cut)
 
-    def block_weights(self, *, experts: bool) -> int:
-        """Weights of one block that one rank holds when it is gathered, its tensor-parallel slice; without those of
-        its experts."""
-        return self._sizes.whole.sparse if experts else self._sizes.whole.dense
+    def block_weights(self, *, experts: bool, frozen: bool = False) -> int:
+        """Trained weights of one block that one rank holds when it is gathered, its tensor-parallel slice, or frozen
+        ones; without those of its experts."""
+        sizes = self._sizes.frozen if frozen else self._sizes.whole
+        return sizes.sparse if experts else sizes.dense
 
-    @property
-    def block_expert_weights(self) -> int:
-        """Weights of the experts of one block that one rank holds when they are gathered."""
-        return self._sizes.whole.experts
+    def block_expert_weights(self, *, frozen: bool = False) -> int:
+        """The same of the experts of one block."""
+        return (self._sizes.frozen if frozen else self._sizes.whole).experts
 
-    def end_weights(self, stage: Stage) -> int:
-        """Weights of a stage outside its blocks (embedding, positions, final norm, output), its tp slice."""
-        return self._sizes.whole.ends(stage, tied=self.model.tie_embeddings)
+    def end_weights(self, stage: Stage, *, frozen: bool = False) -> int:
+        """The same of a stage outside its blocks (embedding, positions, final norm, output)."""
+        sizes = self._sizes.frozen if frozen else self._sizes.whole
+        return sizes.ends(stage, tied=self.model.tie_embeddings)
+
+    def frozen_weights(self, stage: Stage, *, sharded: bool = False) -> int:
+        """Weights of a stage that stay as they are, beneath adapters: its slice, or this rank's shard of that."""
+        sizes = self._sizes.frozen_shard if sharded else self._sizes.frozen
+        return self._of_stage(sizes, stage) + self.expert_layers(stage) * sizes.experts
 
     def expert_layers(self, stage: Stage) -> int:
         """How many blocks of a stage have experts."""
@@ -284,7 +299,7 @@ class Case:
         return blocks + counts.ends(stage, tied=self.model.tie_embeddings)
 
     def weights(self, stage: Stage) -> int:
-        """Weights of a stage, its slice: what data parallelism gathers and shards."""
+        """Trained weights of a stage, its slice: what data parallelism gathers and shards."""
         return self.shared_weights(stage) + self.expert_weights(stage)
 
     def shared_weights(self, stage: Stage) -> int:
@@ -335,6 +350,11 @@ class Case:
     def positions(self, layers: range | None = None) -> float:
         """Positions that attention is counted with, mean of some layers or of all (`attended_positions`)."""
         return attended_positions(self.recipe, layers)
+
+    def block_parameters(self, *, experts: bool) -> list[Parameter]:
+        """The model's own parameters of a block with experts, or without; none where there is no such block."""
+        kinds = {self.model.has_experts(layer): layer for layer in layer_kinds(self.model)}
+        return block_parameters(self.model, kinds[experts]) if experts in kinds else []
 
     def blocks(self, stage: Stage) -> dict[Block, int]:
         """How many blocks of a stage are of each kind."""

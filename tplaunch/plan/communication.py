@@ -243,7 +243,8 @@ class _Shared(NamedTuple):
     Args:
         axis: of these ranks.
         what: they are, as it is said before "weights" and "gradients".
-        weights: how many.
+        weights: how many of them are trained.
+        frozen: how many are not, and are gathered with them (ZeRO 2 and 3).
         group, replicas: ranks that they are split over, and those that hold copies.
         tensors: how many parameters they are of.
         blocks: how many blocks have some.
@@ -252,6 +253,7 @@ class _Shared(NamedTuple):
     axis: str
     what: str
     weights: int
+    frozen: int
     group: Group
     replicas: Group
     tensors: int
@@ -286,7 +288,7 @@ def data_parallel_traffic(case: Case, stages: list[Stage], *, forward: float, ba
         )
 
     for of in _shared(case, stages):
-        gathered, reduced = of.weights * case.compute_bytes, of.weights * case.reduced_bytes
+        gathered, reduced = (of.weights + of.frozen) * case.compute_bytes, of.weights * case.reduced_bytes
         units = of.tensors if case.flat else of.blocks
         before = {kind: sum(t.seconds / m for t in traffic if t.kind == kind) for kind in get_args(Kind)}
         if of.group.size > 1:
@@ -353,13 +355,16 @@ def _shared(case: Case, stages: list[Stage]) -> list[_Shared]:
     shared, experts = map(sum, zip(*map(case.tensors, stages), strict=True))
     groups = axis_group(case, "dp"), axis_group(case, "replica")
     count = sum(case.shared_weights(stage) for stage in stages)
+    layers = {stage: case.expert_layers(stage) for stage in stages}
+    frozen_experts = sum(layers.values()) * case.block_expert_weights(frozen=True)
+    frozen = sum(case.frozen_weights(stage) for stage in stages) - frozen_experts
     blocks = max(1, sum(len(stage.layers) for stage in stages))
-    found = [_Shared("dp", "", count, *groups, shared, blocks)]
-    count = sum(case.expert_weights(stage) for stage in stages)
-    if count:
+    found = [_Shared("dp", "", count, 0 if case.flat else frozen, *groups, shared, blocks)]
+    count, frozen = sum(case.expert_weights(stage) for stage in stages), 0 if case.flat else frozen_experts
+    if count or frozen:
         groups = axis_group(case, "edp"), axis_group(case, "expert replica")
-        blocks = sum(case.expert_layers(stage) for stage in stages)
-        found.append(_Shared("edp", "experts'", count, *groups, experts, blocks))
+        blocks = sum(layers.values())
+        found.append(_Shared("edp", "experts'", count, frozen, *groups, experts, blocks))
     return found
 
 

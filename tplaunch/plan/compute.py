@@ -15,6 +15,7 @@ from tplaunch.plan.memory import head_width, local_heads
 from tplaunch.plan.muon import hidden
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token
+from tplaunch.spec.lora import targets
 
 # FlashAttention's backward does five products where the forward does two (Dao 2023, arXiv 2307.08691, section 3.2).
 _ATTENTION_BACKWARD = 2.5
@@ -63,8 +64,20 @@ def matmul(case: Case, m: float, n: float, k: float) -> float:
 
 
 def linear(case: Case, m: float, n: float, k: float) -> Passes:
-    """A linear layer: its output [m, n], its input's gradient [m, k], its weight's gradient [n, k]."""
-    return Passes(matmul(case, m, n, k), matmul(case, m, k, n), matmul(case, n, k, m))
+    """A linear layer: its output [m, n], its input's gradient [m, k], its weight's gradient [n, k], unless it is frozen
+    beneath adapters."""
+    trained = case.recipe.lora is None
+    return Passes(matmul(case, m, n, k), matmul(case, m, k, n), matmul(case, n, k, m) if trained else 0.0)
+
+
+def adapter(case: Case, name: str, m: float, n: float, k: float) -> Passes:
+    """The adapter of a linear layer of a block, by its part name; what it sends is small, and not counted."""
+    lora = case.recipe.lora
+    if lora is None or name not in targets(lora):
+        return Passes(0.0)
+    r = lora.rank
+    inner = Passes(matmul(case, m, r, k), matmul(case, m, k, r), matmul(case, r, k, m))
+    return inner + Passes(matmul(case, m, n, r), matmul(case, m, r, n), matmul(case, n, r, m))
 
 
 def attention_core(case: Case, positions: float) -> Passes:
@@ -112,7 +125,14 @@ def block_parts(case: Case) -> dict[str, Passes]:
     if model.qk_norm:
         turned = _queries_and_keys(case)
         rotary += pointwise(case, 2 * turned, 3 * turned, kernels=4)
-    return {
+    kv = local_heads(case)[1] * head_width(case)
+    adapters = {
+        "qkv": [("wq", heads * head_width(case), hidden), ("wk", kv, hidden), ("wv", kv, hidden)],
+        "attention_output": [("wo", hidden, heads * model.value_dim)],
+        "gate_up": [*([("gate", ffn, hidden)] if model.gated else []), ("up", ffn, hidden)],
+        "down": [("down", hidden, ffn)],
+    }
+    parts = {
         "norm": pointwise(case, 2 * states, 3 * states, kernels=2),
         "qkv": queries(case) + linear(case, tokens, local_heads(case)[1] * head_width(case), hidden) * 2,
         "rotary": rotary,
@@ -122,6 +142,10 @@ def block_parts(case: Case) -> dict[str, Passes]:
         "activation": activation(case, tokens * ffn * width),
         "down": linear(case, tokens, hidden, ffn) + residual,
     }
+    for part, layers in adapters.items():
+        for name, n, k in layers:
+            parts[part] += adapter(case, name, tokens, n, k)
+    return parts
 
 
 def _states(case: Case) -> float:
@@ -160,7 +184,7 @@ def head(case: Case) -> Passes:
     wide = tokens * columns * max(4, case.compute_bytes)
     narrow = tokens * columns * case.compute_bytes
     logits = pointwise(case, 2 * wide - narrow, wide + narrow, kernels=5)
-    if case.accumulates_in_place:
+    if case.accumulates_in_place or case.recipe.lora is not None:
         return Passes((output + logits).total)
     return output + logits + Passes(0.0, output.forward)
 
@@ -169,6 +193,8 @@ def embedding(case: Case) -> Passes:
     """Lookup, and the scattered sum of its gradient into a table of zeros."""
     model, width = case.model, case.compute_bytes
     states = case.tokens * model.hidden_size * width
+    if case.recipe.lora is not None:
+        return Passes(move(case, 2 * states))
     table = model.padded_vocab_size // case.topology.tp * model.hidden_size * width
     return Passes(move(case, 2 * states), 0.0, move(case, 3 * states + table))
 

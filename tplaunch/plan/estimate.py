@@ -28,6 +28,7 @@ from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
 from tplaunch.spec.course import Course
 from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
+from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.parameters import active_parameter_count, layer_kinds, parameter_count
 from tplaunch.spec.recompute import Step as BlockStep
 from tplaunch.spec.recompute import block_steps, kept, sets
@@ -117,7 +118,7 @@ class Plan:
 
     @cached_property
     def model_flops_per_token(self) -> float:
-        return model_flops_per_token(self.case.model, self.case.positions())
+        return model_flops_per_token(self.case.model, self.case.positions(), self.case.recipe.lora)
 
     @cached_property
     def hardware_flops_per_token(self) -> float:
@@ -211,6 +212,7 @@ class Plan:
             "bubble": self.step.bubble,
             "parameters": parameter_count(case.model),
             "active_parameters": active_parameter_count(case.model),
+            "trainable_parameters": trainable_count(case.model, case.recipe.lora),
             **({} if case.model.moe is None else {"experts": self._experts()}),
             "tokens_per_step": case.tokens_per_step,
             "tokens_per_s": self.tokens_per_second,

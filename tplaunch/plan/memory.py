@@ -15,6 +15,7 @@ from tplaunch.plan.case import Block, Case, Stage
 from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
 from tplaunch.recipe.schema import Experts, Part
+from tplaunch.spec.lora import is_target, targets
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
 from tplaunch.units import MiB
@@ -147,7 +148,39 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, exper
     if latent := case.model.latent:
         own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
         statistics += own * (1 if latent.q_rank is None else 2) * max(4, case.compute_bytes)
-    return sum(tensors[name] for name in kept(case.model, parts, experts=experts).kept) + statistics
+    names = kept(case.model, parts, experts=experts).kept - _of_frozen_alone(case, experts=experts)
+    return sum(tensors[name] for name in names) + statistics + adapter_activations(case, experts=experts)
+
+
+def _of_frozen_alone(case: Case, *, experts: bool) -> set[str]:
+    """Names of a block's tensors that only the gradients of matrices would need, none of which is trained."""
+    lora = case.recipe.lora
+    if lora is None:
+        return set()
+    names, found = {*targets(lora)}, set()
+    if case.model.pre_norms and case.model.latent is None and not {"wq", "wk", "wv"} & names:
+        found.add("normed")
+    if experts:
+        found |= {"dispatched", "activated"}
+        shared = case.model.moe is not None and case.model.moe.shared_ffn_hidden_size is not None
+        if not shared or "down" not in names:
+            found.add("shared_activated")
+        return found if shared and {"gate", "up"} & names else found | {"middle_normed"}
+    if case.model.pre_norms and not {"gate", "up"} & names:
+        found.add("middle_normed")
+    return found if "down" in names else found | {"activated"}
+
+
+def adapter_activations(case: Case, *, experts: bool = False) -> float:
+    """Bytes that the adapters of a block keep of one microbatch: x A^T, as B reads it."""
+    lora = case.recipe.lora
+    if lora is None:
+        return 0.0
+    own = case.tokens / (case.topology.tp if case.sequence_parallel else 1)
+    total, parts = 0.0, {p.name.split(".")[-2]: p for p in case.block_parameters(experts=experts) if is_target(lora, p)}
+    for parameter in parts.values():
+        total += lora.rank * (case.tokens if parameter.tp_dim == 0 else own)
+    return total * case.compute_bytes
 
 
 def local_heads(case: Case) -> tuple[int, int]:
@@ -244,15 +277,24 @@ def stage_activations(case: Case, stage: Stage) -> float:
     """Bytes that one microbatch keeps in a stage from its forward to its backward pass."""
     total = documents(case)
     total += sum(n * block_activations(case, b.again, experts=b.experts) for b, n in case.blocks(stage).items())
-    if stage.first:
+    if stage.first and case.recipe.lora is None:
         total += embedding_activations(case)
+    if stage.first and case.recipe.lora is not None and stage.layers and case.model.pre_norms:
+        total -= hidden_bytes(case) + norm_statistics(case)  # nobody needs the gradient of the first norm's input
     if stage.last:
         total += head_activations(case)
     return total
 
 
 def weights(case: Case, stages: list[Stage]) -> float:
-    """The kept weights of a rank."""
+    """The kept weights of a rank: trained ones in the storage dtype; frozen ones in the compute dtype, whole in flat
+    buffers."""
+    frozen = sum(case.frozen_weights(stage, sharded=not case.flat) for stage in stages)
+    return _master_weights(case, stages) + frozen * case.compute_bytes
+
+
+def _master_weights(case: Case, stages: list[Stage]) -> float:
+    """Of these the trained ones."""
     return sum(case.sharded_weights(stage) for stage in stages) * case.storage_bytes
 
 
@@ -262,11 +304,14 @@ def gathered_weights(case: Case, stages: list[Stage]) -> float:
     In flat buffers of one dtype the master weights are part of them. FSDP2 makes a copy even where there is nothing to
     gather or to convert.
     """
-    if case.zero < 3 or case.flat:
+    if case.flat:  # frozen weights are none of the master weights
         whole = sum(case.weights(stage) for stage in stages) * case.compute_bytes
-        return whole - weights(case, stages) if case.flat and case.storage_bytes == case.compute_bytes else whole
-    at_work = max((_unit_weights(case, block.experts) for block in _kinds(case, stages)), default=0)
-    return (sum(case.end_weights(stage) for stage in stages) + at_work) * case.compute_bytes
+        return whole - _master_weights(case, stages) if case.storage_bytes == case.compute_bytes else whole
+    if case.zero < 3:
+        return sum(case.weights(stage) + case.frozen_weights(stage) for stage in stages) * case.compute_bytes
+    at_work = max((_unit_weights(case, block.experts, all=True) for block in _kinds(case, stages)), default=0)
+    ends = sum(case.end_weights(stage, frozen=frozen) for stage in stages for frozen in (False, True))
+    return (ends + at_work) * case.compute_bytes
 
 
 def gradients(case: Case, stages: list[Stage]) -> float:
@@ -276,10 +321,10 @@ def gradients(case: Case, stages: list[Stage]) -> float:
 
 
 def optimizer_state(case: Case, stages: list[Stage]) -> float:
-    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices; and the averages of weights."""
+    """AdamW's two moments, SGD's momentum, Muon's of hidden matrices; and the averages of trained weights."""
     optimizer = case.recipe.optimizer
     updated = sum(case.sharded_weights(stage) for stage in stages)
-    averages = weights(case, stages) if case.recipe.training.ema is not None else 0.0
+    averages = _master_weights(case, stages) if case.recipe.training.ema is not None else 0.0
     if optimizer.name == "muon":
         of = hidden(case, stages)
         return averages + (2 * updated - of.weights - of.expert_weights) * case.state_bytes
@@ -299,6 +344,8 @@ def loss_working(case: Case) -> float:
     logits = min(training.loss_chunk, case.tokens) * columns
     own = 0 if case.accumulates_in_place else fp32  # of each number of the gradient, until it is handed over
     product = 0 if case.accumulates_in_place and case.gradient_bytes == width else width
+    if case.recipe.lora is not None:  # the output matrix is frozen
+        own = product = 0
     summing = logits * (fp32 + lowered) + matrix * (own + product)
     following = logits * 2 * (fp32 + lowered) + matrix * own if case.tokens > training.loss_chunk else 0
     return max(summing, following) + case.tokens * model.hidden_size * width
@@ -347,6 +394,8 @@ def _mlp_working(case: Case, block: Block) -> float:
     inside = case.tokens * ffn * (2 if model.gated else 1)
     whole = case.tokens * model.hidden_size
     product = 0 if case.accumulates_in_place and case.gradient_bytes == width else ffn * model.hidden_size
+    if case.recipe.lora is not None:
+        product = 0
     tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
     gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, block.again).kept)
@@ -367,11 +416,11 @@ def _expert_working(case: Case, block: Block) -> float:
     coming = rows * (1 + sorted_once_more) + (rows * (1 + 1 / expert_tp) if expert_tp > 1 else 0.0)
     # A matrix's gradient, where no matmul adds it to the sum by itself; else two wait until they are handed over.
     in_place = case.accumulates_in_place and case.gradient_bytes == width
-    product = 0.0 if in_place else case.block_expert_weights / 3 * width
+    product = 0.0 if in_place else case.block_expert_weights() / 3 * width
     waiting = product if case.accumulates_in_place else 2 * product
     again = _made_again(case, block, "dispatched", "inside", "activated")
     last, between = rows + activated + product, 3 * activated
-    first = rows + waiting - activated
+    first = rows + waiting - (activated if case.recipe.lora is None else 0.0)  # of frozen experts it is not kept
     beside = hidden_bytes(case) * (1 + (moe.shared_ffn_hidden_size is not None))
     return max(coming, again + max(last, between, first)) + beside
 
@@ -405,15 +454,20 @@ def reducing(case: Case, unit: float) -> float:
 
 
 def gathering(case: Case) -> float:
-    """With ZeRO 3, the next block's weights on their way."""
-    if case.zero < 3 or case.flat:
+    """With ZeRO 3, the next block's weights on their way. With ZeRO 2 those of the last block, as they came, which
+    FSDP2 keeps until it gathers others: where gradients are reduced in as large buffers later, no peak is there."""
+    if case.flat or (case.zero < 3 and case.recipe.lora is None):
         return 0.0
-    return max(_unit_weights(case, experts) for experts in case.kinds) * case.compute_bytes
+    return max(_unit_weights(case, experts, all=True) for experts in case.kinds) * case.compute_bytes
 
 
-def _unit_weights(case: Case, experts: bool) -> int:
-    """Weights of a block that are gathered together."""
-    return case.block_weights(experts=experts) + (case.block_expert_weights if experts else 0)
+def _unit_weights(case: Case, experts: bool, *, all: bool = False) -> int:
+    """Trained weights of a block, whose gradients are reduced together; or all, which are gathered together."""
+    count = case.block_weights(experts=experts) + (case.block_expert_weights() if experts else 0)
+    if all:
+        count += case.block_weights(experts=experts, frozen=True)
+        count += case.block_expert_weights(frozen=True) if experts else 0
+    return count
 
 
 def _kinds(case: Case, stages: list[Stage]) -> set[Block]:
@@ -515,7 +569,8 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     stages = case.stages_on(pp_rank)
     moments = [(step.gradients[pp_rank], moment) for moment in _moments(case, stages, step.held[pp_rank])]
     if any(stage.last for stage in stages):
-        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=_lingering(case, stages))
+        buffers = _lingering(case, stages) + (gathering(case) if case.zero == 2 else 0.0)
+        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=buffers)
         moments.append((step.gradients_at_loss[pp_rank], head))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]

@@ -839,18 +839,6 @@ def _moved(key: str, value: Any, prefixes: dict[str, str]) -> Any:
     return None if value is None else {name: _moved(f"{key}.{name}", one, prefixes) for name, one in value.items()}
 
 
-class Finetune(Section):
-    """What is learned of conversations (`data.kind: chat`)."""
-
-    chat_template: Text | None = Field(
-        None, description="a file of jinja that renders messages; default: the template of the tokenizer's folder"
-    )
-    loss_on: Literal["assistant", "all"] = Field(
-        "assistant",
-        description="tokens that are targets: what the assistant says, up to the token that ends its turn, or all",
-    )
-
-
 def task_name(path: str) -> str:
     """What metrics call the task that reads a file: the file's name, without its ending."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(path.rstrip("/")).split(".")[0])
@@ -916,6 +904,36 @@ class Checkpoint(Section):
         description="what a new run takes its weights from: a checkpoint, a run directory (its newest), or a Hugging "
         "Face folder; where data.tokenizer is not said, its tokenizer, too",
     )
+
+
+Target = Literal["wq", "wk", "wv", "wo", "gate", "up", "down"]
+
+
+class Lora(Section):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685): a matrix W of [out, in] becomes
+    W + alpha / rank B A, with A of [rank, in] and B of [out, rank], which alone are trained."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="rows of A and columns of B")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="what B A is multiplied with, over rank")
+    targets: Literal["all-linear"] | Annotated[list[Target], Field(min_length=1)] = Field(
+        "all-linear",
+        description="the matrices that get adapters, by the last part of their name: wq, wk, wv, wo of attention; "
+        "gate, up, down of MLPs and of shared experts; all-linear: all of these. Experts, their router, embedding and "
+        "output layer stay frozen",
+    )
+
+
+class Finetune(Section):
+    """How a model that is trained already is trained on, and what of conversations (`data.kind: chat`)."""
+
+    chat_template: Text | None = Field(
+        None, description="a file of jinja that renders messages; default: the template of the tokenizer's folder"
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="tokens that are targets: what the assistant says, up to the token that ends its turn, or all",
+    )
+    lora: Lora | None = Field(None, description="train low-rank adapters, and nothing else; {} for the defaults")
 
 
 class Wandb(Section):
@@ -1048,7 +1066,7 @@ class Recipe(Section):
     optimizer: Optimizer = Field({}, validate_default=True, description="what updates the weights")
     lr_schedule: LrSchedule = Field({}, validate_default=True, description="learning rate over the run")
     data: Data = Field(description="corpora and tokenizer")
-    finetune: Finetune = Field({}, validate_default=True, description="what is learned of conversations")
+    finetune: Finetune = Field({}, validate_default=True, description="how a trained model is trained on")
     eval: Eval = Field({}, validate_default=True, description="what is measured beside the validation loss")
     checkpoint: Checkpoint = Field({}, validate_default=True, description="what is saved, and when")
     logging: Logging = Field({}, validate_default=True, description="what is recorded, and who reads it")
@@ -1064,3 +1082,8 @@ class Recipe(Section):
             if isinstance(training, dict):
                 values = {**values, "training": {"document_mask": True, **training}}
         return values
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained in the place of the model; None: the model is."""
+        return self.finetune.lora

@@ -6,11 +6,10 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from tplaunch.files import Record
 from tplaunch.run.directory import RunDir
-from tplaunch.run.records import read_records
+from tplaunch.run.records import is_number, read_records
 
 Point = tuple[float, float]
 
@@ -65,11 +64,6 @@ class Curves:
     def metrics(self) -> set[str]:
         """The metrics that there are."""
         return {key for record in self.records for key, value in record.items() if is_number(value)}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a file is a number that can be drawn."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e100 < value < 1e100
 
 
 def thin(points: Sequence[Point], columns: int) -> list[Point]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from tplaunch.files import Record
 from tplaunch.report.charts import number, ticks
-from tplaunch.report.curves import is_number
 from tplaunch.report.prediction import Figure
+from tplaunch.run.records import is_number
 from tplaunch.spec.topology import Topology
 from tplaunch.units import GiB, format_count
 

@@ -20,10 +20,10 @@ from tplaunch.report.drawings import in_words, memory_svg, step_svg, topology_sv
 from tplaunch.report.evaluations import evaluation_table
 from tplaunch.report.facts import RunFacts
 from tplaunch.report.palette import DARK, LIGHT, Palette
-from tplaunch.report.prediction import Figure, in_unit, read_recipe
+from tplaunch.report.prediction import Figure, in_unit
 from tplaunch.report.story import Mark, gathered, when
 from tplaunch.report.svg import chart_svg
-from tplaunch.run.directory import RunDir
+from tplaunch.run.directory import RunDir, read_recipe
 from tplaunch.spec.topology import Topology
 from tplaunch.spec.validation import losses
 from tplaunch.units import format_bytes, format_count, format_duration

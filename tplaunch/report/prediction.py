@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tplaunch.errors import TplaunchError
 from tplaunch.files import Record
-from tplaunch.recipe.schema import Recipe
-from tplaunch.report.curves import Curves, is_number
-from tplaunch.run.directory import RunDir
+from tplaunch.report.curves import Curves
+from tplaunch.run.directory import RunDir, read_recipe
+from tplaunch.run.records import is_number
 from tplaunch.units import GiB
 
 Unit = Literal["s", "count", "TFLOP/s", "share", "GiB"]
@@ -30,16 +30,6 @@ class Figure:
     def ratio(self) -> float | None:
         """Measured by predicted."""
         return self.measured / self.predicted if self.predicted and self.measured is not None else None
-
-
-def read_recipe(run: RunDir) -> Recipe | None:
-    """A run's recipe; None where it is missing, or not of this version."""
-    from tplaunch.recipe.load import load_recipe
-
-    try:
-        return load_recipe(run.recipe).recipe
-    except TplaunchError:
-        return None
 
 
 def read_plan(run: RunDir) -> tuple[Record | None, str]:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tplaunch.files import Record, Tail
-from tplaunch.report.curves import is_number
 from tplaunch.report.rows import Row, rows_of
 from tplaunch.run.directory import RunDir
-from tplaunch.run.records import parse_records
+from tplaunch.run.records import is_number, parse_records
 
 POLL_S = 1.0  # between looks at the files
 STATES_S = 10.0  # between questions how the runs stand, which may be put to a cluster's controller

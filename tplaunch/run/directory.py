@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.files import Record, append_line, parse_lines, read_lines, to_line
 from tplaunch.run.events import Event, parse_event
 from tplaunch.run.history import History
 from tplaunch.run.records import read_records
+
+if TYPE_CHECKING:
+    from tplaunch.recipe.schema import Recipe
 
 # Set in the environment of ranks whose launcher holds the run directory's lock for them.
 LOCKED = "TPLAUNCH_LOCKED"
@@ -255,3 +259,13 @@ class RunDir:
 def runs_under(path: Path) -> list[RunDir]:
     """The run directory at a path, or those in it: runs/, or a sweep, or runs/ with sweeps in it."""
     return [RunDir(file.parent) for depth in ("", "*/", "*/*/") for file in sorted(path.glob(f"{depth}recipe.yaml"))]
+
+
+def read_recipe(run: RunDir) -> Recipe | None:
+    """A run's recipe; None where it is missing, or not of this version."""
+    from tplaunch.recipe.load import load_recipe
+
+    try:
+        return load_recipe(run.recipe).recipe
+    except TplaunchError:
+        return None

@@ -77,3 +77,8 @@ def _is_figure(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float holds
         return False
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e100 < value < 1e100

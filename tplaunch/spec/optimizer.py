@@ -12,7 +12,7 @@ from tplaunch.spec.parameters import Parameter
 
 Kind = Literal["adamw", "sgd", "muon"]
 
-_DECAYED = frozenset({"matrix", "expert", "router", "embedding", "position", "output"})
+_DECAYED = frozenset({"matrix", "expert", "router", "embedding", "position", "output", "adapter"})
 _HIDDEN = frozenset({"matrix", "expert"})  # of Muon; the rest is AdamW's (Jordan 2024; Moonlight, arXiv 2502.16982)
 
 

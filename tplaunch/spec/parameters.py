@@ -12,7 +12,7 @@ from typing import Literal
 
 from tplaunch.recipe.schema import Model
 
-Role = Literal["embedding", "position", "matrix", "bias", "norm", "output", "router", "expert", "buffer"]
+Role = Literal["embedding", "position", "matrix", "bias", "norm", "output", "router", "expert", "adapter", "buffer"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,15 @@ class Parameter:
         shape: full shape; vocabulary rows are padded.
         layer: number of its block, or None.
         tp_dim: the dimension that tensor parallelism slices; None: every tp rank holds it whole.
-        role: what it is; only "matrix", "expert", "router", "embedding", "position" and "output" are decayed. A
-            "buffer" is kept with the weights, in fp32, and not trained.
+        role: what it is; only "matrix", "expert", "router", "embedding", "position", "output" and "adapter" are
+            decayed. A "buffer" is kept with the weights, in fp32, and not trained.
         pieces: indivisible parts along `tp_dim` (heads of an attention projection, else rows). With more tp ranks
             than pieces, tp / pieces neighbouring ranks hold the same piece (key/value heads fewer than tp). Of an
             expert's parameter: experts, along `ep_dim`.
         ep_dim: the dimension along which the parameters of a layer's experts lie one after the other, and which expert
             parallelism slices; None: no expert's, so that tp, cp and dp alone say where it is.
         expert_tp_dim: the dimension that tensor parallelism of experts slices; None: all its ranks hold it whole.
+        frozen: it stays as it is: adapters are trained in its place (`tplaunch.spec.lora`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Parameter:
     pieces: int = 1
     ep_dim: int | None = None
     expert_tp_dim: int | None = None
+    frozen: bool = False
 
     @property
     def expert(self) -> bool:
@@ -51,7 +53,12 @@ class Parameter:
     @property
     def trained(self) -> bool:
         """Whether it has a gradient."""
-        return self.role != "buffer"
+        return not (self.buffer or self.frozen)
+
+    @property
+    def buffer(self) -> bool:
+        """Whether it is no parameter for torch: kept with the weights, and not an optimizer's matter."""
+        return self.role == "buffer"
 
     @property
     def count(self) -> int:
@@ -281,7 +288,7 @@ def active_parameter_count(model: Model) -> int:
 
 def _total(model: Model, count: Callable[[Parameter], int]) -> int:
     def of(parameters: list[Parameter]) -> int:
-        return sum(count(parameter) for parameter in parameters if parameter.trained)
+        return sum(count(parameter) for parameter in parameters if not parameter.buffer)
 
     blocks = sum(number * of(block_parameters(model, layer)) for layer, number in layer_kinds(model).items())
     return of(first_parameters(model)) + blocks + of(last_parameters(model))

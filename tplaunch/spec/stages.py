@@ -44,10 +44,12 @@ def layer_costs(recipe: Recipe) -> LayerCosts:
     model, training, seen = recipe.model, recipe.training, attended_positions(recipe) / 2
     attention = attention_flops_per_token(model, seen)
     blocks = sets(training, range(model.num_layers))
+    passes = 3 if recipe.lora is None else 2  # frozen weights have no gradients
 
     def cost(layer: int) -> float:
         again = sum(n * repeated_flops_per_token(model, seen, parts, layer) for parts, n in blocks.items())
-        return 3 * (2.0 * block_matmul_parameters(model, layer) + attention) + again / model.num_layers
+        matmuls = 2.0 * block_matmul_parameters(model, layer) * passes
+        return matmuls + 3 * attention + again / model.num_layers
 
     kinds = layer_kinds(model)
     costs = {layer: cost(layer) for layer in kinds}
@@ -60,8 +62,13 @@ def layer_costs(recipe: Recipe) -> LayerCosts:
         for layer in range(model.num_layers)
         if model.has_experts(layer) == model.has_experts(kind)
     )
-    embedding = float(_EMBEDDING_BYTES * _FLOPS_PER_BYTE * model.hidden_size)
-    output = (3 if are_added_in_place(recipe) else 4) * 2.0 * model.padded_vocab_size * model.hidden_size
+    embedding = float((_EMBEDDING_BYTES if recipe.lora is None else 4) * _FLOPS_PER_BYTE * model.hidden_size)
+    output = (
+        (passes if recipe.lora is not None or are_added_in_place(recipe) else 4)
+        * 2.0
+        * model.padded_vocab_size
+        * model.hidden_size
+    )
     return LayerCosts(embedding / block, output / block, more)
 
 

@@ -26,7 +26,8 @@ class Pass:
         self._x: Tensor | None = x if x.requires_grad else None
         # Kept to the end of a second half, too: up to torch 2.12 a node of an autograd function lives no longer than
         # what stands above it. Above all weights that is next to nothing.
-        self._output = get_gradient_edge(output)
+        # None: nothing before it is trained (frozen layers before the first adapter).
+        self._output = get_gradient_edge(output) if output.requires_grad else None
         self._grad: Tensor | None = None
         self._waiting: list[_Waiting] = []
 
@@ -39,7 +40,8 @@ class Pass:
         Returns:
             The gradient of the input; None for tokens.
         """
-        torch.autograd.backward(self._output, grad)
+        if self._output is not None:
+            torch.autograd.backward(self._output, grad)
         return None if self._x is None else self._x.grad
 
     def input_half(self, grad: Tensor) -> Tensor | None:
@@ -48,6 +50,7 @@ class Pass:
         if self._x is None:
             self._grad = grad
             return None
+        assert self._output is not None  # it is made of x
         self._waiting = _weights_of(self._output.node, self._x)
         handles = [waiting.node.register_prehook(waiting.note) for waiting in self._waiting]
         try:

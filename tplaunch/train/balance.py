@@ -47,9 +47,16 @@ class Balance:
     @torch.no_grad()
     def update(self) -> None:
         """Called when a step's update was made: move each correction by a fixed rate, up where the expert had fewer
-        tokens than the mean, and down where it had more (Wang et al. 2024, arXiv 2408.15664)."""
+        tokens than the mean, and down where it had more (Wang et al. 2024, arXiv 2408.15664). Beside adapters
+        routers are frozen, and so are their corrections."""
         spec = self.recipe.model.moe
-        if spec is None or not spec.bias_rate or not self.layers or self.mesh.experts is None:
+        if (
+            spec is None
+            or not spec.bias_rate
+            or self.recipe.lora is not None
+            or not self.layers
+            or self.mesh.experts is None
+        ):
             return
         counts = torch.stack([self._counts(moe) for moe in self.layers.values()])
         dist.all_reduce(counts, group=self.mesh.experts.stage)

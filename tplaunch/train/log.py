@@ -21,6 +21,7 @@ from tplaunch.run.metrics import MetricsLog
 from tplaunch.run.ranks import MEASURED, PLACE, RanksLog
 from tplaunch.run.samples import COLUMNS, SamplesLog
 from tplaunch.spec.gpu import detect_gpu
+from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.train.clock import PARTS, StepClock
 from tplaunch.train.memory import peak_memory
@@ -314,6 +315,7 @@ class TrainingLog:
             **{axis: topology.size(axis) for axis in topology.axes + topology.expert_axes},
             "nodes": topology.nodes,
             "parameters": parameter_count(model),
+            **({"trainable_parameters": trainable_count(model, lora)} if (lora := self.step.recipe.lora) else {}),
             **({"active_parameters": active_parameter_count(model)} if model.moe else {}),
             "attempt": self.attempt,
             "versions": versions(),

@@ -122,7 +122,7 @@ class TrainStep:
         )
         self.loss_scale = LossScale.for_precision(recipe.training.precision)
         self.progress = TrainingProgress()
-        self.flops_per_token = model_flops_per_token(recipe.model, attended_positions(recipe))
+        self.flops_per_token = model_flops_per_token(recipe.model, attended_positions(recipe), recipe.lora)
 
     def run(self, batch: Batch, loss_factor: float = 1.0) -> StepResult:
         """Train on this data-parallel rank's share of the global batch.

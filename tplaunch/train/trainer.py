@@ -6,19 +6,21 @@ import faulthandler
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tplaunch.checkpoint.manager import CheckpointManager
-from tplaunch.checkpoint.state import TrainingProgress, named_tensors
+from tplaunch.checkpoint.state import TrainingProgress, model_tensors, named_tensors
 from tplaunch.checkpoint.store import Manifest
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import prefetch
+from tplaunch.huggingface.base import describe_base, refuse_changed
 from tplaunch.huggingface.config import is_model_folder
 from tplaunch.huggingface.load import load_folder
 from tplaunch.observe.wandb import run_id
@@ -103,6 +105,7 @@ class Trainer:
                 self.step.optimizer.state(),
                 self.step.averages.state() if self.step.averages is not None else (),
             ),
+            weights=lambda: model_tensors(self.step.stages),
             about={
                 "wandb_id": run_id(run_dir) if logs_wandb else None,
                 "seed": recipe.training.seed,
@@ -127,15 +130,23 @@ class Trainer:
 
     def resume(self, source: str) -> None:
         """Go on from a checkpoint: "auto" (this run's newest, if any), "none", or a path. Without one, start from the
-        recipe's initial weights, where it names any."""
+        recipe's initial weights, where it names any. Adapters always have these beneath them.
+
+        Raises:
+            TplaunchError: a checkpoint is damaged, or does not fit; adapters were trained on other weights.
+        """
         self.step.optimizer.settle()
         loaded, initial = self.checkpoints.load(source), self.recipe.checkpoint.initial
         if loaded is None and initial is not None:
             of_step = self._start_from(Path(initial))
+            self._note_base(initial, {})
             self.step.optimizer.publish()
             if self.main:
                 self.run_dir.append(Initialized(initial, of_step))
         if loaded is not None:
+            if self.recipe.lora is not None and initial is not None:
+                self._note_base(initial, loaded.about)
+                self._start_from(Path(initial))
             state, seq_len = loaded.state, self.recipe.training.seq_len
             was = loaded.about.get("seq_len", seq_len)
             self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
@@ -145,6 +156,14 @@ class Trainer:
                 self.step.loss_scale = LossScale(**state["loss_scale"])
             if self.main:
                 self.run_dir.append(Resumed(loaded.step))
+
+    def _note_base(self, initial: str, loaded: Mapping[str, Any]) -> None:
+        """Let checkpoints say what their adapters belong to; those that were loaded must belong to the same."""
+        if self.recipe.lora is None:
+            return
+        if "base" in loaded:
+            refuse_changed(Path(initial), loaded["base"]["fingerprint"], "the checkpoint holds adapters alone")
+        self.checkpoints.about |= describe_base(initial)
 
     def _start_from(self, initial: Path) -> int | None:
         """Read a new run's weights; returns the step at which they were written, of a checkpoint."""

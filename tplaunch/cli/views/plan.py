@@ -19,6 +19,7 @@ from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
 from tplaunch.spec.attention import document_length
 from tplaunch.spec.course import Course
+from tplaunch.spec.lora import targets, trainable_count
 from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.recompute import sets
@@ -246,6 +247,12 @@ def _notes(case: Case) -> Iterator[str]:
         where = f"over the network, between {nodes} nodes" if nodes > 1 else "inside a node"
         yield f"context parallel: a rank holds {held:,} tokens of each sequence; {sent} {where}"
     yield from _expert_notes(case)
+    if (lora := case.recipe.lora) is not None:
+        trained, total = trainable_count(case.model, lora), parameter_count(case.model)
+        yield (
+            f"adapters: {format_count(trained)} parameters are trained, in rank {lora.rank} beside "
+            f"{', '.join(targets(lora))}; the model's {format_count(total)} are frozen"
+        )
     if length := document_length(case.recipe):
         why = "" if data.document_length else ": no data are at hand, and data.document_length is not given"
         yield f"attention within documents, which are taken to be {length:,} tokens long{why}"
