@@ -15,6 +15,7 @@ MOE = "model.moe={experts: 4, top_k: 2, ffn_hidden_size: 32}"
 REFUSED = [
     (["finetune.lora={}"], "finetune.lora", "need a trained model beneath them", "checkpoint.initial"),
     (["finetune.lora={}", "optimizer.name=muon"], "optimizer.name", "muon cannot train adapters", "adamw"),
+    (["finetune.lora={}", "checkpoint.export_every=5"], "checkpoint.export_every", "exports none", "tplaunch export"),
     (
         ["finetune.lora={}", LATENT, "model.num_kv_heads=8", "model.head_dim=8"],
         "finetune.lora.targets",

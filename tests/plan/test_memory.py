@@ -175,6 +175,12 @@ def test_bytes_held_are_the_predicted_ones(world: World, name: str) -> None:
         assert abs(error) < 0.05
 
 
+def test_frozen_weights_have_no_averages() -> None:
+    (without,), (averaged,) = (memory(values(lora=ALL, training={"ema": ema})) for ema in (None, {"decay": 0.9}))
+    assert averaged.optimizer - without.optimizer == without.optimizer / 2 == without.gradients
+    assert averaged.weights == without.weights
+
+
 def test_zero_divides_what_its_paper_says() -> None:
     """Rajbhandari et al. 2020, table 1: optimizer state (with the wide weights) by dp from stage 1, gradients from 2,
     weights from 3. Their K = 12 bytes are the wide weight and two moments."""

@@ -37,11 +37,16 @@ def average(
         tokenizer: a tokenizer.json to put beside it.
 
     Raises:
-        TplaunchError: `out` exists, or they are damaged, or of different models. Nothing is written then.
+        TplaunchError: `out` exists, or they are damaged, of different models, or adapters alone. Nothing is written
+            then.
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it", key="--output"))
     manifests = [_whole(path) for path in checkpoints]
+    if alone := [path for path, one in zip(checkpoints, manifests, strict=True) if one.about.get("lora") is not None]:
+        why = "a mean of factors is no factor of the mean, and what they belong to is elsewhere"
+        fix = "average what `tplaunch export --merge` and `tplaunch import` make of them"
+        raise TplaunchError(Problem(f"{alone[0]} holds adapters alone", why, fix))
     stored = [read_metadata(path) for path in checkpoints]
     model = Model.model_validate(manifests[0].about["model"])
     outlines = {name: _outline(name, stored) for name in stored[0].tensors if name.startswith("model.")}
