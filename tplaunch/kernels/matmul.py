@@ -70,11 +70,14 @@ def matmul_into(out: Tensor, x: Tensor, matrix: Tensor, *, add: bool = False) ->
 
 
 def add_over_tokens(total: Tensor, left: Tensor, right: Tensor, *, begun: bool) -> None:
-    """Add [n, tokens] times [tokens, k], all of one dtype, to the gradient of a weight [n, k].
+    """Add [n, tokens] times [tokens, k], of one dtype, to the gradient of a weight [n, k], of that or of another.
 
     Args:
         begun: whether there is something to add it to; else it is written over what is there.
     """
+    if total.dtype != left.dtype:
+        _put(total, left @ right, begun)
+        return
     tokens = len(right)
     whole = _for_onednn(left, right, tokens)
     if whole:
