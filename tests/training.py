@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,19 @@ def trainer(raw: dict[str, Any], root: str, device: torch.device | None = None) 
     run_dir.create()
     heartbeat = Heartbeat(run_dir.root / f"beat-{dist.get_rank()}", dist.get_rank())
     return Trainer(recipe, Mesh.of(recipe, device or torch.device("cpu")), run_dir, StopRequest(), heartbeat)
+
+
+def resumed(raw: dict[str, Any], root: str, tokenizer: str) -> Any:
+    """The trainer of this rank after its start, in a run directory that has a tokenizer."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        Path(root).mkdir(exist_ok=True)
+        shutil.copy(tokenizer, root)
+    dist.barrier()
+    made = trainer(raw, root)
+    made.resume("auto")
+    return made
 
 
 def batch(made: Any) -> Any:

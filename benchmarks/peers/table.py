@@ -17,8 +17,8 @@ fused AdamW, no clipping of gradients, on CPU and gloo, every trainer with the s
 ranks hold the model and its optimizer whole (tplaunch with ZeRO 0, DDP of transformers and megatron-core); torchtitan
 shards them, as it does by itself. With experts, transformers' ranks hold all of them. They take turns, round by round.
 Figures are medians over the rounds of each round's median step; in brackets the least and the most. Memory is the
-resident size that the largest rank had at most. On a CPU with AVX-512 that is not Intel's, tplaunch has its matmuls
-done by oneDNN (`tplaunch/kernels/matmul.py`); the others' are MKL's, as torch chooses.
+resident size that the largest rank had at most. On a CPU with AVX-512 that is not Intel's, oneDNN does tplaunch's
+matmuls (`tplaunch/kernels/matmul.py`); the others' are MKL's, as torch chooses.
 `python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`.
 """
 

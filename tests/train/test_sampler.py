@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.recipes import VOCAB, case
-from tests.training import trainer
+from tests.training import resumed, trainer
 from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.data.indexed import IndexedWriter
@@ -67,14 +67,7 @@ def state() -> list[Any]:
 
 def train(raw: dict[str, Any], root: str, tokenizer: str, slow: bool = False) -> list[bool]:
     """Train to the end by the real loop; whether each time the model wrote it left things as they were."""
-    import torch.distributed as dist
-
-    if dist.get_rank() == 0:
-        Path(root).mkdir(exist_ok=True)
-        shutil.copy(tokenizer, root)
-    dist.barrier()
-    made = trainer(raw, root)
-    made.resume("auto")
+    made = resumed(raw, root, tokenizer)
     real, same = made.sampler.write, []
 
     def write() -> list[str]:

@@ -4,7 +4,6 @@ the run."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from tests.evaluate.questions import write_records
 from tests.recipes import ranks, resolved
 from tests.train.test_sampler import STEPS, curve, events, folder, recipe, state  # noqa: F401 (folder: a fixture)
-from tests.training import trainer
+from tests.training import resumed
 from tests.world import World
 from tplaunch.cli.main import run
 from tplaunch.errors import Exit
@@ -51,14 +50,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, A
 
 def train(raw: dict[str, Any], root: str, tokenizer: str) -> list[bool]:
     """Train to the end by the real loop; whether the first evaluation left things as they were."""
-    import torch.distributed as dist
-
-    if dist.get_rank() == 0:
-        Path(root).mkdir(exist_ok=True)
-        shutil.copy(tokenizer, root)
-    dist.barrier()
-    made = trainer(raw, root)
-    made.resume("auto")
+    made = resumed(raw, root, tokenizer)
     real, same = made.tasks.measure, []
 
     def measure() -> dict[str, float]:

@@ -7,12 +7,11 @@ import struct
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
 
-from tplaunch.data.fitted import TOKEN_BYTES
+from tplaunch.data.fitted import HEADER, TOKEN_BYTES
 from tplaunch.data.made import prefixes
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.attention import length_of_equal_work
 
-_HEADER = struct.Struct("<9sQBQQ")  # of an .idx file: magic, version, dtype code, sequences, documents + 1
 _NUMBER = struct.Struct("<q")
 _LOOKED_AT = 4096  # documents of a corpus, evenly spread
 
@@ -27,10 +26,10 @@ def document_lengths(prefix: str) -> list[int]:
 
 
 def _lengths(index: mmap, size: int) -> Iterator[int]:
-    magic, _, code, sequences, entries = _HEADER.unpack_from(index)
+    magic, _, code, sequences, entries = HEADER.unpack_from(index)
     if not magic.startswith(b"MMIDIDX"):
         return
-    offsets, bounds = _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences
+    offsets, bounds = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
 
     def number(place: int) -> int:
         return int(_NUMBER.unpack_from(index, place)[0])

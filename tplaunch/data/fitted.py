@@ -13,7 +13,7 @@ from mmap import ACCESS_READ, mmap
 from tplaunch.data.packing import count_rows
 
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # of a token, by the dtype code of an .idx file
-_HEADER = struct.Struct("<9sQBQQ")  # of an .idx file: magic, version, dtype code, sequences, documents + 1
+HEADER = struct.Struct("<9sQBQQ")  # of an .idx file: magic, version, dtype code, sequences, documents + 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def fit_text(prefix: str, seq_len: int) -> array[int]:
     """
     offsets, documents = array("q"), array("q")
     with open(f"{prefix}.idx", "rb") as file:
-        _, _, code, sequences, entries = _HEADER.unpack(file.read(_HEADER.size))
+        _, _, code, sequences, entries = HEADER.unpack(file.read(HEADER.size))
         file.seek(4 * sequences, os.SEEK_CUR)
         offsets.frombytes(file.read(8 * sequences))
         documents.frombytes(file.read(8 * entries))
@@ -80,7 +80,7 @@ def fit(prefix: str, seq_len: int) -> Fitted:
     """
     lengths = array("i")
     with open(f"{prefix}.idx", "rb") as file:
-        sequences = _HEADER.unpack(file.read(_HEADER.size))[3]
+        sequences = HEADER.unpack(file.read(HEADER.size))[3]
         lengths.frombytes(file.read(4 * sequences))
     long = [number for number, length in enumerate(lengths) if length > seq_len]
     dropped = 0

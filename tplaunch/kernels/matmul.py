@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     tokens = x.numel() // max(1, x.shape[-1])
     few = _FEW if weight.shape[0] >= weight.shape[1] else _FEW // 2
-    if not 0 < tokens <= few or x.dtype != torch.float32 or x.device.type != "cpu" or weight.numel() < _LARGE:
+    if not 0 < tokens <= few or x.dtype != torch.float32 or not x.is_cpu or weight.numel() < _LARGE:
         return matmul(x, weight.t())
     columns = x.reshape(tokens, -1)
     if tokens == 1:
@@ -70,11 +70,14 @@ def matmul_into(out: Tensor, x: Tensor, matrix: Tensor, *, add: bool = False) ->
 
 
 def add_over_tokens(total: Tensor, left: Tensor, right: Tensor, *, begun: bool) -> None:
-    """Add [n, tokens] times [tokens, k], all of one dtype, to the gradient of a weight [n, k].
+    """Add [n, tokens] times [tokens, k], of one dtype, to the gradient of a weight [n, k], of that or of another.
 
     Args:
         begun: whether there is something to add it to; else it is written over what is there.
     """
+    if total.dtype != left.dtype:
+        _put(total, left @ right, begun)
+        return
     tokens = len(right)
     whole = _for_onednn(left, right, tokens)
     if whole:
@@ -83,7 +86,7 @@ def add_over_tokens(total: Tensor, left: Tensor, right: Tensor, *, begun: bool) 
         for some, rows in zip(total.split(height), left[:, :whole].split(height), strict=True):
             _put(some, onednn_linear(rows, others), begun)
         begun = True
-    if whole == tokens:
+    if 0 < whole == tokens:
         return
     if begun:
         torch.addmm(total, left[:, whole:], right[whole:], out=total)

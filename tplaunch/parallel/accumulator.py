@@ -41,14 +41,7 @@ class Accumulator:
         """Add lefts[i] @ rights[i] to the i-th of as many equal runs of rows: [rows, k] and [k, columns], k at least
         0."""
         for total, left, right in zip(self.total.chunk(len(lefts)), lefts, rights, strict=True):
-            if not left.shape[1]:
-                if not self.begun:
-                    total.zero_()
-            elif total.dtype != left.dtype:
-                product = left @ right
-                total.add_(product) if self.begun else total.copy_(product)
-            else:
-                add_over_tokens(total, left, right, begun=self.begun)
+            add_over_tokens(total, left, right, begun=self.begun)
         self.begun = True
 
     def add(self, gradient: Tensor) -> None:
@@ -78,9 +71,6 @@ def add_products(accumulators: Sequence[Accumulator], lefts: Sequence[Tensor], r
                 torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
             else:
                 torch.mm(left, right, out_dtype=total.dtype, out=total)
-        elif total.dtype != left.dtype:
-            product = left @ right
-            total.add_(product) if accumulators[0].begun else total.copy_(product)
         else:
             add_over_tokens(total, left, right, begun=accumulators[0].begun)
     for accumulator in accumulators:
