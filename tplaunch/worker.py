@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tplaunch.checkpoint.store import list_checkpoints
+from tplaunch.checkpoint.store import goes_on_from, list_checkpoints
 from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -27,6 +27,7 @@ from tplaunch.run.heartbeat import Beat, Heartbeat
 from tplaunch.run.processes import die_with_parent, ignore_profile_signal
 from tplaunch.run.stopwatch import Stopwatch
 from tplaunch.spec.resolve import resolve
+from tplaunch.spec.run_stages import segment_after
 from tplaunch.spec.topology import Topology
 
 if TYPE_CHECKING:
@@ -55,11 +56,14 @@ class Worker:
         if self.rank == 0 and os.environ.get(LOCKED) is None:  # a pasted torchrun line: no launcher holds it
             self.held.enter_context(self.run_dir.lock())
         # A run directory of an older version may hold a recipe that is not resolved.
-        self.recipe = resolve(load_recipe(self.run_dir.recipe).recipe)
+        whole = resolve(load_recipe(self.run_dir.recipe).recipe)
         source = self.run_dir.history().resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
-        self._train(self._set_up(self.recipe, source), source)
+        loads = goes_on_from(self.run_dir, source)
+        segment = segment_after(whole, loads[1].step if loads else 0)
+        self.recipe = resolve(segment.recipe)
+        self._train(self._set_up(self.recipe, segment.stages, source), source)
 
-    def _set_up(self, recipe: Recipe, source: str) -> Trainer:
+    def _set_up(self, recipe: Recipe, stages: range, source: str) -> Trainer:
         # Here, not above: a rank whose torch is broken reports that like any other error.
         import torch.distributed as dist
 
@@ -92,6 +96,7 @@ class Worker:
             self.run_dir,
             stop,
             self.heartbeat,
+            stages=stages,
             draw=draw,
             stopwatch=self.stopwatch,
             attempt=self.attempt,

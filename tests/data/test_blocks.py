@@ -99,7 +99,7 @@ def start_time(prefix: Path) -> float:
     begun = time.process_time()
     verify_corpus(prefix, Progress(False), vocab_size=1000)
     with remembered(prefix.parent / "cache") as sums:
-        corpus_facts(prefix, 1.0, sums)
+        corpus_facts(prefix, sums)
     TokenDataset([Source(path=str(prefix))], 64, 1).batch(np.arange(8))
     return time.process_time() - begun
 

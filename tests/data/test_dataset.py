@@ -33,33 +33,35 @@ def test_samples_overlap_by_the_last_target(tmp_path: Path) -> None:
     dataset = TokenDataset([write(tmp_path / "a", DOCUMENTS)], seq_len=8, seed=1, shuffle=False)
     assert len(dataset) == 6  # (49 - 1) // 8
     batch = dataset.batch(np.array([0, 1, 5, 6]))
-    assert batch.dtype == np.int64
-    expected = [np.arange(9), np.arange(8, 17), np.arange(40, 49), np.arange(9)]  # the last: again from the start
-    assert np.array_equal(batch, expected)
+    assert batch.tokens.dtype == batch.targets.dtype == np.int64
+    expected = np.array([np.arange(8), np.arange(8, 16), np.arange(40, 48), np.arange(8)])  # the last: from the start
+    assert np.array_equal(batch.tokens, expected) and np.array_equal(batch.targets, expected + 1)
 
 
 def test_an_epoch_covers_every_target_once(tmp_path: Path) -> None:
     dataset = TokenDataset([write(tmp_path / "a", [1001])], seq_len=10, seed=3)
     for epoch in range(3):
         batch = dataset.batch(np.arange(100 * epoch, 100 * (epoch + 1)))
-        assert np.array_equal(np.sort(batch[:, 1:].ravel()), np.arange(1, 1001))
+        assert np.array_equal(np.sort(batch.targets.ravel()), np.arange(1, 1001))
 
 
 def test_a_blend_reads_from_each_corpus(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", [500]), write(tmp_path / "b", [500], first=1000)
     sources = [a.model_copy(update={"weight": 3.0}), b]
     dataset = TokenDataset(sources, seq_len=4, seed=1)
-    firsts = dataset.batch(np.arange(1000))[:, 0]
+    firsts = dataset.batch(np.arange(1000)).tokens[:, 0]
     assert np.count_nonzero(firsts >= 1000) == 250
 
 
 def test_positions_start_again_at_each_document(tmp_path: Path) -> None:
     dataset = TokenDataset([write(tmp_path / "a", DOCUMENTS)], seq_len=24, seed=1, shuffle=False)
-    tokens, positions = dataset.batch_with_positions(np.array([0, 1]))
-    assert np.array_equal(tokens, [np.arange(25), np.arange(24, 49)])
+    tokens, targets, positions, begins = dataset.batch(np.array([0, 1]), documents=True)
+    assert np.array_equal(tokens, [np.arange(24), np.arange(24, 48)]) and np.array_equal(targets, tokens + 1)
     starts = np.array([*range(5), *range(12), 0, 0, *range(30)])
-    assert np.array_equal(positions[0], starts[:25])
-    assert np.array_equal(positions[1], np.arange(25))  # counted from the sample's own start
+    assert positions is not None and begins is not None
+    assert np.array_equal(positions[0], starts[:24])
+    assert np.array_equal(positions[1], np.arange(24))  # counted from the sample's own start
+    assert np.array_equal(begins[0], starts[1:25] == 0) and not begins[1].any()
 
 
 def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
@@ -115,9 +117,9 @@ def test_thousands_of_corpora_take_few_open_files(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
     try:
         dataset = TokenDataset(sources, seq_len=8, seed=1)
-        first = dataset.batch(np.arange(1200))
+        first = dataset.batch(np.arange(1200)).tokens
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert np.array_equal(dataset.batch(np.arange(1200)), first)
+    assert np.array_equal(dataset.batch(np.arange(1200)).tokens, first)
     corpus, _ = dataset.order.locate(np.arange(1200))
     assert np.bincount(corpus).tolist() == [2] * 600

@@ -42,8 +42,9 @@ def test_as_many_tokens_are_seen_as_in_the_run(tmp_path: Path, mean: int) -> Non
     assert document_lengths(prefix) == lengths
     length = with_document_length(recipe(prefix)).data.document_length
     dataset = TokenDataset([Source(path=prefix)], 64, 1)
-    _, positions = dataset.batch_with_positions(np.arange(len(lengths) * min(mean, 64) // 80))
-    seen = positions[:, :-1].mean() + 0.5
+    positions = dataset.batch(np.arange(len(lengths) * min(mean, 64) // 80), documents=True).positions
+    assert positions is not None
+    seen = positions.mean() + 0.5
     assert tokens_seen(64, document=length) == pytest.approx(seen, rel=0.05)
 
 

@@ -96,5 +96,6 @@ def test_our_samples_are_their_tokens(megatron: Any, tmp_path: Path) -> None:
     dataset = TokenDataset([Source(path=str(tmp_path / "c"))], seq_len=32, seed=11)
     places = dataset.order.locate(np.arange(len(dataset)))[1]
     assert sorted(places.tolist()) == list(range((len(row) - 1) // 32))
-    expected = [row[j * 32 : j * 32 + 33] for j in places.tolist()]
-    assert dataset.batch(np.arange(len(dataset))).tolist() == expected
+    found = dataset.batch(np.arange(len(dataset)))
+    assert found.tokens.tolist() == [row[j * 32 : j * 32 + 32] for j in places.tolist()]
+    assert found.targets.tolist() == [row[j * 32 + 1 : j * 32 + 33] for j in places.tolist()]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.recipes import case, resolved
-from tplaunch.data.dataset import TokenDataset
+from tplaunch.data.dataset import TokenDataset, TokenRows
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.spec.context import pieces
@@ -61,13 +61,12 @@ def test_microbatches_are_rows_in_order() -> None:
 
 
 class Documents:
-    """Samples of five tokens and their places in documents, of which one begins amid each."""
+    """Samples of four tokens, the one behind them, and their places in documents, of which one begins amid each."""
 
-    def batch(self, numbers: Any) -> Any:
-        return np.arange(5) + 10 * numbers[:, None]
-
-    def batch_with_positions(self, numbers: Any) -> Any:
-        return self.batch(numbers), np.tile([0, 1, 0, 1, 2], (len(numbers), 1))
+    def batch(self, numbers: Any, *, documents: bool) -> TokenRows:
+        tokens, positions = np.arange(4) + 10 * numbers[:, None], np.tile([0, 1, 0, 1, 2], (len(numbers), 1))
+        rows = TokenRows(tokens, tokens + 1)
+        return rows._replace(positions=positions[:, :-1], begins=positions[:, 1:] == 0) if documents else rows
 
 
 @pytest.mark.parametrize("document_mask", [False, True])

@@ -33,7 +33,7 @@ def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
                 fix=f"vocab_size: {recipe.model.vocab_size} in both",
                 key="data.tokenizer",
             )
-        if not any(is_raw(Path(source.path)) for source in data.sources("train")):
+        if not any(is_raw(Path(source.path)) for source in recipe.corpora):
             yield Problem(
                 "there is no training text to train a tokenizer on",
                 why="the training data is tokenized already",
@@ -74,7 +74,7 @@ def chat_problems(recipe: Recipe) -> Iterator[Problem]:
 def with_tokenizer(recipe: Recipe) -> Recipe:
     """The recipe with the tokenizer of its initial weights, where text is read and the recipe names none."""
     data, initial = recipe.data, recipe.checkpoint.initial
-    sources = [*data.sources("train"), *data.sources("validation")]
+    sources = [*recipe.corpora, *data.sources("validation")]
     if data.tokenizer is not None or initial is None or not any(is_raw(Path(source.path)) for source in sources):
         return recipe
     folders = [Path(initial)]
@@ -89,9 +89,8 @@ def with_tokenizer(recipe: Recipe) -> Recipe:
 def missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Files that a recipe names and that are not there."""
     data, initial = recipe.data, recipe.checkpoint.initial
-    for split in ("train", "validation"):
-        for key, source in data.keyed_sources(split):
-            yield from data_file(source.path, key)
+    for key, source in [*recipe.keyed_corpora(), *data.keyed_sources("validation")]:
+        yield from data_file(source.path, key)
     if isinstance(data.tokenizer, str) and not os.path.isfile(data.tokenizer):
         yield Problem(
             f"{data.tokenizer}: no such file{_near_file(data.tokenizer)}",

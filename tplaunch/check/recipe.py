@@ -17,6 +17,7 @@ from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_paral
 from tplaunch.check.run import run_problems, run_warnings
 from tplaunch.check.samples import prompt_problems, sample_problems, sample_warnings
 from tplaunch.check.schedule import length_problems, schedule_problems, schedule_warnings
+from tplaunch.check.stages import stage_length_problems, stage_problems, with_topologies
 from tplaunch.check.tasks import missing_tasks, task_problems, task_warnings, tasks_without_tokenizer
 from tplaunch.check.world import data_parallel, placement_warnings
 from tplaunch.data.documents import with_document_length
@@ -28,6 +29,7 @@ from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.resolve import resolve
+from tplaunch.spec.run_stages import carried, in_force, segment_after
 from tplaunch.spec.topology import Topology
 from tplaunch.units import format_count
 
@@ -49,6 +51,11 @@ class Checked(NamedTuple):
     def topology(self) -> Topology:
         """Its rank grid."""
         return Topology.of(self.recipe)
+
+    def at(self, step: int) -> Checked:
+        """What the workers train that begin after a step: the recipe as it is in force there."""
+        recipe = segment_after(self.recipe, step).recipe
+        return self if recipe == self.recipe else self._replace(recipe=resolve(with_document_length(recipe)))
 
     def describe(self) -> str:
         """Topology, model and batch in words."""
@@ -81,10 +88,13 @@ def check_recipe(loaded: LoadedRecipe, *, gpus: int | None = None, need_data: bo
     Raises:
         RecipeError: holds every problem that was found.
     """
-    recipe, lengths = with_tokenizer(loaded.recipe), [*length_problems(loaded.recipe)]
-    recipe = recipe if lengths else with_steps(recipe)
+    recipe = carried(with_tokenizer(loaded.recipe))
+    lengths = [*length_problems(recipe), *stage_length_problems(recipe)]
+    later: list[Problem] = []  # of the shapes of later stages
+    if not lengths:
+        recipe, later = with_topologies(in_force(with_steps(recipe), 0), gpus)
     problems = [
-        *(lengths or schedule_problems(recipe)),
+        *(lengths or [*schedule_problems(recipe), *stage_problems(recipe), *later]),
         *model_problems(recipe.model, recipe.training.seq_len),
         *tensor_parallel(recipe),
         *context_parallel(recipe),

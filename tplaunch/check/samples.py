@@ -38,7 +38,7 @@ def sample_warnings(recipe: Recipe) -> Iterator[Problem]:
 def prompt_problems(recipe: Recipe) -> Iterator[Problem]:
     """What the tokenizer tells, where it is there already: that there is none, or that a prompt is too long."""
     data = recipe.data
-    sources = [Path(source.path) for source in data.sources("train")]
+    sources = [Path(source.path) for source in recipe.corpora]
     if not recipe.logging.samples.every:
         return
     if isinstance(data.tokenizer, str):

@@ -72,7 +72,7 @@ def check_choices(recipe: Recipe, tokenizer: Path | None) -> None:
 def tasks_without_tokenizer(recipe: Recipe) -> Iterator[Problem]:
     """Tasks that are text, in a run whose data were tokenized elsewhere."""
     data = recipe.data
-    sources = [Path(source.path) for source in data.sources("train")]
+    sources = [Path(source.path) for source in recipe.corpora]
     text = [task for task in recipe.eval.tasks if task.choices is not None or is_raw(Path(task.path))]
     if not text or data.tokenizer is not None or any(is_raw(path) for path in sources):
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tplaunch.errors import Problem
@@ -21,7 +21,7 @@ _SECTIONS: dict[str, type[Section]] = {"rope_scaling": RopeScaling, "moe": Exper
 
 
 def model_differences(
-    stored: Mapping[str, Any], asked: Model, *, weights_only: bool = False
+    stored: Mapping[str, Any], asked: Model, *, weights_only: bool = False, moves: Collection[str] = ()
 ) -> list[tuple[str, Any, Any]]:
     """The fields of the model that keep a checkpoint from going on.
 
@@ -29,12 +29,13 @@ def model_differences(
         stored: the checkpoint's model, as plain data; fields that its version did not know have their defaults.
         asked: the recipe's.
         weights_only: only its weights are taken over, by a new run.
+        moves: fields that stages of the run may change.
 
     Returns:
         (key such as "model.num_layers", stored value, asked value) of each that differs.
     """
-    left_out = _IRRELEVANT | _NOT_IN_WEIGHTS if weights_only else _IRRELEVANT
-    ours = asked.model_dump(mode="json", exclude=set(left_out))
+    left_out = {*_IRRELEVANT, *moves, *(_NOT_IN_WEIGHTS if weights_only else ())}
+    ours = asked.model_dump(mode="json", exclude=left_out)
     theirs = {name: _complete(name, stored.get(name, Model.model_fields[name].default)) for name in ours}
     found = []
     for name in ours:

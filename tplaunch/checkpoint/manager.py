@@ -260,7 +260,12 @@ class CheckpointManager:
         """
         problems = [
             Problem(f"{path} has {key.removeprefix('model.')}={theirs}, the recipe {ours}", key=key)
-            for key, theirs, ours in model_differences(about["model"], self.recipe.model, weights_only=weights_only)
+            for key, theirs, ours in model_differences(
+                about["model"],
+                self.recipe.model,
+                weights_only=weights_only,
+                moves=("rope_theta",) if self.recipe.training.stages else (),
+            )
         ]
         if not weights_only:
             problems += [

@@ -171,6 +171,24 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def goes_on_from(run_dir: RunDir, source: str) -> tuple[Path, Manifest] | None:
+    """The checkpoint that a start of a run is going to load, as far as manifests and what earlier starts found tell.
+
+    Args:
+        source: auto, none, or a checkpoint's path.
+    """
+    if source == "none":
+        return None
+    damaged = {Path(path).name for path in run_dir.history().damaged}
+    found = [path for _, path in reversed(list_checkpoints(run_dir.checkpoints)) if path.name not in damaged]
+    for path in found if source == "auto" else [Path(source)]:
+        try:
+            return path, read_manifest(path)
+        except ValueError:
+            continue
+    return None
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is meant as a checkpoint, by its name or its manifest; a damaged one too."""
     return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())

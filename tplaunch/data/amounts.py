@@ -14,8 +14,9 @@ from tplaunch.data.fitted import TOKEN_BYTES, fit, fit_text
 from tplaunch.data.made import prefixes
 from tplaunch.data.packing import count_rows
 from tplaunch.errors import Problem
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Recipe, occurrences
 from tplaunch.spec.course import Course
+from tplaunch.spec.run_stages import in_force, longest_samples
 from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
@@ -30,11 +31,12 @@ class Amount:
     Attributes:
         key: of the recipe.
         path: as the recipe has it.
-        share: of the run's samples, 0 to 1.
+        share: of what the run reads, 0 to 1.
         tokens: None where they cannot be counted: raw text that the cache does not have in tokens, or no corpus there.
-        samples: of `training.seq_len` tokens, each read once an epoch.
+        samples: of `seq_len` tokens, each read once an epoch.
         epochs: how often it is read by the end of the run.
         conversations: how they fit into samples, where it has any.
+        by_stage: `epochs` of each stage; () where they are not known.
     """
 
     key: str
@@ -44,6 +46,7 @@ class Amount:
     samples: int | None = None
     epochs: float | None = None
     conversations: Conversations | None = None
+    by_stage: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,35 @@ def count_tokens(prefix: str) -> int | None:
 
 def amounts(recipe: Recipe) -> list[Amount]:
     """Each corpus of the training data, over the whole run."""
-    training, sources = recipe.training, recipe.data.sources("train")
-    total = Course(recipe).first_sample(training.steps + 1)
-    largest = max(source.weight for source in sources)
-    weights = sum(source.weight / largest for source in sources)
+    course, lengths = Course(recipe), longest_samples(recipe)
+    read = [_tokens_of(recipe, course, number) for number in range(len(course.stages))]
     found = []
-    for number, (source, prefix) in enumerate(zip(sources, prefixes(recipe), strict=True)):
-        key = "data.train" if isinstance(recipe.data.train, str) else f"data.train[{number}]"
-        share = source.weight / largest / weights
+    for (key, source), name, prefix in zip(
+        recipe.keyed_corpora(), occurrences(recipe.corpora), prefixes(recipe), strict=True
+    ):
+        seq_len, taken = lengths[source.path], [stage.get(name, 0.0) for stage in read]
         tokens = count_tokens(prefix) if prefix else None
-        samples = None if tokens is None else (tokens - 1) // training.seq_len
+        samples = None if tokens is None else (tokens - 1) // seq_len
         conversations = None
         if tokens is not None and recipe.data.kind == "chat":
-            samples, conversations = _conversations(str(prefix), training.seq_len)
+            samples, conversations = _conversations(str(prefix), seq_len)
         elif tokens is not None and recipe.data.packs:
-            samples = _rows(str(prefix), training.seq_len)
-        epochs = total * share / samples if samples and samples > 0 else None
-        found.append(Amount(key, source.path, share, tokens, samples, epochs, conversations))
+            samples = _rows(str(prefix), seq_len)
+        each = tuple(one / (samples * seq_len) for one in taken) if samples and samples > 0 else ()
+        share, epochs = sum(taken) / course.tokens, sum(each) or None
+        key = key.removesuffix(".path")
+        found.append(Amount(key, source.path, share, tokens, samples, epochs, conversations, each))
     return found
+
+
+def _tokens_of(recipe: Recipe, course: Course, number: int) -> dict[tuple[str, int], float]:
+    """Tokens that a stage reads of each of its corpora."""
+    steps, sources = course.stages[number], in_force(recipe, number).data.sources("train")
+    total = course.batches.tokens(steps.stop - 1) - course.batches.tokens(steps.start - 1)
+    largest = max(source.weight for source in sources)
+    weights = sum(source.weight / largest for source in sources)
+    names = occurrences(sources)
+    return {name: total * (one.weight / largest / weights) for name, one in zip(names, sources, strict=True)}
 
 
 def _rows(prefix: str, seq_len: int) -> int | None:

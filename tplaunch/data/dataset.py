@@ -8,13 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tplaunch.data.indexed import IndexedTokens
 from tplaunch.data.mixture import Ints
 from tplaunch.data.order import SampleOrder
+from tplaunch.data.reading import Place
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 
@@ -23,21 +25,41 @@ Batch = TypeVar("Batch")
 _OPEN = 128  # corpora that are held open, at two files each: a process may often have 1,024 in all
 
 
-class TokenDataset:
-    """Samples of `seq_len + 1` tokens (inputs and targets overlap) from one corpus or a weighted blend.
+class TokenRows(NamedTuple):
+    """Samples, all of shape [rows, seq_len].
 
-    The tokens of a corpus are taken as one row, documents following each other; its sample j is
-    `tokens[j * seq_len : (j + 1) * seq_len + 1]`. Which sample comes when is `SampleOrder`'s matter.
+    Args:
+        tokens: int64, the inputs.
+        targets: int64, the token that follows each in its corpus.
+        positions: int64, each token's distance from the start of its document, of its stretch of text or of the
+            sample, whichever is latest: 0 marks where attention must not look back further, for per-document masks.
+            None: not asked for.
+        begins: whether a target begins a document, or follows nothing; None as well.
+    """
+
+    tokens: Ints
+    targets: Ints
+    positions: Ints | None = None
+    begins: NDArray[np.bool_] | None = None
+
+
+class TokenDataset:
+    """Samples of `seq_len` tokens and the token that follows each, from one corpus or a weighted blend.
+
+    The tokens of a corpus are taken as one row, documents following each other, and cut into units of `seq_len`, or of
+    what `place` says, each with its last target. Which unit comes when is `SampleOrder`'s matter; a sample is what
+    comes next of a corpus: a unit, a part of one, or what is left of one and the begin of another.
 
     Args:
         sources: prefixes of .bin/.idx pairs, with weights.
-        seq_len: tokens of a sample, less the one that only serves as last target.
+        seq_len: tokens of a sample.
         seed: of the order.
         shuffle: without it each corpus is read from its start, in order (validation).
         vocab_size: tokens of the model: a corpus is not read whole before it is used.
+        place: where in the run, and in its corpora, they begin; default: where all begins.
 
     Raises:
-        TplaunchError: a corpus is missing, damaged, or shorter than one sample.
+        TplaunchError: a corpus is missing, damaged, or shorter than one unit.
     """
 
     def __init__(
@@ -47,55 +69,63 @@ class TokenDataset:
         seed: int,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        place: Place | None = None,
     ) -> None:
         self.seq_len, self.vocab_size = seq_len, vocab_size
-        paths = [Path(source.path) for source in sources]
+        paths, every = [Path(source.path) for source in sources], range(len(sources))
+        self.place = place or Place(0, tuple(every), (seq_len,) * len(paths), (0,) * len(paths))
         self._corpus = lru_cache(_OPEN)(lambda number: IndexedTokens.open(paths[number]))
-        sizes = tuple(samples_in(self._corpus(number), seq_len) for number in range(len(paths)))
-        self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
+        sizes = tuple(samples_in(self._corpus(number), self.place.units[number]) for number in every)
+        weights = tuple(source.weight for source in sources)
+        self.order = SampleOrder(sizes, weights, seed, shuffle, self.place.numbers)
+        self._units, self._starts = (np.array(of_each, np.int64) for of_each in (self.place.units, self.place.starts))
 
     def __len__(self) -> int:
         """Samples of all corpora, each counted once; `batch` goes on beyond, epoch after epoch."""
-        return sum(self.order.sizes)
+        return sum(size * unit for size, unit in zip(self.order.sizes, self.place.units, strict=True)) // self.seq_len
 
-    def batch(self, indices: Ints) -> Ints:
-        """Tokens of the samples with these numbers in the run, any numbers >= 0.
+    def batch(self, indices: Ints, *, documents: bool = False) -> TokenRows:
+        """The samples with these numbers in the run, any numbers from where these begin on.
 
-        Returns:
-            int64, shape [len(indices), seq_len + 1].
+        Args:
+            documents: tell documents apart.
 
         Raises:
             TplaunchError: a token is negative, or beyond the vocabulary; its file and byte are named.
         """
         limit = self.vocab_size or np.iinfo(np.int64).max
-        out = np.empty((len(indices), self.seq_len + 1), np.int64)
-        for row, corpus, start in self._places(indices):
-            out[row] = corpus.tokens[start : start + self.seq_len + 1]
-            if out[row].min() < 0 or out[row].max() >= limit:
+        shape = (len(indices), self.seq_len)
+        tokens, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        positions, begins = np.empty(shape, np.int64), np.zeros(shape, np.bool_)
+        for row, at, corpus, start, length in self._stretches(np.asarray(indices, np.int64)):
+            found = corpus.tokens[start : start + length + 1]
+            tokens[row, at : at + length], targets[row, at : at + length] = found[:-1], found[1:]
+            if found.min() < 0 or found.max() >= limit:
                 width = corpus.tokens.itemsize
-                corpus.refuse_tokens(start * width, (self.seq_len + 1) * width, self.vocab_size)
-        return out
+                corpus.refuse_tokens(start * width, (length + 1) * width, self.vocab_size)
+            if documents:
+                first = corpus.starts_between(start, start + length + 1) - start
+                bounds = np.concatenate([[0], first[first < length], [length]])
+                positions[row, at : at + length] = np.arange(length) - np.repeat(bounds[:-1], np.diff(bounds))
+                begins[row, at + first[first > 0] - 1] = True
+        return TokenRows(tokens, targets, positions, begins) if documents else TokenRows(tokens, targets)
 
-    def batch_with_positions(self, indices: Ints) -> tuple[Ints, Ints]:
-        """`batch`, and each token's distance from the start of its document or of the sample, whichever is later.
-
-        A position of 0 marks where attention must not look back further, for per-document masks.
-
-        Returns:
-            two int64 arrays of shape [len(indices), seq_len + 1].
-        """
-        positions = np.empty((len(indices), self.seq_len + 1), np.int64)
-        for row, corpus, start in self._places(indices):
-            begins = corpus.starts_between(start, start + self.seq_len + 1) - start
-            bounds = np.concatenate([[0], begins, [self.seq_len + 1]])
-            positions[row] = np.arange(self.seq_len + 1) - np.repeat(bounds[:-1], np.diff(bounds))
-        return self.batch(indices), positions
-
-    def _places(self, indices: Ints) -> Iterator[tuple[int, IndexedTokens, int]]:
-        """Row, corpus and first token of each sample."""
-        corpus, sample = self.order.locate(indices)
-        for row, (c, j) in enumerate(zip(corpus.tolist(), sample.tolist(), strict=True)):
-            yield row, self._corpus(c), j * self.seq_len
+    def _stretches(self, indices: Ints) -> Iterator[tuple[int, int, IndexedTokens, int, int]]:
+        """Row, place in it, corpus, first token there and length of each stretch of text that samples are made of."""
+        corpora, nth = self.order.mixture.locate(indices - self.place.first)
+        given = self._starts[corpora] + nth * self.seq_len
+        rows, at = np.arange(len(indices)), np.zeros(len(indices), np.int64)
+        while len(rows):
+            here, units = corpora[rows], self._units[corpora[rows]]
+            number, inside = np.divmod(given[rows] + at[rows], units)
+            starts = self.order.nth(here, number) * units + inside
+            lengths = np.minimum(units - inside, self.seq_len - at[rows])
+            for row, corpus, start, length in zip(
+                rows.tolist(), here.tolist(), starts.tolist(), lengths.tolist(), strict=True
+            ):
+                yield row, int(at[row]), self._corpus(corpus), start, length
+            at[rows] += lengths
+            rows = rows[at[rows] < self.seq_len]
 
 
 def samples_in(corpus: IndexedTokens, seq_len: int) -> int:

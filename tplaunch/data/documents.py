@@ -52,7 +52,7 @@ def with_document_length(recipe: Recipe) -> Recipe:
     if not recipe.training.document_mask:
         return recipe
     weights, found = [], []  # a weight: how often each document counts, by what is read of its corpus
-    for source, prefix in zip(data.sources("train"), prefixes(recipe), strict=True):
+    for source, prefix in zip(recipe.corpora, prefixes(recipe), strict=True):
         if prefix and (lengths := document_lengths(prefix)):
             weights.append(source.weight / sum(lengths))
             found.append(lengths)

@@ -53,13 +53,12 @@ def tokenizer_sha256(path: Path) -> str:
     return hashlib.sha256(json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()).hexdigest()
 
 
-def corpus_facts(prefix: Path, weight: float, sums: Remembered) -> dict[str, Any]:
-    """The facts of one prepared corpus: its share, its counts, and a fingerprint of its files."""
+def corpus_facts(prefix: Path, sums: Remembered) -> dict[str, Any]:
+    """The facts of one prepared corpus: its counts, and a fingerprint of its files."""
     corpus = IndexedTokens.open(prefix)
     files = [idx_path(prefix), bin_path(prefix), *([loss_path(prefix)] if loss_path(prefix).exists() else [])]
     both = "".join(sums.sum_of(path, sampled_sha256) for path in files)
     return {
-        "weight": weight,
         "documents": len(corpus),
         "tokens": len(corpus.tokens),
         "sha256": hashlib.sha256(both.encode()).hexdigest(),
@@ -76,17 +75,27 @@ def data_facts(recipe: Recipe, cache: Path | None = None) -> dict[str, Any]:
     Returns:
         {"train": [corpus facts], "validation": [corpus facts], "tokenizer": SHA-256 or None,
         "order": number of the order that mixtures are read in (`mixture.ORDER`), "paths": of the training data,
-        "packs": whether rows are filled with whole documents}.
+        "packs": whether rows are filled with whole documents,
+        "corpora": SHA-256 of every corpus of every stage, by path}.
 
     Raises:
         TplaunchError, OSError: a file is missing or no corpus.
     """
+    data = recipe.data
     with remembered(cache or default_cache()) as sums:
-        facts: dict[str, Any] = {
-            split: [corpus_facts(Path(source.path), source.weight, sums) for source in recipe.data.sources(split)]
-            for split in ("train", "validation")
-        }
-    tokenizer = recipe.data.tokenizer
+        every = {source.path for source in [*recipe.corpora, *data.sources("train"), *data.sources("validation")]}
+        of_each = {path: corpus_facts(Path(path), sums) for path in sorted(every)}
+    facts: dict[str, Any] = {
+        split: [{"weight": source.weight, **of_each[source.path]} for source in data.sources(split)]
+        for split in ("train", "validation")
+    }
+    tokenizer = data.tokenizer
     sha256 = tokenizer_sha256(Path(tokenizer)) if isinstance(tokenizer, str) else None
-    paths = [source.path for source in recipe.data.sources("train")]
-    return {**facts, "tokenizer": sha256, "order": ORDER, "paths": paths, "packs": recipe.data.packs}
+    return {
+        **facts,
+        "tokenizer": sha256,
+        "order": ORDER,
+        "paths": [source.path for source in data.sources("train")],
+        "packs": data.packs,
+        "corpora": {source.path: of_each[source.path]["sha256"] for source in recipe.corpora},
+    }

@@ -54,7 +54,7 @@ def recipe_name(texts: Sequence[str], tokenizer: Path, recipe: Recipe, sums: Rem
 def prefixes(recipe: Recipe, cache: Path | None = None) -> Iterator[str | None]:
     """Where each corpus of the training data lies in token files; None: raw text that is not known to be prepared."""
     data, cache = recipe.data, (cache or default_cache()).absolute()
-    paths = [Path(source.path) for source in data.sources("train")]
+    paths = [Path(source.path) for source in recipe.corpora]
     raw = [is_raw(path) for path in paths]
     if not any(raw):
         yield from map(str, paths)

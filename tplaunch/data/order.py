@@ -80,29 +80,35 @@ class SampleOrder:
         weights: share of each corpus.
         seed: the run's seed, 0 <= seed < 2**63.
         shuffle: without it each corpus is read from its start, in order (validation).
+        numbers: of each corpus in the run, which its order hangs on; default: 0, 1, 2, ...
     """
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
     shuffle: bool = True
+    numbers: tuple[int, ...] | None = None
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
         """Corpus number and sample number within it, of each global sample number; all of shape [k]."""
-        samples = np.asarray(samples, np.int64)
-        corpus, nth = self._mixture.locate(samples)
+        corpus, nth = self.mixture.locate(np.asarray(samples, np.int64))
+        return corpus, self.nth(corpus, nth)
+
+    def nth(self, corpus: Ints, nth: Ints) -> Ints:
+        """Which sample of a corpus is the one that it gives after `nth` others, over all epochs; of shape [k]."""
         sizes = self._sizes[corpus]
         epoch, at = np.divmod(nth, sizes)
-        return corpus, permute(at, sizes, _key(self.seed, corpus + 1, epoch)) if self.shuffle else at
-
-    def counts(self, samples: int) -> Ints:
-        """How many of the run's first `samples` samples are of each corpus."""
-        return self._mixture.counts(samples)
+        return permute(at, sizes, _key(self.seed, self._keys[corpus], epoch)) if self.shuffle else at
 
     @cached_property
     def _sizes(self) -> Ints:
         return np.array(self.sizes, np.int64)
 
     @cached_property
-    def _mixture(self) -> Mixture:
+    def _keys(self) -> Ints:
+        return np.array(range(len(self.sizes)) if self.numbers is None else self.numbers, np.int64) + 1
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Which corpus comes when."""
         return Mixture(self.weights)

@@ -16,6 +16,7 @@ from tplaunch.data.indexed import IndexedTokens, open_loss
 from tplaunch.data.mixture import Ints
 from tplaunch.data.order import SampleOrder
 from tplaunch.data.packing import Rows, pack
+from tplaunch.data.reading import Place
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.schema import Source
 
@@ -64,6 +65,7 @@ class PackedDataset:
         seed: of the order.
         shuffle: without it each corpus is read from its start, in order (validation).
         vocab_size: tokens of the model.
+        place: where in the run, and in its corpora, they begin, in rows of `seq_len`; default: where all begins.
 
     Raises:
         TplaunchError: a corpus is missing, damaged, or has nothing to learn in rows of this length.
@@ -77,30 +79,31 @@ class PackedDataset:
         seed: int,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        place: Place | None = None,
     ) -> None:
-        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.seq_len, self.vocab_size, self.place = seq_len, vocab_size, place
         paths = [Path(source.path) for source in sources]
         self._corpus = lru_cache(_OPEN)(lambda number: _open(paths[number], kind))
         self._pieces = [pieces_of(self._corpus(number)[0], kind, seq_len) for number in range(len(paths))]
         metas = [Meta.read(path) for path in paths]
         self._filling = [meta.eod if meta else 0 for meta in metas]
         sizes = tuple(len(pieces.rows) for pieces in self._pieces)
-        self.order = SampleOrder(sizes, tuple(source.weight for source in sources), seed, shuffle)
+        weights = tuple(source.weight for source in sources)
+        self.order = SampleOrder(sizes, weights, seed, shuffle, place.numbers if place else None)
 
     def __len__(self) -> int:
         """Rows of all corpora, each counted once; `batch` goes on beyond, epoch after epoch."""
         return sum(self.order.sizes)
 
     def batch(self, indices: Ints) -> PackedBatch:
-        """The rows with these numbers in the run, any numbers >= 0.
+        """The rows with these numbers in the run, any numbers from where these begin on.
 
         Raises:
             TplaunchError: a token is negative, or beyond the vocabulary; its file and byte are named.
         """
         shape = (len(indices), self.seq_len)
         out = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.bool_), np.empty(shape, np.int64))
-        places = zip(*(found.tolist() for found in self.order.locate(indices)), strict=True)
-        for row, (number, sample) in enumerate(places):
+        for row, (number, sample) in enumerate(zip(*(found.tolist() for found in self._locate(indices)), strict=True)):
             (corpus, loss), pieces = self._corpus(number), self._pieces[number]
             at = 0
             for piece in pieces.rows[sample].tolist():
@@ -114,6 +117,14 @@ class PackedDataset:
             out.tokens[row, at:] = self._filling[number]
             out.positions[row, at:] = np.arange(self.seq_len - at)
         return out
+
+    def _locate(self, indices: Ints) -> tuple[Ints, Ints]:
+        """Corpus and row of each sample."""
+        if self.place is None:
+            return self.order.locate(indices)
+        corpus, nth = self.order.mixture.locate(indices - self.place.first)
+        before = np.array(self.place.starts, np.int64) // self.seq_len
+        return corpus, self.order.nth(corpus, before[corpus] + nth)
 
     def _check(self, corpus: IndexedTokens, tokens: Ints, start: int) -> None:
         if tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size):

@@ -26,6 +26,7 @@ from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.recipe.schema import Recipe, Source, TrainTokenizer
+from tplaunch.spec.run_stages import longest_samples
 
 _START_BLOCKS = 256  # that a start reads of all corpora together, one of each at least
 
@@ -63,7 +64,7 @@ class _Preparation:
         self.chat: ChatReader | None = None  # of conversations
 
     def run(self) -> Recipe:
-        entries = [*self.data.keyed_sources("train"), *self.data.keyed_sources("validation")]
+        entries = [*self.recipe.keyed_corpora(), *self.data.keyed_sources("validation")]
         for key, source in entries:
             with self._problems_at(key):
                 path = Path(source.path)
@@ -84,20 +85,21 @@ class _Preparation:
                 self.chat = chat_reader(tokenizer_file, tokenizer, template, self.recipe.finetune.loss_on)
         self._raise_problems()
 
-        prefixes = {}
+        prefixes, lengths = {}, longest_samples(self.recipe)
         sample = max(1, min(SAMPLED, _START_BLOCKS // len(entries)))
         for key, source in entries:
             with self._problems_at(key):
                 path = Path(source.path).absolute()
-                prefixes[key] = self._ready(path, tokenizer, sample)
+                seq_len = lengths.get(source.path, self.recipe.training.seq_len)
+                prefixes[key] = self._ready(path, tokenizer, sample, seq_len)
                 if tokenizer_file and is_raw(path):
                     wanted = recipe_name(self._sums(files_of(path)), tokenizer_file, self.recipe, self.sums)
                     self.sums.note(wanted, prefixes[key].name)
         self._raise_problems()
 
-        moved = self.data.moved({key: str(prefix) for key, prefix in prefixes.items()})
+        moved = self.recipe.moved({source.path: str(prefixes[key]) for key, source in entries})
         tokenizer_name = str(tokenizer_file) if tokenizer_file else None
-        return self.recipe.model_copy(update={"data": moved.model_copy(update={"tokenizer": tokenizer_name})})
+        return moved.model_copy(update={"data": moved.data.model_copy(update={"tokenizer": tokenizer_name})})
 
     def _tokenizer_file(self, sources: list[Source]) -> Path | None:
         """The tokenizer that the recipe names, trains, or whose data was made with it."""
@@ -122,7 +124,7 @@ class _Preparation:
 
     def _trained(self, wanted: TrainTokenizer) -> Path | None:
         """A tokenizer trained on the raw training text, from the cache where it was trained before."""
-        given = [path for source in self.data.sources("train") if is_raw(path := Path(source.path).absolute())]
+        given = [path for source in self.recipe.corpora if is_raw(path := Path(source.path).absolute())]
         inputs = raw_files(given)
         if not inputs:
             self.problems.append(
@@ -152,8 +154,8 @@ class _Preparation:
                 )
             )
 
-    def _ready(self, path: Path, tokenizer: Tokenizer | None, sample: int) -> Path:
-        """The checked prefix of a source, prepared first where it is raw."""
+    def _ready(self, path: Path, tokenizer: Tokenizer | None, sample: int, seq_len: int) -> Path:
+        """The checked prefix of a source that has a sample of `seq_len`, prepared first where it is raw."""
         prefix = path
         if is_raw(path):
             assert tokenizer is not None, "raw text without a tokenizer was refused before"
@@ -162,7 +164,6 @@ class _Preparation:
         if tokenizer:
             refuse_other_tokenizer(prefix, tokenizer)
         verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
-        seq_len = self.recipe.training.seq_len
         if self.data.packs:
             pieces_of(verified.corpus, self.data.kind, seq_len)
         else:

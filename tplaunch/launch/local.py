@@ -19,6 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from tplaunch.check.recipe import Checked
+from tplaunch.checkpoint.store import goes_on_from
 from tplaunch.errors import Exit
 from tplaunch.launch import failure
 from tplaunch.launch.console import RunView, print_summary
@@ -114,7 +115,7 @@ class LocalLaunch:
     """One `tplaunch train`.
 
     Args:
-        checked: the recipe, which lies resolved in `run_dir.recipe`.
+        checked: the recipe, which lies resolved in `run_dir.recipe`; from the first attempt on as it is in force then.
         run_dir: the run directory, which the caller holds (`RunDir.lock`).
         resume: auto, none, or a checkpoint's path; restarts after a new checkpoint go on from that.
         module: what each rank runs.
@@ -163,10 +164,12 @@ class LocalLaunch:
 
     def _attempt(self, attempt: int) -> None:
         """Run torchrun once, until no process of it is left."""
-        checked, run_dir = self.checked, self.run_dir
-        ranks, grace_s, launch_id = checked.topology.world_size, checked.recipe.launch.slurm.grace, uuid.uuid4().hex
+        run_dir = self.run_dir
         saved = History(run_dir.history().events[self.events_before :]).newest_checkpoint is not None
         resume = "auto" if saved else self.resume
+        loads = goes_on_from(run_dir, resume)
+        checked = self.checked = self.checked.at(loads[1].step if loads else 0)
+        ranks, grace_s, launch_id = checked.topology.world_size, checked.recipe.launch.slurm.grace, uuid.uuid4().hex
         environment = {
             **os.environ,
             **torchrun_environment(ranks, attempt=attempt, resume=resume, grace_s=grace_s, one_node=True),

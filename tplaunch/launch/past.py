@@ -20,6 +20,7 @@ COURSE_KEYS = (
     "training.steps",
     "training.tokens",
     "training.samples",
+    "training.stages",
     "training.global_batch_size",
     "training.batch_ramp_up",
     "training.batch_schedule",
@@ -56,11 +57,13 @@ def same_course(was: Recipe, now: Recipe) -> bool:
 def differences(was: Course, now: Course, last: int) -> Iterator[Difference]:
     """What differs in steps 1 to `last`: of each thing the first step that was found."""
     sizes = [block.step for course in (was, now) for block in course.batches.blocks]
-    key = next(
-        (key for key in ("batch_schedule", "batch_ramp_up") if getattr(now.recipe.training, key)), "global_batch_size"
-    )
-    found = [_first(was.batch_size, now.batch_size, _steps(sizes, last, inside=0))]
-    names = [(f"training.{key}", "batch size")]
+    ways = ("stages", "batch_schedule", "batch_ramp_up")
+    key = next((key for key in ways if getattr(now.recipe.training, key)), "global_batch_size")
+    found = [
+        _first(was.batch_size, now.batch_size, _steps(sizes, last, inside=0)),
+        _first(was.batches.seq_len, now.batches.seq_len, _steps(sizes, last, inside=0)),
+    ]
+    names = [(f"training.{key}", "batch size"), ("training.stages", "length of samples")]
     curves = [
         (
             "lr_schedule.pieces" if now.recipe.lr_schedule.pieces else "lr_schedule",
@@ -108,8 +111,10 @@ def past_problems(was: Recipe, now: Recipe, step: int, allow: Collection[str]) -
         allow: keys whose change is allowed, or sections that hold them.
     """
     both = (was, now)
+    staged = any(one.training.stages for one in both)
     said = {
-        "batch size": any(one.training.batch_schedule or one.training.length.unit != "steps" for one in both),
+        "length of samples": staged,
+        "batch size": staged or any(one.training.batch_schedule or one.training.length.unit != "steps" for one in both),
         "learning rate": any(one.lr_schedule.pieces for one in both),
         "weight decay": any(one.optimizer.weight_decay_schedule for one in both),
     }

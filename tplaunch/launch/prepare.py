@@ -28,11 +28,14 @@ from tplaunch.launch.resume import (
     recipe_changes,
     refuse,
     refuse_other_past,
+    settled_units,
+    stage_changes,
 )
 from tplaunch.recipe.load import dump_recipe, load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Changed
+from tplaunch.spec.run_stages import longest_samples
 
 
 def run_dir_of(recipe: Recipe, given: Path | None) -> RunDir:
@@ -138,10 +141,18 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
         recipe = _keep_tokenizer(recipe, before, allow)
     recipe = prepare_recipe_data(recipe)
     facts = data_facts(recipe)
+    units: dict[str, int] = {}
     if before is not None and (known := before.facts()) is not None:
-        changes |= data_changes(known, facts)
+        found = data_changes(known, facts)
+        if any(one is not None and one.training.stages for one in (before.recipe, recipe)):
+            units = settled_units(before, known, facts)
+            found.pop("data.train", None)
+            found |= stage_changes(before, known, recipe, facts | {"units": units})
+        changes |= found
         refuse(changes, before, allow)
-        facts |= past(before, known, recipe, changes)
+        if not recipe.training.stages:
+            facts |= past(before, known, recipe, changes)
+    facts["units"] = longest_samples(recipe) | units
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     check_prompts(recipe, tokenizer)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tplaunch.checkpoint.store import list_checkpoints, read_manifest
+from tplaunch.checkpoint.store import goes_on_from
 from tplaunch.data.beside import TOKENIZER
 from tplaunch.errors import Problem, RecipeError
 from tplaunch.launch.past import COURSE_KEYS, past_problems, same_course
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+from tplaunch.spec.course import Course
 
 # Mappings that are there or not.
 _WHOLE = ("training.batch_ramp_up", "training.recompute")
@@ -77,27 +78,21 @@ def before_this(run_dir: RunDir, resume: str) -> Before | None:
     Args:
         resume: auto, none, or a checkpoint's path.
     """
-    if resume == "none":
+    if (found := goes_on_from(run_dir, resume)) is None:
         return None
-    newest_first = [path for _, path in reversed(list_checkpoints(run_dir.checkpoints))]
-    candidates = newest_first if resume == "auto" else [Path(resume)]
+    path, manifest = found
     recipe = load_recipe(run_dir.recipe).recipe if run_dir.recipe.exists() else None
-    for path in candidates:
-        try:
-            manifest = read_manifest(path)
-        except ValueError:
-            continue
-        return Before(path, manifest.step, manifest.about, manifest.state.get("progress", {}), recipe)
-    return None
+    return Before(path, manifest.step, manifest.about, manifest.state.get("progress", {}), recipe)
 
 
 def recipe_changes(before: Before, recipe: Recipe) -> Changes:
     """The keys outside `data` that differ from the launch before, and those of the checkpoint that must not."""
     was = _flat(before.recipe.model_dump(mode="json", by_alias=True)) if before.recipe is not None else {}
     now = _flat(recipe.model_dump(mode="json", by_alias=True))
+    staged = any(one is not None and one.training.stages for one in (before.recipe, recipe))
     for key in _FIXED:  # a launch that saved nothing may have changed them already
         name = key.partition(".")[2]
-        if name in before.about:
+        if name in before.about and not (staged and key == "training.seq_len"):
             was[key] = before.about[name]
     quiet: tuple[str, ...] = _QUIET
     if before.recipe is not None and same_course(before.recipe, recipe):
@@ -145,6 +140,48 @@ def past(before: Before, known: Mapping[str, Any], recipe: Recipe, changes: Chan
     samples = before.progress.get("samples", -(-tokens // was_length))
     since = samples if was_length == length else -(-tokens // length)  # as `TrainingProgress.read`
     return past_of_change(known, samples, was_length, since).facts()
+
+
+def stage_changes(before: Before, known: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) -> Changes:
+    """What a run of stages has read otherwise than it now says, as a change of `data.train`; what comes is free.
+
+    Args:
+        known: the facts of the data before.
+        facts: those of now.
+    """
+    from tplaunch.data.reading import Reading  # imports numpy
+
+    if before.recipe is None or known.get("since"):
+        return {"data.train": ("data that were changed on the way (--allow-change)", "stages, each in its place")}
+    samples, given, known = before.progress["samples"], [], {"corpora": _by_path(known), **known}
+    if (said := Course(recipe).first_sample(before.step + 1)) != samples:
+        return {"data.train": (f"{samples:,} samples in {before.step:,} steps", f"{said:,}")}
+    for one, about in ((before.recipe, known), (recipe, facts)):
+        reading = Reading(one, about.get("units"))
+        read = zip(reading.paths, reading.tokens(samples).tolist(), strict=True)
+        given.append({about["corpora"][path]: tokens for path, tokens in read if tokens})
+    if given[0] == given[1]:
+        return {}
+    words = [", ".join(f"{tokens:,} tokens of {sha256[:12]}" for sha256, tokens in one.items()) for one in given]
+    return {"data.train": (words[0], words[1])}
+
+
+def _by_path(known: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of corpora by path, as versions noted it that knew no stages."""
+    return {path: one["sha256"] for path, one in zip(known.get("paths", ()), known["train"], strict=False)}
+
+
+def settled_units(before: Before, known: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of the unit by which corpora are read that the run has read from, by their path now (`data.reading`)."""
+    from tplaunch.data.reading import Reading  # imports numpy
+
+    if before.recipe is None or "units" not in known:
+        return {}
+    known = {"corpora": _by_path(known), **known}
+    reading = Reading(before.recipe, known["units"])
+    read = zip(reading.paths, reading.units, reading.tokens(before.progress["samples"]).tolist(), strict=True)
+    by_sum = {known["corpora"][path]: unit for path, unit, tokens in read if tokens}
+    return {path: by_sum[sha256] for path, sha256 in facts["corpora"].items() if sha256 in by_sum}
 
 
 def _same_shares(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:

@@ -23,7 +23,7 @@ class Verdict:
 
     Args:
         code: its exit code, where it ends.
-        then: it ends; its ranks are started again, here; or its job goes back to the queue.
+        then: it ends; ranks are started again, here; or its job goes back to the queue.
         last: later jobs of its chain are not wanted.
         why: in words.
     """
@@ -60,6 +60,9 @@ def judge(
     ending = "failed" if crashed else history.ending
     if ending == "done":
         return Verdict(Exit.DONE, "end", "the last step is done", last=True)
+    if ending == "turned" and not (ended_by or leaving or asked_to_stop):
+        return Verdict(Exit.DONE, "again", "a part of the run is done: other workers go on")
+    ending = "stopped" if ending == "turned" else ending
     code = Exit.STOPPED if ending == "stopped" else Exit.FAILED
     if ended_by:
         return Verdict(code, "end", f"Slurm ends this job itself ({ended_by})")
@@ -121,5 +124,7 @@ def supervise(
             run_dir.append(AttemptEnded(int(verdict.code), attempt, job, verdict.why))
             if verdict.then != "again":
                 return verdict
+            if verdict.code is Exit.DONE:
+                continue
             restarts += 1
             again(verdict, attempt, restarts)

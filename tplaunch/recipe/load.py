@@ -250,7 +250,21 @@ def _absolute_paths(tree: Tree) -> Tree:
         if holder is not None and isinstance(holder.value, dict):
             values = {key: _absolute(node, ending) if key in keys else node for key, node in holder.value.items()}
             sections[section] = holder._replace(value=values)
+    training = sections.get("training")
+    stages = training.child("stages") if training is not None and isinstance(training.value, dict) else None
+    if training is not None and stages is not None and isinstance(stages.value, list):
+        found = stages._replace(value=[_with_data(stage) for stage in stages.value])
+        sections["training"] = training._replace(value={**training.value, "stages": found})
     return tree._replace(value=sections)
+
+
+def _with_data(stage: Tree) -> Tree:
+    """A stage whose paths of text are absolute."""
+    data = stage.child("data") if isinstance(stage.value, dict) else None
+    if data is None or not isinstance(data.value, dict) or "train" not in data.value:
+        return stage
+    moved = data._replace(value={**data.value, "train": _absolute(data.value["train"], "")})
+    return stage._replace(value={**stage.value, "data": moved})
 
 
 def _absolute(node: Tree, ending: str, *, listed: bool = False) -> Tree:

@@ -536,6 +536,63 @@ class Ema(Section):
     from_: Annotated[int, Field(ge=0)] = Field(0, alias="from", description="steps before they begin")
 
 
+class Source(Section):
+    """One corpus of a blend."""
+
+    path: Text = Field(description="a file of text, a folder or pattern of them, or the prefix of a .bin/.idx pair")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="samples of this corpus, in relation to the others'")
+
+
+Corpora = Text | Annotated[list[Text | Source], Field(min_length=1)]
+
+
+class StageData(Section):
+    """What a stage reads."""
+
+    train: Corpora = Field(description="as data.train")
+
+
+class StageCheckpoint(Section):
+    """When a stage saves."""
+
+    every: Every = Field(description="as checkpoint.every")
+
+
+class Stage(Section):
+    """A part of the run. It begins where the one before ends, and is as that one was, but for what it names."""
+
+    name: Text | None = Field(None, description="what plans and charts call it")
+    until: Lasting | None = Field(None, description="where in the run it ends; of the last stage: the run's end")
+    last: Lasting | None = Field(None, description="in place of until: how long it is")
+    data: StageData | None = Field(None, description="its mixture; each corpus goes on where it was left")
+    seq_len: Annotated[int, Field(ge=1, le=2**24)] | None = Field(None, description="as training.seq_len")
+    micro_batch_size: Small | None = Field(None, description="as training.micro_batch_size")
+    global_batch_size: BatchSize | None = Field(
+        None, description="as training.global_batch_size, in the place of its ramp and schedule from here on"
+    )
+    document_mask: bool | None = Field(None, description="as training.document_mask")
+    rope_theta: Annotated[float, Field(gt=0)] | None = Field(None, description="as model.rope_theta")
+    lr: Annotated[float, Field(ge=0)] | Piece | None = Field(
+        None,
+        description="the learning rate of this stage alone, in the place of lr_schedule: a constant, or a piece "
+        "without a length, such as {kind: linear, to: 0}",
+    )
+    topology: Parallelism | None = Field(None, description="keys of topology that change")
+    checkpoint: StageCheckpoint | None = Field(None, description="when it saves")
+
+    def moved(self, paths: dict[str, str]) -> "Stage":
+        """The same with other paths of text, each in the place of one."""
+        data = self.data and StageData(train=_moved(self.data.train, paths))
+        return self.model_copy(update={"data": data})
+
+    @model_serializer(mode="wrap")
+    def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said = {key: value for key, value in handler(self).items() if value is not None}
+        if self.topology is not None:
+            said["topology"] = self.topology.model_dump(include=self.topology.model_fields_set)
+        return said
+
+
 class Training(Section):
     """One run's length, batch, seed and numerics."""
 
@@ -589,6 +646,22 @@ class Training(Section):
         description="steps between validations, and evaluations (eval.tasks); 0: never",
     )
     eval_steps: Small = Field(8, description="global batches of one validation")
+    stages: Annotated[list[Stage], Field(min_length=1)] | None = Field(
+        None, description="parts of the run with other data, lengths, batches, rates or topologies, one after the other"
+    )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stages_in_samples(cls, value: Any, info: ValidationInfo) -> Any:
+        """Batches that stages say in tokens, in samples of their length."""
+        length, found = info.data.get("seq_len"), []
+        for stage in value if isinstance(value, list) else ():
+            if isinstance(stage, dict):
+                length = stage.get("seq_len") or length
+                size = _in_samples(stage.get("global_batch_size"), length if isinstance(length, int) else None)
+                stage = stage | ({} if size is None else {"global_batch_size": size})
+            found.append(stage)
+        return found if isinstance(value, list) else value
 
     @field_validator("global_batch_size", "batch_ramp_up", "batch_schedule", mode="before")
     @classmethod
@@ -702,17 +775,10 @@ class LrSchedule(Section):
     )
 
 
-class Source(Section):
-    """One corpus of a blend."""
-
-    path: Text = Field(description="a file of text, a folder or pattern of them, or the prefix of a .bin/.idx pair")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="samples of this corpus, in relation to the others'")
-
-
 class ValidationText(Section):
     """One of several texts to validate on, with settings of its own."""
 
-    path: Text | Annotated[list[Text | Source], Field(min_length=1)] = Field(
+    path: Corpora = Field(
         description="as data.train: a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a "
         "list of these"
     )
@@ -750,18 +816,11 @@ class Data(Section):
         description="chat: conversations, JSON lines of `messages` or of `prompt` and `completion`, packed whole into "
         "rows of training.seq_len; see finetune",
     )
-    train: Text | Annotated[list[Text | Source], Field(min_length=1)] = Field(
+    train: Corpora = Field(
         description="a file of text, a folder or pattern of them, the prefix of a .bin/.idx pair, or a list of these, "
         "each with its weight or 1"
     )
-    validation: (
-        Text
-        | Annotated[list[Text | Source], Field(min_length=1)]
-        | Annotated[
-            dict[str, Text | Annotated[list[Text | Source], Field(min_length=1)] | ValidationText], Field(min_length=1)
-        ]
-        | None
-    ) = Field(
+    validation: Corpora | Annotated[dict[str, Corpora | ValidationText], Field(min_length=1)] | None = Field(
         None,
         description="the same, of text that is not trained on; or several of them by name, each measured by itself: "
         "{wiki: PATH, code: {path: PATH, steps: 4}}",
@@ -810,11 +869,6 @@ class Data(Section):
             found.append(ValidationSet(name, key, [source for _, source in _keyed_sources(key, value)], steps))
         return found
 
-    def moved(self, prefixes: dict[str, str]) -> "Data":
-        """The same with other paths, each by the dotted key of `keyed_sources`."""
-        update = {split: _moved(f"data.{split}", getattr(self, split), prefixes) for split in ("train", "validation")}
-        return self.model_copy(update=update)
-
 
 def _keyed_sources(key: str, value: Any) -> list[tuple[str, Source]]:
     """The corpora of a value of `Data`, with their dotted keys."""
@@ -828,15 +882,25 @@ def _keyed_sources(key: str, value: Any) -> list[tuple[str, Source]]:
     return [pair for name, one in (value or {}).items() for pair in _keyed_sources(f"{key}.{name}", one)]
 
 
-def _moved(key: str, value: Any, prefixes: dict[str, str]) -> Any:
-    """A value of `Data` with other paths."""
+def _moved(value: Any, paths: dict[str, str]) -> Any:
+    """A value of `Data` with other paths, each in the place of one; one that has none stays."""
     if isinstance(value, str):
-        return prefixes[key]
+        return paths.get(value, value)
     if isinstance(value, list):
-        return [source.model_copy(update={"path": prefixes[at]}) for at, source in _keyed_sources(key, value)]
-    if isinstance(value, ValidationText):
-        return value.model_copy(update={"path": _moved(f"{key}.path", value.path, prefixes)})
-    return None if value is None else {name: _moved(f"{key}.{name}", one, prefixes) for name, one in value.items()}
+        return [_moved(one, paths) for one in value]
+    if isinstance(value, (Source, ValidationText)):
+        return value.model_copy(update={"path": _moved(value.path, paths)})
+    return None if value is None else {name: _moved(one, paths) for name, one in value.items()}
+
+
+def occurrences(sources: list[Source]) -> list[tuple[str, int]]:
+    """The path of each corpus of a mixture, and how often it came before."""
+    seen: dict[str, int] = {}
+    found = []
+    for path in (source.path for source in sources):
+        found.append((path, seen.get(path, 0)))
+        seen[path] = found[-1][1] + 1
+    return found
 
 
 def task_name(path: str) -> str:
@@ -1082,6 +1146,34 @@ class Recipe(Section):
             if isinstance(training, dict):
                 values = {**values, "training": {"document_mask": True, **training}}
         return values
+
+    def keyed_corpora(self) -> list[tuple[str, Source]]:
+        """What is trained on in all stages, each corpus once, in the order of their first appearance, with the dotted
+        key that says its path first. A path that one mixture has twice is two corpora."""
+        stages = [stage.data and stage.data.train for stage in self.training.stages or ()]
+        mixtures = [] if stages and stages[0] else [self.data.keyed_sources("train")]
+        for number, corpora in enumerate(stages):
+            mixtures.append(_keyed_sources(f"training.stages[{number}].data.train", corpora))
+        if len(mixtures) == 1:
+            return mixtures[0]
+        said = {source.path: key for key, source in self.data.keyed_sources("train")}
+        found: dict[tuple[str, int], tuple[str, Source]] = {}
+        for mixture in mixtures:
+            for name, (key, source) in zip(occurrences([source for _, source in mixture]), mixture, strict=True):
+                found.setdefault(name, (said.get(source.path, key), source))
+        return [*found.values()]
+
+    @property
+    def corpora(self) -> list[Source]:
+        """What is trained on in all stages, each corpus once."""
+        return [source for _, source in self.keyed_corpora()]
+
+    def moved(self, paths: dict[str, str]) -> "Recipe":
+        """The same with other paths of text, each in the place of one."""
+        splits: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+        data = self.data.model_copy(update={split: _moved(getattr(self.data, split), paths) for split in splits})
+        stages = self.training.stages and [stage.moved(paths) for stage in self.training.stages]
+        return self.model_copy(update={"data": data, "training": self.training.model_copy(update={"stages": stages})})
 
     @property
     def lora(self) -> Lora | None:

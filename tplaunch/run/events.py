@@ -136,6 +136,31 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class StageBegan(Event):
+    """A stage of the run begins with the next step (`training.stages`).
+
+    Args:
+        step: before it.
+        stage: its number, from 1.
+        label: its name, where the recipe gives one.
+    """
+
+    name = "stage"
+    step: int
+    stage: int
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class OtherWorkers(Event):
+    """Ranks have ended, so that others go on from their checkpoint: what comes next has another topology, or a model of
+    other shapes."""
+
+    name = "other_workers"
+    step: int
+
+
+@dataclass(frozen=True)
 class Changed(Event):
     """A launch goes on with other values than the one before it.
 

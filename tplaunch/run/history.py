@@ -12,8 +12,10 @@ from tplaunch.run.events import (
     AttemptBegan,
     AttemptEnded,
     BadNodes,
+    CheckpointDamaged,
     Done,
     Event,
+    OtherWorkers,
     Resumed,
     Saved,
     Started,
@@ -44,6 +46,17 @@ class History:
         return steps[-1] if steps else None
 
     @cached_property
+    def damaged(self) -> frozenset[str]:
+        """Checkpoints that were found damaged, and not written anew since."""
+        found: set[str] = set()
+        for event in self.events:
+            if isinstance(event, CheckpointDamaged):
+                found.add(event.path)
+            elif isinstance(event, Saved):
+                found.discard(event.path)
+        return frozenset(found)
+
+    @cached_property
     def attempts(self) -> int:
         """How often the ranks were started."""
         return sum(isinstance(event, AttemptBegan) for event in self.events)
@@ -55,11 +68,13 @@ class History:
         return History(self.events[starts[-1] :] if starts else self.events)
 
     @property
-    def ending(self) -> Literal["done", "stopped", "failed"]:
-        """How the latest attempt ended, by what its ranks noted."""
+    def ending(self) -> Literal["done", "stopped", "turned", "failed"]:
+        """How the latest attempt ended, by what its ranks noted; turned: other workers are to go on."""
         for event in reversed(self.latest_attempt.events):
             if isinstance(event, Done):
                 return "done"
+            if isinstance(event, OtherWorkers):
+                return "turned"
             if isinstance(event, Stopped):
                 return "stopped"
         return "failed"
@@ -91,7 +106,7 @@ class History:
                     newest = min(newest, step)  # sent back: its checkpoints from here on are new
                 case Saved(step=step) if step > newest:
                     newest, failures = step, 0
-                case Stopped() | Done() | Submitted():
+                case Stopped() | Done() | Submitted() | OtherWorkers():
                     failures = 0
         return failures
 

@@ -201,7 +201,7 @@ def _what_runs(
 
 def data_folders(recipe: Recipe) -> list[Path]:
     """The folders of the data and of the tokenizer of a resolved recipe."""
-    files = [source.path for source in [*recipe.data.sources("train"), *recipe.data.sources("validation")]]
+    files = [source.path for source in [*recipe.corpora, *recipe.data.sources("validation")]]
     files += [recipe.data.tokenizer] if isinstance(recipe.data.tokenizer, str) else []
     return [Path(file).parent for file in files]
 

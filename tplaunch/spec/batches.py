@@ -7,18 +7,19 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tplaunch.recipe.schema import BatchRampUp, Training
+from tplaunch.recipe.schema import BatchRampUp, Stage, Training
 from tplaunch.units import Length
 
 
 class Block(NamedTuple):
-    """Steps of one global batch size.
+    """Steps of one global batch size and sequence length, in one stage.
 
     Args:
         step: steps before it.
         samples, tokens: that those consume.
         size: samples of each of its steps.
         seq_len: tokens of each of its samples.
+        stage: number of its stage, from 0.
     """
 
     step: int
@@ -26,6 +27,7 @@ class Block(NamedTuple):
     tokens: int
     size: int
     seq_len: int
+    stage: int
 
     def after(self, steps: int) -> tuple[int, int, int]:
         """Steps, samples and tokens after so many of its steps."""
@@ -45,28 +47,53 @@ class Batches:
     """The steps of a run. They are counted from 1; where the sizes end, the last goes on for ever.
 
     Args:
-        training: says the sizes, and how long each is.
+        training: says the sizes, the lengths of samples and the stages, and how long each is.
 
     Attributes:
         run: how long the run is, as it was said.
         ends: the step with which each size ends, but the last.
+        stage_ends: the step with which each stage ends, but the last.
     """
 
     def __init__(self, training: Training) -> None:
         self.run = training.length
-        self.seq_len = training.seq_len
         self.blocks: list[Block] = []
         self.ends: list[int] = []
-        at = (0, 0, 0)
-        for size, until in self._sizes(training):
-            block = Block(*at, size, training.seq_len)
-            count = 1 if until is None else block.until(until)
-            if count:
-                self.blocks.append(block)
-                at = block.after(count)
-            if until is not None:
-                self.ends.append(at[0])
+        self.stage_ends: list[int] = []
+        stages = training.stages or [Stage()]
+        scheduled = self._sizes(training)
+        size, until = next(scheduled)
+        seq_len, own, end = training.seq_len, None, None
+        for number, stage in enumerate(stages):
+            seq_len, own = stage.seq_len or seq_len, stage.global_batch_size or own
+            end = self._end(end, stage) if number < len(stages) - 1 else None
+            while own is None and until is not None:
+                block = self._next(size, seq_len, number)
+                count = block.until(until)
+                if end is not None and block.until(end) < count:
+                    break
+                self._add(block, count)
+                self.ends.append(self._at[0])
+                size, until = next(scheduled)
+            block = self._next(own or size, seq_len, number)
+            self._add(block, 1 if end is None else block.until(end))
+            if end is not None:
+                self.stage_ends.append(self._at[0])
         self._steps = [block.step for block in self.blocks]
+
+    _at = (0, 0, 0)  # steps, samples and tokens of the blocks so far
+
+    def _next(self, size: int, seq_len: int, stage: int) -> Block:
+        return Block(*self._at, size, seq_len, stage)
+
+    def _add(self, block: Block, count: int) -> None:
+        if count:
+            self.blocks.append(block)
+            self._at = block.after(count)
+
+    def _end(self, before: Length | None, stage: Stage) -> Length:
+        """Where a stage ends that begins at a place; of one that does not say it, there."""
+        return self.place(stage.until) if stage.until else self._later(before, stage.last)
 
     def _sizes(self, training: Training) -> Iterator[tuple[int, Length | None]]:
         """Each size, and where it ends."""
@@ -113,6 +140,14 @@ class Batches:
     def size(self, step: int) -> int:
         """Samples of a step."""
         return self._block(step).size
+
+    def seq_len(self, step: int) -> int:
+        """Tokens of each sample of a step."""
+        return self._block(step).seq_len
+
+    def stage(self, step: int) -> int:
+        """The stage of a step."""
+        return self._block(step).stage
 
     def samples(self, step: int) -> int:
         """Samples consumed when a step has ended; after step 0 none."""

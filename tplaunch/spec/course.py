@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import Batches
-from tplaunch.spec.pieces import Curve, Formula, Part, curve, shorthand
+from tplaunch.spec.pieces import Curve, Formula, Part, curve, shorthand, staged
 from tplaunch.units import Length
 
 
@@ -21,15 +21,19 @@ class Place(NamedTuple):
 
     Args:
         step: its number, from 1.
+        stage: number of its stage, from 0.
         samples, tokens: consumed when it has ended.
         batch_size: samples of it.
+        seq_len: tokens of each of them.
         lr, weight_decay: of its update.
     """
 
     step: int
+    stage: int
     samples: int
     tokens: int
     batch_size: int
+    seq_len: int
     lr: float
     weight_decay: float
 
@@ -53,10 +57,15 @@ class Course:
     @cached_property
     def rates(self) -> Curve:
         """The learning rate."""
-        schedule, peak = self.recipe.lr_schedule, self.recipe.optimizer.lr
+        schedule, peak, stages = self.recipe.lr_schedule, self.recipe.optimizer.lr, self.recipe.training.stages or ()
         if schedule.pieces is None:
-            return shorthand(schedule, peak, self.batches, self.steps)
-        return curve(schedule.pieces, peak, self.batches, self.steps)
+            base = shorthand(schedule, peak, self.batches, self.steps)
+        else:
+            base = curve(schedule.pieces, peak, self.batches, self.steps)
+        if all(stage.lr is None for stage in stages):
+            return base
+        ends = [*self.batches.stage_ends, self.steps]
+        return staged(base, [stage.lr for stage in stages], ends, peak, self.batches)
 
     @cached_property
     def decays(self) -> Curve:
@@ -70,6 +79,12 @@ class Course:
     def tokens(self) -> int:
         """Tokens of the whole run."""
         return self.batches.tokens(self.steps)
+
+    @property
+    def stages(self) -> list[range]:
+        """The steps of each stage; of a run without stages, all."""
+        ends = [*self.batches.stage_ends, self.steps]
+        return [range(begin + 1, end + 1) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def batch_size(self, step: int) -> int:
         """Samples of a step."""
@@ -93,8 +108,10 @@ class Course:
 
     def at(self, step: int) -> Place:
         """All of a step."""
-        samples, tokens = self.batches.samples(step), self.batches.tokens(step)
-        return Place(step, samples, tokens, self.batch_size(step), self.lr(step), self.weight_decay(step))
+        batches = self.batches
+        done = batches.samples(step), batches.tokens(step)
+        shape = self.batch_size(step), batches.seq_len(step)
+        return Place(step, batches.stage(step), *done, *shape, self.lr(step), self.weight_decay(step))
 
     def at_tokens(self, tokens: int) -> Place:
         """All of the step that begins when so many tokens are consumed, or that is then under way."""

@@ -153,6 +153,36 @@ def curve(pieces: Sequence[Piece], highest: float, batches: Batches, steps: int)
     return Curve(batches, parts)
 
 
+def staged(
+    base: Curve, rates: Sequence[float | Piece | None], ends: Sequence[int], highest: float, batches: Batches
+) -> Curve:
+    """A rate with another one in some stages.
+
+    Args:
+        base: the rate without them.
+        rates: of each stage: a constant, a piece, or None, where it is the base's.
+        ends: the last step of each.
+        highest: see `curve`.
+    """
+    parts: list[Part] = []
+    for rate, begin, end in zip(rates, [0, *ends[:-1]], ends, strict=True):
+        if rate is None:
+            inside = [part for part in base.parts if part.first <= end and part.last > begin]
+            inside = inside or [base.part(end)]  # its last goes on
+            parts += [
+                Part(max(part.first, begin + 1), end if part is inside[-1] else part.last, part.formula)
+                for part in inside
+            ]
+            continue
+        piece = rate if isinstance(rate, Piece) else Piece(kind="constant", from_=rate)
+        start = piece.from_
+        if start is None:
+            start = Curve(batches, parts).at(begin) if parts else 0.0 if piece.kind == "warmup" else highest
+        to = (highest if piece.kind == "warmup" else 0.0) if piece.to is None else piece.to
+        parts.append(Part(begin + 1, end, _formula(piece, start, to, begin, end, batches)))
+    return Curve(batches, parts)
+
+
 def _formula(piece: Piece, start: float, to: float, begin: int, end: int, batches: Batches) -> Formula:
     """The rate of steps `begin` + 1 to `end`."""
     lasting = piece.for_ or piece.until
@@ -161,7 +191,7 @@ def _formula(piece: Piece, start: float, to: float, begin: int, end: int, batche
         return Formula("constant", start)
     if piece.kind == "step":
         stair = batches.place(piece.every or Length(1))
-        every = int(stair.amount) * (batches.seq_len if stair.unit == "samples" else 1)
+        every = int(stair.amount) * (batches.seq_len(begin + 1) if stair.unit == "samples" else 1)
         along: Along = "steps" if stair.unit == "steps" else "tokens"
         stairs = (every, piece.factor or 1.0)
         return Formula("step", start, along=along, begin=batches.consumed(begin, along), stair=stairs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tplaunch.data.dataset import TokenDataset
 from tplaunch.data.packed import PackedDataset
+from tplaunch.data.reading import Place
 from tplaunch.parallel.cross_entropy import IGNORE
 from tplaunch.parallel.mesh import ContextParallel
 from tplaunch.recipe.schema import Recipe, Source
@@ -76,15 +77,21 @@ class Batch:
 Dataset = TokenDataset | PackedDataset
 
 
-def open_dataset(recipe: Recipe, sources: Sequence[Source], *, shuffle: bool = True) -> Dataset:
+def open_dataset(
+    recipe: Recipe, sources: Sequence[Source], *, shuffle: bool = True, place: Place | None = None
+) -> Dataset:
     """The samples of corpora, of the kind that a recipe says.
+
+    Args:
+        place: where in the run they begin.
 
     Raises:
         TplaunchError: a corpus is missing, damaged, or has no sample.
     """
     training, data = recipe.training, recipe.data
     make = partial(PackedDataset, data.kind) if data.packs else TokenDataset
-    return make(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=recipe.model.vocab_size)
+    vocab_size = recipe.model.vocab_size
+    return make(sources, training.seq_len, training.seed, shuffle=shuffle, vocab_size=vocab_size, place=place)
 
 
 def masks_targets(recipe: Recipe) -> bool:
@@ -102,14 +109,12 @@ def make_batch(recipe: Recipe, dataset: Dataset, samples: range) -> Batch:
         labels = torch.full_like(tokens, IGNORE)  # the last of a row has no token behind it
         labels[:, :-1] = tokens[:, 1:].where(loss[:, 1:], IGNORE)
         return Batch(tokens, labels, places if training.document_mask else None)
-    if not (training.eod_mask_loss or training.document_mask):
-        row = torch.from_numpy(dataset.batch(numbers))
-        return Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous())
-    row, places = (torch.from_numpy(array) for array in dataset.batch_with_positions(numbers))
-    labels = row[:, 1:].contiguous()
+    documents = training.eod_mask_loss or training.document_mask
+    rows = dataset.batch(numbers, documents=documents)
     if training.eod_mask_loss:
-        labels.masked_fill_(places[:, 1:] == 0, IGNORE)
-    return Batch(row[:, :-1].contiguous(), labels, places[:, :-1].contiguous() if training.document_mask else None)
+        rows.targets[rows.begins] = IGNORE
+    positions = torch.from_numpy(rows.positions) if training.document_mask and rows.positions is not None else None
+    return Batch(torch.from_numpy(rows.tokens), torch.from_numpy(rows.targets), positions)
 
 
 def random_batch(recipe: Recipe, dp: int, reads_data: bool) -> Batch:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tplaunch.data.amounts import amounts
 from tplaunch.data.given import Given, Past
-from tplaunch.data.mixture import Mixture
+from tplaunch.data.reading import Reading
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import DataPlanned, DataRead, EpochBegan
@@ -22,38 +22,47 @@ class CorpusLog:
 
     Args:
         recipe: its data are token files.
+        reading: what it reads.
         run_dir: the run's directory.
         step: after which the run goes on.
         samples: that it has consumed by then.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, step: int, samples: int) -> None:
+    def __init__(self, recipe: Recipe, reading: Reading, run_dir: RunDir, step: int, samples: int) -> None:
         found = amounts(recipe)
-        self.run_dir = run_dir
-        self.paths = [one.path for one in found]
+        self.reading, self.run_dir = reading, run_dir
+        self.shares = [one.share for one in found]
         # A corpus that cannot be counted is refused by those that read it.
         self.countable = all(one.samples for one in found)
-        self.sizes = np.maximum(1, [one.samples or 0 for one in found])
-        self.mixture = Mixture(tuple(source.weight for source in recipe.data.sources("train")))
-        self.read = self.mixture.counts(samples)
-        training = recipe.training
+        packs = recipe.data.packs
+        units = [
+            one.samples if packs else ((one.tokens or 1) - 1) // unit
+            for one, unit in zip(found, reading.units, strict=True)
+        ]
+        self.sizes = np.array([max(1, one or 0) for one in units]) * np.array(reading.units)  # tokens of an epoch
+        self.read = reading.tokens(samples)
         facts = json.loads(run_dir.data_facts.read_bytes()) if run_dir.data_facts.exists() else {}
-        self.past = Past.of(facts)
-        self.seq_len = training.seq_len
-        others = {one.sha256: one for one in self.past.given}
+        past = Past.of(facts)
+        self.since, self.by_then = past.since, reading.tokens(past.since)
+        others = {one.sha256: one for one in past.given}
         # Of each corpus of now, what it gave among other ones; and those that are no more.
-        now = [others.pop(one["sha256"], None) for one in facts.get("train", [])]
-        self.before = np.array([one.read if one else 0 for one in now] or [0] * len(found)) // training.seq_len
+        now = [others.pop(one["sha256"], None) for one in facts.get("train", [])] if others else []
+        self.before = np.array([one.read if one else 0 for one in now] or [0] * len(found))
         self.gone: list[Given] = [*others.values()]
+        self.seq_len = recipe.training.seq_len
         course = Course(recipe)
-        at_end = samples + course.first_sample(training.steps + 1) - course.first_sample(step + 1)
-        epochs = self._given(at_end) / self.sizes
-        rows = zip(
-            self.paths, [one.tokens for one in found], self.mixture.shares.tolist(), epochs.tolist(), strict=True
-        )
-        names = ("path", "tokens", "share", "epochs")
-        fitted = [{"conversations": asdict(one.conversations)} if one.conversations else {} for one in found]
-        planned = [dict(zip(names, row, strict=True)) | fits for row, fits in zip(rows, fitted, strict=True)]
+        at_end = samples + course.first_sample(recipe.training.steps + 1) - course.first_sample(step + 1)
+        epochs = (self._given(at_end) / self.sizes).tolist()
+        planned = [
+            {
+                "path": one.path,
+                "tokens": one.tokens,
+                "share": one.share,
+                "epochs": often,
+                **({"conversations": asdict(one.conversations)} if one.conversations else {}),
+            }
+            for one, often in zip(found, epochs, strict=True)
+        ]
         run_dir.append(DataPlanned(at_end, planned))
 
     def after(self, step: int, samples: int) -> None:
@@ -62,17 +71,17 @@ class CorpusLog:
         Args:
             samples: that the run has consumed by now.
         """
-        read = self.mixture.counts(samples)
-        epochs, before = (-(-counts // self.sizes) for counts in (read, self.read))
+        read = self.reading.tokens(samples)
+        epochs, before = (-(-tokens // self.sizes) for tokens in (read, self.read))
         self.read = read
         begun = np.flatnonzero((epochs > before) & (epochs > 1))
         if len(begun):
-            corpora = [{"path": self.paths[c], "epoch": int(epochs[c])} for c in begun]
+            corpora = [{"path": self.reading.paths[c], "epoch": int(epochs[c])} for c in begun]
             self.run_dir.append(EpochBegan(step, corpora))
 
     def _given(self, samples: int) -> NDArray[np.int64]:
-        """Samples that each corpus has given when the run has consumed so many."""
-        given: NDArray[np.int64] = self.before + self.past.counts(self.mixture, samples)
+        """Tokens that each corpus has given when the run has consumed so many samples."""
+        given: NDArray[np.int64] = self.before + self.reading.tokens(max(samples, self.since)) - self.by_then
         return given
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -90,19 +99,19 @@ class CorpusLog:
 
     def close(self, step: int, samples: int) -> None:
         """The launch ends: what was read so far, beside what the weights ask for."""
-        read = self._given(samples)
-        rows = [*zip(self.paths, read.tolist(), self.mixture.shares.tolist(), self.sizes.tolist(), strict=True)]
-        rows += [
-            (one.path, one.read // self.seq_len, 0.0, max(1, (one.tokens - 1) // self.seq_len)) for one in self.gone
-        ]
+        rows = [*zip(self.reading.paths, self._given(samples).tolist(), self.shares, self.sizes.tolist(), strict=True)]
+        seq_len = self.seq_len
+        rows += [(one.path, one.read, 0.0, max(1, (one.tokens - 1) // seq_len) * seq_len) for one in self.gone]
+        total = max(sum(tokens for _, tokens, _, _ in rows), 1)
         corpora = [
             {
                 "path": path,
-                "samples": count,
+                "tokens": tokens,
+                "samples": tokens // seq_len,
                 "share": share,
-                "share_read": count / max(samples, 1),
-                "epochs": count / size,
+                "share_read": tokens / total,
+                "epochs": tokens / size,
             }
-            for path, count, share, size in rows
+            for path, tokens, share, size in rows
         ]
         self.run_dir.append(DataRead(step, samples, corpora))

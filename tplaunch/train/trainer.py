@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tplaunch.checkpoint.state import TrainingProgress, model_tensors, named_ten
 from tplaunch.checkpoint.store import Manifest
 from tplaunch.data.beside import text_files
 from tplaunch.data.dataset import prefetch
+from tplaunch.data.reading import Reading
 from tplaunch.huggingface.base import describe_base, refuse_changed
 from tplaunch.huggingface.config import is_model_folder
 from tplaunch.huggingface.load import load_folder
@@ -31,21 +33,25 @@ from tplaunch.run.directory import RunDir
 from tplaunch.run.events import (
     Done,
     Evaluated,
+    Event,
     Fault,
     Initialized,
     LossSpiked,
+    OtherWorkers,
     Resumed,
     RolledBack,
     Skipped,
+    StageBegan,
     StartedUp,
     Stopped,
     Validated,
 )
 from tplaunch.run.heartbeat import Heartbeat
 from tplaunch.run.stopwatch import Stopwatch
+from tplaunch.spec.run_stages import carried, segment_after, segments
 from tplaunch.spec.validation import losses
 from tplaunch.torch_private import set_group_timeouts
-from tplaunch.train.batch import Batch, make_batch, open_dataset, share
+from tplaunch.train.batch import Batch, Dataset, make_batch, open_dataset, share
 from tplaunch.train.corpora import CorpusLog
 from tplaunch.train.faults import FaultInjector
 from tplaunch.train.garbage import Garbage
@@ -69,6 +75,7 @@ class Trainer:
         run_dir: the run's directory.
         stop: set when the process is asked to stop.
         heartbeat: told which part of which step this rank is in.
+        stages: numbers of the stages of the run that these workers can train; default: the first ones.
         draw: fill the model with initial weights; not needed when `resume` will find a checkpoint.
         stopwatch: times the start.
         attempt: number of the attempt.
@@ -83,6 +90,7 @@ class Trainer:
         stop: StopRequest,
         heartbeat: Heartbeat,
         *,
+        stages: range | None = None,
         draw: bool = True,
         stopwatch: Stopwatch | None = None,
         attempt: int = 1,
@@ -94,6 +102,7 @@ class Trainer:
         self.stop = stop
         self.heartbeat = heartbeat
         self.main = dist.get_rank() == 0
+        self.stages = stages or segments(recipe)[0].stages
         self.step = TrainStep(recipe, mesh, self._mark, lambda: stop.requested, draw=draw)
         self.faults = FaultInjector.from_environment(dist.get_rank(), mesh.topology.world_size, run_dir, mesh.device)
         logs_wandb = self.main and recipe.logging.wandb.mode != "disabled"
@@ -148,7 +157,8 @@ class Trainer:
                 self._note_base(initial, loaded.about)
                 self._start_from(Path(initial))
             state, seq_len = loaded.state, self.recipe.training.seq_len
-            was = loaded.about.get("seq_len", seq_len)
+            # In a run of stages samples are counted as they were trained, however long each was.
+            was = seq_len if self.recipe.training.stages else loaded.about.get("seq_len", seq_len)
             self.step.progress = TrainingProgress.read(state["progress"], seq_len=was, now_seq_len=seq_len)
             self._set_counts(loaded)
             self.step.optimizer.publish()
@@ -174,7 +184,7 @@ class Trainer:
         return None
 
     def run(self) -> bool:
-        """Train to the recipe's last step.
+        """Train to the recipe's last step, or to the last that these workers can train.
 
         Returns:
             Whether that was reached; False when stopped on request, with a complete checkpoint.
@@ -182,17 +192,23 @@ class Trainer:
         Raises:
             FloatingPointError: `training.nonfinite.stop_after` steps in a row were not finite.
         """
-        recipe, progress = self.recipe, self.progress
+        recipe, progress, course = self.recipe, self.progress, self.step.course
+        segment = segment_after(recipe, progress.step)
+        if segment.stages != self.stages:  # an older checkpoint was loaded than the launcher took for the newest
+            return self._turn()
+        end = segment.steps.stop - 1
         self.log.open()
-        corpora = CorpusLog(recipe, self.run_dir, progress.step, progress.samples) if self.main else None
+        reading = Reading(recipe, self._units())
+        corpora = CorpusLog(recipe, reading, self.run_dir, progress.step, progress.samples) if self.main else None
         stopped = False
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
         self.tasks.open()
-        with closing(self._batches()) as batches, Garbage() as garbage:
+        with closing(self._batches(reading, end)) as batches, Garbage() as garbage:
             window = Window()
-            while progress.step < recipe.training.steps and not stopped:
+            while progress.step < end and not stopped:
+                self._note_stage()
                 if progress.step + 1 >= self.profile.due:
                     self.profile.turn(progress.step + 1)
                 window.start()
@@ -211,7 +227,7 @@ class Trainer:
                     corpora.after(progress.step, progress.samples)
                 self._limit(recipe.launch.timeout)
                 self.handle_bad_step(result)
-                last = progress.step == recipe.training.steps
+                last, turns = progress.step == recipe.training.steps, progress.step == end
                 measured = self.evaluate() if self._due(recipe.training.eval_every, last) else {}
                 if self._due(recipe.logging.samples.every, last):
                     self._sample()
@@ -219,15 +235,35 @@ class Trainer:
                     epochs = {} if corpora is None else corpora.epochs(progress.samples)
                     self._write_record(result, window, {**epochs, **measured})
                     window = Window()
-                stopped = result.stop and not last
-                if stopped or last or self._due(recipe.checkpoint.every, last):
-                    self.save(wait=stopped or last)
+                stopped = result.stop and not turns
+                if stopped or turns or course.due(self._save_every(), progress.step):
+                    self.save(wait=stopped or turns)
                 garbage.after(progress.step)
         self.profile.end(progress.step)
         self.step.optimizer.settle()
         if corpora is not None:
             corpora.close(progress.step, progress.samples)
-        return self._end(stopped)
+        return self._end(stopped) if stopped or progress.step == recipe.training.steps else self._turn()
+
+    def _units(self) -> dict[str, int]:
+        """Tokens of the units of corpora whose order is settled (`data.reading`)."""
+        path = self.run_dir.data_facts
+        return dict(json.loads(path.read_bytes()).get("units", {})) if path.exists() else {}
+
+    def _save_every(self) -> Length:
+        """Between saves, in the stage of the last step."""
+        stages = carried(self.recipe).training.stages
+        settings = stages[self.step.course.batches.stage(self.progress.step)].checkpoint if stages else None
+        return settings.every if settings else self.recipe.checkpoint.every
+
+    def _note_stage(self) -> None:
+        """Write that a stage begins, where one does with the next step."""
+        step, stages = self.progress.step, self.recipe.training.stages
+        if not (self.main and stages):
+            return
+        number = self.step.course.batches.stage(step + 1)
+        if self.step.course.stages[number].start == step + 1:
+            self.run_dir.append(StageBegan(step, number + 1, stages[number].name))
 
     def handle_bad_step(self, result: StepResult) -> None:
         """Stop or roll back as the recipe asks when a step went wrong; all ranks alike.
@@ -354,19 +390,25 @@ class Trainer:
             set_group_timeouts(timeout_s, without=[self.checkpoints.group])
         faulthandler.dump_traceback_later(0.9 * timeout_s)
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        """This rank's share of each step to come, read ahead."""
-        recipe, training = self.recipe, self.recipe.training
-        begin, end, course = self.progress.step + 1, training.steps + 1, self.step.course
+    def _batches(self, reading: Reading, last: int) -> Generator[Batch, None, None]:
+        """This rank's share of each step to come, up to the last, read ahead."""
+        recipe, begin, end, course = self.recipe, self.progress.step + 1, last + 1, self.step.course
         place, dp = self.mesh.coordinates.dp, self.mesh.topology.dp
         if not self.step.pipeline.reads_data:
             for step in range(begin, end):
                 yield Batch(*(torch.empty(course.batch_size(step) // dp, 0, dtype=torch.int64) for _ in range(2)))
             return
-        dataset = open_dataset(recipe, recipe.data.sources("train"))
         ahead = self.progress.samples - course.first_sample(begin)
 
+        @cache
+        def of_stage(number: int) -> Dataset:
+            stage = reading.stages[number]
+            return open_dataset(recipe, stage.sources, place=stage.place)
+
+        of_stage(course.batches.stage(begin))  # what is wrong with it is said before the first step
+
         def read(step: int) -> Batch:
+            dataset = of_stage(course.batches.stage(step))
             return make_batch(recipe, dataset, share(course, step, place, dp, ahead=ahead)).pinned_for(self.mesh.device)
 
         yield from prefetch(read, begin, end)
@@ -375,12 +417,20 @@ class Trainer:
         return bool(every) and (last or self.step.course.due(every, self.progress.step))
 
     def _end(self, stopped: bool) -> bool:
+        self._finish(Stopped(self.progress.step, self.stop.by) if stopped else Done(self.progress.step))
+        return not stopped
+
+    def _turn(self) -> bool:
+        """Leave what comes to other workers."""
+        self._finish(OtherWorkers(self.progress.step))
+        return True
+
+    def _finish(self, event: Event) -> None:
         self.checkpoints.finish()
         faulthandler.cancel_dump_traceback_later()
         if self.main:
             step = self.progress.step
             if self.checkpoints.saved_step != step:
                 raise RuntimeError(f"the checkpoint of step {step}, the last, could not be written: see events.jsonl")
-            self.run_dir.append(Stopped(step, self.stop.by) if stopped else Done(step))
+            self.run_dir.append(event)
         self.log.close()
-        return not stopped
