@@ -71,7 +71,9 @@ class Told:
     def __call__(self, ready: Ready) -> None:
         from tplaunch.launch.resume import told
 
-        for line in (*(f"changed: {one}" for one in told(ready.changes)), *data_lines(ready.checked.recipe)):
+        branch = [f"branch: goes on from {ready.branch}, {ready.branch.checkpoint}"] if ready.branch else []
+        changes = [f"changed: {one}" for one in told(ready.changes)]
+        for line in (*branch, *changes, *data_lines(ready.checked.recipe)):
             if line not in self._said:
                 typer.echo(line, err=True)
                 self._said.add(line)
