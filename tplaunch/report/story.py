@@ -14,6 +14,7 @@ from tplaunch.run.events import (
     AttemptBegan,
     AttemptEnded,
     BadNodes,
+    Branched,
     Changed,
     CheckpointDamaged,
     CheckpointKept,
@@ -151,7 +152,9 @@ def _kind(event: Event) -> Kind | None:
             return "fault"
         case Straggled():
             return "straggler"
-        case Changed() | Submitted() | Initialized() | Resumed() | Done() | Stopped() | EpochBegan() | CheckpointKept():
+        case Changed() | Submitted() | Branched() | Initialized() | Resumed():
+            return "other"
+        case Done() | Stopped() | EpochBegan() | CheckpointKept():
             return "other"
     return None
 
@@ -176,6 +179,8 @@ def say(event: Event) -> str:
             return f"{size} ranks have met"
         case Initialized(path=path, of_step=step):
             return f"weights of {path}{'' if step is None else f', step {step}'}"
+        case Branched(step=step, parent=parent):
+            return f"branched from step {step} of {parent}"
         case Fault(kind=kind, step=step, rank=rank):
             return f"fault at step {step}: {kind}{'' if rank is None else f' on rank {rank}'}"
         case Stopped(step=step, by=by):
