@@ -16,7 +16,7 @@ def parent_of(run: RunDir) -> Branched | None:
     """The run that a run branched from; `History.parent`, without the rest of its events."""
     try:
         lines = [line for line in run.events.read_bytes().splitlines() if line.startswith(_LINE)]
-    except OSError:
+    except (OSError, ValueError):  # of no name that a file can have
         return None
     found = [event for line in parse_lines(b"\n".join(lines)) if isinstance(event := parse_event(line), Branched)]
     return found[-1] if found else None

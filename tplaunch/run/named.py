@@ -28,6 +28,8 @@ def read_name(text: str | Path) -> Named:
         run, _, number = str(text).rpartition("@")
         if run and number.isdecimal():
             path, step = Path(run), int(number)
-    if not path.exists() and (RUNS / path).is_dir():
-        path = RUNS / path
+    if not path.exists():
+        # A recipe's paths are absolute by now, from where it lies.
+        below = path.parent / RUNS / path.name if path.is_absolute() else RUNS / path
+        path = below if below.is_dir() else path
     return Named(path, step)

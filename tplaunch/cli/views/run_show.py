@@ -51,7 +51,7 @@ def _head(facts: RunFacts) -> str:
         *_tasks(facts),
         ("tokens", "" if (tokens := curves.last("tokens")) is None else format_count(tokens)),
         ("began with", facts.initial),
-        ("branched from", _origin(facts)),
+        ("branch of", _origin(facts)),
         ("topology", row.topology),
         ("job", row.job),
         ("age", "" if row.age is None else format_duration(row.age)),
