@@ -30,9 +30,7 @@ _MAKERS = (
     "python",
 )
 
-PathArgument = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run directory, or one checkpoint (.../step-00000500).")
-]
+PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a checkpoint: RUN@STEP, or its path.")]
 
 
 @app.command("list")
