@@ -224,6 +224,8 @@ def test_a_sweep_of_cooldowns_from_one_trunk(here: Path, capsys: pytest.CaptureF
         assert ready.changes["lr_schedule.decay"] == ("constant", "wsd")
         assert (found := goes_on_from(member.run_dir, "auto")) is not None
         assert found[0] == here / "runs/trunk/checkpoints/step-00000004"
+        again = prepare_run(member)  # by hand, and by scripts that tplaunch did not write, before it has saved
+        assert again.branch == ready.branch and len([*read_lines(member.run_dir.events)]) == 3, "it branches once"
     with pytest.raises(RecipeError, match="no checkpoint of step 3"):
         plan_submission("tiny.yaml", ["name=cold"], parent="trunk@3")
 
@@ -252,6 +254,7 @@ def test_the_tree_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [line[:10].rstrip() for line in tree] == ["trunk", "  cool-b", "  cool-a", "    deeper"]
     assert tplaunch(["runs", "show", "deeper", "--json"]) == Exit.DONE
     told = json.loads(capsys.readouterr().out)
+    assert {mark["step"] for mark in told["events"]} == {6}, "nothing of it is before that"
     assert told["parent_step"] == 6 and [one["depth"] for one in told["family"]] == [0, 1, 1, 2]
 
     drawn = Curves.of(RunDir(here / "runs/deeper")).line("loss")

@@ -111,7 +111,7 @@ def marks(history: History, curves: Curves) -> list[Mark]:
     """What happened in a run, oldest first. What has no step of its own stands at the last record before it."""
     times = [(record["time"], record["step"]) for record in curves.records if record.get("time") is not None]
     times.sort()
-    begins = _begins(history)
+    begins, first = _begins(history), 0 if history.parent is None else history.parent.step
     found = []
     for event in history.events:
         if (kind := _kind(event)) is None:
@@ -119,7 +119,7 @@ def marks(history: History, curves: Curves) -> list[Mark]:
         step = begins.get(id(event), getattr(event, "step", None))
         if step is None:
             index = bisect_right(times, (event.time, float("inf")))
-            step = times[index - 1][1] if index else 0
+            step = times[index - 1][1] if index else first
         if not is_step(step):
             continue
         found.append(Mark(step, event.time, kind, say(event)))
