@@ -196,6 +196,18 @@ def test_adapters_alone_are_nothing_to_branch_from(here: Path, capsys: pytest.Ca
     assert "holds adapters alone" in (said := capsys.readouterr().err) and "tplaunch export --merge" in said
 
 
+def test_adapters_branch_above_the_model_beneath_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beneath = ("checkpoint.initial=trunk@6", "finetune.lora={rank: 2}", "training.steps=4")
+    words = [word for setting in ("name=tuned", *beneath) for word in ("--set", setting)]
+    assert tplaunch(["train", "tiny.yaml", *words]) == Exit.DONE
+    assert branch("retuned", "tuned@2", *beneath) == Exit.DONE
+    tuned, retuned = losses("tuned"), losses("retuned")
+    assert sorted(retuned) == [3, 4] and all(retuned[step] == tuned[step] for step in retuned)
+    capsys.readouterr()
+    assert branch("other", "tuned@2", "checkpoint.initial=trunk@4", *beneath[1:], verb="command") == Exit.USAGE
+    assert "has other weights than those that the adapters were trained on" in capsys.readouterr().err
+
+
 def test_one_place_to_go_on_from(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert branch("two", "trunk@4", verb="command", more=("--resume", "none")) == Exit.USAGE
     assert "--from: does not go with --resume none" in capsys.readouterr().err
