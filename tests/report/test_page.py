@@ -54,6 +54,27 @@ class Elements(HTMLParser):
         self.attributes += [name for name, _ in attrs]
 
 
+def branched(folder: Path, parent: str) -> RunDir:
+    begun: dict[str, Any] = {"event": "branch", "time": BEGAN, "step": 100, "parent": parent, "path": "x"}
+    return make_run(folder, events=[begun, EVENTS[0], {"event": "resume", "time": BEGAN + 1, "step": 100}])
+
+
+def test_a_branch_is_marked_where_it_began_and_stands_in_its_tree(tmp_path: Path) -> None:
+    trunk = make_run(tmp_path / "trunk")
+    text = html_of(branched(tmp_path / "cooled", str(trunk.root)))
+    assert "the branch, or a further attempt, began" in text
+    assert "<b>cooled</b>" in text and "from step 100, at step 200" in text
+    assert "a further attempt began" not in html_of(trunk) and "<b>trunk</b>" in html_of(trunk)
+
+
+@pytest.mark.parametrize("parent", ["itself", "\0" + HOSTILE, HOSTILE, "x" * 5000])
+def test_a_parent_that_is_none_harms_nothing(tmp_path: Path, parent: str) -> None:
+    run = branched(tmp_path / "odd", str(tmp_path / "odd") if parent == "itself" else parent)
+    found = Elements(html_of(run))
+    assert "onerror" not in found.attributes and "img" not in found.tags
+    assert len(RunFacts.of(run).curves.line("loss")) == 200
+
+
 def test_a_report_is_whole(tmp_path: Path) -> None:
     text = html_of(planned(tmp_path / "my run"))
     titles = re.findall(r"<h2>(.*?)</h2>", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +17,17 @@ def parent_of(run: RunDir) -> Branched | None:
     """The run that a run branched from; `History.parent`, without the rest of its events."""
     try:
         lines = [line for line in run.events.read_bytes().splitlines() if line.startswith(_LINE)]
-    except (OSError, ValueError):  # of no name that a file can have
+    except OSError:
         return None
     found = [event for line in parse_lines(b"\n".join(lines)) if isinstance(event := parse_event(line), Branched)]
     return found[-1] if found else None
 
 
 def ancestors(run: RunDir) -> Iterator[tuple[RunDir, int]]:
-    """The runs that a run goes on from, the nearest first, and the step at which each was left."""
+    """The runs that a run goes on from, as far as they are there, the nearest first, and the step at which each was
+    left."""
     seen = {run.root.absolute()}
-    while (known := parent_of(run)) is not None and Path(known.parent) not in seen:
+    while (known := parent_of(run)) is not None and os.path.isdir(known.parent) and Path(known.parent) not in seen:
         run = RunDir(Path(known.parent))
         seen.add(run.root)
         yield run, known.step

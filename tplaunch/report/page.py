@@ -170,8 +170,9 @@ def _key(facts: RunFacts) -> str:
         kinds.add("validation")
     if facts.plan is not None:
         kinds.add("predicted")
+    began = "the branch, or a further attempt, began" if facts.row.parent else _SIGNS["attempt"][0]
     shown = [
-        f'<li><svg viewBox="0 0 16 12">{sign}</svg>{text}</li>'
+        f'<li><svg viewBox="0 0 16 12">{sign}</svg>{began if kind == "attempt" else text}</li>'
         for kind, (text, sign) in _SIGNS.items()
         if kind in kinds
     ]

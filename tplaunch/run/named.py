@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,12 @@ def read_name(text: str | Path) -> Named:
     """Read `RUN@STEP`, or a path. RUN is a directory, or a name under runs/; a folder whose own name ends like that is
     itself meant."""
     path, step = Path(text), None
-    if not path.exists():
+    if not os.path.exists(path):  # unlike pathlib's, at peace with what no file can be called
         run, _, number = str(text).rpartition("@")
         if run and number.isdecimal():
             path, step = Path(run), int(number)
-    if not path.exists():
+    if not os.path.exists(path):
         # A recipe's paths are absolute by now, from where it lies.
         below = path.parent / RUNS / path.name if path.is_absolute() else RUNS / path
-        path = below if below.is_dir() else path
+        path = below if os.path.isdir(below) else path
     return Named(path, step)
