@@ -365,6 +365,22 @@ def test_a_sweep_of_four(site: Site) -> None:
     assert len(set(curves)) == 4
 
 
+def test_cooldowns_of_one_trunk(site: Site) -> None:
+    """Each task of the array begins where the trunk stood: a job knows its parent by the run directory alone."""
+    short = [*ONE_RANK, "--set", "training.steps=4"]
+    site.tplaunch("submit", "tiny.yaml", *short, "--set", "lr_schedule.decay=constant", "--wait")
+    cooled = ["--from", "tiny@2", "--set", "name=cooled", "--set", "lr_schedule.decay=wsd"]
+    site.tplaunch("submit", "tiny.yaml", *short, *cooled, "--sweep", "lr_schedule.decay_steps=1,2", "--wait")
+    trunk = {row["step"]: row for row in site.run_dir.read_metrics()}
+    for decay in (1, 2):
+        run_dir = RunDir(site.run_dir.root.with_name("cooled") / f"{decay - 1}-decay_steps-{decay}")
+        rows = run_dir.read_metrics()
+        assert [row["step"] for row in rows] == [3, 4]
+        assert rows[0]["loss"] == trunk[3]["loss"] and rows[1]["lr"] < trunk[4]["lr"]
+        assert (rows[0]["lr"] < trunk[3]["lr"]) == (decay == 2)
+        assert (known := run_dir.history().parent) is not None and known.step == 2
+
+
 def test_gone_jobs_are_told_from_the_run_directory(site: Site) -> None:
     events = [
         {"event": "submit", "jobs": ["999999"], "logs": [str(site.folder / "x.log")]},

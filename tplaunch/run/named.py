@@ -1,4 +1,4 @@
-"""What commands and recipes call a run, or a step of it: `RUN`, or `RUN@STEP`. What is there is not looked at."""
+"""What commands and recipes call a run, or a step of it: `RUN`, or `RUN@STEP`.."""
 
 from __future__ import annotations
 
