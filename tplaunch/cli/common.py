@@ -71,7 +71,8 @@ class Told:
     def __call__(self, ready: Ready) -> None:
         from tplaunch.launch.resume import told
 
-        for line in (*(f"changed: {one}" for one in told(ready.changes)), *data_lines(ready.checked.recipe)):
+        changed = [f"changed: {one}" for one in told(ready.changes)]
+        for line in (*changed, *data_lines(ready.checked.recipe), *ready.notes):
             if line not in self._said:
                 typer.echo(line, err=True)
                 self._said.add(line)

@@ -102,6 +102,7 @@ class Ready:
         tokenizer: the file that the run keeps a copy of.
         changes: what differs from the launch before, told by dotted key.
         allowed: the changes that the user has allowed.
+        notes: what else there is to say of it.
     """
 
     checked: Checked
@@ -109,6 +110,7 @@ class Ready:
     tokenizer: Path | None
     changes: Changes
     allowed: Sequence[str]
+    notes: Sequence[str] = ()
 
 
 def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow: Sequence[str] = ()) -> Ready:
@@ -152,7 +154,13 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
         refuse(changes, before, allow)
         if not recipe.training.stages:
             facts |= past(before, known, recipe, changes)
-    facts["units"] = longest_samples(recipe) | units
+    lengths = longest_samples(recipe)
+    facts["units"] = lengths | units
+    notes = [
+        f"warning: samples of {lengths[path]} tokens of {path} join pieces of {unit}: the run has read it by these"
+        for path, unit in units.items()
+        if lengths[path] > unit
+    ]
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     check_prompts(recipe, tokenizer)
@@ -160,7 +168,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})
-    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow)
+    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow, notes)
 
 
 def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Recipe:
