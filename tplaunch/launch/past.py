@@ -104,7 +104,7 @@ def _first(
 def _names_rate(course: Course, step: int) -> bool:
     """Whether the stage of a step says a rate of its own."""
     stages = course.recipe.training.stages
-    return bool(stages) and stages[course.batches.stage(step)].lr is not None
+    return stages is not None and stages[course.batches.stage(step)].lr is not None
 
 
 def past_problems(was: Recipe, now: Recipe, step: int, allow: Collection[str]) -> Iterator[Problem]:
