@@ -29,6 +29,7 @@ from tplaunch.run.events import (
     Saved,
     SaveFailed,
     Skipped,
+    StageBegan,
     Started,
     Stopped,
     Straggled,
@@ -151,7 +152,9 @@ def _kind(event: Event) -> Kind | None:
             return "fault"
         case Straggled():
             return "straggler"
-        case Changed() | Submitted() | Initialized() | Resumed() | Done() | Stopped() | EpochBegan() | CheckpointKept():
+        case Changed() | Submitted() | Initialized() | Resumed() | StageBegan() | EpochBegan() | CheckpointKept():
+            return "other"
+        case Done() | Stopped():
             return "other"
     return None
 
