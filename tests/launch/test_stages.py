@@ -10,8 +10,13 @@ import pytest
 from tests.data.test_dataset import write
 from tests.recipes import case, resolved
 from tplaunch.data.fingerprint import data_facts
+from tplaunch.errors import Exit
 from tplaunch.launch.resume import Before, settled_units, stage_changes
+from tplaunch.launch.supervise import Verdict, judge, supervise
 from tplaunch.recipe.schema import Recipe
+from tplaunch.run.directory import RunDir
+from tplaunch.run.events import AttemptBegan, CheckpointDamaged, Done, OtherWorkers, Saved, Stopped
+from tplaunch.run.history import History
 from tplaunch.spec.course import Course
 from tplaunch.spec.run_stages import longest_samples
 
@@ -82,3 +87,48 @@ def test_what_was_read_keeps_the_unit_that_it_was_shuffled_by(tmp_path: Path) ->
     before = Before(tmp_path, STEP, {}, {"samples": 400}, was)
     assert settled_units(before, known, facts) == {str(tmp_path / "a"): 32}
     assert longest_samples(now) == {str(tmp_path / "a"): 128, str(tmp_path / "b"): 128}
+
+
+TURNED = History([AttemptBegan(1), Saved(10), OtherWorkers(10)])
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "then"),
+    [
+        ({}, Exit.DONE, "again"),
+        ({"may_restart": False}, Exit.DONE, "again"),  # nothing has failed
+        ({"asked_to_stop": True}, Exit.STOPPED, "end"),
+        ({"leaving": "preempted", "may_requeue": True}, Exit.STOPPED, "requeue"),
+        ({"ended_by": "timeout"}, Exit.STOPPED, "end"),
+        ({"crashed": True}, Exit.FAILED, "again"),  # a rank died after the others had ended
+    ],
+)
+def test_what_follows_a_part_of_the_run(more: dict[str, Any], code: Exit, then: str) -> None:
+    verdict = judge(TURNED, **{"asked_to_stop": False, "may_restart": True, **more})
+    assert (verdict.code, verdict.then) == (code, then)
+    assert TURNED.ending == "turned" and TURNED.failures_since_progress == 0
+
+
+def test_other_workers_are_no_restart(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    ends = [[Saved(1), OtherWorkers(1)], [Saved(2), OtherWorkers(2)], [Saved(3), Done(3)]]
+
+    def attempt(number: int) -> None:
+        for event in ends[number - 1]:
+            run_dir.append(event)
+
+    def decide(history: History, may_restart: bool) -> Verdict:
+        return judge(history, asked_to_stop=False, may_restart=may_restart)
+
+    def again(*_: Any) -> None:
+        raise AssertionError("a restart")
+
+    assert supervise(run_dir, attempt, decide, again, max_restarts=0).code is Exit.DONE
+    assert run_dir.history().attempts == 3
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from_again() -> None:
+    events = [Saved(1, "c/step-1"), Saved(2, "c/step-2"), CheckpointDamaged("c/step-2", "cut off"), Stopped(1)]
+    assert History(events).damaged == {"c/step-2"}
+    assert History([*events, Saved(2, "c/step-2")]).damaged == frozenset()
