@@ -19,6 +19,7 @@ import yaml
 from tests.data.test_dataset import write
 from tests.train.ledger import read
 from tests.train.test_torchrun import curve, environment
+from tplaunch.checkpoint.store import list_checkpoints
 from tplaunch.errors import Exit
 from tplaunch.files import read_lines
 
@@ -193,3 +194,26 @@ def test_stages_are_added_to_a_run_that_is_under_way(tmp_path: Path) -> None:
     ledger_is_whole(run_dir, SAMPLES, unit=64)
     assert [step for step, _, _ in curve(run_dir)] == list(range(1, 49))
     assert "join pieces of 64" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.faults
+def test_damage_leads_back_into_an_earlier_stage(tmp_path: Path, many: Path) -> None:
+    """The checkpoints of the third stage are damaged: its workers find that out, and leave the second to others."""
+    path, run_dir = recipe(tmp_path, MANY), tmp_path / "run"
+    launch = Launch(path, run_dir)
+    while launch.step() < 27:
+        assert launch.process.poll() is None, launch.said.read_text()[-3000:]
+        time.sleep(0.01)
+    os.killpg(launch.process.pid, signal.SIGKILL)
+    while launch.ranks():
+        time.sleep(0.02)
+    later = [found for step, found in list_checkpoints(run_dir / "checkpoints") if step >= 24]
+    assert later and list_checkpoints(run_dir / "checkpoints")[0][0] < 24
+    for checkpoint in later:
+        file = next(checkpoint.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    Launch(path, run_dir).ends()
+    assert curve(run_dir) == curve(many)
+    events = read_lines(run_dir / "events.jsonl")
+    assert sum(event["event"] == "checkpoint_damaged" for event in events) == len(later)
+    assert [event["step"] for event in events if event["event"] == "other_workers"][-3:] == [21, 24, 36]
