@@ -111,8 +111,8 @@ def test_conversations_keep_what_is_learned(lengths: list[int], seq_len: int, ch
 
 
 def test_building_takes_no_more_memory_with_more_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "CHUNK", 1 << 10)
-    monkeypatch.setattr(row_index, "CHUNK", 1 << 10)
+    monkeypatch.setattr(pieces, "CHUNK", 1 << 13)
+    monkeypatch.setattr(row_index, "CHUNK", 1 << 13)
     peaks = []
     for count in (20_000, 160_000):
         corpus = write(tmp_path / f"{count}", np.random.default_rng(0).integers(1, SEQ + 9, count))

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-VERSION = 1  # raise it when the same sequences would be in other rows
+VERSION = 1  # raise it, and `mixture.ORDER`, when the same sequences would be in other rows
 
 
 class _Placed(NamedTuple):
