@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what tests make out of the user's cache; before `world`, whose processes inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPLAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))

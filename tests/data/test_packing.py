@@ -31,7 +31,8 @@ def one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
 def laid_out(lengths: list[int], capacity: int) -> list[list[int]]:
     """The sequences of each row, as a layout says."""
     by_length = sorted((n for n, length in enumerate(lengths) if length), key=lambda n: -lengths[n])
-    layout, rows = Layout(Counter(filter(None, lengths)), capacity), []
+    layout = Layout(Counter(filter(None, lengths)), capacity)
+    rows: list[list[int]] = []
     for band in layout.bands:
         assert band.first == len(rows)
         for row in range(band.first, band.stop):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tplaunch.data.packing import VERSION
+from tplaunch.files import open_regular
 
 Kind = Literal["text", "chat"]
 HEADER = struct.Struct("<8sQ32s5q")
@@ -86,7 +87,7 @@ def rows_path(cache: Path, key: bytes) -> Path:
 def read_header(path: Path, key: bytes) -> Header | None:
     """The header of an index; None where it is missing, damaged, of another size, or of something else."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = Header(*HEADER.unpack(file.read(HEADER.size)))
             size = os.fstat(file.fileno()).st_size
     except (OSError, struct.error):
