@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tplaunch.checkpoint.store import goes_on_from, list_checkpoints
+from tplaunch.checkpoint.store import goes_on_from, sources
 from tplaunch.data.documents import with_document_length
 from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
@@ -89,8 +89,7 @@ class Worker:
         mesh = Mesh.of(recipe, device)
         self.stopwatch.lap("process groups")
         # Weights that a checkpoint will overwrite are not drawn.
-        saved = source != "none" and (source != "auto" or list_checkpoints(self.run_dir.checkpoints))
-        draw = not saved and recipe.checkpoint.initial is None
+        draw = not sources(self.run_dir, source) and recipe.checkpoint.initial is None
         trainer = Trainer(
             recipe,
             mesh,

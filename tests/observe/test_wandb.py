@@ -19,6 +19,7 @@ from tplaunch.observe.mirror import grouped
 from tplaunch.observe.wandb import has_credentials, run_id
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+from tplaunch.run.events import Branched
 
 STEPS = 20
 
@@ -144,6 +145,21 @@ def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_credentials()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert has_credentials()
+
+
+def test_the_config_of_a_branch_says_its_parent(run: RunDir, tmp_path: Path) -> None:
+    trunk = RunDir(tmp_path / "trunk")
+    run.append(Branched(40, str(trunk.root), str(trunk.checkpoints / "step-00000040")))
+    end(start(run, "auto"))
+    (first,) = run.wandb.glob("offline-run-*")
+    ((opened,), known) = read_back(first)["run"], {"parent", "parent_dir", "parent_step"}
+    config = opened["config"]["update"]
+    assert (config["parent"], config["parent_dir"], config["parent_step"]) == ("trunk", str(trunk.root), 40)
+    assert {key for key in config if key.startswith("parent")} == known
+    trunks = run_id(trunk)
+    end(start(run, "auto", first=STEPS + 1))
+    *_, second = sorted(run.wandb.glob("offline-run-*"))
+    assert read_back(second)["run"][0]["config"]["update"]["parent_wandb_id"] == trunks
 
 
 def test_offline_without_a_key_and_one_id_after_a_resume(run: RunDir) -> None:

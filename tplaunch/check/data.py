@@ -12,6 +12,7 @@ from tplaunch.data.endings import FORMAT, KINDS, files_of, is_raw
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, TrainTokenizer
 from tplaunch.run.directory import RunDir
+from tplaunch.run.named import read_name
 
 
 def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -77,7 +78,7 @@ def with_tokenizer(recipe: Recipe) -> Recipe:
     sources = [*recipe.corpora, *data.sources("validation")]
     if data.tokenizer is not None or initial is None or not any(is_raw(Path(source.path)) for source in sources):
         return recipe
-    folders = [Path(initial)]
+    folders = [read_name(initial).path]
     if (folders[0] / "manifest.json").is_file():  # a checkpoint: `tplaunch import` puts it beside, a run above
         folders += [folders[0].parent, folders[0].parent.parent]
     found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
@@ -101,15 +102,16 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     if template is not None and not os.path.isfile(template):
         yield Problem(f"{template}: no such file{_near_file(template)}", key="finetune.chat_template")
     if initial is not None and not _has_weights(initial):
-        fix = "name a checkpoint (runs/NAME/checkpoints/step-00000500), a run with one, or a Hugging Face folder"
+        fix = "name a step of a run (runs/NAME@500), a run (its newest), a checkpoint's path, or a Hugging Face folder"
         yield Problem(f"{initial}: no checkpoint, and no model", fix=fix, key="checkpoint.initial")
 
 
 def _has_weights(path: str) -> bool:
-    """Whether a path looks like a checkpoint, a folder of some, a run, or a Hugging Face folder; what it is worth is
-    seen when it is loaded."""
-    there = (os.path.isfile(os.path.join(path, name)) for name in ("manifest.json", "config.json"))
-    return any(there) or any(Path(path).glob("step-*/")) or any(RunDir(Path(path)).checkpoints.glob("step-*/"))
+    """Whether a path looks like a checkpoint, a folder of some, a run, a step of it, or a Hugging Face folder; what it
+    is worth is seen when it is loaded."""
+    folder = read_name(path).path
+    there = (os.path.isfile(folder / name) for name in ("manifest.json", "config.json"))
+    return any(there) or any(folder.glob("step-*/")) or any(RunDir(folder).checkpoints.glob("step-*/"))
 
 
 def data_file(path: str, key: str) -> Iterator[Problem]:

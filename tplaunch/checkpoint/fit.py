@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tplaunch.errors import Problem
-from tplaunch.recipe.schema import Experts, Latent, Lora, Model, RopeScaling, Section
+from tplaunch.recipe.schema import Experts, Latent, Lora, Model, Optimizer, RopeScaling, Section
+from tplaunch.spec.optimizer import all_slots
 
 # Only names, and how weights are drawn that a checkpoint brings along.
 _IRRELEVANT = frozenset({"preset", "family", "init_std"})
@@ -76,6 +77,18 @@ def adapter_differences(stored: Mapping[str, Any] | None, asked: Lora | None) ->
     if ours is None or theirs is None:
         return [] if ours is theirs else [("finetune.lora", theirs, ours)]
     return [(f"finetune.lora.{name}", theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
+
+
+def missing_state(about: Mapping[str, Any], optimizer: Optimizer) -> list[str]:
+    """What an optimizer keeps of each parameter, and a checkpoint does not have.
+
+    Args:
+        about: what its manifest says.
+    """
+    stored = set(about["optimizer_state"])
+    if about.get("optimizer") == "muon" != optimizer.name:
+        stored = set()  # of matrices it has Muon's, of all else AdamW's
+    return sorted(set(all_slots(optimizer)) - stored)
 
 
 def refuse_adapters(path: object, about: Mapping[str, Any]) -> list[Problem]:

@@ -33,7 +33,7 @@ from torch.futures import Future
 
 import tplaunch
 from tplaunch.checkpoint import store
-from tplaunch.checkpoint.fit import adapter_differences, model_differences, refuse_adapters
+from tplaunch.checkpoint.fit import adapter_differences, missing_state, model_differences, refuse_adapters
 from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.checkpoint.store import EMA
@@ -94,6 +94,7 @@ class CheckpointManager:
         self.root = run_dir.checkpoints
         self._thread: threading.Thread | None = None
         self._copies = HostCopies()
+        self._parent = run_dir.history().parent if self.rank == 0 else None
         self.saved_step: int | None = None  # of the newest complete save, or of what was loaded; rank 0 knows
         self._timings: dict[str, float] = {}
         if self.rank == 0:
@@ -246,6 +247,7 @@ class CheckpointManager:
             "state_dtype": self.recipe.optimizer.state_dtype,
             "ema": self.recipe.training.ema is not None,
             **self.about,
+            **({"parent": parent.parent, "parent_step": parent.step} if (parent := self._parent) else {}),
             "tplaunch": tplaunch.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -272,12 +274,8 @@ class CheckpointManager:
                 Problem(f"{path} has {key.removeprefix('finetune.')}={theirs}, the recipe {ours}", key=key)
                 for key, theirs, ours in adapter_differences(about.get("lora"), self.recipe.lora)
             ]
-        stored = set(about["optimizer_state"])
-        if about.get("optimizer") == "muon" != self.recipe.optimizer.name:
-            stored = set()  # of matrices it has Muon's, of all else AdamW's
-        missing = set(self.slots) - stored
-        if missing and not weights_only:
-            problems.append(Problem(f"{path} has no {', '.join(sorted(missing))}", key="optimizer.name"))
+        if not weights_only and (missing := missing_state(about, self.recipe.optimizer)):
+            problems.append(Problem(f"{path} has no {', '.join(missing)}", key="optimizer.name"))
         if problems:
             why = "a checkpoint can be resumed on any topology, but only with its own model and optimizer"
             fix = "train in a new --run-dir, or change the recipe back"
@@ -287,7 +285,8 @@ class CheckpointManager:
         """Read a checkpoint into the live model and optimizer.
 
         Args:
-            source: "auto" for the newest whole one of this run, "none", or the path of one.
+            source: "auto" for the newest whole one of this run, or of a branch that has none its parent's; "none"; or
+                the path of one.
 
         Returns:
             Its manifest, or None when there is nothing to load.
@@ -295,10 +294,7 @@ class CheckpointManager:
         Raises:
             TplaunchError: the named checkpoint is damaged, or every one of this run is; or it is of another model.
         """
-        if source == "none":
-            return None
-        given = Path(source)
-        candidates = [p for _, p in reversed(store.list_checkpoints(self.root))] if source == "auto" else [given]
+        candidates = store.sources(self.run_dir, source)
         found: list[str] = []
         for path in candidates:
             manifest, problems = self._inspect(path)

@@ -45,7 +45,7 @@ class Origin:
 
 
 def origin_of(path: Path, *, ema: bool = False) -> Origin:
-    """Of a checkpoint, or of a run's newest.
+    """Of a checkpoint, or of a run's newest; see `find_checkpoints`.
 
     Args:
         ema: its averaged weights are wanted.

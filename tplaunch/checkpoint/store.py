@@ -22,16 +22,23 @@ from tplaunch.checkpoint.metadata import METADATA, read_metadata
 from tplaunch.errors import Exit, Problem, TplaunchError
 from tplaunch.files import Unsafe, inside, open_regular, sha256_file, sync_directory, write_atomic
 from tplaunch.run.directory import RunDir
+from tplaunch.run.named import read_name
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 EMA = "ema."  # how the names of averaged weights begin
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".old.tmp"  # a checkpoint while another takes its name
+_NAMED = 10  # steps that are told of those that there are
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None: it says none."""
+    return int(found[1]) if (found := _NAME.fullmatch(path.name)) else None
 
 
 @dataclass(frozen=True)
@@ -171,17 +178,32 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def goes_on_from(run_dir: RunDir, source: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint that a start of a run is going to load, as far as manifests and what earlier starts found tell.
+def sources(run_dir: RunDir, source: str, parent: Path | None = None) -> list[Path]:
+    """The checkpoints that a start of a run may load, the one that it should first: its own, the newest first; beneath
+    them, of a branch, that of its parent.
 
     Args:
         source: auto, none, or a checkpoint's path.
+        parent: the checkpoint of the parent, of a branch whose events do not say it yet.
     """
-    if source == "none":
-        return None
+    if source != "auto":
+        return [] if source == "none" else [Path(source)]
+    if parent is None and (known := run_dir.history().parent) is not None:
+        parent = Path(known.path)
+    own = [path for _, path in reversed(list_checkpoints(run_dir.checkpoints))]
+    return own if parent is None else [*own, parent]
+
+
+def goes_on_from(run_dir: RunDir, source: str, parent: Path | None = None) -> tuple[Path, Manifest] | None:
+    """The checkpoint that a start of a run is going to load, as far as manifests and what earlier starts found tell.
+
+    Args:
+        source, parent: see `sources`.
+    """
     damaged = {Path(path).name for path in run_dir.history().damaged}
-    found = [path for _, path in reversed(list_checkpoints(run_dir.checkpoints)) if path.name not in damaged]
-    for path in found if source == "auto" else [Path(source)]:
+    for path in sources(run_dir, source, parent):
+        if source == "auto" and path.parent == run_dir.checkpoints and path.name in damaged:
+            continue
         try:
             return path, read_manifest(path)
         except ValueError:
@@ -194,19 +216,31 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
 
 
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, oldest first: itself, or those of a run directory, or of a folder of some.
+def find_checkpoints(text: str | Path) -> list[Path]:
+    """The checkpoints that are meant, oldest first: one that is named by its path, or as `RUN@STEP`, or those of a run
+    (`run.named`), or of a folder of some.
 
     Raises:
         TplaunchError: there is none.
     """
-    if is_checkpoint(path):
+    path, step = read_name(text)
+    if step is None and is_checkpoint(path):
         return [path]
     found = list_checkpoints(RunDir(path).checkpoints) or list_checkpoints(path)
     if not found:
-        fix = "name a run directory, a folder of step-*, or one of these"
+        fix = "name a run directory, a step of one (RUN@STEP), a folder of step-*, or one of these"
         raise TplaunchError(Problem(f"no checkpoint in {path}", fix=fix))
-    return [checkpoint for _, checkpoint in found]
+    if step is None:
+        return [checkpoint for _, checkpoint in found]
+    if step not in (steps := dict(found)):
+        there = ", ".join(str(one) for one in [*steps][-_NAMED:])
+        raise TplaunchError(
+            Problem(
+                f"no checkpoint of step {step} in {path}",
+                fix=f"name a step that is there: {'..., ' if len(steps) > _NAMED else ''}{there}",
+            )
+        )
+    return [steps[step]]
 
 
 def commit(temporary: Path, manifest: Manifest) -> Path:

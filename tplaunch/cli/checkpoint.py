@@ -18,11 +18,19 @@ from tplaunch.units import format_bytes, format_count
 
 app = typer.Typer(help="List, inspect and verify checkpoints.", no_args_is_help=True)
 
-_MAKERS = ("imported_from", "averaged_from", "recipe_sha256", "wandb_id", "tplaunch", "torch", "python")
+_MAKERS = (
+    "imported_from",
+    "averaged_from",
+    "parent",
+    "parent_step",
+    "recipe_sha256",
+    "wandb_id",
+    "tplaunch",
+    "torch",
+    "python",
+)
 
-PathArgument = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run directory, or one checkpoint (.../step-00000500).")
-]
+PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a checkpoint: RUN@STEP, or its path.")]
 
 
 @app.command("list")

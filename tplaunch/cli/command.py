@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from tplaunch.cli.common import Told, checked_here
-from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
+from tplaunch.cli.options import AllowOption, FromOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 
 
 def command(
@@ -13,6 +13,7 @@ def command(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     resume: ResumeOption = "auto",
+    parent: FromOption = None,
     allow: AllowOption = None,
 ) -> None:
     """Print the torchrun line of a recipe, to paste.
@@ -28,7 +29,7 @@ def command(
     checked = checked_here(recipe, set_, need_data=True)
     run = run_dir_of(checked.recipe, run_dir)
     resume = absolute_resume(resume)
-    ready = make_ready(checked, run, resume=resume, allow=allow or ())
+    ready = make_ready(checked, run, resume=resume, allow=allow or (), parent=parent)
     Told()(ready)
     run.create()
     with run.lock():

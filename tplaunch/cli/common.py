@@ -71,8 +71,9 @@ class Told:
     def __call__(self, ready: Ready) -> None:
         from tplaunch.launch.resume import told
 
-        changed = [f"changed: {one}" for one in told(ready.changes)]
-        for line in (*changed, *data_lines(ready.checked.recipe), *ready.notes):
+        branch = [f"branch: goes on from {ready.branch}, {ready.branch.checkpoint}"] if ready.branch else []
+        changes = [f"changed: {one}" for one in told(ready.changes)]
+        for line in (*branch, *changes, *data_lines(ready.checked.recipe), *ready.notes):
             if line not in self._said:
                 typer.echo(line, err=True)
                 self._said.add(line)

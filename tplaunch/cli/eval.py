@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def eval_(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest), one, or a Hugging Face folder.")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A run (its newest), RUN@STEP, its path, or a Hugging Face folder."),
     ],
     data: Annotated[
         list[Path] | None,

@@ -17,7 +17,9 @@ PrecisionOption = Annotated[
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest), or one.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A run (its newest), RUN@STEP, or its path.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
     precision: PrecisionOption = None,
     ema: EmaOption = False,

@@ -12,7 +12,8 @@ from tplaunch.cli.options import EmaOption
 
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest), one, or a Hugging Face folder.")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A run (its newest), RUN@STEP, its path, or a Hugging Face folder."),
     ],
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue. May be repeated.")

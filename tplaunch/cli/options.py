@@ -19,6 +19,14 @@ RunDirOption = Annotated[
 ResumeOption = Annotated[
     str, typer.Option("--resume", metavar="auto|none|PATH", help="Go on from the newest checkpoint, none, or this one.")
 ]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN[@STEP]",
+        help="Branch: a new run that goes on from this step (the newest) of another, with its optimizer and data.",
+    ),
+]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Go on although this key, such as data, changed. Repeatable."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tplaunch.cli.common import Told, refuse_export
-from tplaunch.cli.options import AllowOption, RecipeArgument, RunDirOption, SetOption
+from tplaunch.cli.options import AllowOption, FromOption, RecipeArgument, RunDirOption, SetOption
 from tplaunch.errors import Problem, TplaunchError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY=V,V", help="Values to try, each in a run of its own; several make their product."),
     ] = None,
+    parent: FromOption = None,
     allow: AllowOption = None,
     chain: Annotated[
         int, typer.Option(min=1, max=1000, metavar="N", help="N jobs that go on from each other, instead of requeues.")
@@ -43,7 +44,13 @@ def submit(
     if follow and sweep:
         raise TplaunchError(Problem("--follow shows one log, a sweep has many", fix="--wait, or tplaunch logs -f RUN"))
     submission = plan_submission(
-        recipe, set_ or (), sweep=sweep or (), run_dir=run_dir, chain=chain > 1, need_data=not dry_run
+        recipe,
+        set_ or (),
+        sweep=sweep or (),
+        run_dir=run_dir,
+        chain=chain > 1,
+        need_data=not dry_run,
+        parent=parent,
     )
     for member in submission.members:
         refuse_export(member.checked.recipe, submission.loaded)

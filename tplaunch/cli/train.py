@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tplaunch.cli.common import Told, checked_here
-from tplaunch.cli.options import AllowOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
+from tplaunch.cli.options import AllowOption, FromOption, RecipeArgument, ResumeOption, RunDirOption, SetOption
 from tplaunch.errors import Exit, Problem, RecipeError
 from tplaunch.streams import LostText, steady_streams
 
@@ -19,6 +19,7 @@ def train(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     resume: ResumeOption = "auto",
+    parent: FromOption = None,
     allow: AllowOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the torchrun line; start and write nothing.")
@@ -33,7 +34,7 @@ def train(
     from tplaunch.run.processes import ignoring_profile_signal
 
     with steady_streams() as lost, ignoring_profile_signal():  # who watches may leave; the run goes on
-        code = _train(recipe, set_, run_dir, resume, allow or [], lost, dry_run=dry_run)
+        code = _train(recipe, set_, run_dir, resume, parent, allow or [], lost, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -42,6 +43,7 @@ def _train(
     set_: list[str] | None,
     run_dir: Path | None,
     resume: str,
+    parent: str | None,
     allow: list[str],
     lost: LostText,
     *,
@@ -52,7 +54,7 @@ def _train(
     checked = checked_here(recipe, set_, need_data=not dry_run)
     run = run_dir_of(checked.recipe, run_dir)
     resume = absolute_resume(resume)
-    check_resume(checked, run, resume)
+    check_resume(checked, run, resume, parent)
     if dry_run:
         from tplaunch.launch.torchrun import pasteable
 
@@ -75,7 +77,7 @@ def _train(
     from tplaunch.launch.torchrun import check_loopback
 
     check_loopback()
-    ready = make_ready(checked, run, resume=resume, allow=allow)
+    ready = make_ready(checked, run, resume=resume, allow=allow, parent=parent)
     Told()(ready)
     run.create()
     with run.lock():

@@ -1,5 +1,5 @@
-"""What a new run takes its weights from (`checkpoint.initial`), looked at before any process starts: a checkpoint, a
-run directory, which means its newest, or a Hugging Face folder. Torch-free."""
+"""What a new run takes its weights from (`checkpoint.initial`), looked at before any process starts: a checkpoint, also
+as `RUN@STEP`, a run directory, which means its newest, or a Hugging Face folder. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from tplaunch.check.recipe import Checked
 from tplaunch.checkpoint.fit import model_differences, refuse_adapters
-from tplaunch.checkpoint.store import damage, find_checkpoints, is_checkpoint, open_checkpoint
+from tplaunch.checkpoint.store import checkpoint_step, damage, find_checkpoints, is_checkpoint, open_checkpoint
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.huggingface.config import CONFIG, Read, is_model_folder
 from tplaunch.huggingface.source import UNTIED, open_folder
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
+from tplaunch.run.named import read_name
 
 _KEY = "checkpoint.initial"
 
@@ -26,11 +27,20 @@ def initial_of(path: Path) -> Path:
     """The checkpoint that a path means, of several the newest that is complete; or the Hugging Face folder.
 
     Raises:
-        TplaunchError: there is none, or it is damaged.
+        TplaunchError: there is none.
     """
     if is_model_folder(path) and not is_checkpoint(path):
         return path
-    newest_first = find_checkpoints(path)[::-1]
+    return newest_whole(path)
+
+
+def newest_whole(text: str | Path) -> Path:
+    """The checkpoint that is meant (`find_checkpoints`): of several the newest that is complete, else the newest.
+
+    Raises:
+        TplaunchError: there is none.
+    """
+    newest_first = find_checkpoints(text)[::-1]
     return next((one for one in newest_first if _is_complete(one)), newest_first[0])
 
 
@@ -114,5 +124,11 @@ def with_initial(recipe: Recipe, run_dir: RunDir) -> Recipe:
     if given is None:
         return recipe
     known = load_recipe(run_dir.recipe).recipe.checkpoint.initial if run_dir.recipe.exists() else None
-    named = known if known is not None and Path(known).is_relative_to(given) else str(initial_of(Path(given)))
+    named = known if known is not None and _means(given, Path(known)) else str(initial_of(Path(given)))
     return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"initial": named})})
+
+
+def _means(given: str, known: Path) -> bool:
+    """Whether a text means a checkpoint that was found by it before, which need not be the newest any more."""
+    path, step = read_name(given)
+    return known.is_relative_to(path) and step in (None, checkpoint_step(known))

@@ -240,7 +240,10 @@ class LocalLaunch:
         failure.print_cause(self.errors, failure.find_cause(self.run_dir, attempt), self.checked.recipe, next_step)
 
     def _next_launch(self) -> str:
-        saved = self.run_dir.history().newest_checkpoint
+        history = self.run_dir.history()
+        saved = history.newest_checkpoint
+        if saved is None and (parent := history.parent) is not None:
+            return f"the same command starts again after step {parent.step} of {parent.parent}"
         if saved is None:
             return "the same command starts from the beginning (there is no checkpoint yet)"
         return f"the same command goes on after step {saved}"

@@ -18,6 +18,7 @@ from tplaunch.data.chat import read_file
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
 from tplaunch.huggingface.base import refuse_changed
+from tplaunch.launch.branch import Branch, branch_of, check_branch
 from tplaunch.launch.initial import check_initial, with_initial
 from tplaunch.launch.resume import (
     Before,
@@ -48,22 +49,27 @@ def absolute_resume(resume: str) -> str:
     return resume if resume in ("auto", "none") else str(Path(resume).absolute())
 
 
-def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
+def check_resume(checked: Checked, run_dir: RunDir, resume: str, parent: str | None = None) -> Branch | None:
     """Refuse to go on where the run directory and the recipe do not belong together.
 
     Topology, steps, schedule, logging and so on may change between launches of one run; the model may not.
 
     Args:
         resume: auto, none, or a checkpoint's path.
+        parent: `RUN@STEP` that it is to branch from (`launch.branch`).
+
+    Returns:
+        Where the run branches, or has branched, from another.
 
     Raises:
         RecipeError: the model differs from that of the checkpoints; `none` would mix two runs in one directory;
             no such checkpoint; a checkpoint that is named, to go on from or for the initial weights, is damaged or
-            would run code.
+            would run code; or see `branch_of` and `check_branch`.
     """
+    branch = branch_of(parent, run_dir, resume)
     elsewhere = "train in a new directory: --run-dir DIR"
     saved = list_checkpoints(run_dir.checkpoints)
-    if resume == "none" and (saved or run_dir.read_metrics()):
+    if resume == "none" and (saved or branch is not None or run_dir.read_metrics()):
         raise RecipeError(
             Problem(f"{run_dir.root} holds a run already", why="--resume none starts a new one", fix=elsewhere)
         )
@@ -72,6 +78,8 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
     if resume not in ("auto", "none"):
         _check_named(Path(resume))
     elif not saved:  # else they have been taken
+        if branch is not None:
+            check_branch(checked, branch)
         check_initial(checked)
     if saved and run_dir.recipe.exists():
         stored = load_recipe(run_dir.recipe).recipe
@@ -83,6 +91,7 @@ def check_resume(checked: Checked, run_dir: RunDir, resume: str) -> None:
             raise RecipeError(
                 *(Problem(f"is {new}, was {old}", why, f"{old}, or {elsewhere}", key=key) for key, old, new in changed)
             )
+    return branch
 
 
 def _check_named(checkpoint: Path) -> None:
@@ -103,6 +112,7 @@ class Ready:
         changes: what differs from the launch before, told by dotted key.
         allowed: the changes that the user has allowed.
         notes: what else there is to say of it.
+        branch: where it goes on from another run; None: it does not, or has checkpoints of its own.
     """
 
     checked: Checked
@@ -111,9 +121,12 @@ class Ready:
     changes: Changes
     allowed: Sequence[str]
     notes: Sequence[str] = ()
+    branch: Branch | None = None
 
 
-def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow: Sequence[str] = ()) -> Ready:
+def make_ready(
+    checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow: Sequence[str] = (), parent: str | None = None
+) -> Ready:
     """Check that the launch goes on with the run that is there, and make its data ready: raw text is prepared on
     first use. A run that goes on keeps the tokenizer that its weights were trained with. Writes nothing into the run
     directory.
@@ -121,6 +134,7 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     Args:
         resume: auto, none, or a checkpoint's path.
         allow: keys whose change is allowed (--allow-change).
+        parent: `RUN@STEP` that it is to branch from.
 
     Raises:
         RecipeError: see `check_resume`; or holds every problem of the data, every change that is not allowed, or
@@ -129,8 +143,8 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     from tplaunch.data.fingerprint import data_facts
     from tplaunch.data.prepare import prepare_recipe_data
 
-    check_resume(checked, run_dir, resume)
-    before = before_this(run_dir, resume)
+    branch = check_resume(checked, run_dir, resume, parent)
+    before = before_this(run_dir, resume, branch)
     changes: Changes = {}
     recipe = with_initial(checked.recipe, run_dir)
     if before is not None and recipe.checkpoint.initial is not None and "base" in before.about:
@@ -168,7 +182,8 @@ def make_ready(checked: Checked, run_dir: RunDir, *, resume: str = "auto", allow
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})
-    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow, notes)
+    branch = None if before is None or before.parent is None else branch
+    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow, notes, branch)
 
 
 def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Recipe:
@@ -192,6 +207,8 @@ def write_ready(ready: Ready, run_dir: RunDir) -> None:
         write_atomic(run_dir.tokenizer.with_name(TEMPLATE), read_file(Path(template)))
     write_atomic(run_dir.data_facts, json.dumps(ready.facts))
     write_recipe(ready.checked, run_dir)
+    if (branch := ready.branch) is not None and branch != branch_of(None, run_dir):
+        run_dir.append(branch.event)
     if ready.changes:
         run_dir.append(Changed({key: list(pair) for key, pair in ready.changes.items()}, list(ready.allowed)))
 

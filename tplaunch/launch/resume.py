@@ -15,10 +15,11 @@ from typing import Any
 from tplaunch.checkpoint.store import goes_on_from
 from tplaunch.data.beside import TOKENIZER
 from tplaunch.errors import Problem, RecipeError
+from tplaunch.launch.branch import Branch
 from tplaunch.launch.past import COURSE_KEYS, past_problems, same_course
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
-from tplaunch.run.directory import RunDir
+from tplaunch.run.directory import RunDir, read_recipe
 from tplaunch.spec.course import Course
 
 # Mappings that are there or not.
@@ -41,6 +42,7 @@ class Before:
         about: what its manifest says of the run that wrote it.
         progress: how far that run was.
         recipe: that of the launch before this one, resolved; None where the run directory has none.
+        parent: of a branch, where the checkpoint is its parent's: that run, whose recipe it is.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Before:
     about: Mapping[str, Any]
     progress: Mapping[str, Any]
     recipe: Recipe | None
+    parent: RunDir | None = None
 
     @property
     def tokenizer(self) -> Path | None:
@@ -72,17 +75,23 @@ class Before:
             return None
 
 
-def before_this(run_dir: RunDir, resume: str) -> Before | None:
-    """What a launch will go on from: the newest checkpoint with a readable manifest, or the one that is named.
+def before_this(run_dir: RunDir, resume: str, branch: Branch | None = None) -> Before | None:
+    """What a launch will go on from: the newest checkpoint with a readable manifest, or the one that is named; of a
+    branch without any that of its parent.
 
     Args:
         resume: auto, none, or a checkpoint's path.
+        branch: where the run branches from another.
     """
-    if (found := goes_on_from(run_dir, resume)) is None:
+    if (found := goes_on_from(run_dir, resume, None if branch is None else branch.checkpoint)) is None:
         return None
     path, manifest = found
-    recipe = load_recipe(run_dir.recipe).recipe if run_dir.recipe.exists() else None
-    return Before(path, manifest.step, manifest.about, manifest.state.get("progress", {}), recipe)
+    parent = branch.run if branch is not None and path == branch.checkpoint else None
+    if parent is not None:
+        recipe = read_recipe(parent)
+    else:
+        recipe = load_recipe(run_dir.recipe).recipe if run_dir.recipe.exists() else None
+    return Before(path, manifest.step, manifest.about, manifest.state.get("progress", {}), recipe, parent)
 
 
 def recipe_changes(before: Before, recipe: Recipe) -> Changes:
@@ -99,7 +108,7 @@ def recipe_changes(before: Before, recipe: Recipe) -> Changes:
         name = key.partition(".")[2]
         if name in before.about and not (staged and key == "training.seq_len"):
             was[key] = before.about[name]
-    quiet: tuple[str, ...] = _QUIET
+    quiet: tuple[str, ...] = _QUIET if before.parent is None else (*_QUIET, "name")
     if before.recipe is not None and same_course(before.recipe, recipe):
         quiet += COURSE_KEYS  # said in another way
     keys = [key for key in now if not any(_within(key, one) for one in quiet)]
@@ -240,11 +249,12 @@ def refuse(changes: Changes, before: Before, allow: Collection[str]) -> None:
         RecipeError: names each of them.
     """
     spoils = [*_FIXED, "data.train", "data.packing", "data.tokenizer"]
+    elsewhere = "train in a new directory (--run-dir DIR), or " if before.parent is None else "or "
     problems = [
         Problem(
             f"is {now}, was {was} in the checkpoint of step {before.step}",
             why="samples would be read twice, skipped, or mean something else to these weights",
-            fix=f"change it back, train in a new directory (--run-dir DIR), or go on: --allow-change {key}",
+            fix=f"change it back, {elsewhere}go on: --allow-change {key}",
             key=key,
         )
         for key, (was, now) in changes.items()

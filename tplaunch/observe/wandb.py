@@ -203,7 +203,19 @@ class WandbLog(Mirror):
     def _config(self) -> dict[str, Any]:
         recipe = self._recipe.model_dump(mode="json", by_alias=True, exclude={"launch": True, "logging": {"on_event"}})
         plan, git = predictions(self._run_dir), git_state(Path.cwd())
-        return {**recipe, **self._facts, **({"plan": plan} if plan else {}), **({"git": git} if git else {})}
+        more = {"plan": plan, "git": git, **_parent(self._run_dir)}
+        return {**recipe, **self._facts, **{key: value for key, value in more.items() if value}}
+
+
+def _parent(run_dir: RunDir) -> dict[str, Any]:
+    """Of a branch, which run it goes on from, and from which step: fields to group and filter by."""
+    if (known := run_dir.history().parent) is None:
+        return {}
+    root = Path(known.parent)
+    named = {"parent": root.name, "parent_dir": known.parent, "parent_step": known.step}
+    with suppress(OSError):  # the parent has none, or is not there any more
+        named["parent_wandb_id"] = (RunDir(root).wandb / "run-id").read_text().strip()
+    return named
 
 
 def define_axes(run: wandb.Run) -> None:

@@ -965,8 +965,8 @@ class Checkpoint(Section):
     async_: bool = Field(True, alias="async", description="training goes on while files are written")
     initial: Text | None = Field(
         None,
-        description="what a new run takes its weights from: a checkpoint, a run directory (its newest), or a Hugging "
-        "Face folder; where data.tokenizer is not said, its tokenizer, too",
+        description="what a new run takes its weights from: a checkpoint, also as RUN@STEP, a run directory (its "
+        "newest), or a Hugging Face folder; where data.tokenizer is not said, its tokenizer, too",
     )
 
 

@@ -63,11 +63,11 @@ def charts(
     for key in keys:
         lines = []
         for number, (name, curves) in enumerate(runs):
-            if points := curves.points(key, x):
+            if points := curves.line(key, x):
                 lines.append(Line(name, points, colour=number))
             if key == "loss":
                 for loss, words in losses(curves.metrics()).items():
-                    if points := curves.points(loss, x):
+                    if points := curves.line(loss, x):
                         lines.append(Line(f"{name} {words}" if len(runs) > 1 else words, points, "dots", number))
         if lines:
             level = (levels or {}).get(key)

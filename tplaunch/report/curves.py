@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from tplaunch.files import Record
+from tplaunch.report.family import ancestors
 from tplaunch.run.directory import RunDir
 from tplaunch.run.records import is_number, read_records
 
@@ -21,22 +22,26 @@ class Curves:
     Args:
         records: one of each logged step, in the order of steps.
         bad: lines of the file that are none.
+        before: of a branch, those of the runs that it goes on from, each up to where it left it.
     """
 
     records: Sequence[Record]
     bad: int = 0
+    before: Sequence[Record] = ()
 
     @classmethod
     def of(cls, run: RunDir) -> Curves:
         """Read a run's records."""
         records, bad = read_records(run.metrics)
-        by_step = {record["step"]: record for record in records}
-        return cls([by_step[step] for step in sorted(by_step)], bad)
+        return cls(_in_order(records), bad, _before(run))
 
     def points(self, key: str, x: str = "step") -> list[Point]:
         """(x, value) of a metric where both are numbers, from left to right."""
-        found = [(r[x], r[key]) for r in self.records if is_number(r.get(x)) and is_number(r.get(key))]
-        return found if x == "step" else sorted(found)
+        return _points(self.records, key, x)
+
+    def line(self, key: str, x: str = "step") -> list[Point]:
+        """The same, of a branch from where its first run began."""
+        return _points([*self.before, *self.records], key, x)
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
@@ -57,13 +62,32 @@ class Curves:
 
     def at(self, key: str, x: float, along: str = "step") -> float | None:
         """A metric's newest value at or before a place of the x-axis."""
-        points = self.points(key, along)
+        points = self.line(key, along)
         index = bisect_right(points, (x, float("inf")))
         return points[index - 1][1] if index else None
 
     def metrics(self) -> set[str]:
         """The metrics that there are."""
         return {key for record in self.records for key, value in record.items() if is_number(value)}
+
+
+def _in_order(records: Sequence[Record]) -> list[Record]:
+    """One record of each step, in their order."""
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _points(records: Sequence[Record], key: str, x: str) -> list[Point]:
+    found = [(r[x], r[key]) for r in records if is_number(r.get(x)) and is_number(r.get(key))]
+    return found if x == "step" else sorted(found)
+
+
+def _before(run: RunDir) -> list[Record]:
+    """The records of the runs that a run goes on from."""
+    found: list[Record] = []
+    for parent, step in ancestors(run):
+        found = [record for record in _in_order(read_records(parent.metrics)[0]) if record["step"] <= step] + found
+    return found
 
 
 def thin(points: Sequence[Point], columns: int) -> list[Point]:

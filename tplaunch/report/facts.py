@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tplaunch.checkpoint import store
 from tplaunch.files import Record, read_lines
 from tplaunch.report.curves import Curves
+from tplaunch.report.family import family
 from tplaunch.report.prediction import Figure, figures, memory_by_stage, read_plan
 from tplaunch.report.rows import Row, rows_of
 from tplaunch.report.story import Attempt, Mark, attempts, marks, say
@@ -44,6 +45,7 @@ class RunFacts:
         recipe: the text of the recipe.
         evaluations: what its checkpoints were found to know, oldest first (`run.evaluations`).
         initial: whose weights it began with, where not with its own; in words.
+        family: the tree of branches that it stands in, as (depth, run); empty where it is alone.
     """
 
     row: Row
@@ -60,15 +62,17 @@ class RunFacts:
     recipe: str
     evaluations: list[Record]
     initial: str = ""
+    family: Sequence[tuple[int, Row]] = ()
 
     @classmethod
     def of(cls, run: RunDir) -> RunFacts:
         """Read a run."""
         history, curves = run.history(), Curves.of(run)
-        row = rows_of([run], run.root.parent)[0][0]
+        tree = family(run)
+        row, *others = rows_of([run, *(one for _, one in tree)], tree[0][1].root.parent)[0]
         plan, no_plan = read_plan(run)
         return cls(
-            row=row,
+            row=replace(row, name=run.root.absolute().name),
             curves=curves,
             plan=plan,
             no_plan=no_plan,
@@ -82,6 +86,7 @@ class RunFacts:
             samples=read_samples(run)[-_SAMPLES:],
             recipe=_text(run.recipe),
             evaluations=read_evaluations(run),
+            family=[(depth, one) for (depth, _), one in zip(tree, others, strict=True)] if len(tree) > 1 else [],
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,6 +103,10 @@ class RunFacts:
             "checkpoints": [{**asdict(one), "path": str(one.path)} for one in self.checkpoints],
             "environment": self.environment,
             "evaluations": self.evaluations,
+            "family": [
+                {"depth": depth, "run": str(one.run), "parent": one.parent, "parent_step": one.parent_step}
+                for depth, one in self.family
+            ],
         }
 
 

@@ -45,6 +45,7 @@ def page(facts: RunFacts) -> str:
         _section("Curves", _curves(facts)),
         _section("Predicted and measured", _plan(facts)),
         _section("Topology", _topology(facts)),
+        _section("Branches", _branches(facts)),
         _section("Attempts", _attempts(facts)),
         _section("Events", _events(facts.marks)),
         _section("Checkpoints", _checkpoints(facts)),
@@ -216,6 +217,20 @@ def _topology(facts: RunFacts) -> str:
     picture, left_out = topology_svg(topology)
     note = f'<p class="quiet">{escape(left_out)}</p>' if left_out else ""
     return f"<p>{escape(in_words(topology, recipe.model))} Colours are pipeline ranks.</p>{picture}{note}"
+
+
+def _branches(facts: RunFacts) -> str:
+    """The tree of runs that branched from each other, as lists in lists."""
+    parts, deepest = [], -1
+    for depth, row in facts.family:
+        parts.append("<ul>" if depth > deepest else "</li>" + "</ul></li>" * (deepest - depth))
+        name = f"<b>{escape(row.name)}</b>" if row.run == facts.row.run.absolute() else escape(row.name)
+        where = "" if row.parent_step is None else f"from step {row.parent_step:,}, "
+        loss = "" if row.loss is None else f", loss {_loss(row.loss)}"
+        about = f'<span class="quiet">{where}at step {row.step or 0:,}{loss}, {escape(row.state)}</span>'
+        parts.append(f"<li>{name} {about}")
+        deepest = depth
+    return "".join([*parts, "</li></ul>" * (deepest + 1)])
 
 
 def _attempts(facts: RunFacts) -> str:

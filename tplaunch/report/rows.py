@@ -39,6 +39,8 @@ class Row:
         updated: seconds since its last record.
         metrics: the newest value of each.
         recipe: the values of its recipe by dotted key.
+        parent: directory of the run that it branched from.
+        parent_step: the step of that run.
     """
 
     run: Path
@@ -56,6 +58,13 @@ class Row:
     why: str
     metrics: Mapping[str, Any] = field(repr=False)
     recipe: Outline = field(repr=False)
+    parent: str | None = None
+    parent_step: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where it branched from, `RUN@STEP`; "" where it began by itself."""
+        return "" if self.parent is None else f"{Path(self.parent).name}@{self.parent_step}"
 
     def value(self, key: str) -> Any:
         """A figure of the run, a metric or a recipe's value, by its name; None where it has none."""
@@ -129,6 +138,8 @@ def _row(run: RunDir, history: History, jobs: Mapping[str, client.Standing], fol
         why=why,
         metrics=last,
         recipe=values,
+        parent=None if history.parent is None else history.parent.parent,
+        parent_step=None if history.parent is None else history.parent.step,
     )
 
 

@@ -14,6 +14,7 @@ from tplaunch.run.events import (
     AttemptBegan,
     AttemptEnded,
     BadNodes,
+    Branched,
     Changed,
     CheckpointDamaged,
     CheckpointKept,
@@ -111,7 +112,7 @@ def marks(history: History, curves: Curves) -> list[Mark]:
     """What happened in a run, oldest first. What has no step of its own stands at the last record before it."""
     times = [(record["time"], record["step"]) for record in curves.records if record.get("time") is not None]
     times.sort()
-    begins = _begins(history)
+    begins, first = _begins(history), 0 if history.parent is None else history.parent.step
     found = []
     for event in history.events:
         if (kind := _kind(event)) is None:
@@ -119,7 +120,7 @@ def marks(history: History, curves: Curves) -> list[Mark]:
         step = begins.get(id(event), getattr(event, "step", None))
         if step is None:
             index = bisect_right(times, (event.time, float("inf")))
-            step = times[index - 1][1] if index else 0
+            step = times[index - 1][1] if index else first
         if not is_step(step):
             continue
         found.append(Mark(step, event.time, kind, say(event)))
@@ -152,9 +153,9 @@ def _kind(event: Event) -> Kind | None:
             return "fault"
         case Straggled():
             return "straggler"
-        case Changed() | Submitted() | Initialized() | Resumed() | StageBegan() | EpochBegan() | CheckpointKept():
+        case Changed() | Submitted() | Branched() | Initialized() | Resumed() | StageBegan():
             return "other"
-        case Done() | Stopped():
+        case Done() | Stopped() | EpochBegan() | CheckpointKept():
             return "other"
     return None
 
@@ -179,6 +180,8 @@ def say(event: Event) -> str:
             return f"{size} ranks have met"
         case Initialized(path=path, of_step=step):
             return f"weights of {path}{'' if step is None else f', step {step}'}"
+        case Branched(step=step, parent=parent):
+            return f"branched from step {step} of {parent}"
         case Fault(kind=kind, step=step, rank=rank):
             return f"fault at step {step}: {kind}{'' if rank is None else f' on rank {rank}'}"
         case Stopped(step=step, by=by):

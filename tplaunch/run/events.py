@@ -128,6 +128,22 @@ class Initialized(Event):
 
 
 @dataclass(frozen=True)
+class Branched(Event):
+    """A new run goes on from a step of another (`--from`): with its weights, optimizer and place in the data.
+
+    Args:
+        step: of that run.
+        parent: its directory.
+        path: the checkpoint.
+    """
+
+    name = "branch"
+    step: int
+    parent: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """The state after a step was loaded."""
 

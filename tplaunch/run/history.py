@@ -12,6 +12,7 @@ from tplaunch.run.events import (
     AttemptBegan,
     AttemptEnded,
     BadNodes,
+    Branched,
     CheckpointDamaged,
     Done,
     Event,
@@ -38,6 +39,11 @@ class History:
     def steps_done(self) -> int:
         """The last step that a finished run reached; 0: it was never done."""
         return max((event.step for event in self.events if isinstance(event, Done)), default=0)
+
+    @cached_property
+    def parent(self) -> Branched | None:
+        """The run, and the step of it, that this one branched from; None: it began by itself."""
+        return next((event for event in reversed(self.events) if isinstance(event, Branched)), None)
 
     @cached_property
     def newest_checkpoint(self) -> int | None:

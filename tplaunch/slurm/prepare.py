@@ -20,7 +20,7 @@ def prepare(argv: Sequence[str]) -> Exit:
     """Make a run ready and print what the script needs to know of it, for `eval`. Runs again at every requeue.
 
     Args:
-        argv: RECIPE [--set KEY=VALUE]... [--run-dir DIR] [--allow-change KEY]...
+        argv: RECIPE [--set KEY=VALUE]... [--run-dir DIR] [--from RUN@STEP] [--allow-change KEY]...
 
     Raises:
         TplaunchError: the recipe cannot run, does not fit the job's nodes, or is not that of the run's checkpoints.
@@ -29,9 +29,10 @@ def prepare(argv: Sequence[str]) -> Exit:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--from", dest="parent", metavar="RUN@STEP")
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY")
     options = parser.parse_args(argv)
-    submission = plan_submission(options.recipe, options.set, run_dir=options.run_dir)
+    submission = plan_submission(options.recipe, options.set, run_dir=options.run_dir, parent=options.parent)
     (member,) = submission.members
     topology, allocated = member.checked.topology, int(os.environ["SLURM_NNODES"])
     if topology.nodes != allocated:

@@ -27,10 +27,15 @@ _SHARED = ("name", "launch", "topology.nodes", "topology.gpus_per_node")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a submission."""
+    """One run of a submission.
+
+    Args:
+        parent: `RUN@STEP` that it branches from, where it does.
+    """
 
     checked: Checked
     run_dir: RunDir
+    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Submission:
         root: the run directory; of a sweep, the folder that holds its run directories.
         members: one, or those of the sweep in the order of the array.
         loaded: the recipe before it was swept; it knows where each value was said.
+        parents: the folders of what they branch from, where they do.
     """
 
     name: str
     root: Path
     members: list[Member]
     loaded: LoadedRecipe
+    parents: Sequence[Path] = ()
 
     @property
     def log_dir(self) -> Path:
@@ -66,7 +73,10 @@ class Submission:
                 first.topology,
                 [member.run_dir.root for member in self.members],
                 log_dir=self.log_dir,
-                folders=[folder for member in self.members for folder in data_folders(member.checked.recipe)],
+                folders=[
+                    *(folder for member in self.members for folder in data_folders(member.checked.recipe)),
+                    *self.parents,
+                ],
             )
         except RecipeError as error:
             raise RecipeError(*(replace(p, where=self.loaded.where(p.key)) for p in error.problems)) from None
@@ -80,6 +90,7 @@ def plan_submission(
     run_dir: Path | None = None,
     chain: bool = False,
     need_data: bool = True,
+    parent: str | None = None,
 ) -> Submission:
     """Check everything that can be checked before data are prepared; change nothing.
 
@@ -90,6 +101,7 @@ def plan_submission(
         run_dir: default runs/NAME.
         chain: the jobs of a chain take the place of requeues.
         need_data: refuse missing data files.
+        parent: `RUN@STEP` that each of the runs branches from.
 
     Raises:
         RecipeError, TplaunchError: every problem of the recipe; of a sweep, those of its first wrong member.
@@ -104,7 +116,8 @@ def plan_submission(
         raise RecipeError(Problem("auto cannot fill nodes of unknown size", why, fix, where, "topology.dp"))
     root = (run_dir or Path("runs") / name).absolute()
     if not sweep:
-        return Submission(name, root, [Member(_checked(loaded, need_data=need_data), RunDir(root))], loaded)
+        member = Member(_checked(loaded, need_data=need_data), RunDir(root), parent)
+        return Submission(name, root, [member], loaded, _parents([member]))
     if RunDir(root).recipe.exists():
         raise TplaunchError(Problem(f"{root} is a single run", fix="another place for the sweep: --run-dir DIR"))
     group = loaded.recipe.logging.wandb.group or name
@@ -117,14 +130,28 @@ def plan_submission(
         more = [f"{key}={value}" for key, value in settings]
         more += [f"name={name[:60]}-{label}", f"logging.wandb.group={group}", *job_type]
         checked = _checked(load_recipe(recipe, [*overrides, *more]), need_data=need_data)
-        members.append(Member(checked, RunDir(root / label)))
+        members.append(Member(checked, RunDir(root / label), parent))
     shapes = {(m.checked.topology.nodes, m.checked.topology.ranks_per_node) for m in members}
     if len(shapes) > 1:
         text = " and ".join(f"{nodes} nodes of {ranks}" for nodes, ranks in sorted(shapes))
         why = "the tasks of one array all get the same nodes"
         fix = "topology.dp=auto with nodes and gpus_per_node given, or one sweep for each shape"
         raise TplaunchError(Problem(f"the members of the sweep need {text}", why=why, fix=fix))
-    return Submission(name, root, members, loaded)
+    return Submission(name, root, members, loaded, _parents(members))
+
+
+def _parents(members: Sequence[Member]) -> list[Path]:
+    """The folders of the runs that they branch, or have branched, from.
+
+    Raises:
+        RecipeError: one cannot (`launch.branch`).
+    """
+    branches = [
+        check_resume(member.checked, member.run_dir, "auto", member.parent)
+        for member in members
+        if member.parent is not None or member.run_dir.history().parent is not None
+    ]
+    return list(dict.fromkeys(branch.run.root for branch in branches if branch is not None))
 
 
 def _checked(loaded: LoadedRecipe, *, need_data: bool) -> Checked:
@@ -192,7 +219,7 @@ def send(
     if problems:
         raise RecipeError(*(replace(problem, where=submission.loaded.where(problem.key)) for problem in problems))
     for member in submission.members:
-        check_resume(member.checked, member.run_dir, "auto")
+        check_resume(member.checked, member.run_dir, "auto", member.parent)
         job = open_job(member.run_dir)
         if job is not None:
             what = f"job {job.id} of {member.run_dir.root} is {job.state.lower()} already"
@@ -226,7 +253,7 @@ def prepare_run(member: Member, allow: Sequence[str] = ()) -> Ready:
         RecipeError: see `make_ready`.
     """
     run_dir = member.run_dir
-    ready = make_ready(member.checked, run_dir, allow=allow)
+    ready = make_ready(member.checked, run_dir, allow=allow, parent=member.parent)
     run_dir.create()
     run_dir.slurm.mkdir(exist_ok=True)
     with run_dir.lock():

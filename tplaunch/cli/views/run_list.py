@@ -12,8 +12,9 @@ from tplaunch.units import format_count, format_duration
 
 _COLOURS = {"running": "green", "failed": "red", "gone": "red", "done": "blue", "preempted": "yellow"}
 _COLOURS |= {"pending": "yellow", "requeued": "yellow", "stopping": "yellow"}
-_HEADINGS = ["run", "state", "step", "loss", "tokens/s", "topology", "age", "why"]
-_LEFT = frozenset((0, 1, 5, 7))
+_HEADINGS = ["run", "from", "state", "step", "loss", "tokens/s", "topology", "age", "why"]
+_LEFT = frozenset(("run", "from", "state", "topology", "why"))
+_OPTIONAL = ("from", "why")  # columns that are left out where they are empty
 _SHORTEST = 12  # characters that a name keeps
 
 
@@ -24,17 +25,17 @@ def list_text(rows: Sequence[Row], width: int | None) -> str:
         width: columns of the terminal; None where nobody looks: then nothing is cut, as it may be searched.
     """
     cells = [_cells(row) for row in rows]
-    if not any(row[7] for row in cells):
-        cells = [row[:7] for row in cells]
-    headings = _HEADINGS[: len(cells[0])] if cells else _HEADINGS
+    shown = [i for i, name in enumerate(_HEADINGS) if name not in _OPTIONAL or any(row[i] for row in cells)]
+    headings, cells = [_HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in cells]
     if width is not None:
         headings, cells = _fit(headings, cells, width)
-    return columns("", headings, cells, _LEFT)
+    return columns("", headings, cells, frozenset(i for i, name in enumerate(headings) if name in _LEFT))
 
 
 def _cells(row: Row) -> list[str]:
     return [
         row.name,
+        row.origin,
         style(row.state, fg=_COLOURS.get(row.state)),
         f"{row.step or 0:,}/{'?' if row.steps is None else format(row.steps, ',')}",
         "" if row.loss is None else f"{row.loss:.4f}" if abs(row.loss) < 1000 else f"{row.loss:.4g}",
@@ -48,12 +49,12 @@ def _cells(row: Row) -> list[str]:
 def _fit(headings: list[str], cells: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
     widths = [max(len(plain(row[i])) for row in [headings, *cells]) for i in range(len(headings))]
     room = width - sum(widths) - 2 * (len(widths) - 1)
-    if len(headings) == 8:
-        left = widths[7] + room
+    if headings[-1] == "why":
+        left = widths[-1] + room
         if left < 10:  # a word says nothing; without the column the names have more room
-            headings, cells, room = headings[:7], [row[:7] for row in cells], left + 2
+            headings, cells, room = headings[:-1], [row[:-1] for row in cells], left + 2
         else:
-            cells, room = [[*row[:7], _cut(row[7], left)] for row in cells], 0
+            cells, room = [[*row[:-1], _cut(row[-1], left)] for row in cells], 0
     if room < 0:
         keep = max(_SHORTEST, widths[0] + room)
         cells = [[_middle(row[0], keep), *row[1:]] for row in cells]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from typer import style
@@ -26,7 +27,13 @@ def show_text(facts: RunFacts) -> str:
     parts = [_head(facts), _figures("Predicted and measured", facts.figures, facts.no_plan)]
     if any(one.measured is not None for one in facts.stages):
         parts.append(_figures("Memory by pipeline rank, allocated", facts.stages, ""))
-    parts += [_attempts(facts.attempts), _checkpoints(facts), _evaluations(facts), _events(facts.marks)]
+    parts += [
+        _branches(facts),
+        _attempts(facts.attempts),
+        _checkpoints(facts),
+        _evaluations(facts),
+        _events(facts.marks),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -44,6 +51,7 @@ def _head(facts: RunFacts) -> str:
         *_tasks(facts),
         ("tokens", "" if (tokens := curves.last("tokens")) is None else format_count(tokens)),
         ("began with", facts.initial),
+        ("branch of", _origin(facts)),
         ("topology", row.topology),
         ("job", row.job),
         ("age", "" if row.age is None else format_duration(row.age)),
@@ -108,6 +116,26 @@ def value_text(value: Any) -> str:
     import json
 
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _origin(facts: RunFacts) -> str:
+    row = facts.row
+    return "" if row.parent is None else f"{short_path(Path(row.parent))}, step {row.parent_step:,}"
+
+
+def _branches(facts: RunFacts) -> str:
+    rows = [
+        [
+            style("  " * depth + row.name, bold=row.run == facts.row.run.absolute()),
+            "" if row.parent_step is None else f"{row.parent_step:,}",
+            row.state,
+            f"{row.step or 0:,}",
+            "" if row.loss is None else f"{row.loss:.4f}",
+        ]
+        for depth, row in facts.family
+    ]
+    headings = ["run", "from step", "state", "step", "loss"]
+    return columns("Branches", headings, rows, frozenset((0, 2))) if rows else ""
 
 
 def _checkpoints(facts: RunFacts) -> str:
