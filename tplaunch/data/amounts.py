@@ -20,7 +20,7 @@ from tplaunch.data.row_header import Header, Kind, read_header, rows_key, rows_p
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, occurrences
 from tplaunch.spec.course import Course
-from tplaunch.spec.run_stages import in_force, longest_samples
+from tplaunch.spec.run_stages import longest_samples, shares
 from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
@@ -114,12 +114,9 @@ def amounts(recipe: Recipe) -> list[Amount]:
 
 def _tokens_of(recipe: Recipe, course: Course, number: int) -> dict[tuple[str, int], float]:
     """Tokens that a stage reads of each of its corpora."""
-    steps, sources = course.stages[number], in_force(recipe, number).data.sources("train")
+    steps = course.stages[number]
     total = course.batches.tokens(steps.stop - 1) - course.batches.tokens(steps.start - 1)
-    largest = max(source.weight for source in sources)
-    weights = sum(source.weight / largest for source in sources)
-    names = occurrences(sources)
-    return {name: total * (one.weight / largest / weights) for name, one in zip(names, sources, strict=True)}
+    return {name: total * share for name, share in shares(recipe, number).items()}
 
 
 def _rows(prefix: str, seq_len: int) -> int | None:
