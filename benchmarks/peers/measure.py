@@ -34,7 +34,13 @@ def measure(
     """
     started_with = os.getloadavg()[0]
     what = {"trainer": trainer, "shape": shape, "grid": list(grid)}
-    machine = {"cpu": cpu_model(), "cores": count_cores(), "load": started_with, "threads": threads(grid.ranks)}
+    machine = {
+        "cpu": cpu_model(),
+        "cores": count_cores(),
+        "load": started_with,
+        "first": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # before all other work
+        "threads": threads(grid.ranks),
+    }
     if reason := cannot(trainer, shape, grid):
         return {**what, "failed": reason}
     root = earlier if trainer == EARLIER and earlier is not None else ROOT

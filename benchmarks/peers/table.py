@@ -41,7 +41,7 @@ def page(results: Sequence[Result]) -> str:
                 _memory(mine, grids(name)),
                 _before(mine, grids(name)),
             ]
-    return "\n".join([*parts, _not_measured(results)])
+    return "\n".join([*filter(None, parts), _not_measured(results)])
 
 
 def _setting(done: Sequence[Result]) -> str:
@@ -52,8 +52,11 @@ def _setting(done: Sequence[Result]) -> str:
     machines = sorted({f"{result['cpu']}, {result['cores']} cores" for result in done})
     threads = sorted({(result["threads"], Grid(*result["grid"]).ranks == 1) for result in done}, reverse=True)
     loads = [result["load"] for result in done]
+    shapes = {result["shape"] for result in done}
+    first = [name for name in SHAPES if name in shapes - {r["shape"] for r in done if not r.get("first")}]
     lines = [
         f"Machine: {'; '.join(machines)}; {_counted(threads)}.",
+        f"At real-time priority, other work had what was left: {', '.join(first)}." if first else "",
         f"Load average before a measurement: median {median(loads):.1f}, at most {max(loads):.1f}." if loads else "",
         "Versions: " + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())),
     ]
