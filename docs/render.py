@@ -17,8 +17,8 @@ from tplaunch.check.recipe import check_recipe
 from tplaunch.cli.views.plan import plan_text
 from tplaunch.cli.views.tune import tuning_text
 from tplaunch.plan.case import Case
-from tplaunch.plan.estimate import estimate
 from tplaunch.plan.remedies import remedies
+from tplaunch.plan.run import plan_run
 from tplaunch.plan.timeline import pipeline_timeline, timeline_svg
 from tplaunch.plan.tune import tune
 from tplaunch.recipe.load import load_recipe
@@ -53,10 +53,11 @@ def terminal_picture(name: str, title: str, text: str) -> None:
 
 def plan_picture(name: str, recipe: str, *overrides: str) -> None:
     own = case(recipe, *overrides)
-    plan = estimate(own)
+    run = plan_run(own.recipe, own.gpu)
+    plan, own = run.fullest.plan, run.fullest.plan.case
     drawn = own.topology.pp > 1 and own.microbatches * own.virtual_stages <= 50
     timeline = pipeline_timeline(own)[0] if drawn else None
-    text = plan_text(plan, [] if plan.fits else remedies(plan), timeline=timeline)
+    text = plan_text(run, [] if plan.fits else remedies(plan), timeline=timeline)
     terminal_picture(name, f"tplaunch plan {recipe}", text)
 
 
@@ -90,3 +91,4 @@ if __name__ == "__main__":
                      "topology.virtual_stages=2", "training.global_batch_size=32")  # fmt: skip
     timeline_picture("timeline-1f1b-64", "megatron-1t", "topology.nodes=64", "training.global_batch_size=80")
     schedule_picture("schedule-deepseek-v3", "deepseek-v3")
+    schedule_picture("schedule-llama3-405b", "llama3-405b")

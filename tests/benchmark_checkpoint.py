@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from tests.recipes import case
 from tests.training import train, trainer
+from tplaunch.spec.checkpoint import checkpoint_bytes
 
 ROUNDS = 4
 MODEL = {"hidden_size": 768, "ffn_hidden_size": 3072, "num_layers": 8, "num_heads": 12, "num_kv_heads": 12}
@@ -44,7 +45,7 @@ def main(folder: str) -> None:
             saves[wait].append(timings["checkpoint/save_s"])
     synchronous, asynchronous = (statistics.median(stalls[wait]) for wait in (True, False))
     report = {
-        "bytes": made.checkpoints.estimate_bytes(),
+        "bytes": checkpoint_bytes(made.checkpoints.recipe),
         "synchronous_s": synchronous,
         "asynchronous_stall_s": asynchronous,
         "ratio": asynchronous / synchronous,

@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[COLLECTED] = list(items)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests make out of the user's cache; before `world`, whose processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPLAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """Makes small worlds."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tplaunch.checkpoint.store import goes_on_from, sources
+from tplaunch.data.documents import with_document_length
 from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
@@ -60,7 +61,7 @@ class Worker:
         source = self.run_dir.history().resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
         loads = goes_on_from(self.run_dir, source)
         segment = segment_after(whole, loads[1].step if loads else 0)
-        self.recipe = resolve(segment.recipe)
+        self.recipe = resolve(with_document_length(segment.recipe) if whole.training.stages else segment.recipe)
         self._train(self._set_up(self.recipe, segment.stages, source), source)
 
     def _set_up(self, recipe: Recipe, stages: range, source: str) -> Trainer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.peers.measure import measure
 from benchmarks.peers.table import page
-from benchmarks.peers.work import SHAPES, TRAINERS, Grid, grids
+from benchmarks.peers.work import EARLIER, SHAPES, TRAINERS, Grid, grids
 
 # megatron-core and torchtitan ask for packages that nothing here uses: they come without theirs.
 PACKAGES = ["torch==2.13.0", "transformers", "numpy", "einops", "tyro", "datasets<4.8", "tensorboard", "torchdata"]
@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.rounds):
         for shape in arguments.shape:
             for grid in arguments.topologies or grids(shape):
-                for trainer in arguments.trainers:
-                    result = measure(trainer, shape, grid, arguments.steps, arguments.venv)
+                for trainer in [*arguments.trainers, *([EARLIER] if arguments.earlier else [])]:
+                    result = measure(trainer, shape, grid, arguments.steps, arguments.venv, arguments.earlier)
                     with arguments.output.open("a") as file:
                         file.write(json.dumps(result) + "\n")
                     said = result.get("failed") or f"{min(result['seconds']):.3f} s at best"
@@ -52,6 +52,7 @@ def main() -> None:
     command.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     command.add_argument("--topologies", type=Grid.parse, nargs="+", metavar="TP,PP,DP[,EP]")
     command.add_argument("--trainers", choices=TRAINERS, nargs="+", default=TRAINERS)
+    command.add_argument("--earlier", type=Path, help="a checkout of tplaunch as it was, measured beside it")
     command = commands.add_parser("table", help="make the page of the results")
     command.add_argument("results", type=Path)
     arguments = parser.parse_args()

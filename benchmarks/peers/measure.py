@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from benchmarks.llama import Shape
-from benchmarks.peers.work import LEARNING_RATE, OURS, SHAPES, WEIGHT_DECAY, Grid, cannot, threads
+from benchmarks.peers.work import EARLIER, LEARNING_RATE, OURS, SHAPES, WEIGHT_DECAY, Grid, cannot, threads
 from tplaunch import __version__
 from tplaunch.machine import count_cores
 
@@ -22,27 +22,37 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 900
 
 
-def measure(trainer: str, shape: str, grid: Grid, steps: int, venv: Path) -> dict[str, Any]:
+def measure(
+    trainer: str, shape: str, grid: Grid, steps: int, venv: Path, earlier: Path | None = None
+) -> dict[str, Any]:
     """One line of the results: the seconds of each step by its slowest rank, the bytes of resident memory that the
     largest rank had at most, and what it ran on; or `failed`, with the reason.
 
     Args:
         venv: the other trainers' virtual environment.
+        earlier: a checkout of tplaunch as it was, for the trainer `EARLIER`.
     """
     started_with = os.getloadavg()[0]
     what = {"trainer": trainer, "shape": shape, "grid": list(grid)}
-    machine = {"cpu": cpu_model(), "cores": count_cores(), "load": started_with, "threads": threads(grid.ranks)}
+    machine = {
+        "cpu": cpu_model(),
+        "cores": count_cores(),
+        "load": started_with,
+        "first": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # before all other work
+        "threads": threads(grid.ranks),
+    }
     if reason := cannot(trainer, shape, grid):
         return {**what, "failed": reason}
+    root = earlier if trainer == EARLIER and earlier is not None else ROOT
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": str(threads(grid.ranks)),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     try:
-        if trainer == OURS:
-            found = _ours(SHAPES[shape], grid, steps, environment)
+        if trainer in (OURS, EARLIER):
+            found = _ours(SHAPES[shape], grid, steps, environment, root)
         else:
             found = _other(trainer, shape, grid, steps, environment, venv)
     except subprocess.TimeoutExpired:
@@ -53,14 +63,15 @@ def measure(trainer: str, shape: str, grid: Grid, steps: int, venv: Path) -> dic
     return {**what, **machine, **found}
 
 
-def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str]) -> dict[str, Any]:
+def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str], root: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "recipe.yaml")
         recipe.write_text(yaml.safe_dump(our_recipe(shape, grid)))
         line = [sys.executable, "-m", "tplaunch", "bench", str(recipe), "--steps", str(steps), "--json"]
-        answer = json.loads(_run(line, environment))
+        answer = json.loads(_run(line, environment, root))
     versions = {"tplaunch": __version__, "torch": version("torch")}
-    return {"seconds": answer["seconds"], "peak_memory": answer["peak_memory"], "versions": versions}
+    figures = {key: answer[key] for key in ("seconds", "peak_memory", "kernels")}
+    return {**figures, "versions": versions}
 
 
 def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
@@ -83,9 +94,9 @@ def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[s
         return json.loads(output.read_text())
 
 
-def _run(line: list[str], environment: dict[str, str]) -> str:
+def _run(line: list[str], environment: dict[str, str], root: Path = ROOT) -> str:
     done = subprocess.run(
-        line, check=True, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=PATIENCE_S
+        line, check=True, capture_output=True, text=True, env=environment, cwd=root, timeout=PATIENCE_S
     )
     return done.stdout
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.work import OURS, SHAPES, TRAINERS, Grid, grids
+from benchmarks.peers.work import EARLIER, OURS, SHAPES, TRAINERS, Grid, grids
 
 Result = dict[str, Any]
+_KINDS = ("matmul", "attention", "other kernels")  # of `tplaunch bench`
 HEAD = """\
 # Performance
 
@@ -38,8 +39,9 @@ def page(results: Sequence[Result]) -> str:
                 f"\n## {name}\n\n{str(shape).capitalize()}.\n",
                 _speeds(mine, grids(name)),
                 _memory(mine, grids(name)),
+                _before(mine, grids(name)),
             ]
-    return "\n".join([*parts, _not_measured(results)])
+    return "\n".join([*filter(None, parts), _not_measured(results)])
 
 
 def _setting(done: Sequence[Result]) -> str:
@@ -50,8 +52,11 @@ def _setting(done: Sequence[Result]) -> str:
     machines = sorted({f"{result['cpu']}, {result['cores']} cores" for result in done})
     threads = sorted({(result["threads"], Grid(*result["grid"]).ranks == 1) for result in done}, reverse=True)
     loads = [result["load"] for result in done]
+    shapes = {result["shape"] for result in done}
+    first = [name for name in SHAPES if name in shapes - {r["shape"] for r in done if not r.get("first")}]
     lines = [
         f"Machine: {'; '.join(machines)}; {_counted(threads)}.",
+        f"At real-time priority, other work had what was left: {', '.join(first)}." if first else "",
         f"Load average before a measurement: median {median(loads):.1f}, at most {max(loads):.1f}." if loads else "",
         "Versions: " + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())),
     ]
@@ -81,13 +86,46 @@ def _memory(results: Sequence[Result], where: Sequence[Grid]) -> str:
     )
 
 
+def _before(results: Sequence[Result], where: Sequence[Grid]) -> str:
+    """What an earlier tplaunch did, beside this one, and where the time of a step went: medians over rounds."""
+    rows, profiles = [], []
+    for grid in where:
+        of = [result for result in results if Grid(*result["grid"]) == grid]
+        now, then = (
+            [one for one in of if one["trainer"] == trainer and "kernels" in one] for trainer in (OURS, EARLIER)
+        )
+        if not (now and then):
+            continue
+        speeds, memory = (
+            [median(figure(result) for result in some) for some in (then, now)]
+            for figure in (
+                lambda result: SHAPES[result["shape"]].tokens / median(result["seconds"]),
+                lambda result: result["peak_memory"] / 1e6,
+            )
+        )
+        cells = [f"{figure:,.0f}" for figure in (*speeds, *memory)]
+        rows.append(f"| {grid} | {cells[0]} | {cells[1]} | {speeds[1] / speeds[0]:.2f} | {cells[2]} | {cells[3]} |")
+        for title, some in (("before", then), ("now", now)):
+            kinds = [median(result["kernels"].get(kind, 0.0) for result in some) for kind in _KINDS]
+            rest = median(median(result["seconds"]) for result in some) - sum(kinds)
+            cells = [f"{1e3 * seconds:,.0f}" for seconds in (*kinds, rest)]
+            profiles.append(f"| {grid} | {title} | {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    head = "| TP x PP x DP | tokens/s, before | now | times | MB, before | now |\n|---|---|---|---|---|---|"
+    profile = f"| TP x PP x DP | | {' | '.join(_KINDS)} | else |\n|---|---|{'---|' * (len(_KINDS) + 1)}"
+    where_it_goes = "Milliseconds of a step by torch's profiler; else: waits for other ranks, and Python:\n"
+    tables = ["tplaunch before its work on speed began, and now:\n", head, *rows, "", where_it_goes, profile, *profiles]
+    return "\n".join(tables) + "\n"
+
+
 def _grid_table(results: Sequence[Result], where: Sequence[Grid], figure: Any, best: Any, title: str) -> str:
     rows = [f"| TP x PP x DP | {' | '.join(TRAINERS)} | tplaunch, {title} other | rounds |"]
     rows.append("|---" * (len(TRAINERS) + 3) + "|")
     for grid in where:
         found: dict[str, list[float]] = {}
         for result in results:
-            if Grid(*result["grid"]) == grid:
+            if Grid(*result["grid"]) == grid and result["trainer"] != EARLIER:
                 found.setdefault(result["trainer"], []).append(figure(result))
         if not found:
             continue

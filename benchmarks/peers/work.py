@@ -46,6 +46,7 @@ EXPERT_GRIDS = [Grid(1, 1, 1), Grid(1, 1, 2, ep=2)]
 LEARNING_RATE, WEIGHT_DECAY = 3e-4, 0.1
 
 OURS = "tplaunch"
+EARLIER = "tplaunch, earlier"  # an older checkout
 # What is installed for each, and which packages' versions are told.
 PEERS = {
     "transformers": ("torch", "transformers"),

@@ -42,6 +42,20 @@ RESULTS = [
 ]
 
 
+def timed(trainer: str, seconds: float, matmul: float) -> dict[str, Any]:
+    kernels = {"matmul": matmul, "other kernels": 0.25}
+    return {**result(trainer, [seconds], 1e9 * seconds), "kernels": kernels}
+
+
+def test_an_earlier_checkout_stands_beside_this_one() -> None:
+    text = page([timed("tplaunch", 1.0, 0.5), timed("tplaunch, earlier", 2.0, 1.5), result("transformers", [1.0], 5e8)])
+    assert "| 1 x 1 x 1 | 1,024 | 2,048 | 2.00 | 2,000 | 1,000 |" in text
+    assert "| 1 x 1 x 1 | before | 1,500 | 0 | 250 | 250 |" in text
+    assert "| 1 x 1 x 1 | now | 500 | 0 | 250 | 250 |" in text
+    assert row(text, "Tokens/s:", "1 x 1 x 1")[-2] == "1.00"  # of the other trainers
+    assert "tplaunch before" not in page(RESULTS)
+
+
 def row(text: str, after: str, grid: str) -> list[str]:
     lines = text.partition(after)[2].splitlines()
     return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {grid} |")).split("|")[2:-1]]

@@ -231,3 +231,16 @@ def test_lengths_that_are_none(tmp_path: Path, setting: str, said: str) -> None:
         check(tmp_path, setting)
     (problem,) = caught.value.problems
     assert said in str(problem) and problem.key == setting.partition("=")[0]
+
+
+def test_stages_do_not_break_the_pieces_that_lead_through_them(tmp_path: Path) -> None:
+    """Of a warmup that goes on, and a cosine that the last stage replaces: where the pieces lead is told of the last
+    stage that follows them."""
+    stages = "training.stages=[{until: 5}, {until: 50}, {until: 90}, {lr: {kind: linear, to: 0}}]"
+    found = check(tmp_path, stages, pieces(WARM, "kind: cosine, to: 1.0e-4, until: 200"))
+    [warning] = [problem for problem in found.warnings if problem.key.startswith("lr_schedule")]
+    assert warning.key == "lr_schedule.pieces[1]"
+    assert "ends at step 200, the last stage that follows it at step 90, where the rate is 0.0006605" in warning.what
+    own = "training.stages=[{lr: 1.0e-3}]"
+    found = check(tmp_path, own, pieces(WARM, "kind: cosine, to: 1.0e-4, until: 200"))
+    assert not [problem for problem in found.warnings if problem.key.startswith("lr_schedule")]

@@ -15,6 +15,7 @@ from tests.world import World
 from tplaunch.checkpoint.metadata import read_metadata
 from tplaunch.checkpoint.store import read_manifest
 from tplaunch.cli.main import run
+from tplaunch.spec.checkpoint import checkpoint_bytes
 
 TINY = case(model={"num_layers": 1, "hidden_size": 32}, training={"steps": 4})
 
@@ -27,7 +28,7 @@ def save_all(raw: dict[str, Any], root: str, steps: list[int]) -> tuple[int, lis
         made.progress.step = step
         made.save(wait=True)
         timings.append(made.checkpoints.take_timings())
-    return made.checkpoints.estimate_bytes(), timings
+    return checkpoint_bytes(made.checkpoints.recipe), timings
 
 
 def save_without_room(raw: dict[str, Any], root: str) -> None:

@@ -44,6 +44,7 @@ def test_help_reads_no_recipe_either(arguments: list[str]) -> None:
         ["recipe", "check", "quickstart"],
         ["train", "quickstart", "--dry-run"],
         ["plan", "quickstart", "--gpu", "h100-80gb"],
+        ["plan", "olmo2-7b"],
     ],
     ids=" ".join,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -282,5 +282,9 @@ def test_inspect_shows_what_is_learned(tmp_path: Path, tokenizer: Path) -> None:
 def test_fitting_needs_no_facts_beside(tmp_path: Path, tokenizer: Path) -> None:
     prefix = prepared(tmp_path / "c", RECORDS, tokenizer)
     known = fit(prefix, 64)
+    (before,) = amounts(recipe(prefix, None))
     meta_path(Path(prefix)).unlink()
-    assert fit(prefix, 64).lengths == known.lengths and json.dumps(known.truncated) != "0"
+    (after,) = amounts(recipe(prefix, None))
+    assert fit(prefix, 64) == known and known.truncated and before.samples == after.samples
+    assert before.conversations and after.conversations
+    assert before.conversations.answers and after.conversations == replace(before.conversations, answers=0)

@@ -90,6 +90,26 @@ def test_the_hub_takes_the_folder_as_it_is(trained: Path, tmp_path: Path) -> Non
         exec(code[0], {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoTokenizer": AutoTokenizer})
 
 
+def test_adapters_have_a_card_of_their_own(trained: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        sets = ["finetune.lora={rank: 4, alpha: 6, targets: [wq, down]}", "checkpoint.initial=run"]
+        words = [word for one in sets for word in ("--set", one)]
+        assert run(["train", "tiny.yaml", "--run-dir", str(tmp_path / "run"), *words]) == Exit.DONE
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "adapter")]) == Exit.DONE
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    card, rows = card_of(tmp_path / "adapter")
+    assert card.data.library_name == "peft" and card.data.to_dict()["tags"] == ["tplaunch", "lora"]
+    assert (rows["rank"], rows["alpha"], rows["modules"]) == ("4", "6", "down_proj, q_proj")
+    assert rows["initial weights"] == "run" and rows["steps"] == "4"
+    numbers = 2 * 4 * (64 + 64 + 96 + 64)  # of each layer A and B of both
+    assert f"Low-rank adapters of {numbers:,} parameters" in card.text and "PeftModel.from_pretrained" in card.text
+
+
 def test_what_is_of_other_steps_is_left_out(trained: Path, tmp_path: Path) -> None:
     """A run that went on, in a second attempt, and was evaluated at two steps; its weights came from the hub."""
     shutil.copytree(trained / "run", tmp_path / "run")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tplaunch.kernels import matmul as kernels
-from tplaunch.kernels.matmul import add_over_tokens, matmul, matmul_into
+from tplaunch.kernels.matmul import add_over_tokens, matmul, matmul_into, over_tokens
 
 TOKENS = [0, 1, 31, 32, 33, 200, 256]
 
@@ -47,6 +47,13 @@ def test_leading_dimensions_and_strides_stay(used):
     x, matrix = torch.randn(40, 3, 96)[:, :, 16:64], torch.randn(48, 8)
     close(matmul(x, matrix), x.double() @ matrix.double())
     assert used(120)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_gradient_by_itself(used, tokens):
+    grad, x = torch.randn(tokens, 90), torch.randn(tokens, 48)
+    close(over_tokens(grad.t(), x), grad.double().t() @ x.double())
+    assert used(tokens)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -109,3 +109,25 @@ def test_shorthands_stretch_with_the_run_as_ever() -> None:
     ):
         assert [*differences(Course(was), Course(resolved(now)), 30)] != []
         assert [*past_problems(was, resolved(now), 30, ())] == []
+
+
+STAGED = {"steps": 100, "stages": [{"until": 40}, {"until": 70, "seq_len": 64}, {"global_batch_size": 16}]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ([{"until": 40}, {"global_batch_size": 16}], None),  # from step 41 on: after the checkpoint
+        ([{"until": 30}, {"global_batch_size": 16}], ("training.stages", "gives step 31 the batch size 16")),
+        ([{"until": 30}, {"seq_len": 64}], ("training.stages", "gives step 31 the length of samples 64")),
+        ([{"until": 30, "lr": 1e-3}, {"lr": 3e-3}], ("lr_schedule", "learning rate")),
+        ([{"until": 20}, {"until": 45}, {"seq_len": 128}], None),
+    ],
+)
+def test_stages_behind_a_run_stay_and_those_before_it_are_free(
+    stages: list[dict[str, Any]], problem: tuple[str, str] | None
+) -> None:
+    found = [*past_problems(recipe(training=STAGED), recipe(training={"steps": 120, "stages": stages}), 40, ())]
+    assert len(found) == (problem is not None)
+    if problem is not None:
+        assert found[0].key == problem[0] and problem[1] in found[0].what

@@ -10,7 +10,7 @@ import pytest
 from tests.made_runs import make_run
 from tplaunch.cli.views.table import plain
 from tplaunch.errors import TplaunchError
-from tplaunch.report.charts import USUAL, Chart, charts, limits, log_ticks, number, ticks
+from tplaunch.report.charts import USUAL, Chart, Line, charts, limits, log_ticks, number, ticks
 from tplaunch.report.curves import Curves
 
 
@@ -62,6 +62,19 @@ def test_runs_are_told_apart_by_letters_where_there_are_no_colours(tmp_path: Pat
     assert text.startswith("a one   b three") and text.count("b") > 20
     coloured = terminal_charts(charts, 80, colour=True)
     assert "\x1b[" in coloured and plain(coloured).startswith("━━ one   ━━ three")
+
+
+def test_a_logarithmic_curve_fills_its_chart_in_the_terminal() -> None:
+    pytest.importorskip("plotext")
+    from tplaunch.report.terminal import terminal_charts
+
+    points = [(float(x), 10.0**x) for x in range(5)]
+    chart = Chart("loss", "loss", "step", [Line("a", points)], log=True)
+    text = terminal_charts([chart], 60, colour=False)
+    rows = [row for row in text.splitlines() if any("\u2800" < sign <= "\u28ff" for sign in row)]
+    assert len(rows) > 10, "from the lowest row to the highest"
+    labels = [row.split("┤")[0].strip() for row in text.splitlines() if "┤" in row]
+    assert labels == ["10K", "1K", "100", "10", "1"]
 
 
 def test_one_record_is_drawn(tmp_path: Path) -> None:

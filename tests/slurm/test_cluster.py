@@ -606,3 +606,17 @@ def test_no_secret_is_written(site: Site) -> None:
     for path in site.folder.rglob("*"):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path
+
+
+def test_a_run_of_stages_goes_on_with_other_workers_in_one_job(site: Site, cache: Path, tmp_path: Path) -> None:
+    stages = [{"until": 5}, {"seq_len": 64, "topology": {"tp": 2, "pp": 1}}]
+    settings = ["--set", f"training.stages={json.dumps(stages)}"]
+    here = tmp_path / "here"
+    here.mkdir()
+    local = Site(here, cache)
+    local.tplaunch("train", "tiny.yaml", *settings, "--set", "topology.nodes=1")
+    job = site.submit(*settings)
+    site.wait_for_state(job, "COMPLETED")
+    assert [step for step, *_ in curve(site.run_dir)] == list(range(1, STEPS + 1))
+    assert curve(site.run_dir) == curve(local.run_dir)
+    assert [attempt["job"] for attempt in site.attempts()] == [job, job]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tplaunch.errors import RecipeError
 from tplaunch.launch.torchrun import Rendezvous, torchrun_argv
-from tplaunch.recipe.schema import Recipe
+from tplaunch.recipe.schema import Recipe, Training
 from tplaunch.slurm.script import all_mounts, data_folders, find_problems, how_it_runs, write_script
 from tplaunch.spec.topology import Topology
 
@@ -503,3 +503,11 @@ def test_a_script_says_how_experts_are_spread() -> None:
     assert "# 8 ranks = tp 2 x pp 2 x dp 2\n" in script_of(recipe_of())
     spread = script_of(recipe_of(), replace(TWO_NODES, ep=4))
     assert "# 8 ranks = tp 2 x pp 2 x dp 2, experts ep 4 x edp 1\n" in spread
+
+
+def test_stages_keep_the_nodes_and_ranks_of_their_job() -> None:
+    recipe = recipe_of(topology={"tp": 2, "dp": 2, "pp": 2, "nodes": 2})
+    stages = [{"until": 5}, {"until": 7, "topology": {"tp": 4, "pp": 1}}, {"topology": {"tp": 8}}]
+    training = Training.model_validate({"seq_len": 32, "global_batch_size": 8, "steps": 10, "stages": stages})
+    (problem,) = find_problems(recipe.model_copy(update={"training": training}), TWO_NODES, [RUN])
+    assert problem.key == "training.stages[2].topology" and "2 x 8 ranks in stage 3" in problem.what

@@ -188,6 +188,8 @@ def test_what_is_due_is_due_once_for_each_multiple_that_a_step_passes(
     each = int(length.amount) if unit != "%" else whole * int(length.amount) / 100
     passed = [math.floor(found.batches.consumed(step, counted) / each) for step in range(found.steps + 1)]
     due = [found.due(length, step) for step in range(1, found.steps + 1)]
+    for steps in (range(1, found.steps + 1), range(2, found.steps), range(5, 5)):
+        assert list(found.dues(length, steps)) == [step for step in steps if due[step - 1]]
     assert due == [after > before for before, after in pairwise(passed)]
     assert not found.due(Length(0), 1) and not found.due(None, 1)
 
@@ -265,27 +267,69 @@ def test_llama3_405b_trains_as_its_report_says() -> None:
         assert place.lr == pytest.approx(rate, rel=1e-9)
 
 
-def test_the_recipes_that_ship_are_these_reports() -> None:
-    """As far as they can: DeepSeek-V3's first batches are too few microbatches for its pipeline, and the sequences of
-    Llama 3 405B have one length."""
+def test_deepseek_v3_as_it_ships_is_its_report() -> None:
+    """With its long sequences; as far as it can: its first batches would be too few microbatches for its pipeline."""
     shipped = Course(load_recipe("deepseek-v3").recipe)
-    assert 0 <= shipped.tokens - 14.8e12 < 15360 * 4096
-    for number in range(1, 51):
-        place = shipped.at_tokens(int(14.8e12 * number / 51))
-        begun = place.tokens - place.batch_size * 4096
-        assert place.lr == pytest.approx(deepseek(begun, place.step - 1)[0], rel=1.5e-4)
-        assert place.batch_size == (15360 if begun >= 469e9 else 4096 + 1024 * math.floor(11 * begun / 469e9))
+    assert [len(steps) for steps in shipped.stages[1:]] == [1000, 1000]
+    even = [int(14.79e12 * number / 43) for number in range(44)]
+    long = [14_800_100_000_000, 14_840_000_000_000, 14_862_000_000_000, 14_864_000_000_000, 14_900_000_000_000]
+    places = [*even, *long, shipped.tokens - 1]
+    assert len(places) == 50
+    for tokens in places:
+        place = shipped.at_tokens(tokens)
+        begun = place.tokens - place.batch_size * place.seq_len
+        if begun < 14.8e12:
+            rate = deepseek(begun, place.step - 1)[0]
+            batch_size = 15360 if begun >= 469e9 else 4096 + 1024 * math.floor(11 * begun / 469e9)
+            assert (place.stage, place.batch_size, place.seq_len) == (0, batch_size, 4096)
+        else:
+            rate, later = 7.3e-6, begun - shipped.batches.tokens(shipped.stages[0].stop - 1) >= 1000 * 1920 * 32768
+            assert (place.stage, place.batch_size, place.seq_len) == ((2, 480, 131_072) if later else (1, 1920, 32768))
+        assert place.lr == pytest.approx(rate, rel=1.5e-4)
+
+
+def test_llama3_405b_as_it_ships_is_its_report() -> None:
+    """Step by step, in numbers of its own: batch and length as they double, the rate, the last 40M tokens."""
     shipped = Course(load_recipe("llama3-405b").recipe)
-    assert 0 <= shipped.tokens - 15.6e12 < 2**24
-    for tokens, size in (
-        (0, 2**22),
-        (251e6, 2**22),
-        (260e6, 2**23),
-        (2.8e12, 2**23),
-        (2.88e12, 2**24),
-        (15.5e12, 2**24),
-    ):
-        place = shipped.at_tokens(int(tokens))
-        rate = 8e-7 + (8e-5 - 8e-7) / 2 * (1 + math.cos(math.pi * (place.step - 8000) / 1_192_000))
-        assert place.batch_size * 8192 == size
-        assert place.lr == pytest.approx(8e-5 * place.step / 8000 if place.step <= 8000 else rate, rel=1e-9)
+    billion, lasting = 10**9, 2**24
+    stages = [(252 * billion // 1000, 2**22, 4096), (2870 * billion, 2**23, 8192), (14_800 * billion, lasting, 8192)]
+    stages += [(end * billion, lasting, length) for end, length in ((15_000, 2**14), (15_200, 2**15), (15_400, 2**16))]
+    stages += [(15_600 * billion - 40 * billion // 1000, lasting, 2**17), (15_600 * billion, lasting, 2**17)]
+    tokens = step = 0
+    begins, counted = [], {}
+    for number, (end, size, length) in enumerate(stages):
+        begins.append(step)
+        while tokens < end:
+            tokens, step = tokens + size, step + 1
+            counted[step] = (number, tokens, size // length, length)
+    assert (shipped.steps, shipped.tokens) == (step, tokens)
+
+    def rate(at: int) -> float:
+        if at <= 8000:
+            return 8e-5 * at / 8000
+        if at <= begins[-1]:
+            return 8e-7 + (8e-5 - 8e-7) / 2 * (1 + math.cos(math.pi * (at - 8000) / 1_192_000))
+        return rate(begins[-1]) * (1 - (at - begins[-1]) / (step - begins[-1]))
+
+    edges = [begin + more for begin in begins[1:] for more in (0, 1)]
+    places = [1, 7999, 8000, 8001, step, *edges, *(step * number // 32 for number in range(1, 32))]
+    assert len(places) == 50
+    for at in places:
+        place = shipped.at(at)
+        assert (place.stage, place.tokens, place.batch_size, place.seq_len) == counted[at]
+        assert place.lr == pytest.approx(rate(at), rel=1e-9, abs=1e-18)
+
+
+def test_olmo2_7b_as_it_ships_is_its_configuration() -> None:
+    shipped = Course(load_recipe("olmo2-7b").recipe)
+    assert [len(steps) for steps in shipped.stages] == [928_646, 11_931]
+    for number in range(1, 51):
+        place = shipped.at(shipped.steps * number // 50)
+        tokens = place.step * 1024 * 4096
+        rate = 3e-5 + 2.7e-4 / 2 * (1 + math.cos(math.pi * (tokens - 2000 * 2**22) / (5e12 - 2000 * 2**22)))
+        if place.stage:
+            peak = shipped.lr(928_646)
+            rate = peak * (shipped.steps - place.step) / 11_931
+            assert peak == pytest.approx(6.1499e-5, rel=3e-3), "the rate that its second stage begins with"
+        assert (place.tokens, place.batch_size, place.seq_len) == (tokens, 1024, 4096)
+        assert place.lr == pytest.approx(rate, rel=1e-5, abs=1e-18)

@@ -100,7 +100,6 @@ def by_hand(raw: dict[str, Any], root: str) -> tuple[float, float, float, float]
     import numpy as np
     import torch
 
-    from tplaunch.data.fitted import fit
     from tplaunch.data.indexed import IndexedTokens, open_loss
     from tplaunch.parallel.cross_entropy import IGNORE
     from tplaunch.train.batch import Batch, open_dataset
@@ -110,14 +109,13 @@ def by_hand(raw: dict[str, Any], root: str) -> tuple[float, float, float, float]
     sums = []
     for split, count in (("train", 8), ("validation", 24)):
         source = made.recipe.data.sources(split)[0]
-        corpus, lengths = IndexedTokens.open(source.path), fit(source.path, SEQ).lengths
+        corpus = IndexedTokens.open(source.path)
         loss = open_loss(corpus.prefix, len(corpus.tokens))
         dataset = open_dataset(made.recipe, [source], shuffle=split == "train")
         _, samples = dataset.order.locate(np.arange(count))
         total, targets = 0.0, 0
         for row in samples.tolist():
-            for number in dataset._pieces[0].rows[row].tolist():
-                start, length = corpus.document_start(number), lengths[number]
+            for start, length in dataset._opened(0).rows[row]:
                 tokens = torch.zeros(1, SEQ, dtype=torch.int64)
                 labels = torch.full_like(tokens, IGNORE)
                 tokens[0, :length] = torch.from_numpy(corpus.tokens[start : start + length].astype(np.int64))

@@ -10,6 +10,7 @@ import pytest
 from tests.recipes import SEQ, VOCAB, case, resolved
 from tests.training import train, trainer
 from tests.world import World
+from tplaunch.spec.checkpoint import checkpoint_bytes
 
 LORA = {"rank": 4, "alpha": 8, "targets": ["wq", "wv", "down"]}
 
@@ -125,7 +126,7 @@ def adapt_averaged(raw: dict[str, Any], root: str) -> Any:
     made.save(wait=True)
     held = sum(t.numel() * t.element_size() for _, t in made.checkpoints.tensors())
     with torch.no_grad(), made.step.averages.in_place_of_weights():
-        return logits(made.step.stages[0].module), made.checkpoints.estimate_bytes(), held
+        return logits(made.step.stages[0].module), checkpoint_bytes(made.checkpoints.recipe), held
 
 
 def test_averages_are_of_adapters_alone(world: World, tmp_path: Path) -> None:

@@ -72,16 +72,21 @@ def schedule_warnings(recipe: Recipe) -> Iterator[Problem]:
             key="training.batch_ramp_up",
         )
     pieces = (recipe.lr_schedule.pieces, recipe.optimizer.weight_decay_schedule)
-    for key, said, curve in zip((_RATES, _DECAYS), pieces, (course.rates, course.decays), strict=True):
+    stages = training.stages or ()
+    follows = [steps.stop - 1 for stage, steps in zip(stages, course.stages, strict=False) if stage.lr is None]
+    ends = (max(follows, default=0) if stages else course.steps), course.steps
+    for key, said, curve, end in zip((_RATES, _DECAYS), pieces, (course.scheduled, course.decays), ends, strict=True):
         last = curve.parts[-1]
         if (
             said
+            and end
             and last.last > course.steps
             and last.formula.kind not in ("constant", "warmup", "step", "inverse-sqrt")
         ):
             where = f"{key}[{len(curve.parts) - 1}]"
-            what = f"ends at step {last.last}, the run at step {course.steps}, where the rate is "
-            yield Problem(f"{what}{curve.at(course.steps):.4g}, not {last.formula.to:g}", key=where)
+            other = "the run" if end == course.steps else "the last stage that follows it"
+            what = f"ends at step {last.last}, {other} at step {end}, where the rate is "
+            yield Problem(f"{what}{curve.at(end):.4g}, not {last.formula.to:g}", key=where)
 
 
 def _size_problems(course: Course) -> Iterator[Problem]:
@@ -135,7 +140,7 @@ def _piece_problems(course: Course, pieces: Sequence[Piece], section: str, highe
         *_without_length(pieces, section),
     ]
     found = found or [*_places(course, pieces, section)]
-    yield from found or _rates(course.rates if section == _RATES else course.decays, section)
+    yield from found or _rates(course.scheduled if section == _RATES else course.decays, section)
 
 
 def _own(piece: Piece, key: str, highest: float) -> Iterator[Problem]:

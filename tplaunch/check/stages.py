@@ -63,7 +63,8 @@ def _places(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(what, fix="a longer run, or an earlier end", key=key)
             return
         if end <= begin:
-            what = f"has no step: the stage before ends with step {begin}, this one with step {end}"
+            said, before = stages[number].until, f"has no step: the stage before ends with step {begin}"
+            what = f"{before}, this one with step {course.batches.reach(said) if said else end}"
             yield Problem(what, fix="make it longer, or the stages before shorter", key=key)
             return
     last, batches = [*stages][-1], course.batches

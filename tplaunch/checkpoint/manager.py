@@ -38,15 +38,14 @@ from tplaunch.checkpoint.load import load_tensors
 from tplaunch.checkpoint.staging import HostCopies
 from tplaunch.checkpoint.store import EMA
 from tplaunch.errors import Exit, Problem, TplaunchError
-from tplaunch.parallel.precision import STORAGE_DTYPE, state_dtype
 from tplaunch.recipe.load import dump_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import CheckpointDamaged, CheckpointKept, Exported, ExportFailed, Saved, SaveFailed
+from tplaunch.spec.checkpoint import checkpoint_bytes
 from tplaunch.spec.course import Course
-from tplaunch.spec.lora import adapted
-from tplaunch.spec.optimizer import all_slots, group_of, slots
-from tplaunch.spec.parameters import parameter_count, parameter_shapes
+from tplaunch.spec.optimizer import all_slots
+from tplaunch.spec.parameters import parameter_count
 from tplaunch.units import format_bytes
 
 State = dict[str, Any]
@@ -212,7 +211,7 @@ class CheckpointManager:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-                needed, free = self.estimate_bytes(), shutil.disk_usage(temporary).free
+                needed, free = checkpoint_bytes(self.recipe), shutil.disk_usage(temporary).free
                 if free < needed:
                     why[0] = f"{format_bytes(needed)} needed, {format_bytes(free)} free in {self.root}"
             except Exception as error:  # any: the others wait to hear
@@ -220,13 +219,6 @@ class CheckpointManager:
         dist.broadcast_object_list(why, group=self.group)
         if why[0] is not None:
             raise OSError(why[0])
-
-    def estimate_bytes(self) -> int:
-        """Size of the tensors of a checkpoint: every parameter that is not frozen once, with its optimizer state."""
-        size, optimizer = STORAGE_DTYPE[self.recipe.training.precision].itemsize, self.recipe.optimizer
-        parameters = [p for p in adapted(parameter_shapes(self.recipe.model), self.recipe.lora) if not p.frozen]
-        kept, moment = size * (1 + (self.recipe.training.ema is not None)), state_dtype(self.recipe).itemsize
-        return sum(p.count * (kept + moment * len(slots(optimizer, group_of(optimizer, p).kind))) for p in parameters)
 
     def _commit(self, temporary: Path, step: int, state: State, files: dict[str, store.FileEntry]) -> Path:
         for name, source in self.files.items():

@@ -12,6 +12,7 @@ from tplaunch.errors import Problem, TplaunchError
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Data, Model, Precision
 from tplaunch.run.directory import RunDir
+from tplaunch.spec.run_stages import segment_after
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def origin_of(path: Path, *, ema: bool = False) -> Origin:
         recipe = load_recipe(run.recipe).recipe
         about = {"seq_len": recipe.training.seq_len, "precision": recipe.training.precision, **about}
         tokenizers += _tokenizers(recipe.data)
-        document_mask = recipe.training.document_mask
+        document_mask = segment_after(recipe, max(0, manifest.step - 1)).recipe.training.document_mask
     tokenizer = next((place for place in tokenizers if place.exists()), None)
     model = Model.model_validate(about["model"])
     return Origin(

@@ -73,7 +73,7 @@ class Told:
 
         branch = [f"branch: goes on from {ready.branch}, {ready.branch.checkpoint}"] if ready.branch else []
         changes = [f"changed: {one}" for one in told(ready.changes)]
-        for line in (*branch, *changes, *data_lines(ready.checked.recipe)):
+        for line in (*branch, *changes, *data_lines(ready.checked.recipe), *ready.notes):
             if line not in self._said:
                 typer.echo(line, err=True)
                 self._said.add(line)

@@ -16,8 +16,8 @@ from tplaunch.errors import Exit, Problem, TplaunchError
 if TYPE_CHECKING:
     from tplaunch.check.recipe import Checked
     from tplaunch.plan.case import Case
-    from tplaunch.plan.estimate import Plan
     from tplaunch.plan.remedies import Remedy
+    from tplaunch.plan.run import RunPlan
 
 
 def plan(
@@ -33,7 +33,7 @@ def plan(
     ] = None,
     schedule: Annotated[
         Path | None,
-        typer.Option("--schedule", metavar="FILE.svg", help="Draw learning rate and batch size over the run."),
+        typer.Option("--schedule", metavar="FILE.svg", help="Draw rate, batch, mixture and stages over the run."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,32 +43,34 @@ def plan(
 
     Example: tplaunch plan recipes/llama3-70b.yaml --timeline step.svg
     """
-    from tplaunch.plan.estimate import estimate
+    from tplaunch.plan.run import plan_run
 
     for path, option, endings in ((timeline, "--timeline", (".svg", ".json")), (schedule, "--schedule", (".svg",))):
         if path is not None:
             _check_picture(path, option, endings)
     _, checked, case = planned(recipe, set_, gpu)
+    whole = plan_run(checked.recipe, case.gpu)
+    result = whole.fullest.plan
+    case = result.case
     check_rank(rank, case)
-    result = estimate(case)
     found: list[Remedy] = []
     if not result.fits:
         from tplaunch.plan.remedies import remedies
 
         found = remedies(result)
     if as_json:
-        echo_json(_as_json(checked, result, found))
+        echo_json(_as_json(checked, whole, found))
     else:
-        _show(checked, result, found, rank)
+        _show(checked, whole, found, rank)
     if timeline is not None:
         _write_timeline(case, timeline, quiet=as_json)
     if schedule is not None:
-        _write_schedule(case, schedule, quiet=as_json)
+        _write_schedule(whole, schedule, quiet=as_json)
     if not result.fits:
         raise typer.Exit(Exit.USAGE)
 
 
-def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, Any]:
+def _as_json(checked: Checked, whole: RunPlan, found: list[Remedy]) -> dict[str, Any]:
     from tplaunch.data.amounts import amounts, unlearned, worn_out
     from tplaunch.plan.recomputation import part_costs
 
@@ -81,10 +83,10 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
         }
         for remedy in found
     ]
-    data, parts = amounts(checked.recipe), [cost._asdict() for cost in part_costs(result)]
+    data, parts = amounts(checked.recipe), [cost._asdict() for cost in part_costs(whole.fullest.plan)]
     warnings = [str(problem) for problem in (*checked.warnings, *worn_out(data), *unlearned(data))]
     return {
-        **result.as_dict(),
+        **whole.as_dict(),
         "recompute_parts": parts,
         "remedies": changes,
         "data": [asdict(one) for one in data],
@@ -92,17 +94,17 @@ def _as_json(checked: Checked, result: Plan, found: list[Remedy]) -> dict[str, A
     }
 
 
-def _show(checked: Checked, result: Plan, found: list[Remedy], rank: int | None) -> None:
+def _show(checked: Checked, whole: RunPlan, found: list[Remedy], rank: int | None) -> None:
     from tplaunch.cli.output import echo
     from tplaunch.cli.views.plan import plan_text
 
-    own = result.case
+    own = whole.fullest.plan.case
     timeline = None
     if 1 < own.topology.pp <= 16 and own.microbatches * own.virtual_stages <= 50:  # else its cells would say nothing
         from tplaunch.plan.timeline import pipeline_timeline
 
         timeline, _ = pipeline_timeline(own)
-    echo(plan_text(result, found, rank=rank, timeline=timeline))
+    echo(plan_text(whole, found, rank=rank, timeline=timeline))
     echo("\n".join(data_lines(checked.recipe)))
     for problem in checked.warnings:
         if not problem.key.startswith("data."):
@@ -133,20 +135,23 @@ def _write_timeline(case: Case, path: Path, *, quiet: bool) -> None:
         typer.echo(f"wrote {shlex.quote(str(path))}: open it in {viewer}")
 
 
-def _write_schedule(case: Case, path: Path, *, quiet: bool) -> None:
+def _write_schedule(whole: RunPlan, path: Path, *, quiet: bool) -> None:
     import shutil
     from importlib.util import find_spec
 
     from tplaunch.cli.output import echo
+    from tplaunch.cli.views.schedule import stage_bars
     from tplaunch.report.schedule import schedule_charts, schedule_svg
-    from tplaunch.spec.course import Course
 
-    course = Course(case.recipe)
+    course = whole.course
     write_text(path, schedule_svg(course), "--schedule")
     if quiet:
         return
-    if find_spec("plotext") is not None:  # else the picture alone
+    width = shutil.get_terminal_size().columns
+    if find_spec("plotext") is not None:  # else the picture, and what needs no more than letters
         from tplaunch.report.terminal import terminal_charts
 
-        echo(terminal_charts(schedule_charts(course), shutil.get_terminal_size().columns, colour=False))
+        echo(terminal_charts(schedule_charts(course), width, colour=False))
+    for line in stage_bars(course, width):
+        echo(line)
     typer.echo(f"wrote {shlex.quote(str(path))}: open it in any browser")

@@ -28,15 +28,21 @@ def tune(
 ) -> None:
     """Find the fastest topologies for so many GPUs.
 
-    By prediction, for the recipe's model and batch. Looks at every tp, cp, pp, dp, schedule, virtual stages, micro
-    batch, recomputation and ZeRO stage that can run; with experts at every ep, and at expert_tp = tp.
+    By prediction, for the recipe's model and batch, and its stages before the first that names a topology. Looks at
+    every tp, cp, pp, dp, schedule, virtual stages, micro batch, recomputation and ZeRO stage that can run; with experts
+    at every ep, and at expert_tp = tp.
 
     Example: tplaunch tune recipes/llama3-70b.yaml --gpus 512 --write best.yaml
     """
     from tplaunch.plan.tune import tune as search
+    from tplaunch.plan.tune_run import tuned_stages
 
-    loaded, _, case = planned(recipe, set_, gpu)
-    tuning = search(case, gpus, node_size=loaded.recipe.topology.gpus_per_node)
+    loaded, checked, case = planned(recipe, set_, gpu)
+    run = tuned_stages(loaded.recipe, checked.recipe, case.gpu)
+    if run is None:
+        fix = "say it as topology of the recipe, which the stages have that name none"
+        raise RecipeError(Problem("has a topology of its own", fix=fix, key="training.stages[0].topology"))
+    tuning = search(run.cases[run.main], gpus, node_size=loaded.recipe.topology.gpus_per_node, run=run)
     if not tuning.choices:
         raise RecipeError(
             Problem(
@@ -53,7 +59,7 @@ def tune(
         from tplaunch.cli.output import echo
         from tplaunch.cli.views.tune import tuning_text
 
-        echo(tuning_text(tuning, gpus))
+        echo(tuning_text(tuning, gpus, run))
     if write is not None:
         from tplaunch.plan.write import tuned_recipe
 
@@ -67,6 +73,17 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
     return {
         "legal": tuning.legal,
         "fitting": tuning.fitting,
-        "choices": [{"set": str(c.change), "reason": c.reason, **c.plan.as_dict()} for c in tuning.choices],
+        "choices": [
+            {
+                "set": str(choice.change),
+                "reason": choice.reason,
+                **choice.plan.as_dict(),
+                "tokens": sum(stage.tokens for stage in choice.stages),
+                "seconds": choice.seconds,
+                "gpu_hours": choice.gpu_hours,
+                "stages": [stage.number + 1 for stage in choice.stages],
+            }
+            for choice in tuning.choices
+        ],
         "neighbours": [{"set": str(n.change), "why": n.why} for n in tuning.neighbours],
     }

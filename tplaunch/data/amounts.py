@@ -3,20 +3,24 @@ cache): no numpy, for `plan`."""
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tplaunch.data.cache import default_cache
 from tplaunch.data.endings import files_of, is_raw
 from tplaunch.data.fitted import TOKEN_BYTES, fit, fit_text
-from tplaunch.data.made import prefixes
+from tplaunch.data.made import TOKENS_SUM, prefixes
 from tplaunch.data.packing import count_rows
+from tplaunch.data.remembered import Remembered
+from tplaunch.data.row_header import Header, Kind, read_header, rows_key, rows_path
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Recipe, occurrences
 from tplaunch.spec.course import Course
-from tplaunch.spec.run_stages import in_force, longest_samples
+from tplaunch.spec.run_stages import longest_samples, shares
 from tplaunch.units import format_count
 
 WORN_OUT = 4  # epochs of a corpus that teach about as much as new text
@@ -51,7 +55,15 @@ class Amount:
 
 @dataclass(frozen=True)
 class Conversations:
-    """How the conversations of a corpus fit into rows of `training.seq_len` tokens (`fitted.Fitted`)."""
+    """How the conversations of a corpus fit into rows of `training.seq_len` tokens (`fitted.Fitted`).
+
+    Attributes:
+        count: in rows.
+        truncated: that lost their end.
+        dropped: that are in no row.
+        unanswered: that were left out before, as nothing in them is learned.
+        answers, unended, merged: as `corpus.ChatMeta` has them.
+    """
 
     count: int
     truncated: int
@@ -77,6 +89,8 @@ def amounts(recipe: Recipe) -> list[Amount]:
     """Each corpus of the training data, over the whole run."""
     course, lengths = Course(recipe), longest_samples(recipe)
     read = [_tokens_of(recipe, course, number) for number in range(len(course.stages))]
+    cache = default_cache()
+    sums = Remembered(cache / "sums.json") if recipe.data.packs else None
     found = []
     for (key, source), name, prefix in zip(
         recipe.keyed_corpora(), occurrences(recipe.corpora), prefixes(recipe), strict=True
@@ -85,10 +99,12 @@ def amounts(recipe: Recipe) -> list[Amount]:
         tokens = count_tokens(prefix) if prefix else None
         samples = None if tokens is None else (tokens - 1) // seq_len
         conversations = None
-        if tokens is not None and recipe.data.kind == "chat":
-            samples, conversations = _conversations(str(prefix), seq_len)
-        elif tokens is not None and recipe.data.packs:
-            samples = _rows(str(prefix), seq_len)
+        if tokens is not None and sums:
+            header = _packed_before(str(prefix), recipe.data.kind, seq_len, cache, sums)
+            if recipe.data.kind == "chat":
+                samples, conversations = _conversations(str(prefix), seq_len, header)
+            else:
+                samples = header.rows if header else _rows(str(prefix), seq_len)
         each = tuple(one / (samples * seq_len) for one in taken) if samples and samples > 0 else ()
         share, epochs = sum(taken) / course.tokens, sum(each) or None
         key = key.removesuffix(".path")
@@ -98,12 +114,9 @@ def amounts(recipe: Recipe) -> list[Amount]:
 
 def _tokens_of(recipe: Recipe, course: Course, number: int) -> dict[tuple[str, int], float]:
     """Tokens that a stage reads of each of its corpora."""
-    steps, sources = course.stages[number], in_force(recipe, number).data.sources("train")
+    steps = course.stages[number]
     total = course.batches.tokens(steps.stop - 1) - course.batches.tokens(steps.start - 1)
-    largest = max(source.weight for source in sources)
-    weights = sum(source.weight / largest for source in sources)
-    names = occurrences(sources)
-    return {name: total * (one.weight / largest / weights) for name, one in zip(names, sources, strict=True)}
+    return {name: total * share for name, share in shares(recipe, number).items()}
 
 
 def _rows(prefix: str, seq_len: int) -> int | None:
@@ -114,15 +127,35 @@ def _rows(prefix: str, seq_len: int) -> int | None:
         return None
 
 
-def _conversations(prefix: str, seq_len: int) -> tuple[int | None, Conversations | None]:
+def _packed_before(prefix: str, kind: Kind, seq_len: int, cache: Path, sums: Remembered) -> Header | None:
+    """What the index of a corpus's rows says, where a launch has built it and no file changed since."""
+    try:
+        key = rows_key(prefix, kind, seq_len, lambda path: sums.known(path, TOKENS_SUM))
+    except OSError:
+        return None
+    return read_header(rows_path(cache, key), key) if key else None
+
+
+def _conversations(prefix: str, seq_len: int, header: Header | None) -> tuple[int | None, Conversations | None]:
     """Rows of conversations, and how these fit into them; None where a file is missing or damaged."""
     try:
-        found = fit(prefix, seq_len)
-    except (OSError, ValueError, struct.error):
+        found = header or fit(prefix, seq_len)
+        rows = found.rows if isinstance(found, Header) else count_rows(found.counts, seq_len)
+        about = _about(prefix)
+    except (OSError, ValueError, KeyError, struct.error):
         return None, None
-    kept = len(found.lengths) - found.dropped
-    names = ("truncated", "dropped", "unanswered", "answers", "unended", "merged")
-    return found.count_rows(seq_len), Conversations(kept, *(getattr(found, name) for name in names))
+    kept = found.documents - found.dropped
+    names = ("unanswered", "answers", "unended", "merged")
+    return rows, Conversations(kept, found.truncated, found.dropped, *(int(about.get(name, 0)) for name in names))
+
+
+def _about(prefix: str) -> dict[str, int]:
+    """What is known of conversations from when they were prepared."""
+    try:
+        with open(f"{prefix}.meta.json", encoding="utf-8") as file:
+            return json.load(file)["chat"] or {}
+    except (FileNotFoundError, KeyError):
+        return {}
 
 
 def in_words(found: Sequence[Amount]) -> Iterator[str]:

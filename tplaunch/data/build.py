@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tplaunch.data.answers import ChatReader, LossOn, chat_reader
 from tplaunch.data.begin import with_begin
 from tplaunch.data.blocks import block_sums
+from tplaunch.data.cache import owned
 from tplaunch.data.conversations import chat_blocks
 from tplaunch.data.corpus import ChatMeta, Meta, Origin, meta_path, tokenizer_path
 from tplaunch.data.encode import encode_all
@@ -29,7 +30,7 @@ from tplaunch.data.progress import Progress
 from tplaunch.data.text import Block, blocks
 from tplaunch.data.tokenizer import Tokenizer, train_bpe
 from tplaunch.errors import Problem, TplaunchError
-from tplaunch.files import locked, write_atomic
+from tplaunch.files import write_atomic
 
 _CUTTING = 3  # raise it when the same text would give other blocks
 _SYNC_EVERY = 64  # blocks between the points from which an interrupted preparation goes on
@@ -93,24 +94,6 @@ def build(
         reader = chat_reader(tokenizer, loaded, chat.template, chat.loss_on) if chat else None
         write_atomic(tokenizer_path(output), loaded.json)
         return tokenize(inputs, output, loaded, text_key, show, skip_bad, reader)
-
-
-@contextmanager
-def owned(prefix: Path, show: Progress) -> Iterator[None]:
-    """Be the only process that writes at this prefix; waits for another one.
-
-    Raises:
-        TplaunchError: also for what goes wrong with the disk inside.
-    """
-    lock = prefix.with_name(prefix.name + ".lock")
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock, lambda: show.say(f"waiting for another process that prepares {prefix}")):
-            yield
-    except OSError as error:
-        raise TplaunchError(
-            Problem(f"cannot prepare {prefix}", why=str(error), fix="mend that and run again; it goes on from there")
-        ) from None
 
 
 def train_tokenizer(

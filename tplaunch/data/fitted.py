@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from array import array
+from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from mmap import ACCESS_READ, mmap
-
-from tplaunch.data.packing import count_rows
+from operator import sub
 
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # of a token, by the dtype code of an .idx file
 HEADER = struct.Struct("<9sQBQQ")  # of an .idx file: magic, version, dtype code, sequences, documents + 1
+
+
+_CHUNK = 1 << 16  # documents looked at in one go
 
 
 @dataclass(frozen=True)
@@ -21,52 +22,48 @@ class Fitted:
     """Conversations in rows of so many tokens: a longer one keeps its beginning, as TRL's `keep_start` has it.
 
     Attributes:
-        lengths: tokens that each has in its row; 0: nothing of its beginning is learned, so it is in none.
+        counts: conversations by the tokens that each has in its row.
+        documents: conversations of the corpus.
         truncated: that lost their end.
-        dropped: that are in no row.
-        unanswered: that were left out before, as nothing in them is learned.
-        answers, unended, merged: as `corpus.ChatMeta` has them.
+        dropped: that are in no row, as nothing of their beginning is learned.
     """
 
-    lengths: array[int]
+    counts: Counter[int]
+    documents: int
     truncated: int
     dropped: int
-    unanswered: int = 0
-    answers: int = 0
-    unended: int = 0
-    merged: int = 0
-
-    def count_rows(self, seq_len: int) -> int:
-        """The rows that they are packed into."""
-        return count_rows(self.lengths, seq_len)
 
 
-def fit_text(prefix: str, seq_len: int) -> array[int]:
-    """Tokens of the pieces of documents, in order: each document is one piece, a longer one as many of `seq_len` as it
-    takes, and what is left.
+def fit_text(prefix: str, seq_len: int) -> Counter[int]:
+    """Count the pieces of documents by their tokens: each document is one piece, a longer one as many of `seq_len` as
+    it takes, and what is left.
 
     Args:
         prefix: of their .bin and .idx.
 
     Raises:
-        OSError, ValueError, KeyError, struct.error: a file is missing, or damaged.
+        OSError, ValueError, KeyError, IndexError, struct.error: a file is missing, or damaged.
     """
-    offsets, documents = array("q"), array("q")
-    with open(f"{prefix}.idx", "rb") as file:
-        _, _, code, sequences, entries = HEADER.unpack(file.read(HEADER.size))
-        file.seek(4 * sequences, os.SEEK_CUR)
-        offsets.frombytes(file.read(8 * sequences))
-        documents.frombytes(file.read(8 * entries))
-    offsets.append(os.path.getsize(f"{prefix}.bin"))
-    pieces, width, end = array("i"), TOKEN_BYTES[code], 0
-    for sequence in documents[1:]:
-        begin, end = end, offsets[sequence] // width
-        whole, rest = divmod(end - begin, seq_len)
-        if whole:
-            pieces.extend([seq_len] * whole)
-        if rest:
-            pieces.append(rest)
-    return pieces
+    sizes = Counter[int]()
+    with open(f"{prefix}.idx", "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as index:
+        _, _, code, sequences, entries = HEADER.unpack_from(index)
+        end = os.path.getsize(f"{prefix}.bin")
+        before, at = 0, HEADER.size + 4 * sequences
+        with memoryview(index) as content, content[at : at + 8 * sequences] as section, section.cast("q") as offsets:
+            for first in range(1, entries, _CHUNK):
+                documents = _numbers(index, "q", at + 8 * (sequences + first), min(_CHUNK, entries - first))
+                ends = [offsets[one] if one < sequences else end for one in documents]
+                sizes.update(map(sub, ends, [before, *ends]))
+                before = ends[-1]
+    counts, width = Counter[int](), TOKEN_BYTES[code]
+    for size, many in sizes.items():
+        if size < 0:
+            raise ValueError("documents do not follow one another")
+        whole, rest = divmod(size // width, seq_len)
+        counts[seq_len] += many * whole
+        counts[rest] += many
+    del counts[0]
+    return +counts
 
 
 def fit(prefix: str, seq_len: int) -> Fitted:
@@ -76,26 +73,31 @@ def fit(prefix: str, seq_len: int) -> Fitted:
         prefix: of their .bin, .idx and .loss.
 
     Raises:
-        OSError, ValueError, struct.error: a file is missing, or damaged.
+        OSError, ValueError, KeyError, struct.error: a file is missing, or damaged.
     """
-    lengths = array("i")
-    with open(f"{prefix}.idx", "rb") as file:
-        sequences = HEADER.unpack(file.read(HEADER.size))[3]
-        lengths.frombytes(file.read(4 * sequences))
-    long = [number for number, length in enumerate(lengths) if length > seq_len]
-    dropped = 0
-    if long:
-        starts = list(accumulate(lengths, initial=0))
-        with open(f"{prefix}.loss", "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as loss:
-            for number in long:
-                start = starts[number]
-                learned = loss.find(b"\1", start, start + seq_len) >= 0
-                lengths[number] = seq_len if learned else 0
-                dropped += not learned
-    try:
-        with open(f"{prefix}.meta.json", encoding="utf-8") as about:
-            chat = json.load(about)["chat"] or {}
-    except (FileNotFoundError, KeyError):
-        chat = {}
-    counts = {name: int(chat.get(name, 0)) for name in ("unanswered", "answers", "unended", "merged")}
-    return Fitted(lengths, len(long) - dropped, dropped, **counts)
+    counts, truncated, dropped = Counter[int](), 0, 0
+    with open(f"{prefix}.idx", "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as index:
+        _, _, code, count, _ = HEADER.unpack_from(index)
+        for first in range(0, count, _CHUNK):
+            some = min(_CHUNK, count - first)
+            lengths = _numbers(index, "i", HEADER.size + 4 * first, some)
+            counts.update(lengths)
+            long = [number for number, length in enumerate(lengths) if length > seq_len]
+            if long:
+                starts = _numbers(index, "q", HEADER.size + 4 * count + 8 * first, some)
+                with open(f"{prefix}.loss", "rb") as learned, mmap(learned.fileno(), 0, access=ACCESS_READ) as loss:
+                    for number in long:
+                        start = starts[number] // TOKEN_BYTES[code]
+                        kept = loss.find(b"\1", start, start + seq_len) >= 0
+                        truncated, dropped = truncated + kept, dropped + (not kept)
+    for length in [length for length in counts if length > seq_len]:
+        del counts[length]
+    counts[seq_len] += truncated
+    del counts[0]
+    return Fitted(+counts, count, truncated, dropped)
+
+
+def _numbers(index: mmap, code: str, at: int, count: int) -> array[int]:
+    found = array(code)
+    found.frombytes(index[at : at + count * found.itemsize])
+    return found

@@ -18,6 +18,7 @@ from tplaunch.recipe.schema import Data, Recipe, TrainTokenizer
 
 FORMAT = 1  # raise it when the same text would give other files
 TEXT_SUM = "text_sha256"  # the function of `fingerprint` by which raw text is remembered
+TOKENS_SUM = "sampled_sha256"  # and the one for token files
 
 
 def digest(parts: list[Any]) -> str:

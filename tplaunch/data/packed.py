@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tplaunch.data.cache import default_cache
 from tplaunch.data.corpus import Meta
-from tplaunch.data.fitted import fit, fit_text
 from tplaunch.data.indexed import IndexedTokens, open_loss
 from tplaunch.data.mixture import Ints
 from tplaunch.data.order import SampleOrder
-from tplaunch.data.packing import Rows, pack
 from tplaunch.data.reading import Place
-from tplaunch.errors import Problem, TplaunchError
+from tplaunch.data.remembered import remembered
+from tplaunch.data.row_header import Kind
+from tplaunch.data.row_index import RowIndex, key_of, ready_rows
 from tplaunch.recipe.schema import Source
 
-Kind = Literal["text", "chat"]
-_OPEN = 64  # corpora that are held open, at three files each
+_OPEN = 64  # corpora that are held open, at four files each
 
 
 class PackedBatch(NamedTuple):
@@ -38,25 +38,25 @@ class PackedBatch(NamedTuple):
     positions: Ints
 
 
-class Pieces(NamedTuple):
-    """What rows are filled with.
+class _Opened(NamedTuple):
+    """A corpus.
 
     Args:
-        starts: in the corpus's tokens, int64 [n].
-        lengths: in tokens, int32 [n]; of 0: in no row.
-        rows: of the pieces.
+        loss: which tokens are to be learned; None: all.
+        rows: that it fills.
     """
 
-    starts: Ints
-    lengths: NDArray[np.int32]
-    rows: Rows
+    corpus: IndexedTokens
+    loss: NDArray[np.uint8] | None
+    rows: RowIndex
 
 
 class PackedDataset:
     """Samples of `seq_len` tokens, documents packed whole, from one corpus or a weighted blend.
 
-    Which documents share a row follows from their lengths alone (`pack`); which row comes when is `SampleOrder`'s
-    matter. Of those longer than a row, conversations lose their end, and text becomes several pieces.
+    Which documents share a row follows from their lengths alone (`packing`), and lies in the cache (`row_index`); which
+    row comes when is `SampleOrder`'s matter. Of those longer than a row, conversations lose their end, and text becomes
+    several pieces.
 
     Args:
         kind: of all corpora.
@@ -68,7 +68,8 @@ class PackedDataset:
         place: where in the run, and in its corpora, they begin, in rows of `seq_len`; default: where all begins.
 
     Raises:
-        TplaunchError: a corpus is missing, damaged, or has nothing to learn in rows of this length.
+        TplaunchError: a corpus is missing, damaged, or has nothing to learn in rows of this length; or its index cannot
+            be written.
     """
 
     def __init__(
@@ -83,11 +84,21 @@ class PackedDataset:
     ) -> None:
         self.seq_len, self.vocab_size, self.place = seq_len, vocab_size, place
         paths = [Path(source.path) for source in sources]
-        self._corpus = lru_cache(_OPEN)(lambda number: _open(paths[number], kind))
-        self._pieces = [pieces_of(self._corpus(number)[0], kind, seq_len) for number in range(len(paths))]
+        cache, keys = default_cache(), dict[int, bytes]()
+        with remembered(cache) as sums:
+
+            @lru_cache(_OPEN)
+            def opened(number: int) -> _Opened:
+                corpus = IndexedTokens.open(paths[number])
+                loss = open_loss(corpus.prefix, len(corpus.tokens)) if kind == "chat" else None
+                if number not in keys:
+                    keys[number] = key_of(corpus.prefix, kind, seq_len, sums)
+                return _Opened(corpus, loss, ready_rows(corpus, kind, seq_len, cache, keys[number]))
+
+            sizes = tuple(len(opened(number).rows) for number in range(len(paths)))
+        self._opened = opened
         metas = [Meta.read(path) for path in paths]
         self._filling = [meta.eod if meta else 0 for meta in metas]
-        sizes = tuple(len(pieces.rows) for pieces in self._pieces)
         weights = tuple(source.weight for source in sources)
         self.order = SampleOrder(sizes, weights, seed, shuffle, place.numbers if place else None)
 
@@ -104,10 +115,9 @@ class PackedDataset:
         shape = (len(indices), self.seq_len)
         out = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.bool_), np.empty(shape, np.int64))
         for row, (number, sample) in enumerate(zip(*(found.tolist() for found in self._locate(indices)), strict=True)):
-            (corpus, loss), pieces = self._corpus(number), self._pieces[number]
+            corpus, loss, rows = self._opened(number)
             at = 0
-            for piece in pieces.rows[sample].tolist():
-                start, length = int(pieces.starts[piece]), int(pieces.lengths[piece])
+            for start, length in rows[sample]:
                 end = at + length
                 out.tokens[row, at:end] = corpus.tokens[start : start + length]
                 out.loss[row, at:end] = True if loss is None else loss[start : start + length]
@@ -130,30 +140,3 @@ class PackedDataset:
         if tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size):
             width = corpus.tokens.itemsize
             corpus.refuse_tokens(start * width, len(tokens) * width, self.vocab_size)
-
-
-def pieces_of(corpus: IndexedTokens, kind: Kind, seq_len: int) -> Pieces:
-    """The pieces of a corpus, and the rows that they fill.
-
-    Raises:
-        TplaunchError: there is no row.
-    """
-    if kind == "chat":
-        lengths = np.frombuffer(fit(str(corpus.prefix), seq_len).lengths, np.int32)
-        starts = np.asarray(corpus.pointers) // corpus.tokens.itemsize
-    else:
-        lengths = np.frombuffer(fit_text(str(corpus.prefix), seq_len), np.int32)
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths  # documents follow one another without a gap
-    rows = pack(lengths, seq_len)
-    if not len(rows):
-        what = f"{corpus.prefix}: nothing is learned in the first {seq_len:,} tokens of any conversation"
-        fix = "raise training.seq_len"
-        if kind == "text":
-            what, fix = f"{corpus.prefix} has no tokens", "use more text"
-        raise TplaunchError(Problem(what, fix=fix))
-    return Pieces(starts, lengths, rows)
-
-
-def _open(path: Path, kind: Kind) -> tuple[IndexedTokens, NDArray[np.uint8] | None]:
-    corpus = IndexedTokens.open(path)
-    return corpus, open_loss(path, len(corpus.tokens)) if kind == "chat" else None

@@ -2,20 +2,19 @@
 for row as TRL's `packing_strategy="bfd"` does.
 
 A sequence goes to the row that it leaves least room in, of several the one that came to have that room first; where it
-fits into none, it begins a row. Sequences of one length are placed together, so that the work grows with the different
-lengths and not with the sequences.
+fits into none, it begins a row. Sequences of one length are placed together, so that work and memory grow with the
+different lengths and not with the sequences.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+VERSION = 1  # raise it, and `mixture.ORDER`, when the same sequences would be in other rows
 
 
 class _Placed(NamedTuple):
@@ -61,73 +60,80 @@ def _place(counts: Mapping[int, int], capacity: int) -> Iterator[_Placed]:
             having[left] += rows
 
 
-def count_rows(lengths: Iterable[int], capacity: int) -> int:
-    """The rows that `pack` makes; without numpy."""
-    counts = Counter(lengths)
-    counts.pop(0, None)
+def count_rows(counts: Mapping[int, int], capacity: int) -> int:
+    """The rows that sequences are packed into.
+
+    Args:
+        counts: sequences of each length, from 1 to `capacity`.
+    """
     return sum(placed.rows for placed in _place(counts, capacity) if placed.room == capacity)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which sequences each row holds.
-
-    Attributes:
-        sequences: their numbers, row after row, int64 [n].
-        bounds: of row r: `sequences[bounds[r] : bounds[r + 1]]`; int64 [rows + 1].
-    """
-
-    sequences: NDArray
-    bounds: NDArray
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def __getitem__(self, row: int) -> NDArray:
-        """The sequences of a row, in the order in which they stand there."""
-        return self.sequences[self.bounds[row] : self.bounds[row + 1]]
-
-
-def pack(lengths: NDArray, capacity: int) -> Rows:
-    """Pack sequences into rows; a pure function.
+class Band(NamedTuple):
+    """Rows that follow one another and hold sequences of the same lengths.
 
     Args:
-        lengths: tokens of each sequence, from 0 to `capacity`; those of 0 are in no row.
-        capacity: tokens of a row.
+        first: of the rows.
+        stop: the row behind them.
+        last: the portion that they took last.
     """
-    import numpy as np
 
-    lengths = np.asarray(lengths)
-    kept = np.flatnonzero(lengths)
-    by_length = kept[np.argsort(-lengths[kept].astype(np.int64), kind="stable")]
-    values, numbers = np.unique(lengths[kept], return_counts=True)
-    having: dict[int, deque[NDArray]] = {}  # rows by room, in the order in which they came to have it
-    row_of = np.empty(len(by_length), np.int64)
-    made = at = 0
-    for length, room, rows, each in _place(dict(zip(values.tolist(), numbers.tolist(), strict=True)), capacity):
-        if room == capacity:
-            taken = np.arange(made, made + rows)
-            made += rows
-        else:
-            taken = _take(having[room], rows)
-        row_of[at : at + rows * each] = np.repeat(taken, each)
-        at += rows * each
-        having.setdefault(room - each * length, deque()).append(taken)
-    by_row = np.argsort(row_of, kind="stable")
-    bounds = np.zeros(made + 1, np.int64)
-    np.cumsum(np.bincount(row_of, minlength=made), out=bounds[1:])
-    return Rows(by_length[by_row], bounds)
+    first: int
+    stop: int
+    last: int
 
 
-def _take(waiting: deque[NDArray], count: int) -> NDArray:
-    """The first `count` numbers, taken out."""
-    import numpy as np
+class Layout:
+    """Which sequences each row holds, where these are numbered by length, the longest first.
 
+    Of portion p, row r holds `each[p]` sequences, from number `base[p] + r * each[p]` on, behind what it holds of
+    portion `before[p]`.
+
+    Args:
+        counts: sequences of each length, from 1 to `capacity`.
+        capacity: tokens of a row.
+
+    Attributes:
+        rows: of all bands.
+        bands: in the order of their rows.
+        length: tokens of a sequence of each portion.
+        each, base: as said above.
+        before: the portion that the same rows took before; -1: none.
+        held: sequences in a row, those of this portion included.
+    """
+
+    def __init__(self, counts: Mapping[int, int], capacity: int) -> None:
+        self.rows = 0
+        self.length, self.each, self.base, self.before, self.held = (array("q") for _ in range(5))
+        having: dict[int, deque[Band]] = {}  # by room, in the order in which they came to have it
+        number = 0
+        for length, room, rows, each in _place(counts, capacity):
+            if room == capacity:
+                taken = [Band(self.rows, self.rows + rows, -1)]
+                self.rows += rows
+            else:
+                taken = _take(having[room], rows)
+            left = having.setdefault(room - each * length, deque())
+            for first, stop, before in taken:
+                left.append(Band(first, stop, len(self.length)))
+                self.length.append(length)
+                self.each.append(each)
+                self.base.append(number - first * each)
+                self.before.append(before)
+                self.held.append(each + (self.held[before] if before >= 0 else 0))
+                number += (stop - first) * each
+        self.bands = sorted(band for waiting in having.values() for band in waiting)
+
+
+def _take(waiting: deque[Band], rows: int) -> list[Band]:
+    """The first `rows` rows, taken out."""
     found = []
-    while count:
-        first = waiting.popleft()
-        if len(first) > count:
-            waiting.appendleft(first[count:])
-        found.append(first[:count])
-        count -= len(found[-1])
-    return np.concatenate(found)
+    while rows:
+        band = waiting.popleft()
+        if band.stop - band.first > rows:
+            middle = band.first + rows
+            waiting.appendleft(band._replace(first=middle))
+            band = band._replace(stop=middle)
+        found.append(band)
+        rows -= band.stop - band.first
+    return found

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tplaunch.data.answers import ChatReader, chat_reader
 from tplaunch.data.blocks import SAMPLED
-from tplaunch.data.build import owned, tokenize, train_tokenizer
-from tplaunch.data.cache import default_cache, subdirectory
+from tplaunch.data.build import tokenize, train_tokenizer
+from tplaunch.data.cache import default_cache, owned, subdirectory
 from tplaunch.data.corpus import refuse_other_kind, refuse_other_tokenizer, tokenizer_path, verify_corpus
 from tplaunch.data.dataset import samples_in
 from tplaunch.data.endings import files_of, is_raw
@@ -19,9 +19,9 @@ from tplaunch.data.fingerprint import text_sha256
 from tplaunch.data.indexed import IndexedTokens, idx_path
 from tplaunch.data.inputs import raw_files
 from tplaunch.data.made import FORMAT, corpora, digest, recipe_name, trained_tokenizer
-from tplaunch.data.packed import pieces_of
 from tplaunch.data.progress import Progress
 from tplaunch.data.remembered import Remembered, remembered
+from tplaunch.data.row_index import key_of, ready_rows
 from tplaunch.data.tokenizer import Tokenizer
 from tplaunch.errors import Problem, RecipeError, TplaunchError
 from tplaunch.files import write_atomic
@@ -165,7 +165,8 @@ class _Preparation:
             refuse_other_tokenizer(prefix, tokenizer)
         verified = verify_corpus(prefix, self.show, vocab_size=self.recipe.model.vocab_size, sample=sample)
         if self.data.packs:
-            pieces_of(verified.corpus, self.data.kind, seq_len)
+            key = key_of(prefix, self.data.kind, seq_len, self.sums)
+            ready_rows(verified.corpus, self.data.kind, seq_len, self.cache, key, self.show)
         else:
             samples_in(verified.corpus, seq_len)
         return prefix

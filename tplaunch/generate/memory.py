@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tplaunch.plan.case import COMPUTE_BYTES
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.pages import PAGE, pages_for
+from tplaunch.spec.precision import COMPUTE_BYTES
 from tplaunch.spec.stages import stage_ranges
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint of adapters -> a folder that PEFT reads: `adapter_config.json` and `adapter_model.safetensors`.
+"""A checkpoint of adapters -> a folder that PEFT reads: `adapter_config.json` and `adapter_model.safetensors`, and a
+card.
 
 Where a family fuses matrices that have adapters of their own (`qkv_proj`, `c_attn`), its module gets one adapter of as
 many times the rank: A is theirs, one below the other, and B has each one's columns in its own rows alone. Alpha grows
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tplaunch.checkpoint import store
 from tplaunch.errors import Problem, TplaunchError
+from tplaunch.huggingface.card import CARD, adapter_card
 from tplaunch.huggingface.config import is_model_folder
 from tplaunch.huggingface.families import GPT2, family_of
 from tplaunch.huggingface.tensors import HfTensor, Way, hf_tensors
@@ -49,7 +51,8 @@ def export_adapter(checkpoint: Path, out: Path, *, precision: Precision, ema: bo
     """
     if out.exists():
         raise TplaunchError(Problem(f"{out} exists already", fix="name another folder, or remove it"))
-    whole = Whole(checkpoint, store.whole_manifest(checkpoint).about, ema=ema)
+    manifest = store.whole_manifest(checkpoint)
+    whole = Whole(checkpoint, manifest.about, ema=ema)
     assert whole.lora is not None and whole.base is not None
     family = family_of(whole.model)
     every = hf_tensors(whole.model, family)
@@ -71,8 +74,10 @@ def export_adapter(checkpoint: Path, out: Path, *, precision: Precision, ema: bo
     save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     (temporary / WEIGHTS).chmod(0o644)  # the library's files are their owner's alone
     (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    (temporary / CARD).write_text(adapter_card(checkpoint, manifest, out.name, config, count), encoding="utf-8")
     temporary.rename(out)
-    return sum(tensor.numel() for tensor in tensors.values())
+    return count
 
 
 def _factors(whole: Whole, lora: Lora, tensor: HfTensor) -> tuple[Tensor, Tensor]:

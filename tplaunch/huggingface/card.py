@@ -43,20 +43,49 @@ def model_card(
         config: what `config.json` says.
         elements: parameters of the model.
     """
+    chat = any((folder / name).exists() for name in _TEMPLATES) or _has_template(folder)
+    said = {"library_name": "transformers", "tags": [config["model_type"], *(["conversational"] if chat else [])]}
+    what = f"A language model of {elements:,} parameters, made with tplaunch."
+    return _card(checkpoint, manifest, title, said, what, _table("Model", _model(config)), _use(chat))
+
+
+def adapter_card(checkpoint: Path, manifest: Manifest, title: str, config: Mapping[str, Any], elements: int) -> str:
+    """The card of a checkpoint's adapters, the same way.
+
+    Args:
+        config: what `adapter_config.json` says.
+        elements: parameters of the adapters.
+    """
+    rows = [(words, str(config[key])) for words, key in (("rank", "r"), ("alpha", "lora_alpha"))]
+    rows.append(("modules", plain(", ".join(config["target_modules"]))))
+    what = f"Low-rank adapters of {elements:,} parameters, made with tplaunch: they belong to another model."
+    said = {"library_name": "peft", "tags": ["lora"]}
+    return _card(checkpoint, manifest, title, said, what, _table("Adapters", rows), _USE_OF_ADAPTERS)
+
+
+def _card(
+    checkpoint: Path, manifest: Manifest, title: str, said: dict[str, Any], what: str, table: str, use: str
+) -> str:
+    """A card.
+
+    Args:
+        said: of its head.
+        what: it is of, in a line.
+        table: that describes it.
+        use: how it is used.
+    """
     run = RunDir(checkpoint.absolute().parent.parent)
     recipe = read_recipe(run) if run.recipe.exists() else None
     initial = recipe.checkpoint.initial if recipe else None
-    chat = any((folder / name).exists() for name in _TEMPLATES) or _has_template(folder)
-    name = plain(recipe.name if recipe else title)
     parts = [
-        _head(config["model_type"], initial, chat),
-        f"# {name}\n",
-        f"A language model of {elements:,} parameters, made with tplaunch.\n",
-        _table("Model", _model(config)),
+        _head(said, initial),
+        f"# {plain(recipe.name if recipe else title)}\n",
+        f"{what}\n",
+        table,
         _table("Training", list(_training(manifest, run, recipe, initial))),
         _table("Figures", list(_figures(manifest.step, run))),
         _table("Training data", list(_data(manifest.about.get("data")))),
-        _use(chat),
+        use,
         "## License\n\nNone is said: add `license:` at the head of this file. What may be done with the model depends "
         "on its data, too.\n",
     ]
@@ -87,9 +116,8 @@ def _has_template(folder: Path) -> bool:
     return file.exists() and b'"chat_template"' in file.read_bytes()
 
 
-def _head(model_type: str, initial: str | None, chat: bool) -> str:
-    said: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    said["tags"] = ["tplaunch", model_type, *(["conversational"] if chat else [])]
+def _head(said: dict[str, Any], initial: str | None) -> str:
+    said = {**said, "pipeline_tag": "text-generation", "tags": ["tplaunch", *said["tags"]]}
     open_ = ["# license: yours to say, such as apache-2.0"]
     if initial is not None:
         if name := hub_name(initial):
@@ -216,6 +244,9 @@ def _data(facts: Any) -> Iterator[tuple[str, str]]:
     for number, corpus in enumerate(corpora):
         name = _corpus_name(Path(paths[number])) if number < len(paths) else f"corpus {number + 1}"
         yield plain(name), f"{format_count(corpus['tokens'])} tokens, {corpus['weight'] / whole:.1%} of what was read"
+    for path in facts.get("corpora") or ():
+        if path not in paths:
+            yield plain(_corpus_name(Path(path))), "of a later stage"
     if held := sum(corpus["tokens"] for corpus in facts.get("validation") or []):
         yield "validation", f"{format_count(held)} tokens, not trained on"
 
@@ -229,6 +260,21 @@ def _corpus_name(prefix: Path) -> str:
     names = [Path(source.name).name for source in meta.sources] if meta else []
     more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
     return (", ".join(names[:_NAMES]) or prefix.name) + more
+
+
+_USE_OF_ADAPTERS = """\
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = "."  # the folder, or the name on the hub, of the model that they belong to
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")
+```
+
+With vLLM: `vllm serve BASE --enable-lora --lora-modules adapter=.`
+"""
 
 
 def _use(chat: bool) -> str:

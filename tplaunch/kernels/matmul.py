@@ -69,6 +69,15 @@ def matmul_into(out: Tensor, x: Tensor, matrix: Tensor, *, add: bool = False) ->
         torch.mm(x, matrix, out=out)
 
 
+def over_tokens(left: Tensor, right: Tensor) -> Tensor:
+    """[n, tokens] times [tokens, k] -> [n, k], the gradient of a weight."""
+    if not _for_onednn(left, right, len(right)):
+        return left @ right
+    total = left.new_empty(len(left), right.shape[1])
+    add_over_tokens(total, left, right, begun=False)
+    return total
+
+
 def add_over_tokens(total: Tensor, left: Tensor, right: Tensor, *, begun: bool) -> None:
     """Add [n, tokens] times [tokens, k], of one dtype, to the gradient of a weight [n, k], of that or of another.
 

@@ -34,6 +34,7 @@ from tplaunch.run.events import (
     Saved,
     SaveFailed,
     Skipped,
+    StageBegan,
     Started,
     Straggled,
     TensorboardFailed,
@@ -204,6 +205,8 @@ def in_words(event: Event) -> str:
     match event:
         case Resumed(step=step):
             return f"resumed after step {step}"
+        case StageBegan(step=step, stage=stage, label=label):
+            return f"stage {stage}{f' ({_one_line(label, _PROMPT)})' if label else ''} begins with step {step + 1}"
         case Saved(step=step):
             return f"checkpoint of step {step}"
         case SaveFailed(step=step, why=why):

@@ -101,6 +101,12 @@ def _first(
     return next((pair for pair in pairs if not isclose(pair[1], pair[2], rel_tol=1e-12, abs_tol=1e-300)), None)
 
 
+def _names_rate(course: Course, step: int) -> bool:
+    """Whether the stage of a step says a rate of its own."""
+    stages = course.recipe.training.stages
+    return stages is not None and stages[course.batches.stage(step)].lr is not None
+
+
 def past_problems(was: Recipe, now: Recipe, step: int, allow: Collection[str]) -> Iterator[Problem]:
     """What a recipe says of the steps up to a checkpoint that is not what was trained.
 
@@ -111,6 +117,7 @@ def past_problems(was: Recipe, now: Recipe, step: int, allow: Collection[str]) -
         allow: keys whose change is allowed, or sections that hold them.
     """
     both = (was, now)
+    courses = Course(was), Course(now)
     staged = any(one.training.stages for one in both)
     said = {
         "length of samples": staged,
@@ -118,8 +125,9 @@ def past_problems(was: Recipe, now: Recipe, step: int, allow: Collection[str]) -
         "learning rate": any(one.lr_schedule.pieces for one in both),
         "weight decay": any(one.optimizer.weight_decay_schedule for one in both),
     }
-    for key, what, first, before, after in differences(Course(was), Course(now), step):
-        if said[what] and not any(key == one or key.startswith(f"{one}.") for one in allow):
+    for key, what, first, before, after in differences(*courses, step):
+        said_there = what == "learning rate" and any(_names_rate(course, first) for course in courses)
+        if (said[what] or said_there) and not any(key == one or key.startswith(f"{one}.") for one in allow):
             yield Problem(
                 f"gives step {first} the {what} {after:g}; it was trained with {before:g}",
                 why=f"the checkpoint of step {step} has that behind it: such a schedule says what was, and what comes",

@@ -111,6 +111,7 @@ class Ready:
         tokenizer: the file that the run keeps a copy of.
         changes: what differs from the launch before, told by dotted key.
         allowed: the changes that the user has allowed.
+        notes: what else there is to say of it.
         branch: where it goes on from another run; None: it does not, or has checkpoints of its own.
     """
 
@@ -119,6 +120,7 @@ class Ready:
     tokenizer: Path | None
     changes: Changes
     allowed: Sequence[str]
+    notes: Sequence[str] = ()
     branch: Branch | None = None
 
 
@@ -166,7 +168,13 @@ def make_ready(
         refuse(changes, before, allow)
         if not recipe.training.stages:
             facts |= past(before, known, recipe, changes)
-    facts["units"] = longest_samples(recipe) | units
+    lengths = longest_samples(recipe)
+    facts["units"] = lengths | units
+    notes = [
+        f"warning: samples of {lengths[path]} tokens of {path} join pieces of {unit}: the run has read it by these"
+        for path, unit in units.items()
+        if lengths[path] > unit
+    ]
     named = recipe.data.tokenizer
     tokenizer = Path(named) if isinstance(named, str) else None
     check_prompts(recipe, tokenizer)
@@ -174,8 +182,8 @@ def make_ready(
     if tokenizer is not None:
         data = recipe.data.model_copy(update={"tokenizer": str(run_dir.tokenizer.absolute())})
         recipe = recipe.model_copy(update={"data": data})
-    own = before is None or before.parent is None
-    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow, None if own else branch)
+    branch = None if before is None or before.parent is None else branch
+    return Ready(checked._replace(recipe=recipe), facts, tokenizer, changes, allow, notes, branch)
 
 
 def _keep_tokenizer(recipe: Recipe, before: Before, allow: Sequence[str]) -> Recipe:

@@ -99,6 +99,11 @@ def recipe_changes(before: Before, recipe: Recipe) -> Changes:
     was = _flat(before.recipe.model_dump(mode="json", by_alias=True)) if before.recipe is not None else {}
     now = _flat(recipe.model_dump(mode="json", by_alias=True))
     staged = any(one is not None and one.training.stages for one in (before.recipe, recipe))
+    for values in (was, now) if staged else ():
+        stages = values.pop("training.stages", None) or []
+        values["training.stages"] = f"{len(stages)} stages"
+        for number, stage in enumerate(stages):
+            values |= _flat(stage, f"training.stages[{number}].")
     for key in _FIXED:  # a launch that saved nothing may have changed them already
         name = key.partition(".")[2]
         if name in before.about and not (staged and key == "training.seq_len"):

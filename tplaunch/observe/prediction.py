@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from tplaunch.files import write_atomic
-from tplaunch.plan.case import Case
-from tplaunch.plan.estimate import estimate
+from tplaunch.plan.run import plan_facts
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.spec.gpu import Gpu, find_gpu
@@ -30,7 +29,7 @@ def write_plan(recipe: Recipe, here: Gpu | None, run_dir: RunDir) -> None:
         run_dir.plan.unlink(missing_ok=True)
         gpu = here if recipe.hardware.gpu is None else find_gpu(recipe.hardware.gpu)
         if gpu is not None:
-            write_atomic(run_dir.plan, json.dumps(estimate(Case(recipe, gpu)).as_dict()))
+            write_atomic(run_dir.plan, json.dumps(plan_facts(recipe, gpu)))
     except Exception as error:  # a file of a GPU that is gone since the recipe was checked, a full disk
         print(f"there is no {run_dir.plan}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tplaunch.kernels.matmul import linear, matmul
+from tplaunch.kernels.matmul import linear, matmul, over_tokens
 from tplaunch.parallel.accumulator import Accumulator, merge
 from tplaunch.parallel.adapters import Adapted, add_columns, add_rows
 from tplaunch.parallel.collectives import (
@@ -118,7 +118,7 @@ class _RowParallel(Function):
             if ctx.accumulator is not None:
                 ctx.accumulator.add_product(left, right)
             else:
-                grad_weight = left @ right
+                grad_weight = over_tokens(left, right)
         return grad_x, None, grad_weight
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tplaunch.kernels.matmul import linear, matmul
+from tplaunch.kernels.matmul import linear, matmul, over_tokens
 from tplaunch.parallel.accumulator import Accumulator, add_products, merge
 from tplaunch.parallel.function import Function
 from tplaunch.parallel.mesh import TensorParallel
@@ -81,7 +81,7 @@ def weight_gradients(
     if into:
         add_products(into, lefts, rows)
         return [None] * len(weights)
-    products = [left @ rows for left in lefts]
+    products = [over_tokens(left, rows) for left in lefts]
     return [*products] if len(products) == len(weights) else [*products[0].split([len(weight) for weight in weights])]
 
 

@@ -8,19 +8,17 @@ from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
-from tplaunch.recipe.schema import Lora, Model, Part, Precision, Recipe, Target
+from tplaunch.recipe.schema import Lora, Model, Part, Recipe, Target
 from tplaunch.spec.attention import attended_positions
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.gradients import are_added_in_place, are_flat, backward_is_whole
 from tplaunch.spec.lora import adapted, targets
 from tplaunch.spec.parameters import Parameter, block_parameters, first_parameters, last_parameters, layer_kinds
+from tplaunch.spec.precision import COMPUTE_BYTES, STORAGE_BYTES, state_bytes
 from tplaunch.spec.recompute import sets
 from tplaunch.spec.schedules import SCHEDULES, stages_of
 from tplaunch.spec.stages import stage_ranges
 from tplaunch.spec.topology import Topology
-
-COMPUTE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-STORAGE_BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights kept, gradients reduced
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ class Case:
     @property
     def state_bytes(self) -> int:
         """Bytes of an element of the optimizer's state."""
-        return 2 if self.recipe.optimizer.state_dtype == "bf16" else self.storage_bytes
+        return state_bytes(self.recipe)
 
     @property
     def reduced_bytes(self) -> int:

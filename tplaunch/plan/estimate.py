@@ -1,4 +1,4 @@
-"""The plan of a case: memory of each pipeline rank, what it sends, and the time of a step and of the run."""
+"""The plan of a case: memory of each pipeline rank, what it sends, and the time of a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from tplaunch.plan.experts import expert_parts, expert_traffic, grouped_efficien
 from tplaunch.plan.latent import latent_parts, latent_traffic, regions
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
-from tplaunch.spec.course import Course
 from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
 from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.parameters import active_parameter_count, layer_kinds, parameter_count
@@ -90,7 +89,7 @@ class Breakdown(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe holds, moves and costs.
+    """What a recipe holds, and what a step of it moves and costs.
 
     Args:
         case: what is planned.
@@ -147,31 +146,6 @@ class Plan:
         return self.mfu * self.hardware_flops_per_token / self.model_flops_per_token
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the run."""
-        return Course(self.case.recipe).tokens
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the run, without checkpoints, validation and faults, as if smaller batches than the full one took
-        as long a token."""
-        return self.step_seconds * (self.tokens / self.case.tokens_per_step)
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.seconds * self.case.topology.world_size / 3600
-
-    @property
-    def total_flops(self) -> float:
-        """Model FLOPs of the run."""
-        return self.model_flops_per_token * self.tokens
-
-    @property
-    def energy_kwh(self) -> float:
-        """Energy of the GPUs alone at their full power: an upper bound for them, without hosts and cooling."""
-        return self.gpu_hours * self.case.gpu.power / 1000
-
-    @property
     def fullest(self) -> int:
         """The pipeline rank with the least memory to spare."""
         totals = [rank.total for rank in self.memory]
@@ -222,12 +196,6 @@ class Plan:
             "tflops_per_gpu": self.model_flops_per_gpu / 1e12,
             "mfu": self.mfu,
             "hfu": self.hfu,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "gpu_hours": self.gpu_hours,
-            "energy_kwh": self.energy_kwh,
-            "total_flops": self.total_flops,
-            "total_flops_of_1e25": self.total_flops / REGULATED_FLOPS,
         }
 
     def _experts(self) -> dict[str, Any]:

@@ -92,8 +92,12 @@ def remedies(plan: Plan, count: int = 3) -> list[Remedy]:
     return [*best[: count - 1], *recomputing] if recomputing else best
 
 
-def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
-    """One line for each remedy, with its price."""
+def remedy_lines(plan: Plan, remedies: list[Remedy], stage: str = "") -> list[str]:
+    """One line for each remedy, with its price.
+
+    Args:
+        stage: how the stage is called that needs it, where options for the whole recipe do not reach it.
+    """
     lines = []
     for remedy in remedies:
         then = remedy.plan
@@ -101,7 +105,8 @@ def remedy_lines(plan: Plan, remedies: list[Remedy]) -> list[str]:
         gpus = f", on {world} GPUs" if world != old else ""
         price = f"{abs(remedy.price):.0%} {'slower' if remedy.price >= 0 else 'faster'} a GPU"
         used = f"{then.memory[then.fullest].total / GiB:.1f} GiB"
-        lines.append(f"{remedy.change.options}  ({price}{gpus}; {used})")
+        change = f"in {stage}: {remedy.change}" if stage else remedy.change.options
+        lines.append(f"{change}  ({price}{gpus}; {used})")
     return lines or ["none within 16 times the GPUs: use a GPU with more memory, or a smaller model"]
 
 

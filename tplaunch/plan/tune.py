@@ -6,7 +6,7 @@ stages) and looks at the first and the last pipeline rank only; the best of it a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -19,7 +19,9 @@ from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_works, dp_exposed, estimate
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
+from tplaunch.plan.run import RunStage
 from tplaunch.plan.schedule import Step
+from tplaunch.plan.tune_run import Tuned
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.context import pays
 from tplaunch.spec.schedules import SCHEDULES
@@ -51,11 +53,22 @@ class Choice:
 
     Args:
         change: the keys that make it.
-        plan: its plan.
+        plan: its plan, of a step of the stage that takes longest.
+        stages: the stages that have it (`tune_run.Tuned`).
     """
 
     change: Change
     plan: Plan
+    stages: Sequence[RunStage]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps of these stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(stage.gpu_hours for stage in self.stages)
 
     @property
     def reason(self) -> str:
@@ -93,23 +106,26 @@ class Tuning:
     fitting: int
 
 
-def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10) -> Tuning:
-    """Rank the topologies of a case's model on `gpus` GPUs by predicted tokens/s, each with the cheapest recomputation
-    with which it fits.
+def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10, run: Tuned | None = None) -> Tuning:
+    """Rank the topologies of a case's model on `gpus` GPUs by the predicted time of its run, each with the cheapest
+    recomputation with which it fits. Of a run of stages those are looked at that are fastest for the longest stage.
 
     The global batch stays as the recipe has it: it belongs to the training, not to the machine.
 
     Args:
         case: the recipe and the hardware; the topology is not read.
         node_size: GPUs of a node; default: those of a usual node with this GPU.
+        run: the stages of the run that are to have the topology, of which the case is the longest; default: the case
+            is all of the run.
     """
+    run = run or Tuned(case.recipe, {0: case})
     per_node = min(gpus, node_size or min(case.gpu.node_size, 8))
     blocks: dict[tuple[int | bool, ...], tuple[dict[bool, BlockWork], list[Option]]] = {}
     legal = 0
     ranked: list[tuple[float, int, Change, Case]] = []
     for change in candidates(case, gpus, per_node):
         candidate = change.apply(case)
-        if candidate is None:
+        if candidate is None or (len(run.cases) > 1 and not run.takes(change)):
             continue
         legal += 1
         parallelism = candidate.recipe.topology
@@ -125,25 +141,22 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
             ranked.append((best[0], len(ranked), *best[1:]))
     ranked.sort(key=lambda item: item[:2])
     choices = []
-    for change, candidate in _both_kinds(case, [item[2:] for item in ranked[: 3 * count]]):
-        plan = estimate(candidate)
-        if plan.headroom >= HEADROOM * case.gpu.memory:
-            choices.append(Choice(change, plan))
-    choices.sort(key=lambda choice: choice.plan.step_seconds)
+    for change in _both_kinds([item[2:] for item in ranked[: 3 * count]]):
+        if (stages := run.planned(change)) is not None:
+            choices.append(Choice(change, stages[run.main].plan, [*stages.values()]))
+    choices.sort(key=lambda choice: choice.seconds)
     choices = choices[:count]
     neighbours = _neighbours(choices[0], case, gpus) if choices else []
     return Tuning(choices, neighbours, legal, len(ranked))
 
 
-def _both_kinds(case: Case, ranked: list[tuple[Change, Case]]) -> Iterator[tuple[Change, Case]]:
+def _both_kinds(ranked: list[tuple[Change, Case]]) -> Iterator[Change]:
     """The first pass's best, those that share sequences also by the other kind of exchange, which it does not look at:
     memory and time are much alike."""
     for change, candidate in ranked:
-        yield change, candidate
+        yield change
         if candidate.topology.cp > 1:
-            other = Change({**change.values, "topology.cp_kind": "ulysses"})
-            if (then := other.apply(case)) is not None:
-                yield other, then
+            yield Change({**change.values, "topology.cp_kind": "ulysses"})
 
 
 def _with_cheapest_recomputation(

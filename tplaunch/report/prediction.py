@@ -33,7 +33,7 @@ class Figure:
 
 
 def read_plan(run: RunDir) -> tuple[Record | None, str]:
-    """The plan of a run (`plan.estimate.Plan.as_dict`): that of its directory, else one made from its recipe.
+    """The plan of a run (`plan.run.plan_facts`): that of its directory, else one made from its recipe.
 
     Returns:
         The plan, and why there is none.
@@ -49,12 +49,11 @@ def read_plan(run: RunDir) -> tuple[Record | None, str]:
         return None, "the recipe cannot be read"
     if recipe.hardware.gpu is None:
         return None, "neither plan.json nor the recipe names the GPU that was planned for"
-    from tplaunch.plan.case import Case
-    from tplaunch.plan.estimate import estimate
+    from tplaunch.plan.run import plan_facts
     from tplaunch.spec.gpu import find_gpu
 
     try:
-        return estimate(Case(recipe, find_gpu(recipe.hardware.gpu))).as_dict(), ""
+        return plan_facts(recipe, find_gpu(recipe.hardware.gpu)), ""
     except (TplaunchError, ValueError) as error:
         return None, str(error)
 

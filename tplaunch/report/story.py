@@ -30,6 +30,7 @@ from tplaunch.run.events import (
     Saved,
     SaveFailed,
     Skipped,
+    StageBegan,
     Started,
     Stopped,
     Straggled,
@@ -152,7 +153,7 @@ def _kind(event: Event) -> Kind | None:
             return "fault"
         case Straggled():
             return "straggler"
-        case Changed() | Submitted() | Branched() | Initialized() | Resumed():
+        case Changed() | Submitted() | Branched() | Initialized() | Resumed() | StageBegan():
             return "other"
         case Done() | Stopped() | EpochBegan() | CheckpointKept():
             return "other"

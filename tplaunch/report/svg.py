@@ -10,7 +10,7 @@ from tplaunch.report.charts import Chart, Line, limits, log_ticks, number, ticks
 from tplaunch.report.curves import Point, running_medians, thin
 from tplaunch.report.story import Mark
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # around what is drawn
 _ROOM = 800  # width from which checkpoints are shown
 _MANY = 150  # points from which a curve is drawn twice: faint as it is, and smoothed
 
@@ -25,7 +25,7 @@ def chart_svg(chart: Chart, marks: Sequence[Mark], width: int, height: int) -> s
     canvas = _Canvas(chart, width, height)
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)} by {chart.x}" '
-        f'data-left="{_LEFT}" data-right="{width - _RIGHT}" data-top="{_TOP}" data-bottom="{height - _BOTTOM}">'
+        f'data-left="{LEFT}" data-right="{width - RIGHT}" data-top="{TOP}" data-bottom="{height - BOTTOM}">'
     ]
     parts += canvas.grid()
     if chart.x == "step":
@@ -47,36 +47,36 @@ class _Canvas:
         self.low, self.high = limits(chart)
 
     def x(self, value: float) -> float:
-        return _LEFT + (value - self.left) / (self.right - self.left) * (self.width - _LEFT - _RIGHT)
+        return LEFT + (value - self.left) / (self.right - self.left) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         if self.chart.log:
             share = log10(value / self.low) / log10(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
-        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
+        return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
 
     def grid(self) -> list[str]:
         """Lines and numbers of both axes."""
         parts = []
         for value in log_ticks(self.low, self.high) if self.chart.log else ticks(self.low, self.high):
             y = self.y(value)
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{self.width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(
-                f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>'
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>'
             )
-        below = self.height - _BOTTOM
-        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{self.width - _RIGHT}" y1="{below}" y2="{below}"/>')
+        below = self.height - BOTTOM
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{below}" y2="{below}"/>')
         for value in ticks(self.left, self.right, max(3, self.width // 110)):
             x = self.x(value)
-            anchor = "end" if x > self.width - _RIGHT - 12 else "middle"
+            anchor = "end" if x > self.width - RIGHT - 12 else "middle"
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{below + 16}" text-anchor="{anchor}">{number(value)}</text>'
             )
         return parts
 
     def curve(self, line: Line) -> list[str]:
-        columns = self.width - _LEFT - _RIGHT
+        columns = self.width - LEFT - RIGHT
         points = thin(line.points, columns)
         colour = f"c{line.colour % 6}"
         if line.kind == "level":
@@ -117,15 +117,15 @@ class _Canvas:
                 places.setdefault((mark.kind, round(self.x(mark.step) / 3)), []).append(mark)
         parts = []
         for (kind, _), here in places.items():
-            x, below = self.x(here[0].step), self.height - _BOTTOM
+            x, below = self.x(here[0].step), self.height - BOTTOM
             more = f" (and {len(here) - 1} more here)" if len(here) > 1 else ""
             words = f"<title>{escape(f'step {here[0].step:,.0f}: {here[0].text}{more}')}</title>"
             if kind in ("attempt", "fault"):
-                shape = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{below}"/>'
+                shape = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{below}"/>'
             elif kind == "checkpoint":
                 shape = f'<path d="M{x:.1f},{below - 6}l3.5,6h-7z"/>'
             else:
-                shape = f'<path d="M{x:.1f},{_TOP + 7}l4,-7h-8z"/>'
+                shape = f'<path d="M{x:.1f},{TOP + 7}l4,-7h-8z"/>'
             parts.append(f'<g class="mark {kind}">{words}{shape}</g>')
         return parts
 

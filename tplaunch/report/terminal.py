@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from math import log10
 from typing import Any
 
 from tplaunch.errors import Problem, TplaunchError
@@ -69,13 +70,12 @@ class _Drawing:
         figure.plot_size(width, _HIGH)
         figure.title(f"{chart.title} by {chart.x}")
         for line in chart.lines:
-            figure.draw(self._signal(figure, line, width))
+            figure.draw(self._signal(figure, line, width, log=chart.log))
         low, high = limits(chart)
         rows, below = figure.ruler("y"), figure.ruler("x")
-        if chart.log:
-            rows.scale("log")
-        rows.lim(low, high)
-        _tick(rows, log_ticks(low, high) if chart.log else ticks(low, high))
+        height = log10 if chart.log else float  # plotext's own logarithmic axis takes its limits for exponents
+        rows.lim(height(low), height(high))
+        _tick(rows, log_ticks(low, high) if chart.log else ticks(low, high), height)
         places = [x for line in chart.lines for x, _ in line.points]
         left, right = min(places), max(places)
         if right > left:
@@ -85,12 +85,13 @@ class _Drawing:
             _tick(below, [left])
         return str(figure.build().string(not self.colour))
 
-    def _signal(self, figure: Any, line: Line, width: int) -> Any:
+    def _signal(self, figure: Any, line: Line, width: int, *, log: bool) -> Any:
         # Dots in each column would hide the curve behind them.
         apart = max(1, len(line.points) * 8 // width)
         points = line.points[::-apart][::-1] if line.kind == "dots" else thin(line.points, 2 * width)
         marker = self.plotext.marker(self._symbol(line), self._name(line))
-        signal = figure.signal([x for x, _ in points], [y for _, y in points], marker=marker)
+        height = log10 if log else float
+        signal = figure.signal([x for x, _ in points], [height(y) for _, y in points], marker=marker)
         return signal.lines(line.kind != "dots")
 
     def _symbol(self, line: Line) -> str:
@@ -120,5 +121,5 @@ def _letter(number: int) -> str:
     return chr(ord("a") + number % 26)
 
 
-def _tick(ruler: Any, places: Sequence[float]) -> None:
-    ruler.ticks(list(places), [number(place) for place in places])
+def _tick(ruler: Any, places: Sequence[float], where: Callable[[float], float] = float) -> None:
+    ruler.ticks([where(place) for place in places], [number(place) for place in places])

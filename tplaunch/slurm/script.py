@@ -19,6 +19,7 @@ from tplaunch.errors import Problem, RecipeError
 from tplaunch.launch.torchrun import WORKER
 from tplaunch.recipe.schema import Recipe
 from tplaunch.slurm.options import option_problems, sbatch_options
+from tplaunch.spec.run_stages import segments
 from tplaunch.spec.topology import Topology
 
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+:@=-]*")
@@ -92,6 +93,16 @@ def find_problems(recipe: Recipe, topology: Topology, paths: Sequence[Path]) -> 
     if topology.world_size != topology.nodes * topology.ranks_per_node:
         what = f"{topology.world_size} ranks do not fill {topology.nodes} nodes of {topology.ranks_per_node}"
         yield Problem(what, fix="sizes whose product fills every node", key="topology")
+    for part in segments(recipe)[1:]:
+        other = Topology.of(part.recipe)
+        if (other.nodes, other.ranks_per_node) != (topology.nodes, topology.ranks_per_node):
+            yield Problem(
+                f"asks for {other.nodes} x {other.ranks_per_node} ranks in stage {part.stages.start + 1}, for "
+                f"{topology.nodes} x {topology.ranks_per_node} before",
+                why="a job keeps its nodes and the processes on each from its begin to its end",
+                fix="topologies of as many ranks, such as more dp where tp or pp is less",
+                key=f"training.stages[{part.stages.start}].topology",
+            )
     if slurm.container is not None:
         image = slurm.container.image
         if not image or image.startswith("-") or _CONTROL.search(image) or not _encodable(image):

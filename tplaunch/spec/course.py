@@ -7,13 +7,14 @@ it: integers, exact for as long as a run may be.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.batches import Batches
 from tplaunch.spec.pieces import Curve, Formula, Part, curve, shorthand, staged
-from tplaunch.units import Length
+from tplaunch.units import Length, LengthUnit
 
 
 class Place(NamedTuple):
@@ -55,17 +56,21 @@ class Course:
         self.steps = self.batches.reach(self.batches.run)
 
     @cached_property
+    def scheduled(self) -> Curve:
+        """The learning rate of `lr_schedule`, which stages may replace."""
+        schedule, peak = self.recipe.lr_schedule, self.recipe.optimizer.lr
+        if schedule.pieces is None:
+            return shorthand(schedule, peak, self.batches, self.steps)
+        return curve(schedule.pieces, peak, self.batches, self.steps)
+
+    @cached_property
     def rates(self) -> Curve:
         """The learning rate."""
-        schedule, peak, stages = self.recipe.lr_schedule, self.recipe.optimizer.lr, self.recipe.training.stages or ()
-        if schedule.pieces is None:
-            base = shorthand(schedule, peak, self.batches, self.steps)
-        else:
-            base = curve(schedule.pieces, peak, self.batches, self.steps)
+        stages = self.recipe.training.stages or ()
         if all(stage.lr is None for stage in stages):
-            return base
+            return self.scheduled
         ends = [*self.batches.stage_ends, self.steps]
-        return staged(base, [stage.lr for stage in stages], ends, peak, self.batches)
+        return staged(self.scheduled, [stage.lr for stage in stages], ends, self.recipe.optimizer.lr, self.batches)
 
     @cached_property
     def decays(self) -> Curve:
@@ -129,12 +134,32 @@ class Course:
             return False
         if every.unit == "steps":
             return step % int(every.amount) == 0
-        unit, share = every.unit, every.amount
-        whole = self.batches.run if unit == "%" else Length(1, every.unit)
-        numerator, denominator = share.as_integer_ratio()
-        numerator, denominator = int(whole.amount) * numerator, denominator * (100 if unit == "%" else 1)
-        before, after = (self.batches.consumed(one, whole.unit) for one in (step - 1, step))
-        return after * denominator // numerator > before * denominator // numerator
+        unit, numerator, denominator = self._interval(every)
+        before, after = (self.batches.consumed(one, unit) * denominator // numerator for one in (step - 1, step))
+        return after > before
+
+    def dues(self, every: Length | None, steps: range) -> Iterator[int]:
+        """Of some steps those after which something is due, in order: found one from the other, not by trying all."""
+        if not every:
+            return
+        if every.unit == "steps":
+            each = int(every.amount)
+            yield from range(-(-steps.start // each) * each, steps.stop, each)
+            return
+        unit, numerator, denominator = self._interval(every)
+        step = steps.start - 1
+        while True:
+            times = self.batches.consumed(step, unit) * denominator // numerator + 1
+            step = self.batches.reach(Length(-(-times * numerator // denominator), unit))
+            if step >= steps.stop:
+                return
+            yield step
+
+    def _interval(self, every: Length) -> tuple[LengthUnit, int, int]:
+        """A length in what it, or of a share the run's length, is said in: unit, numerator, denominator."""
+        whole = self.batches.run if every.unit == "%" else Length(1, every.unit)
+        numerator, denominator = every.amount.as_integer_ratio()
+        return whole.unit, int(whole.amount) * numerator, denominator * (100 if every.unit == "%" else 1)
 
 
 def with_steps(recipe: Recipe) -> Recipe:

@@ -180,7 +180,17 @@ def staged(
             start = Curve(batches, parts).at(begin) if parts else 0.0 if piece.kind == "warmup" else highest
         to = (highest if piece.kind == "warmup" else 0.0) if piece.to is None else piece.to
         parts.append(Part(begin + 1, end, _formula(piece, start, to, begin, end, batches)))
-    return Curve(batches, parts)
+    return Curve(batches, _joined(parts))
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """The same with parts of one formula, one after the other, as one."""
+    found: list[Part] = []
+    for part in parts:
+        if found and found[-1].formula == part.formula:
+            part = part._replace(first=found.pop().first)
+        found.append(part)
+    return found
 
 
 def _formula(piece: Piece, start: float, to: float, begin: int, end: int, batches: Batches) -> Formula:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from itertools import groupby
 from typing import NamedTuple
 
-from tplaunch.recipe.schema import LrSchedule, Parallelism, Recipe, Stage, StageCheckpoint, StageData
+from tplaunch.recipe.schema import LrSchedule, Parallelism, Recipe, Stage, StageCheckpoint, StageData, occurrences
 from tplaunch.spec.course import Course
 
 # What a stage has from the one before, unless it names it.
 _CARRIED = ("data", "seq_len", "micro_batch_size", "document_mask", "rope_theta", "topology", "checkpoint")
-# Keys of the topology that follow from others of it: they are found anew where a stage changes any.
-_DERIVED = {"gpus_per_node": None, "stage_layers": None}
 
 
 class Segment(NamedTuple):
@@ -60,12 +58,16 @@ def carried(recipe: Recipe) -> Recipe:
 
 
 def _carried_topology(before: Parallelism | None, named: Parallelism | None) -> Parallelism:
-    """The topology of a stage, every key stated."""
+    """The topology of a stage, every key stated. What followed from keys that it changes is found anew."""
     assert before is not None  # see `carried`
     changes = {} if named is None else {key: getattr(named, key) for key in named.model_fields_set}
-    moved = any(getattr(before, key) != value for key, value in changes.items())
-    kept = {key: getattr(before, key) for key in Parallelism.model_fields}
-    return before.model_copy(update={**kept, **(_DERIVED if moved else {}), **changes})
+    now = {**{key: getattr(before, key) for key in Parallelism.model_fields}, **changes}
+    moved = {key for key, value in changes.items() if getattr(before, key) != value}
+    if moved and now["dp"] != "auto":  # which fills the nodes as they are
+        now["gpus_per_node"] = changes.get("gpus_per_node")
+    if moved & {"pp", "schedule", "virtual_stages"}:
+        now["stage_layers"] = changes.get("stage_layers")
+    return before.model_copy(update=now)
 
 
 def in_force(recipe: Recipe, number: int) -> Recipe:
@@ -88,6 +90,14 @@ def in_force(recipe: Recipe, number: int) -> Recipe:
             "checkpoint": recipe.checkpoint.model_copy(update={"every": stage.checkpoint.every}),
         }
     )
+
+
+def shares(recipe: Recipe, number: int) -> dict[tuple[str, int], float]:
+    """The share of each corpus of what a stage reads, by path and how often that came before (`occurrences`)."""
+    sources = in_force(recipe, number).data.sources("train")
+    largest = max(source.weight for source in sources)  # before they are added: no sum is infinite
+    total = sum(source.weight / largest for source in sources)
+    return {name: source.weight / largest / total for name, source in zip(occurrences(sources), sources, strict=True)}
 
 
 def longest_samples(recipe: Recipe) -> dict[str, int]:

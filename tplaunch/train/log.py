@@ -292,6 +292,7 @@ class TrainingLog:
             "tokens": progress.tokens,
             "samples": progress.samples,
             "batch_size": now.batch_size,
+            **({"stage": now.stage + 1, "seq_len": now.seq_len} if recipe.training.stages else {}),
             "skipped_steps": progress.skipped,
             "attempt": self.attempt,
             "tokens_per_s": rate,

@@ -96,7 +96,7 @@ class Trainer:
         attempt: int = 1,
         export: Callable[[Path, Path], object] | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = carried(recipe)
         self.mesh = mesh
         self.run_dir = run_dir
         self.stop = stop
@@ -243,7 +243,7 @@ class Trainer:
         self.step.optimizer.settle()
         if corpora is not None:
             corpora.close(progress.step, progress.samples)
-        return self._end(stopped) if stopped or progress.step == recipe.training.steps else self._turn()
+        return self._turn() if not stopped and progress.step < recipe.training.steps else self._end(stopped)
 
     def _units(self) -> dict[str, int]:
         """Tokens of the units of corpora whose order is settled (`data.reading`)."""
@@ -252,7 +252,7 @@ class Trainer:
 
     def _save_every(self) -> Length:
         """Between saves, in the stage of the last step."""
-        stages = carried(self.recipe).training.stages
+        stages = self.recipe.training.stages
         settings = stages[self.step.course.batches.stage(self.progress.step)].checkpoint if stages else None
         return settings.every if settings else self.recipe.checkpoint.every
 

@@ -10,20 +10,21 @@ from typer import style
 from tplaunch.cli.views.schedule import schedule_lines
 from tplaunch.cli.views.table import columns
 from tplaunch.cli.views.timeline import timeline_text
+from tplaunch.cli.views.whole import flops_in_words, in_all, run_lines, seconds_in_words
 from tplaunch.plan.case import Case, Stage
 from tplaunch.plan.communication import axis_group
-from tplaunch.plan.estimate import REGULATED_FLOPS, Plan
+from tplaunch.plan.estimate import Plan
 from tplaunch.plan.experts import bytes_by_link, grouped_efficiency
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.recomputation import part_costs
 from tplaunch.plan.remedies import Remedy, remedy_lines
+from tplaunch.plan.run import RunPlan
 from tplaunch.spec.attention import document_length
-from tplaunch.spec.course import Course
 from tplaunch.spec.lora import targets, trainable_count
 from tplaunch.spec.optimizer import kept_in_words
 from tplaunch.spec.parameters import active_parameter_count, parameter_count
 from tplaunch.spec.recompute import sets
-from tplaunch.units import GiB, format_bytes, format_count, format_duration
+from tplaunch.units import GiB, format_bytes, format_count
 
 if TYPE_CHECKING:
     from tplaunch.plan.schedule import Timeline
@@ -44,32 +45,38 @@ _MAX_ROWS = 16
 
 
 def plan_text(
-    plan: Plan,
+    run: RunPlan,
     remedies: list[Remedy],
     *,
     rank: int | None = None,
     timeline: Timeline | None = None,
 ) -> str:
-    """A whole plan.
+    """A whole plan: of a run with stages all of them, and in full the one that takes the most memory.
 
     Args:
         remedies: what would make it fit, where it does not.
         timeline: the pipeline's step, to be drawn.
         rank: also this rank's place, groups, memory and traffic.
     """
-    case = plan.case
+    stage, plan, case = run.fullest, run.fullest.plan, run.fullest.plan.case
     busiest = plan.fullest if rank is None else case.topology.coordinates(rank).pp
+    alike = case.recipe.topology == run.stages[0].plan.case.recipe.topology  # options for the whole recipe reach it
     parts = [
         _headline(case),
         _memory_table(plan),
-        _verdict(plan, remedies),
+        _verdict(plan, remedies, "" if alike else stage.title),
         _recompute_table(plan),
         _traffic_table(plan, busiest),
         *_notes(case),
         _time_table(plan),
-        _run_line(plan),
-        *schedule_lines(Course(case.recipe)),
+        _speed_line(plan),
     ]
+    schedule, flops = schedule_lines(run.course), _flops_line(plan)
+    if run.staged:
+        told = f"Of all stages, {stage.title} takes the most memory:"
+        parts = [*run_lines(run), *schedule, "", told, *parts, flops]
+    else:
+        parts += [in_all(run), f"{flops}, {flops_in_words(run)}", *schedule]
     if timeline is not None:
         parts.append(timeline_text(timeline))
     parts.append(rank_map(case))
@@ -166,7 +173,7 @@ def memory_bar(memory: Memory, capacity: float, width: int) -> str:
     return bar + style("·" * (width - drawn), dim=True)
 
 
-def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
+def _verdict(plan: Plan, remedies: list[Remedy], stage: str) -> str:
     memory, capacity = plan.memory[plan.fullest], plan.case.gpu.memory
     pp = f" on pp rank {plan.fullest}" if plan.case.topology.pp > 1 else ""
     if plan.fits:
@@ -176,7 +183,7 @@ def _verdict(plan: Plan, remedies: list[Remedy]) -> str:
         return style(text + tight, fg="green" if share >= 0.05 else "yellow")
     said = f"does not fit: {format_bytes(memory.total)} of {format_bytes(capacity)}{pp}"
     lines = [style(said, fg="red", bold=True), f"  {_inference(plan)}"]
-    lines += [f"  fix: {line}" for line in remedy_lines(plan, remedies)]
+    lines += [f"  fix: {line}" for line in remedy_lines(plan, remedies, stage)]
     return "\n".join(lines)
 
 
@@ -190,7 +197,7 @@ def _recompute_table(plan: Plan) -> str:
             ", ".join(cost.parts),
             format_bytes(cost.block_bytes),
             format_bytes(cost.rank_bytes),
-            _seconds(cost.seconds),
+            seconds_in_words(cost.seconds),
             "made again" if now.issuperset(cost.parts) else "kept",
         ]
         for cost in part_costs(plan)
@@ -229,8 +236,8 @@ def _traffic_table(plan: Plan, pp_rank: int) -> str:
             f"{item.calls:,.0f}",
             format_bytes(item.bytes),
             format_bytes(item.calls * item.bytes),
-            _seconds(item.seconds),
-            "see waiting" if item.axis == "pp" else _seconds(item.exposed),
+            seconds_in_words(item.seconds),
+            "see waiting" if item.axis == "pp" else seconds_in_words(item.exposed),
         ]
         for item in traffic
     ]
@@ -288,10 +295,6 @@ def _expert_notes(case: Case) -> Iterator[str]:
     )
 
 
-def _seconds(value: float) -> str:
-    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
-
-
 def _time_table(plan: Plan) -> str:
     names = {
         "compute": "compute",
@@ -307,29 +310,25 @@ def _time_table(plan: Plan) -> str:
     for key, seconds in plan.breakdown._asdict().items():
         share = seconds / plan.step_seconds
         if seconds:
-            rows.append([names[key], _seconds(seconds), f"{share:.1%}", "█" * round(share * 40)])
-    return columns(f"Time of a step: {_seconds(plan.step_seconds)}", [""] * 4, rows, frozenset({0, 3}))
+            rows.append([names[key], seconds_in_words(seconds), f"{share:.1%}", "█" * round(share * 40)])
+    return columns(f"Time of a step: {seconds_in_words(plan.step_seconds)}", [""] * 4, rows, frozenset({0, 3}))
 
 
-def _run_line(plan: Plan) -> str:
+def _speed_line(plan: Plan) -> str:
     case = plan.case
     per_gpu = plan.tokens_per_second / case.topology.world_size
     bubble = f", bubble {plan.step.bubble:.1%}" if case.topology.pp > 1 else ""
-    energy = f", at most {_energy(plan.energy_kwh)}" if case.gpu.power else ""
-    flops = plan.total_flops / REGULATED_FLOPS
-    against = f"{flops:.2g} of 1e25" if flops < 1 else f"{flops:.2f} times 1e25, which regulators name"
     return (
         f"{format_count(plan.tokens_per_second)} tokens/s, {per_gpu:,.0f} a GPU, "
-        f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}\n"
-        f"{case.recipe.training.steps:,} steps, {format_count(plan.tokens)} tokens: {format_duration(plan.seconds)}, "
-        f"{plan.gpu_hours:,.0f} GPU-hours{energy}\n"
-        f"{plan.model_flops_per_token / 1e9:,.1f} GFLOP a token "
-        f"({plan.hardware_flops_per_token / 1e9:,.1f} with recomputation), {plan.total_flops:.2e} in all: {against}"
+        f"{plan.model_flops_per_gpu / 1e12:.0f} TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}{bubble}"
     )
 
 
-def _energy(kwh: float) -> str:
-    return f"{kwh / 1000:,.1f} MWh" if kwh >= 1000 else f"{kwh:,.1f} kWh"
+def _flops_line(plan: Plan) -> str:
+    return (
+        f"{plan.model_flops_per_token / 1e9:,.1f} GFLOP a token "
+        f"({plan.hardware_flops_per_token / 1e9:,.1f} with recomputation)"
+    )
 
 
 def rank_map(case: Case, max_nodes: int = 8) -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from tplaunch.cli.views.plan import gib, recompute_text
 from tplaunch.cli.views.table import columns
 from tplaunch.plan.tune import Tuning
+from tplaunch.plan.tune_run import Tuned
 
 
-def tuning_text(tuning: Tuning, gpus: int) -> str:
-    """The best topologies, what each loses its time on, and why the best's neighbours are not better."""
+def tuning_text(tuning: Tuning, gpus: int, run: Tuned | None = None) -> str:
+    """The best topologies, what each loses its time on, and why the best's neighbours are not better.
+
+    Args:
+        run: the stages that it was found for.
+    """
     rows: list[list[str]] = []
     shares = any(choice.plan.case.topology.cp > 1 for choice in tuning.choices)
+    staged = run is not None and run.recipe.training.stages is not None
     experts = tuning.choices[0].plan.case.model.moe is not None
     for place, choice in enumerate(tuning.choices, 1):
         plan, case = choice.plan, choice.plan.case
@@ -32,15 +38,22 @@ def tuning_text(tuning: Tuning, gpus: int) -> str:
                 f"{plan.tokens_per_second / gpus:,.0f}",
                 f"{plan.mfu:.1%}",
                 gib(plan.memory[plan.fullest].total),
+                *([f"{choice.gpu_hours:,.0f}"] if staged else []),
                 choice.reason,
             ]
         )
     grid = ["tp", *["cp"] * shares, "pp", "dp", *["ep"] * experts, "zero", "micro"]
-    headings = ["", *grid, "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", "lost on"]
+    headings = ["", *grid, "recompute", "schedule", "tok/s/GPU", "MFU", "GiB", *["GPU-hours"] * staged, "lost on"]
     words = frozenset(headings.index(name) for name in ("cp", "recompute", "schedule", "lost on") if name in headings)
     gpu = tuning.choices[0].plan.case.gpu.name
     title = f"Best of {tuning.legal:,} topologies on {gpus} x {gpu}; {tuning.fitting:,} fit"
     lost = [[str(neighbour.change), neighbour.why] for neighbour in tuning.neighbours]
+    if staged and run is not None:
+        stages = {stage.number: stage for stage in tuning.choices[0].stages}
+        title += f"\nFor {stages[run.main].title}"
+        if len(stages) > 1:
+            which = ", ".join(str(number + 1) for number in stages)
+            title += f", the longest of those with the first topology ({which}); in order of their GPU-hours"
     parts = [columns(title, headings, rows, words)]
     if lost:
         parts.append(columns("One step from the best", ["change", "why not"], lost, frozenset({0, 1})))
