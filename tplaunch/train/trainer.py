@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +198,13 @@ class Trainer:
             return self._turn()
         end = segment.steps.stop - 1
         self.log.open()
-        reading = Reading(recipe, self._units())
-        corpora = CorpusLog(recipe, reading, self.run_dir, progress.step, progress.samples) if self.main else None
+        corpora = CorpusLog(recipe, self._reading, self.run_dir, progress.step, progress.samples) if self.main else None
         stopped = False
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
         self.tasks.open()
-        with closing(self._batches(reading, end)) as batches, Garbage() as garbage:
+        with closing(self._batches()) as batches, Garbage() as garbage:
             window = Window()
             while progress.step < end and not stopped:
                 self._note_stage()
@@ -245,10 +244,11 @@ class Trainer:
             corpora.close(progress.step, progress.samples)
         return self._turn() if not stopped and progress.step < recipe.training.steps else self._end(stopped)
 
-    def _units(self) -> dict[str, int]:
-        """Tokens of the units of corpora whose order is settled (`data.reading`)."""
+    @cached_property
+    def _reading(self) -> Reading:
+        """What the run reads, of corpora in their settled order."""
         path = self.run_dir.data_facts
-        return dict(json.loads(path.read_bytes()).get("units", {})) if path.exists() else {}
+        return Reading(self.recipe, json.loads(path.read_bytes()).get("units") if path.exists() else None)
 
     def _save_every(self) -> Length:
         """Between saves, in the stage of the last step."""
@@ -390,9 +390,10 @@ class Trainer:
             set_group_timeouts(timeout_s, without=[self.checkpoints.group])
         faulthandler.dump_traceback_later(0.9 * timeout_s)
 
-    def _batches(self, reading: Reading, last: int) -> Generator[Batch, None, None]:
-        """This rank's share of each step to come, up to the last, read ahead."""
-        recipe, begin, end, course = self.recipe, self.progress.step + 1, last + 1, self.step.course
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This rank's share of each step to come that these workers train, read ahead."""
+        recipe, begin, course = self.recipe, self.progress.step + 1, self.step.course
+        end = segment_after(recipe, begin - 1).steps.stop
         place, dp = self.mesh.coordinates.dp, self.mesh.topology.dp
         if not self.step.pipeline.reads_data:
             for step in range(begin, end):
@@ -402,7 +403,7 @@ class Trainer:
 
         @cache
         def of_stage(number: int) -> Dataset:
-            stage = reading.stages[number]
+            stage = self._reading.stages[number]
             return open_dataset(recipe, stage.sources, place=stage.place)
 
         of_stage(course.batches.stage(begin))  # what is wrong with it is said before the first step
