@@ -78,10 +78,8 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
                 "set": str(choice.change),
                 "reason": choice.reason,
                 **choice.plan.as_dict(),
-                "tokens": sum(stage.tokens for stage in choice.stages),
-                "seconds": choice.seconds,
-                "gpu_hours": choice.gpu_hours,
-                "stages": [stage.number + 1 for stage in choice.stages],
+                **choice.run.sums(),
+                **({"stages": [stage.number + 1 for stage in choice.run.stages]} if choice.run.staged else {}),
             }
             for choice in tuning.choices
         ],

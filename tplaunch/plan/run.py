@@ -92,7 +92,7 @@ class RunPlan:
 
     Args:
         recipe: of the run, checked.
-        stages: at least one.
+        stages: at least one; of what is tuned, some of them.
     """
 
     recipe: Recipe
@@ -145,20 +145,25 @@ class RunPlan:
         """Those that stay."""
         return kept_checkpoints(self.recipe)
 
-    def totals(self) -> dict[str, Any]:
-        """What it is in all, as plain data."""
-        kept = self.checkpoints
-        stages = [stage.as_dict() for stage in self.stages] if self.staged else []
+    def sums(self) -> dict[str, Any]:
+        """What the stages take together, as plain data."""
         return {
             "tokens": self.tokens,
-            "steps": self.course.steps,
             "seconds": self.seconds,
             "gpu_hours": self.gpu_hours,
             "energy_kwh": self.energy_kwh,
             "total_flops": self.total_flops,
             "total_flops_of_1e25": self.total_flops / REGULATED_FLOPS,
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """What a whole run takes and leaves, and its stages, as plain data."""
+        kept = self.checkpoints
+        return {
+            **self.sums(),
+            "steps": self.course.steps,
             "checkpoints": {"kept": kept.count, "bytes_each": kept.each, "bytes": kept.bytes},
-            **({"stages": stages} if self.staged else {}),
+            **({"stages": [stage.as_dict() for stage in self.stages]} if self.staged else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ stages) and looks at the first and the last pipeline rank only; the best of it a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -19,7 +19,7 @@ from tplaunch.plan.change import Change
 from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_works, dp_exposed, estimate
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
-from tplaunch.plan.run import RunStage
+from tplaunch.plan.run import RunPlan
 from tplaunch.plan.schedule import Step
 from tplaunch.plan.tune_run import Tuned
 from tplaunch.recipe.schema import Recipe
@@ -54,21 +54,12 @@ class Choice:
     Args:
         change: the keys that make it.
         plan: its plan, of a step of the stage that takes longest.
-        stages: the stages that have it (`tune_run.Tuned`).
+        run: the stages that have it, all of a run without stages.
     """
 
     change: Change
     plan: Plan
-    stages: Sequence[RunStage]
-
-    @property
-    def seconds(self) -> float:
-        """Of all steps of these stages."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def gpu_hours(self) -> float:
-        return sum(stage.gpu_hours for stage in self.stages)
+    run: RunPlan
 
     @property
     def reason(self) -> str:
@@ -143,8 +134,8 @@ def tune(case: Case, gpus: int, *, node_size: int | None = None, count: int = 10
     choices = []
     for change in _both_kinds([item[2:] for item in ranked[: 3 * count]]):
         if (stages := run.planned(change)) is not None:
-            choices.append(Choice(change, stages[run.main].plan, [*stages.values()]))
-    choices.sort(key=lambda choice: choice.seconds)
+            choices.append(Choice(change, stages[run.main].plan, RunPlan(run.recipe, [*stages.values()])))
+    choices.sort(key=lambda choice: choice.run.seconds)
     choices = choices[:count]
     neighbours = _neighbours(choices[0], case, gpus) if choices else []
     return Tuning(choices, neighbours, legal, len(ranked))

@@ -38,7 +38,7 @@ def tuning_text(tuning: Tuning, gpus: int, run: Tuned | None = None) -> str:
                 f"{plan.tokens_per_second / gpus:,.0f}",
                 f"{plan.mfu:.1%}",
                 gib(plan.memory[plan.fullest].total),
-                *([f"{choice.gpu_hours:,.0f}"] if staged else []),
+                *([f"{choice.run.gpu_hours:,.0f}"] if staged else []),
                 choice.reason,
             ]
         )
@@ -49,7 +49,7 @@ def tuning_text(tuning: Tuning, gpus: int, run: Tuned | None = None) -> str:
     title = f"Best of {tuning.legal:,} topologies on {gpus} x {gpu}; {tuning.fitting:,} fit"
     lost = [[str(neighbour.change), neighbour.why] for neighbour in tuning.neighbours]
     if staged and run is not None:
-        stages = {stage.number: stage for stage in tuning.choices[0].stages}
+        stages = {stage.number: stage for stage in tuning.choices[0].run.stages}
         title += f"\nFor {stages[run.main].title}"
         if len(stages) > 1:
             which = ", ".join(str(number + 1) for number in stages)
