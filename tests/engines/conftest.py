@@ -55,6 +55,13 @@ def experts(place: Path) -> Path:
     return made(place / "experts", str(RECIPES / "quickstart-experts.yaml"), "topology.expert_tp=1", *sets)
 
 
+@pytest.fixture(scope="session")
+def qwen3_moe(place: Path) -> Path:
+    sets = [f"model.moe.{key}" for key in MIXTRAL]
+    sets += ["model.qk_norm=true", "topology.expert_tp=1"]
+    return made(place / "qwen3_moe", str(RECIPES / "quickstart-experts.yaml"), *sets)
+
+
 def generated(model: Path, prompts: list[dict[str, object]], *options: str) -> list[list[int]]:
     """Tokens that `tplaunch generate` makes after prompts (lines of JSONL), greedily."""
     asked, out = model.with_name("prompts.jsonl"), model.with_name("out.jsonl")
