@@ -143,7 +143,7 @@ def train(raw: dict[str, Any], root: str, url: str) -> None:
 
     os.environ |= {"NETRC": os.devnull, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
     made = trainer(raw, root)
-    made._batches = lambda: (batch(made) for _ in repeat(None))
+    made._batches = lambda *_: (batch(made) for _ in repeat(None))
     made.faults.at_step = lambda step: 1.0
     made.resume("none")
     made.run()

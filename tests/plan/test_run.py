@@ -13,8 +13,11 @@ from tplaunch.cli.main import run
 from tplaunch.cli.views.table import plain
 from tplaunch.errors import Exit
 from tplaunch.plan.case import Case
+from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import Plan, estimate
 from tplaunch.plan.run import RunPlan, plan_facts, plan_run
+from tplaunch.plan.schedule import StageCost, predict
+from tplaunch.plan.tune import schedule_seconds
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.schema import Recipe
 from tplaunch.recipe.shipped import shipped_recipes
@@ -241,6 +244,19 @@ def test_tune_adds_up_the_stages_that_have_the_first_topology(
 def _settings(change: str) -> list[str]:
     """The keys and values of a change but for those of recomputation, of which none is nested here."""
     return [part for part in change.split(", ") if "=" in part]
+
+
+@pytest.mark.parametrize("batch", [4, 8, 16])
+def test_the_formula_of_interleaved_steps_holds_for_few_microbatches(batch: int) -> None:
+    """2, 4 and 8 of them for 4 pipeline ranks of 8 stages each."""
+    sizes = ("topology.tp=1", "topology.sequence_parallel=false", "topology.pp=4", "topology.virtual_stages=8")
+    own = Case(
+        checked("llama3-8b", *sizes, "topology.schedule=interleaved1f1b", f"training.global_batch_size={batch}"), H100
+    )
+    stage = StageCost(1 / 8, 1 / 8, 1 / 8)
+    simulated = predict("interleaved1f1b", 4, 8, batch // 2, [stage] * 32).seconds
+    sends = 2 * 3 * 8 * send_seconds(own, 0, 1)
+    assert schedule_seconds(own, 1.0, 1.0, 1.0) - sends == pytest.approx(simulated)
 
 
 def test_tune_needs_a_stage_to_tune(staged: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def run(raw: dict[str, Any], root: str, spoilt: int) -> list[tuple[float, float]
         return result
 
     made.step.run = step
-    made._batches = lambda: (batch(made) for _ in repeat(None))
+    made._batches = lambda *_: (batch(made) for _ in repeat(None))
     made.faults.at_step = lambda number: float("nan") if number == spoilt else 1.0
     made.resume("auto")
     made.run()

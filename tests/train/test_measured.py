@@ -35,7 +35,7 @@ def run(raw: dict[str, Any], root: str, spoilt: int = 0) -> None:
     made = trainer(raw, root)
     seconds = itertools.count()
     time.perf_counter = lambda: float(next(seconds))  # this process ends with the case
-    made._batches = lambda: (batch(made) for _ in itertools.repeat(None))
+    made._batches = lambda *_: (batch(made) for _ in itertools.repeat(None))
     made.faults.at_step = lambda number: float("nan") if number == spoilt else 1.0
     made.resume("auto")
     made.run()
@@ -53,7 +53,7 @@ def count(raw: dict[str, Any], root: str) -> list[dict[str, int]]:
                 found[-1][func.__name__] += 1
             return func(*args, **(kwargs or {}))
 
-    def batches() -> Any:
+    def batches(*_: Any) -> Any:
         while True:
             found.append(Counter())
             yield batch(made)

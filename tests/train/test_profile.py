@@ -40,7 +40,7 @@ def run(raw: dict[str, Any], root: str, signals: dict[int, int]) -> list[int]:
         real(step)
 
     made.faults.at_step, made.profile.turn = at_step, turn
-    made._batches = lambda: (batch(made) for _ in repeat(None))
+    made._batches = lambda *_: (batch(made) for _ in repeat(None))
     made.resume("auto")
     made.run()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -273,7 +273,8 @@ def schedule_seconds(case: Case, forward: float, inputs: float, weights: float) 
     if case.schedule == "1f1b":
         return work + (p - 1) * (forward + inputs + weights) + hops
     if case.schedule == "interleaved1f1b":
-        return work + (p - 1) * (forward + inputs + weights) / v + hops
+        waits = max(0, (v - 1) * (p - m))  # of rounds that fewer microbatches than ranks do not fill
+        return work + (p - 1 + waits) * (forward + inputs + weights) / v + hops
     if case.schedule == "interleavedzerobubble":
         return work + (p - 1) * max(forward + inputs - weights, forward) / v + hops
     return work + (p - 1) * (forward / 2 + abs(inputs - weights)) + hops
