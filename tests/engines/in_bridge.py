@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel  # before the stand-in, or it takes that for the real thing
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import attention
+from megatron.core.transformer.moe import moe_utils
 
 
 class Named(type):
@@ -52,6 +53,7 @@ def stand_in() -> None:
         sys.modules[name] = module
     if attention.TELinear is None:  # where it was looked for and not found: layers ask whether they are of it
         attention.TELinear = Named("TELinear", (torch.nn.Module,), {})
+    moe_utils.te_general_gemm = None
     torch.cuda.current_device = lambda: "cpu"  # where the rotary frequencies go
     CudaRNGStatesTracker.fork = lambda self, *names: contextlib.nullcontext()  # of dropout, which is 0
 
@@ -77,6 +79,9 @@ def answer(request: dict[str, Any]) -> list[Any]:
         setattr(provider, fused, False)
     for fused in ("bias_activation_fusion", "bias_dropout_fusion", "persist_layer_norm"):
         setattr(provider, fused, False)
+    for fused in ("moe_permute_fusion", "moe_grouped_gemm"):  # kernels for a GPU; the experts one by one are the same
+        setattr(provider, fused, False)
+    provider.moe_token_dispatcher_type = "allgather"  # without streams of a GPU
     provider.finalize()
     model: GPTModel
     (model,) = provider.provide_distributed_model(
