@@ -78,7 +78,8 @@ def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
     """The recipe of the work. Gradients are not clipped, nor is the optimizer's state sharded: the others do not."""
     training = {"precision": "fp32", "grad_clip": None}
     optimizer = {"optimizer": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}}
-    return shape.recipe({**grid._asdict(), "zero": 0}, training) | optimizer
+    sizes = {axis: size for axis, size in grid._asdict().items() if axis != "ep" or size > 1}  # earlier ones knew no ep
+    return shape.recipe({**sizes, "zero": 0}, training) | optimizer
 
 
 def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[str, str], venv: Path) -> dict[str, Any]:
