@@ -8,6 +8,7 @@ token again that was read in this epoch, and skips none.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,7 @@ class Reading:
         self.units = [settled.get(path, longest[path]) for path in self.paths]
         given = np.zeros(len(known), np.int64)
         self.stages: list[StageReading] = []
+        self._before: list[Ints] = []  # tokens that all corpora have given before each stage
         for stage, corpora, steps in zip(stages, names, course.stages, strict=True):
             numbers = tuple(known[name] for name in corpora)
             first, after = course.first_sample(steps.start), course.first_sample(steps.stop)
@@ -90,18 +92,12 @@ class Reading:
             )
             reading = StageReading(stage.data.sources("train"), stage.training.seq_len, place)
             self.stages.append(reading)
+            self._before.append(given.copy())
             given[list(numbers)] += reading.mixture.counts(after - first) * reading.seq_len
-
-    def stage_of(self, samples: int) -> StageReading:
-        """The stage in which so many samples have been consumed, and another comes."""
-        begun = [stage for stage in self.stages if stage.place.first <= samples]
-        return begun[-1]
 
     def tokens(self, samples: int) -> Ints:
         """Tokens that each corpus has given when the run has consumed so many samples; by number."""
-        given = np.zeros(len(self.paths), np.int64)
-        for stage, end in zip(self.stages, [*(one.place.first for one in self.stages[1:]), samples], strict=True):
-            done = min(samples, end) - stage.place.first
-            if done > 0:
-                given[list(stage.place.numbers)] += stage.mixture.counts(done) * stage.seq_len
+        number = max(bisect_right(self.stages, samples, key=lambda stage: stage.place.first) - 1, 0)
+        stage, given = self.stages[number], self._before[number].copy()
+        given[list(stage.place.numbers)] += stage.mixture.counts(samples - stage.place.first) * stage.seq_len
         return given
