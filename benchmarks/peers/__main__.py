@@ -55,13 +55,15 @@ def main() -> None:
     command.add_argument("--earlier", type=Path, help="a checkout of tplaunch as it was, measured beside it")
     command = commands.add_parser("table", help="make the page of the results")
     command.add_argument("results", type=Path)
+    command.add_argument("--earlier", type=Path, help="results of tplaunch and of an earlier one beside it")
     arguments = parser.parse_args()
     if arguments.command == "setup":
         set_up(arguments.folder)
     elif arguments.command == "run":
         run(arguments)
     else:
-        print(page([json.loads(line) for line in arguments.results.read_text().splitlines()]), end="")
+        files = [file for file in (arguments.results, arguments.earlier) if file is not None]
+        print(page(*([json.loads(line) for line in file.read_text().splitlines()] for file in files)), end="")
 
 
 if __name__ == "__main__":

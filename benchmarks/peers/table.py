@@ -24,11 +24,12 @@ matmuls (`tplaunch/kernels/matmul.py`); the others' are MKL's, as torch chooses.
 """
 
 
-def page(results: Sequence[Result]) -> str:
+def page(results: Sequence[Result], both: Sequence[Result] = ()) -> str:
     """The whole page, Markdown.
 
     Args:
         results: as `measure.measure` returns them, of any number of rounds.
+        both: the same of this tplaunch and an earlier one.
     """
     done = [result for result in results if "failed" not in result]
     parts = [HEAD, _setting(done)]
@@ -39,7 +40,7 @@ def page(results: Sequence[Result]) -> str:
                 f"\n## {name}\n\n{str(shape).capitalize()}.\n",
                 _speeds(mine, grids(name)),
                 _memory(mine, grids(name)),
-                _before(mine, grids(name)),
+                _before([result for result in both if result["shape"] == name], grids(name)),
             ]
     return "\n".join([*filter(None, parts), _not_measured(results)])
 
@@ -92,7 +93,7 @@ def _before(results: Sequence[Result], where: Sequence[Grid]) -> str:
     for grid in where:
         of = [result for result in results if Grid(*result["grid"]) == grid]
         now, then = (
-            [one for one in of if one["trainer"] == trainer and "kernels" in one] for trainer in (OURS, EARLIER)
+            [one for one in of if one["trainer"] == trainer and "seconds" in one] for trainer in (OURS, EARLIER)
         )
         if not (now and then):
             continue
@@ -107,7 +108,8 @@ def _before(results: Sequence[Result], where: Sequence[Grid]) -> str:
         rows.append(f"| {grid} | {cells[0]} | {cells[1]} | {speeds[1] / speeds[0]:.2f} | {cells[2]} | {cells[3]} |")
         for title, some in (("before", then), ("now", now)):
             kinds = [median(result["kernels"].get(kind, 0.0) for result in some) for kind in _KINDS]
-            rest = median(median(result["seconds"]) for result in some) - sum(kinds)
+            # One step is profiled, others are timed: these may be shorter than what was seen of it.
+            rest = max(0.0, median(median(result["seconds"]) for result in some) - sum(kinds))
             cells = [f"{1e3 * seconds:,.0f}" for seconds in (*kinds, rest)]
             profiles.append(f"| {grid} | {title} | {' | '.join(cells)} |")
     if not rows:
@@ -125,7 +127,7 @@ def _grid_table(results: Sequence[Result], where: Sequence[Grid], figure: Any, b
     for grid in where:
         found: dict[str, list[float]] = {}
         for result in results:
-            if Grid(*result["grid"]) == grid and result["trainer"] != EARLIER:
+            if Grid(*result["grid"]) == grid:
                 found.setdefault(result["trainer"], []).append(figure(result))
         if not found:
             continue

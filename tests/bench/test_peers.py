@@ -48,7 +48,8 @@ def timed(trainer: str, seconds: float, matmul: float) -> dict[str, Any]:
 
 
 def test_an_earlier_checkout_stands_beside_this_one() -> None:
-    text = page([timed("tplaunch", 1.0, 0.5), timed("tplaunch, earlier", 2.0, 1.5), result("transformers", [1.0], 5e8)])
+    both = [timed("tplaunch", 1.0, 0.5), timed("tplaunch, earlier", 2.0, 1.5)]
+    text = page([result("tplaunch", [1.0], 5e8), result("transformers", [1.0], 5e8)], both)
     assert "| 1 x 1 x 1 | 1,024 | 2,048 | 2.00 | 2,000 | 1,000 |" in text
     assert "| 1 x 1 x 1 | before | 1,500 | 0 | 250 | 250 |" in text
     assert "| 1 x 1 x 1 | now | 500 | 0 | 250 | 250 |" in text
