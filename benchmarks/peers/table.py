@@ -20,8 +20,8 @@ shards them, as it does by itself. With experts, transformers' ranks hold all of
 Figures are medians over the rounds of each round's median step; in brackets the least and the most. Memory is the
 resident size that the largest rank had at most. On a CPU with AVX-512 that is not Intel's, oneDNN does tplaunch's
 matmuls (`tplaunch/kernels/matmul.py`); the others' are MKL's, as torch chooses.
-`python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`; an earlier tplaunch is
-measured by `run --earlier CHECKOUT`, and told by `table FILE --earlier FILE`.
+`python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`; an earlier
+tplaunch is measured by `run --earlier CHECKOUT`, and told by `table FILE --earlier FILE`.
 """
 
 
