@@ -68,7 +68,8 @@ REFUSED = [
         "is as long as its stage",
         "leave for out",
     ),
-    (["until: 10", "lr: {kind: step}"], "training.stages[1].lr", 11, "needs every and factor", "factor: 0.5"),
+    (["until: 10", "lr: {kind: step}"], "training.stages[1].lr", 11, "needs every", "factor: 0.5"),
+    (["until: 10, lr: {kind: inverse-sqrt}", ""], "training.stages[0].lr", 10, "cannot begin the run", "a warmup"),
     (["until: 10", "lr: {kind: exponential}"], "training.stages[1].lr", 11, "never falls to 0", "above 0"),
 ]
 

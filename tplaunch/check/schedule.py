@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import LrSchedule, Piece, Recipe
 from tplaunch.spec.course import Course
-from tplaunch.spec.pieces import Curve, before_last, spans
+from tplaunch.spec.pieces import Curve, Part, before_last, spans
 
 _JUMP = 10.0  # a rate that changes by more from one step to the next was not meant
 _RATES, _DECAYS, _SIZES = "lr_schedule.pieces", "optimizer.weight_decay_schedule", "training.batch_schedule"
@@ -98,9 +98,9 @@ def _size_problems(course: Course) -> Iterator[Problem]:
     for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         key = f"{_SIZES}[{number}]"
         if end <= begin:
-            yield _no_step(begin, end, key)
+            yield no_step(begin, end, key)
         elif begin >= course.steps:
-            yield _beyond(begin, course.steps, key)
+            yield beyond(begin, course.steps, key)
         elif end >= course.steps and number == len(pieces) - 1:
             what = f"ends with step {end}, the run with step {course.steps}: it never has its full batch"
             yield Problem(what, fix=f"global_batch_size: {pieces[number].size}, and leave this out", key=key)
@@ -136,14 +136,20 @@ def _unread(schedule: LrSchedule) -> Iterator[Problem]:
 def _piece_problems(course: Course, pieces: Sequence[Piece], section: str, highest: float) -> Iterator[Problem]:
     """What is wrong with each piece by itself; then with their places; then with the rates."""
     found = [
-        *(problem for number, piece in enumerate(pieces) for problem in _own(piece, f"{section}[{number}]", highest)),
+        *(one for number, piece in enumerate(pieces) for one in piece_problems(piece, f"{section}[{number}]", highest)),
         *_without_length(pieces, section),
     ]
     found = found or [*_places(course, pieces, section)]
     yield from found or _rates(course.scheduled if section == _RATES else course.decays, section)
 
 
-def _own(piece: Piece, key: str, highest: float) -> Iterator[Problem]:
+def piece_problems(piece: Piece, key: str, highest: float) -> Iterator[Problem]:
+    """What is wrong with a piece by itself.
+
+    Args:
+        key: that says it.
+        highest: rate.
+    """
     kind = piece.kind
     if piece.for_ is not None and piece.until is not None:
         yield Problem("for and until both say where it ends", fix="keep one", key=f"{key}.until")
@@ -160,7 +166,7 @@ def _own(piece: Piece, key: str, highest: float) -> Iterator[Problem]:
         yield Problem("never falls to 0", fix="to: a rate above 0, or kind: linear", key=key)
     for name, rate in (("from", piece.from_), ("to", piece.to)):
         if rate is not None and rate > highest:
-            base = "optimizer.lr" if key.startswith(_RATES) else "optimizer.weight_decay"
+            base = "optimizer.weight_decay" if key.startswith(_DECAYS) else "optimizer.lr"
             yield Problem(
                 f"{rate:g} is above {base} {highest:g}, the highest", fix=f"raise {base}", key=f"{key}.{name}"
             )
@@ -186,10 +192,10 @@ def _places(course: Course, pieces: Sequence[Piece], section: str) -> Iterator[P
     for number, (begin, end) in enumerate(places):
         key = f"{section}[{number}]"
         if begin >= course.steps:
-            yield _beyond(begin, course.steps, key)
+            yield beyond(begin, course.steps, key)
             return
         if end <= begin:
-            yield _no_step(begin, end, key)
+            yield no_step(begin, end, key)
             return
     if places[-1][1] < course.steps:
         what = f"the last piece ends with step {places[-1][1]}, the run with step {course.steps}"
@@ -197,12 +203,14 @@ def _places(course: Course, pieces: Sequence[Piece], section: str) -> Iterator[P
         yield Problem(what, fix="leave its length out, or add {kind: constant}", key=key)
 
 
-def _no_step(begin: int, end: int, key: str) -> Problem:
-    what = f"has no step: the piece before ends with step {begin}, this one with step {end}"
-    return Problem(what, fix="make it longer, or the pieces before shorter", key=key)
+def no_step(begin: int, end: int, key: str, part: str = "piece") -> Problem:
+    """A part of the run that ends before it begins."""
+    what = f"has no step: the {part} before ends with step {begin}, this one with step {end}"
+    return Problem(what, fix=f"make it longer, or the {part}s before shorter", key=key)
 
 
-def _beyond(begin: int, steps: int, key: str) -> Problem:
+def beyond(begin: int, steps: int, key: str) -> Problem:
+    """A part of the run that begins when it has ended."""
     what = f"begins after step {begin}, the run ends with step {steps}"
     return Problem(what, fix="a longer run, or leave it out", key=key)
 
@@ -210,20 +218,24 @@ def _beyond(begin: int, steps: int, key: str) -> Problem:
 def _rates(curve: Curve, section: str) -> Iterator[Problem]:
     """Rates that jump, and shapes that cannot begin where they do."""
     for number, part in enumerate(curve.parts):
-        key, start = f"{section}[{number}]", part.formula.start
-        if part.formula.kind == "exponential" and not start:
-            yield Problem("begins at 0, where it would stay", fix="from: a rate above 0", key=key)
-        if part.formula.kind == "inverse-sqrt" and part.first == 1:
-            yield Problem(
-                "cannot begin the run",
-                why="it falls as the root of how far the run is",
-                fix="a warmup before it",
-                key=key,
-            )
-        if number == 0:
-            continue
-        before = curve.at(part.first - 1)
-        if before != start and max(before, start) > _JUMP * min(before, start):
-            what = f"the rate jumps from {before:g} to {start:g} at step {part.first}, by more than {_JUMP:g} times"
-            fix = f"from: {before:g}, or a piece that leads there"
-            yield Problem(what, fix=fix, key=f"{key}.from")
+        key = f"{section}[{number}]"
+        yield from shape_problems(part, key)
+        if number:
+            before, start = curve.at(part.first - 1), part.formula.start
+            yield from jumps(before, start, part.first, f"from: {before:g}, or a piece that leads there", f"{key}.from")
+
+
+def shape_problems(part: Part, key: str) -> Iterator[Problem]:
+    """A shape that cannot begin where it does."""
+    if part.formula.kind == "exponential" and not part.formula.start:
+        yield Problem("begins at 0, where it would stay", fix="from: a rate above 0", key=key)
+    if part.formula.kind == "inverse-sqrt" and part.first == 1:
+        why = "it falls as the root of how far the run is"
+        yield Problem("cannot begin the run", why, fix="a warmup before it", key=key)
+
+
+def jumps(before: float, after: float, step: int, fix: str, key: str) -> Iterator[Problem]:
+    """A rate that another one follows, at a step, which was not meant."""
+    if before != after and max(before, after) > _JUMP * min(before, after):
+        what = f"the rate jumps from {before:g} to {after:g} at step {step}, by more than {_JUMP:g} times"
+        yield Problem(what, fix=fix, key=key)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tplaunch.check.experts import experts
 from tplaunch.check.model import model_problems
 from tplaunch.check.rules import batch, context_parallel, pipeline, tensor_parallel
+from tplaunch.check.schedule import beyond, jumps, no_step, piece_problems, shape_problems
 from tplaunch.check.world import data_parallel
 from tplaunch.data.amounts import WORN_OUT, amounts, format_epochs
 from tplaunch.errors import Problem
@@ -18,7 +19,6 @@ from tplaunch.spec.run_stages import alone, in_force, longest_samples, segments
 from tplaunch.units import Length
 
 _KEY = "training.stages"
-_JUMP = 10.0  # a rate that changes by more from one step to the next was not meant
 
 
 def stage_length_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -55,17 +55,15 @@ def _places(recipe: Recipe) -> Iterator[Problem]:
     for number, steps in enumerate(course.stages):
         key, begin, end = f"{_KEY}[{number}]", steps.start - 1, steps.stop - 1
         if begin >= course.steps:
-            what = f"begins after step {begin}, the run ends with step {course.steps}"
-            yield Problem(what, fix="a longer run, or leave it out", key=key)
+            yield beyond(begin, course.steps, key)
             return
         if number < len(stages) - 1 and end > course.steps:
             what = f"ends with step {end}, beyond the run, which ends with step {course.steps}"
             yield Problem(what, fix="a longer run, or an earlier end", key=key)
             return
         if end <= begin:
-            said, before = stages[number].until, f"has no step: the stage before ends with step {begin}"
-            what = f"{before}, this one with step {course.batches.reach(said) if said else end}"
-            yield Problem(what, fix="make it longer, or the stages before shorter", key=key)
+            said = stages[number].until
+            yield no_step(begin, course.batches.reach(said) if said else end, key, "stage")
             return
     last, batches = [*stages][-1], course.batches
     key, first = f"{_KEY}[{len(stages) - 1}]", course.stages[-1].start
@@ -86,31 +84,32 @@ def _rates(recipe: Recipe) -> Iterator[Problem]:
     """Rates of stages that cannot be, and those that jump."""
     course, stages, highest = Course(recipe), recipe.training.stages or (), recipe.optimizer.lr
     for number, (stage, steps) in enumerate(zip(stages, course.stages, strict=True)):
-        key, rate = f"{_KEY}[{number}]", stage.lr
-        if isinstance(rate, Piece):
-            if rate.for_ is not None or rate.until is not None:
-                name = "for" if rate.for_ is not None else "until"
-                yield Problem("is as long as its stage", fix=f"leave {name} out", key=f"{key}.lr.{name}")
-                continue
-            if rate.kind == "step" and (rate.every is None or rate.factor is None):
-                yield Problem("step needs every and factor", fix="such as every: 10%, factor: 0.5", key=f"{key}.lr")
-                continue
-            if rate.kind == "exponential" and not rate.to:
-                yield Problem("never falls to 0", fix="to: a rate above 0, or kind: linear", key=f"{key}.lr")
-                continue
-        named = [rate.from_, rate.to] if isinstance(rate, Piece) else [rate]
-        if too_high := [one for one in named if one is not None and one > highest]:
-            what = f"{too_high[0]:g} is above optimizer.lr {highest:g}, the highest"
-            yield Problem(what, fix="raise optimizer.lr", key=f"{key}.lr")
+        key = f"{_KEY}[{number}]"
+        if stage.lr is not None and (found := [*_own_rate(stage.lr, f"{key}.lr", highest)]):
+            yield from found
             continue
-        if number == 0:
-            continue
-        before, after = course.lr(steps.start - 1), course.rates.part(steps.start).formula.start
-        after = course.lr(steps.start) if rate is None else after
-        if before != after and max(before, after) > _JUMP * min(before, after):
-            what = f"the rate jumps from {before:g} to {after:g} at step {steps.start}, by more than {_JUMP:g} times"
+        part = course.rates.part(steps.start)
+        if stage.lr is not None:
+            key += ".lr"
+            yield from shape_problems(part, key)
+        if number:
+            before, after = course.lr(steps.start - 1), course.lr(steps.start)
+            after = after if stage.lr is None else part.formula.start
             fix = f"lr: {{kind: linear, from: {before:g}, to: a rate}}, or another lr_schedule"
-            yield Problem(what, fix=fix, key=f"{key}.lr" if rate is not None else key)
+            yield from jumps(before, after, steps.start, fix, key)
+
+
+def _own_rate(rate: float | Piece, key: str, highest: float) -> Iterator[Problem]:
+    """What is wrong with the rate that a stage says."""
+    if not isinstance(rate, Piece):
+        if rate > highest:
+            what = f"{rate:g} is above optimizer.lr {highest:g}, the highest"
+            yield Problem(what, fix="raise optimizer.lr", key=key)
+    elif (length := rate.for_ or rate.until) is not None:
+        name = "for" if length is rate.for_ else "until"
+        yield Problem("is as long as its stage", fix=f"leave {name} out", key=f"{key}.{name}")
+    else:
+        yield from piece_problems(rate, key, highest)
 
 
 def _samples(recipe: Recipe) -> Iterator[Problem]:
