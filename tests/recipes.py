@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ def resolved(raw: dict[str, Any]) -> Recipe:
     from tplaunch.spec.resolve import resolve
 
     return resolve(Recipe.model_validate(raw))
+
+
+def copied(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a folder in which something was trained, to change: the working directory, with its own cache."""
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TPLAUNCH_CACHE", str(folder / "cache"))
+    return folder
 
 
 def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> Path:

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tplaunch.checkpoint.store import goes_on_from, sources
+from tplaunch.checkpoint.store import goes_on_after, sources
 from tplaunch.data.documents import with_document_length
 from tplaunch.files import write_atomic
 from tplaunch.recipe.load import load_recipe
@@ -59,8 +59,7 @@ class Worker:
         # A run directory of an older version may hold a recipe that is not resolved.
         whole = resolve(load_recipe(self.run_dir.recipe).recipe)
         source = self.run_dir.history().resume_source(self.attempt, os.environ.get("TPLAUNCH_RESUME", "auto"))
-        loads = goes_on_from(self.run_dir, source)
-        segment = segment_after(whole, loads[1].step if loads else 0)
+        segment = segment_after(whole, goes_on_after(self.run_dir, source))
         self.recipe = resolve(with_document_length(segment.recipe) if whole.training.stages else segment.recipe)
         self._train(self._set_up(self.recipe, segment.stages, source), source)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes import work_in
+from tests.recipes import copied, work_in
 from tplaunch.checkpoint.store import find_checkpoints, goes_on_from, read_manifest
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit, RecipeError, TplaunchError
@@ -47,11 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, to change."""
-    folder = tmp_path / "copy"
-    shutil.copytree(trained, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TPLAUNCH_CACHE", str(folder / "cache"))
-    return folder
+    return copied(trained, tmp_path / "copy", monkeypatch)
 
 
 def branch(name: str, parent: str, *settings: str, verb: str = "train", more: tuple[str, ...] = ()) -> int:

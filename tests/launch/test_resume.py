@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.recipes import copied
 from tplaunch.cli.main import run as tplaunch
 from tplaunch.errors import Exit
 from tplaunch.files import read_lines
@@ -44,13 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, to change."""
-    import shutil
-
-    folder = tmp_path / "copy"
-    shutil.copytree(trained, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TPLAUNCH_CACHE", str(folder / "cache"))
-    return folder
+    return copied(trained, tmp_path / "copy", monkeypatch)
 
 
 def go_on(*settings: str, allow: str = "") -> int:

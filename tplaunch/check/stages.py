@@ -14,6 +14,7 @@ from tplaunch.data.amounts import WORN_OUT, amounts, format_epochs
 from tplaunch.errors import Problem
 from tplaunch.recipe.schema import Piece, Recipe
 from tplaunch.spec.course import Course
+from tplaunch.spec.pieces import moved
 from tplaunch.spec.resolve import resolve
 from tplaunch.spec.run_stages import alone, in_force, longest_samples, segments
 from tplaunch.units import Length
@@ -71,9 +72,7 @@ def _places(recipe: Recipe) -> Iterator[Problem]:
     if last.until is not None:
         end = batches.reach(last.until)
     elif last.last is not None:
-        length = batches.place(last.last)
-        begun = batches.consumed(first - 1, length.unit)
-        end = batches.reach(Length(begun + int(length.amount), length.unit))
+        end = batches.reach(moved(Length(first - 1), batches.place(last.last), batches))
     if end != course.steps:
         what = f"the last stage ends with step {end}, the run with step {course.steps}"
         fix = "leave its end out, or say the run's length: training.steps, tokens or samples"

@@ -211,6 +211,12 @@ def goes_on_from(run_dir: RunDir, source: str, parent: Path | None = None) -> tu
     return None
 
 
+def goes_on_after(run_dir: RunDir, source: str) -> int:
+    """The step after which a start of a run goes on, as `goes_on_from` tells; 0: it begins."""
+    found = goes_on_from(run_dir, source)
+    return found[1].step if found else 0
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is meant as a checkpoint, by its name or its manifest; a damaged one too."""
     return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())

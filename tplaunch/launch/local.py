@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from tplaunch.check.recipe import Checked
-from tplaunch.checkpoint.store import goes_on_from
+from tplaunch.checkpoint.store import goes_on_after
 from tplaunch.errors import Exit
 from tplaunch.launch import failure
 from tplaunch.launch.console import RunView, print_summary
@@ -167,8 +167,7 @@ class LocalLaunch:
         run_dir = self.run_dir
         saved = History(run_dir.history().events[self.events_before :]).newest_checkpoint is not None
         resume = "auto" if saved else self.resume
-        loads = goes_on_from(run_dir, resume)
-        checked = self.checked = self.checked.at(loads[1].step if loads else 0)
+        checked = self.checked = self.checked.at(goes_on_after(run_dir, resume))
         ranks, grace_s, launch_id = checked.topology.world_size, checked.recipe.launch.slurm.grace, uuid.uuid4().hex
         environment = {
             **os.environ,

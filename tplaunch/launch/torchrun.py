@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tplaunch.check.recipe import Checked
-from tplaunch.checkpoint.store import goes_on_from
+from tplaunch.checkpoint.store import goes_on_after
 from tplaunch.errors import Problem, TplaunchError
 from tplaunch.machine import count_cores
 from tplaunch.run.directory import RunDir
@@ -125,8 +125,7 @@ def shell_line(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 
 def pasteable(checked: Checked, run_dir: RunDir, resume: str, attempt: int) -> str:
     """One attempt for a shell: the topology as a comment, and the torchrun line, the same on every node."""
-    loads = goes_on_from(run_dir, resume)
-    checked = checked.at(loads[1].step if loads else 0)
+    checked = checked.at(goes_on_after(run_dir, resume))
     topology, launch = checked.topology, checked.recipe.launch
     one_node = topology.nodes == 1
     rendezvous = Rendezvous(

@@ -33,7 +33,7 @@ from typing import Literal
 from rich.console import Console
 
 from tplaunch.check.recipe import Checked, check_recipe
-from tplaunch.checkpoint.store import goes_on_from
+from tplaunch.checkpoint.store import goes_on_after
 from tplaunch.errors import Exit, TplaunchError
 from tplaunch.launch import failure
 from tplaunch.launch.console import RunView
@@ -108,8 +108,7 @@ class JobLaunch:
     def _attempt(self, attempt: int) -> None:
         """Start the ranks, wait for their end, and show why if they have failed."""
         run_dir = self.run_dir
-        loads = goes_on_from(run_dir, "auto")
-        self.checked = self.checked.at(loads[1].step if loads else 0)
+        self.checked = self.checked.at(goes_on_after(run_dir, "auto"))
         say(f"attempt {attempt}, job {self.job_id}, nodes {' '.join(self.nodes)}")
         environment = {**os.environ, "TPLAUNCH_ATTEMPT": str(attempt), LOCKED: "1"}
         with run_dir.torchrun_log(attempt).open("wb") as log:

@@ -105,7 +105,7 @@ def spans(pieces: Sequence[Piece], batches: Batches, steps: int) -> list[tuple[i
         elif piece.for_ is None or place is None:
             place = None  # from here on by the end of the run, backwards
         else:
-            place = _moved(place, batches.place(piece.for_), batches)
+            place = moved(place, batches.place(piece.for_), batches)
         ends.append(-1 if place is None else batches.reach(place))
     end = _end(batches, steps)
     for number in range(len(pieces) - 1, -1, -1):
@@ -113,13 +113,13 @@ def spans(pieces: Sequence[Piece], batches: Batches, steps: int) -> list[tuple[i
             break
         ends[number] = steps if number == len(pieces) - 1 else batches.reach(end)
         if (lasting := pieces[number].for_) is not None:
-            end = _moved(end, batches.place(lasting), batches, back=True)
+            end = moved(end, batches.place(lasting), batches, back=True)
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def before_last(lasting: Length, batches: Batches, steps: int) -> int:
     """Steps before the last of a run that take so much."""
-    return batches.reach(_moved(_end(batches, steps), batches.place(lasting), batches, back=True))
+    return batches.reach(moved(_end(batches, steps), batches.place(lasting), batches, back=True))
 
 
 def _end(batches: Batches, steps: int) -> Length:
@@ -127,7 +127,7 @@ def _end(batches: Batches, steps: int) -> Length:
     return Length(steps) if batches.run.unit == "steps" else batches.run
 
 
-def _moved(place: Length, by: Length, batches: Batches, *, back: bool = False) -> Length:
+def moved(place: Length, by: Length, batches: Batches, *, back: bool = False) -> Length:
     """A place so much later, or earlier."""
     at = place.amount
     if place.unit != by.unit:
@@ -146,9 +146,7 @@ def curve(pieces: Sequence[Piece], highest: float, batches: Batches, steps: int)
     rate = 0.0 if pieces[0].kind == "warmup" else highest
     for piece, (begin, end) in zip(pieces, spans(pieces, batches, steps), strict=True):
         start = rate if piece.from_ is None else piece.from_
-        to = (highest if piece.kind == "warmup" else 0.0) if piece.to is None else piece.to
-        formula = _formula(piece, start, to, begin, end, batches)
-        parts.append(Part(begin + 1, end, formula))
+        parts.append(Part(begin + 1, end, _formula(piece, start, highest, begin, end, batches)))
         rate = Curve(batches, parts[-1:]).at(max(1, end))
     return Curve(batches, parts)
 
@@ -178,8 +176,7 @@ def staged(
         start = piece.from_
         if start is None:
             start = Curve(batches, parts).at(begin) if parts else 0.0 if piece.kind == "warmup" else highest
-        to = (highest if piece.kind == "warmup" else 0.0) if piece.to is None else piece.to
-        parts.append(Part(begin + 1, end, _formula(piece, start, to, begin, end, batches)))
+        parts.append(Part(begin + 1, end, _formula(piece, start, highest, begin, end, batches)))
     return Curve(batches, _joined(parts))
 
 
@@ -193,8 +190,9 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
     return found
 
 
-def _formula(piece: Piece, start: float, to: float, begin: int, end: int, batches: Batches) -> Formula:
+def _formula(piece: Piece, start: float, highest: float, begin: int, end: int, batches: Batches) -> Formula:
     """The rate of steps `begin` + 1 to `end`."""
+    to = (highest if piece.kind == "warmup" else 0.0) if piece.to is None else piece.to
     lasting = piece.for_ or piece.until
     unit = batches.place(lasting).unit if lasting else batches.run.unit
     if piece.kind == "constant":

@@ -261,8 +261,9 @@ class Trainer:
         step, stages = self.progress.step, self.recipe.training.stages
         if not (self.main and stages):
             return
-        number = self.step.course.batches.stage(step + 1)
-        if self.step.course.stages[number].start == step + 1:
+        batches = self.step.course.batches
+        number = batches.stage(step + 1)
+        if step == 0 or batches.stage(step) != number:
             self.run_dir.append(StageBegan(step, number + 1, stages[number].name))
 
     def handle_bad_step(self, result: StepResult) -> None:
