@@ -7,6 +7,7 @@ exception, whose account is then in `logs/attempt-K/rank-R.error.json`, beside t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -64,7 +65,9 @@ class Worker:
         self._train(self._set_up(self.recipe, segment.stages, source), source)
 
     def _set_up(self, recipe: Recipe, stages: range, source: str) -> Trainer:
-        # Here, not above: a rank whose torch is broken reports that like any other error.
+        # Here, not above: a rank whose torch is broken reports that like any other error. To look for garbage among
+        # what so many imports leave would take a third of them.
+        gc.disable()
         import torch.distributed as dist
 
         from tplaunch.parallel.mesh import Mesh, init_process_group, local_device
@@ -73,6 +76,8 @@ class Worker:
         from tplaunch.train.stop import StopRequest
         from tplaunch.train.trainer import Trainer
 
+        gc.freeze()  # modules stay, and are not looked through again
+        gc.enable()
         self.stopwatch.lap("imports")
         if not recipe.training.compile:
             leave_out_dynamo()

@@ -75,23 +75,25 @@ def measure(job: Job, trainer: str, train: Callable[[Microbatches], float | None
     shape = job.shape
     drawn = torch.randint(shape.vocab, (job.microbatches, shape.micro, shape.seq + 1))
     data = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in drawn]
-    seconds, losses = [], []
+    seconds, losses, ends = [], [], []
     for _ in range(WARM_UP + job.steps):
         dist.barrier()
         began = time.perf_counter()
         loss = train(data)
         seconds.append(time.perf_counter() - began)
         losses.append(loss)
+        ends.append(time.time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mine = (seconds[WARM_UP:], peak, losses)
+    mine = (seconds[WARM_UP:], peak, losses, ends[0])
     ranks = [mine] * job.grid.ranks
     dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:
-        times, peaks, all_losses = zip(*ranks, strict=True)
+        times, peaks, all_losses, first_steps = zip(*ranks, strict=True)
         held = next(found for found in all_losses if found[0] is not None)
         result = {
             "seconds": [max(step) for step in zip(*times, strict=True)],
             "peak_memory": max(peaks),
+            "first_step": max(first_steps),  # when it ended, seconds since the epoch
             "loss": [held[0], held[-1]],
             "versions": {package: version(package) for package in PEERS[trainer]},
         }

@@ -44,23 +44,32 @@ def measure(
     if reason := cannot(trainer, shape, grid):
         return {**what, "failed": reason}
     root = earlier if trainer == EARLIER and earlier is not None else ROOT
-    environment = {
+    environment = environment_of(grid, root)
+    try:
+        if trainer in (OURS, EARLIER):
+            found = _ours(SHAPES[shape], grid, steps, environment, root)
+        else:
+            found = run_other(trainer, shape, grid, steps, environment, venv)
+    except subprocess.TimeoutExpired:
+        return {**what, "failed": f"it did not end within {PATIENCE_S} s"}
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.stderr)
+        return {**what, "failed": last_error(error.stderr)}
+    return {**what, **machine, **found}
+
+
+def environment_of(grid: Grid, root: Path = ROOT) -> dict[str, str]:
+    """What every trainer's processes find in their environment.
+
+    Args:
+        root: the checkout whose modules they import.
+    """
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": str(threads(grid.ranks)),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    try:
-        if trainer in (OURS, EARLIER):
-            found = _ours(SHAPES[shape], grid, steps, environment, root)
-        else:
-            found = _other(trainer, shape, grid, steps, environment, venv)
-    except subprocess.TimeoutExpired:
-        return {**what, "failed": f"it did not end within {PATIENCE_S} s"}
-    except subprocess.CalledProcessError as error:
-        sys.stderr.write(error.stderr)
-        return {**what, "failed": _last_error(error.stderr)}
-    return {**what, **machine, **found}
 
 
 def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str], root: Path) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def _ours(shape: Shape, grid: Grid, steps: int, environment: dict[str, str], roo
         recipe = Path(folder, "recipe.yaml")
         recipe.write_text(yaml.safe_dump(our_recipe(shape, grid)))
         line = [sys.executable, "-m", "tplaunch", "bench", str(recipe), "--steps", str(steps), "--json"]
-        answer = json.loads(_run(line, environment, root))
+        answer = json.loads(run_program(line, environment, root))
     versions = {"tplaunch": __version__, "torch": version("torch")}
     figures = {key: answer[key] for key in ("seconds", "peak_memory", "kernels")}
     return {**figures, "versions": versions}
@@ -82,7 +91,14 @@ def our_recipe(shape: Shape, grid: Grid) -> dict[str, Any]:
     return shape.recipe({**sizes, "zero": 0}, training) | optimizer
 
 
-def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[str, str], venv: Path) -> dict[str, Any]:
+def run_other(
+    trainer: str, shape: str, grid: Grid, steps: int, environment: dict[str, str], venv: Path
+) -> dict[str, Any]:
+    """What the driver of another trainer leaves (`driver.measure`).
+
+    Raises:
+        subprocess.CalledProcessError, subprocess.TimeoutExpired: it failed.
+    """
     python = [str(venv / "bin" / "python")]
     if grid.ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -91,18 +107,24 @@ def _other(trainer: str, shape: str, grid: Grid, steps: int, environment: dict[s
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         words = ["--shape", shape, "--grid", ",".join(map(str, grid)), "--steps", str(steps), "--output", str(output)]
-        _run([*python, "-m", module, *words], environment)
+        run_program([*python, "-m", module, *words], environment)
         return json.loads(output.read_text())
 
 
-def _run(line: list[str], environment: dict[str, str], root: Path = ROOT) -> str:
+def run_program(line: list[str], environment: dict[str, str], root: Path = ROOT) -> str:
+    """Run a command in a checkout, and return what it prints.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+        subprocess.TimeoutExpired: it took longer than `PATIENCE_S`.
+    """
     done = subprocess.run(
         line, check=True, capture_output=True, text=True, env=environment, cwd=root, timeout=PATIENCE_S
     )
     return done.stdout
 
 
-def _last_error(stderr: str) -> str:
+def last_error(stderr: str) -> str:
     """The first line that names an exception: those after it are the launcher's."""
     lines = [line.split("]:")[-1].strip() for line in stderr.splitlines()]
     return next((line for line in lines if "Error: " in line), "it failed without a word")

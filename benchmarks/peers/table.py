@@ -6,9 +6,16 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.work import EARLIER, OURS, SHAPES, TRAINERS, Grid, grids
+from benchmarks.peers.work import BARE, EARLIER, OURS, SHAPES, START_GRID, START_SHAPE, TRAINERS, Grid, grids
 
 Result = dict[str, Any]
+_STARTS = (BARE, *TRAINERS, EARLIER)
+_TO = {"joined": "to the end of the all-reduce", "start": "to its own end"}
+_START_HEAD = f"""\
+Seconds from the command to the end of the first step: {START_SHAPE}, {START_GRID}; medians over rounds, in brackets the
+least and the most. `tplaunch train` has its checks and its data, the others' drivers have random tokens and neither. The
+bare torchrun's two ranks import torch, join by gloo and do one all-reduce.
+"""
 _KINDS = ("matmul", "attention", "other kernels")  # of `tplaunch bench`
 HEAD = """\
 # Performance
@@ -20,17 +27,18 @@ shards them, as it does by itself. With experts, transformers' ranks hold all of
 Figures are medians over the rounds of each round's median step; in brackets the least and the most. Memory is the
 resident size that the largest rank had at most. On a CPU with AVX-512 that is not Intel's, oneDNN does tplaunch's
 matmuls (`tplaunch/kernels/matmul.py`); the others' are MKL's, as torch chooses.
-`python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `table FILE`; an earlier
-tplaunch is measured by `run --earlier CHECKOUT`, and told by `table FILE --earlier FILE`.
+`python -m benchmarks.peers` made this page: `setup DIR`, `run --venv DIR --output FILE`, `start` likewise, `table FILE
+--earlier FILE --start FILE`; an earlier tplaunch is measured with `--earlier CHECKOUT`.
 """
 
 
-def page(results: Sequence[Result], both: Sequence[Result] = ()) -> str:
+def page(results: Sequence[Result], both: Sequence[Result] = (), starts: Sequence[Result] = ()) -> str:
     """The whole page, Markdown.
 
     Args:
         results: as `measure.measure` returns them, of any number of rounds.
         both: the same of this tplaunch and an earlier one.
+        starts: as `start.measure_start` returns them.
     """
     done = [result for result in results if "failed" not in result]
     parts = [HEAD, _setting(done)]
@@ -43,7 +51,7 @@ def page(results: Sequence[Result], both: Sequence[Result] = ()) -> str:
                 _memory(mine, grids(name)),
                 _before([result for result in both if result["shape"] == name], grids(name)),
             ]
-    return "\n".join([*filter(None, parts), _not_measured(results)])
+    return "\n".join([*filter(None, [*parts, _starts(starts)]), _not_measured(results)])
 
 
 def _setting(done: Sequence[Result]) -> str:
@@ -122,6 +130,33 @@ def _before(results: Sequence[Result], where: Sequence[Grid]) -> str:
     return "\n".join(tables) + "\n"
 
 
+def _starts(results: Sequence[Result]) -> str:
+    """Seconds from a command to the end of the first step, beside a bare torchrun, and where tplaunch's go."""
+    done = {name: [r for r in results if r["trainer"] == name and "failed" not in r] for name in _STARTS}
+    bare = {to: [result[to] for result in done[BARE]] for to in ("joined", "start")}
+    if not done[BARE]:
+        return ""
+    rows = [f"| torchrun, {words} | {_seconds(bare[to])} | |" for to, words in _TO.items()]
+    for name in _STARTS[1:]:
+        if took := [result["start"] for result in done[name]]:
+            rows.append(f"| {name} | {_seconds(took)} | {median(took) / median(bare['start']):.2f} |")
+    head = "| | seconds | of a bare torchrun |\n|---|---|---|"
+    return "\n".join([f"\n## Start\n\n{_START_HEAD}", head, *rows, *_where_it_goes(done[OURS])]) + "\n"
+
+
+def _where_it_goes(ours: Sequence[Result]) -> list[str]:
+    if not ours:
+        return []
+    parts = {part: median(result["parts"][part] for result in ours) for part in ours[0]["parts"]}
+    before = median(result["start"] - sum(result["parts"].values()) for result in ours)
+    said = ", ".join(f"{part} {seconds:.2f}" for part, seconds in {"before a rank runs": before, **parts}.items())
+    return ["", f"tplaunch's seconds: {said}."]
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
+
+
 def _grid_table(results: Sequence[Result], where: Sequence[Grid], figure: Any, best: Any, title: str) -> str:
     rows = [f"| TP x PP x DP | {' | '.join(TRAINERS)} | tplaunch, {title} other | rounds |"]
     rows.append("|---" * (len(TRAINERS) + 3) + "|")
@@ -163,6 +198,6 @@ def _not_measured(results: Sequence[Result]) -> str:
     listed = [f"- {what}: {'; '.join(where)}." for what, where in lines.items()]
     listed += [
         "- GPUs, NCCL, several nodes, bf16 and compiled models: this page is of one machine's CPU.",
-        "- Start-up, data loading and checkpoints: only steps are timed, after three to warm up.",
+        "- Data loading and checkpoints: steps are timed after three to warm up.",
     ]
     return "\n## What was not measured\n\n" + "\n".join(listed) + "\n"

@@ -43,10 +43,12 @@ SHAPES = {
 }
 GRIDS = [Grid(1, 1, 1), Grid(2, 1, 1), Grid(1, 2, 1), Grid(1, 1, 2), Grid(2, 2, 1), Grid(2, 1, 2)]
 EXPERT_GRIDS = [Grid(1, 1, 1), Grid(1, 1, 2, ep=2)]
+START_SHAPE, START_GRID = "small", Grid(1, 1, 2)  # two ranks: the topology that every trainer can do
 LEARNING_RATE, WEIGHT_DECAY = 3e-4, 0.1
 
 OURS = "tplaunch"
 EARLIER = "tplaunch, earlier"  # an older checkout
+BARE = "torchrun"  # nothing but ranks that meet
 # What is installed for each, and which packages' versions are told.
 PEERS = {
     "transformers": ("torch", "transformers"),

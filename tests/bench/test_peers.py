@@ -57,6 +57,19 @@ def test_an_earlier_checkout_stands_beside_this_one() -> None:
     assert "tplaunch before" not in page(RESULTS)
 
 
+def test_a_start_is_held_against_a_bare_torchrun() -> None:
+    parts = {"imports": 1.0, "first step": 0.5}
+    started = [{"trainer": "torchrun", "start": 2.0, "joined": 1.5}]
+    started += [{"trainer": "tplaunch", "start": seconds, "parts": parts} for seconds in (2.5, 3.0, 2.0)]
+    started += [{"trainer": "transformers", "start": 4.0}, {"trainer": "torchtitan", "failed": "no such thing"}]
+    text = page(RESULTS, starts=started).partition("## Start")[2].partition("\n## ")[0]
+    assert "| torchrun, to the end of the all-reduce | 1.50 (1.50..1.50) | |" in text
+    assert "| tplaunch | 2.50 (2.00..3.00) | 1.25 |" in text and "| transformers | 4.00 (4.00..4.00) | 2.00 |" in text
+    assert "torchtitan" not in text
+    assert "before a rank runs 1.00, imports 1.00, first step 0.50." in text
+    assert "## Start" not in page(RESULTS)
+
+
 def row(text: str, after: str, grid: str) -> list[str]:
     lines = text.partition(after)[2].splitlines()
     return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {grid} |")).split("|")[2:-1]]

@@ -87,6 +87,9 @@ def test_environment() -> None:
     assert one["TPLAUNCH_ATTEMPT"] == "4" and one["TPLAUNCH_RESUME"] == "none"
     assert one["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "91"
     assert one["GLOO_SOCKET_IFNAME"] == "lo"
+    shares = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    again = torchrun_environment(2, attempt=4, resume="none", grace_s=1, one_node=True, max_restarts=1)
+    assert shares not in one and again[shares] == "1"
     assert "GLOO_SOCKET_IFNAME" not in torchrun_environment(2, attempt=4, resume="none", grace_s=1, one_node=False)
 
 

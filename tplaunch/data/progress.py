@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -24,6 +20,11 @@ class Progress:
     @contextmanager
     def task(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar for one task; what is yielded takes the amount done since its last call."""
+        # Here and below, not above: ranks read corpora, and show no bar.
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with RichProgress(
@@ -34,5 +35,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line, also where there is no terminal."""
+        from rich.console import Console
+
         if self.shown:
             Console(stderr=True).print(text, highlight=False)

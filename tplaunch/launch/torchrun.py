@@ -67,7 +67,7 @@ def torchrun_argv(
 
 
 def torchrun_environment(
-    ranks_per_node: int, *, attempt: int, resume: str, grace_s: float, one_node: bool
+    ranks_per_node: int, *, attempt: int, resume: str, grace_s: float, one_node: bool, max_restarts: int = 0
 ) -> dict[str, str]:
     """What torchrun and its workers need in their environment. What the user has set already is kept.
 
@@ -76,6 +76,7 @@ def torchrun_environment(
         resume: auto, none, or a checkpoint's path.
         grace_s: seconds that the workers have to finish their step and save when they are told to stop.
         one_node: whether gloo may keep to the loopback interface.
+        max_restarts: of torchrun itself, see `torchrun_argv`.
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, count_cores() // ranks_per_node)),
@@ -86,9 +87,10 @@ def torchrun_environment(
         # A GPU's memory is then asked for in pieces that grow: what one layer frees fits another of other sizes.
         **({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the Python stack in the rank's log
-        # Else the workers that torchrun starts again read in its store the addresses of those that are gone
-        # (pytorch issue 135712; 2.13 still does).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # Workers that torchrun starts again would read in its store the addresses of those that are gone (pytorch issue
+        # 135712; 2.13 still does). Without restarts they meet there: in a store of rank 0's own, a rank that comes
+        # before it tries again half a second later.
+        **({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if max_restarts else {}),
         **({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {}),
     }
     ours = {"TPLAUNCH_ATTEMPT": str(attempt), "TPLAUNCH_RESUME": resume}
@@ -138,7 +140,12 @@ def pasteable(checked: Checked, run_dir: RunDir, resume: str, attempt: int) -> s
         max_restarts=launch.max_restarts,
     )
     environment = torchrun_environment(
-        topology.ranks_per_node, attempt=attempt, resume=resume, grace_s=launch.slurm.grace, one_node=one_node
+        topology.ranks_per_node,
+        attempt=attempt,
+        resume=resume,
+        grace_s=launch.slurm.grace,
+        one_node=one_node,
+        max_restarts=launch.max_restarts,
     )
     where = "" if one_node else f"\n# the same line on each of the {topology.nodes} nodes"
     return f"# {checked.recipe.name}: {checked.describe()}{where}\n{shell_line(argv, environment)}"

@@ -56,14 +56,12 @@ class Tasks:
         self._ready: list[_Ready] = []
 
     def open(self) -> None:
-        """Read the tasks, if any will be due, and make tokens of them, on rank 0; every rank calls it.
+        """Read the tasks and make tokens of them, on rank 0; every rank calls it.
 
         Raises:
             TplaunchError: a text has nothing to predict, or tokens that the model has not; a choice is too long.
         """
         recipe = self.step.recipe
-        if not recipe.eval.tasks or not recipe.training.eval_every:
-            return
         if dist.get_rank() == 0:
             path = self.run_dir.tokenizer
             tokenizer = Tokenizer(path) if path.exists() else None

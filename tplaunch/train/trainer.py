@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -61,9 +61,11 @@ from tplaunch.train.sampler import TextSampler
 from tplaunch.train.spike import find_spike
 from tplaunch.train.step import StepResult, TrainStep
 from tplaunch.train.stop import StopRequest
-from tplaunch.train.tasks import Tasks
 from tplaunch.train.validate import Validation
 from tplaunch.units import Length
+
+if TYPE_CHECKING:
+    from tplaunch.train.tasks import Tasks
 
 
 class Trainer:
@@ -127,7 +129,11 @@ class Trainer:
         self.log = TrainingLog(self.step, run_dir, attempt)
         self.sampler = TextSampler(self.step, run_dir)
         self.validation = Validation(self.step)
-        self.tasks = Tasks(self.step, run_dir)
+        self.tasks: Tasks | None = None
+        if recipe.eval.tasks and recipe.training.eval_every:
+            from tplaunch.train.tasks import Tasks  # most runs have none, and start without what it imports
+
+            self.tasks = Tasks(self.step, run_dir)
         self.profile = StepProfile(recipe.logging.profile, run_dir, mesh.device, dist.get_rank())
         self.stopwatch = stopwatch or Stopwatch()
         self._timeout_s = 0.0
@@ -203,7 +209,8 @@ class Trainer:
         self._limit(recipe.launch.first_step_timeout)
         self.profile.listen()
         self.sampler.open()
-        self.tasks.open()
+        if self.tasks is not None:
+            self.tasks.open()
         with closing(self._batches()) as batches, Garbage() as garbage:
             window = Window()
             while progress.step < end and not stopped:
@@ -330,7 +337,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """What validation measures, and on rank 0 what the tasks of `eval` give, as metrics."""
         found = self.validate()
-        if not self.recipe.eval.tasks:
+        if self.tasks is None:
             return found
         self.heartbeat.mark(self.progress.step, "evaluation")
         began = time.perf_counter()
