@@ -13,8 +13,8 @@ _STARTS = (BARE, *TRAINERS, EARLIER)
 _TO = {"joined": "to the end of the all-reduce", "start": "to its own end"}
 _START_HEAD = f"""\
 Seconds from the command to the end of the first step: {START_SHAPE}, {START_GRID}; medians over rounds, in brackets the
-least and the most. `tplaunch train` has its checks and its data, the others' drivers have random tokens and neither. The
-bare torchrun's two ranks import torch, join by gloo and do one all-reduce.
+least and the most. `tplaunch train` has its checks and its data; the others' drivers have random tokens and neither.
+The bare torchrun's two ranks import torch, join by gloo and do one all-reduce.
 """
 _KINDS = ("matmul", "attention", "other kernels")  # of `tplaunch bench`
 HEAD = """\
