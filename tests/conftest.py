@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -17,12 +18,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is there; see `t
 settings.register_profile("tplaunch", deadline=None)
 settings.load_profile("tplaunch")
 
+gc.disable()  # until all is collected: what so many modules leave would be looked through again and again
+
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all tests that pytest found, before markers leave some out
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = list(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from tests.recipes import case, ranks
 from tests.training import train, trainer
 from tests.world import World
 
-BEFORE, AFTER = 5, 5
+BEFORE, AFTER = 3, 3
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tp": 2},

@@ -35,12 +35,14 @@ ATTEMPT = """
 import json, sys, time
 from pathlib import Path
 from tplaunch.files import read_lines
+from tplaunch.observe import mirror
 from tplaunch.observe.prediction import write_plan
 from tplaunch.observe.wandb import WandbLog
 from tplaunch.recipe.schema import Recipe
 from tplaunch.run.directory import RunDir
 from tplaunch.run.events import Done, LossSpiked, SaveFailed, Stopped, Straggled
 
+mirror.FIRST_S = 0.0
 given = json.load(sys.stdin)
 run, attempt, first = RunDir(Path(given["root"])), given["attempt"], given["first"]
 recipe = Recipe.model_validate(given["recipe"])
