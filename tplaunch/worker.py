@@ -65,8 +65,8 @@ class Worker:
         self._train(self._set_up(self.recipe, segment.stages, source), source)
 
     def _set_up(self, recipe: Recipe, stages: range, source: str) -> Trainer:
-        # Here, not above: a rank whose torch is broken reports that like any other error. To look for garbage among
-        # what so many imports leave would take a third of them.
+        # Here, not above: a rank whose torch is broken reports that like any other error. Collecting garbage during so
+        # many imports takes a third of their time.
         gc.disable()
         import torch.distributed as dist
 

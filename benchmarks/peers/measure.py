@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,22 @@ def measure(
         return {**what, "failed": reason}
     root = earlier if trainer == EARLIER and earlier is not None else ROOT
     environment = environment_of(grid, root)
+    if trainer in (OURS, EARLIER):
+        found = attempt(lambda: _ours(SHAPES[shape], grid, steps, environment, root))
+    else:
+        found = attempt(lambda: run_other(trainer, shape, grid, steps, environment, venv))
+    return {**what, **({} if "failed" in found else machine), **found}
+
+
+def attempt(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured, or `failed`, with the reason, where a program failed."""
     try:
-        if trainer in (OURS, EARLIER):
-            found = _ours(SHAPES[shape], grid, steps, environment, root)
-        else:
-            found = run_other(trainer, shape, grid, steps, environment, venv)
-    except subprocess.TimeoutExpired:
-        return {**what, "failed": f"it did not end within {PATIENCE_S} s"}
+        return measured()
+    except subprocess.TimeoutExpired as error:
+        return {"failed": f"it did not end within {error.timeout:.0f} s"}
     except subprocess.CalledProcessError as error:
         sys.stderr.write(error.stderr)
-        return {**what, "failed": last_error(error.stderr)}
-    return {**what, **machine, **found}
+        return {"failed": _last_error(error.stderr)}
 
 
 def environment_of(grid: Grid, root: Path = ROOT) -> dict[str, str]:
@@ -124,7 +130,7 @@ def run_program(line: list[str], environment: dict[str, str], root: Path = ROOT)
     return done.stdout
 
 
-def last_error(stderr: str) -> str:
+def _last_error(stderr: str) -> str:
     """The first line that names an exception: those after it are the launcher's."""
     lines = [line.split("]:")[-1].strip() for line in stderr.splitlines()]
     return next((line for line in lines if "Error: " in line), "it failed without a word")

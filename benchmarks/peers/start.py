@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.peers.measure import ROOT, environment_of, last_error, our_recipe, run_other, run_program
+from benchmarks.peers.measure import ROOT, attempt, environment_of, our_recipe, run_other, run_program
 from benchmarks.peers.work import BARE, EARLIER, OURS, SHAPES, START_GRID, START_SHAPE, cannot
 from tplaunch.data.indexed import IndexedWriter, token_dtype
 
@@ -42,19 +41,11 @@ def measure_start(trainer: str, venv: Path, earlier: Path | None = None) -> dict
         return {**what, "failed": reason}
     root = earlier if trainer == EARLIER and earlier is not None else ROOT
     environment = environment_of(START_GRID, root)
-    try:
-        if trainer == BARE:
-            return {**what, **_bare(environment)}
-        if trainer in (OURS, EARLIER):
-            return {**what, **_ours(environment, root)}
-        began = time.time()
-        found = run_other(trainer, START_SHAPE, START_GRID, 1, environment, venv)
-        return {**what, "start": found["first_step"] - began}
-    except subprocess.TimeoutExpired as error:
-        return {**what, "failed": f"it did not end within {error.timeout:.0f} s"}
-    except subprocess.CalledProcessError as error:
-        sys.stderr.write(error.stderr)
-        return {**what, "failed": last_error(error.stderr)}
+    if trainer == BARE:
+        return {**what, **attempt(lambda: _bare(environment))}
+    if trainer in (OURS, EARLIER):
+        return {**what, **attempt(lambda: _ours(environment, root))}
+    return {**what, **attempt(lambda: _other(trainer, environment, venv))}
 
 
 def _bare(environment: dict[str, str]) -> dict[str, float]:
@@ -92,3 +83,8 @@ def _ours(environment: dict[str, str], root: Path) -> dict[str, Any]:
         events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
         started_up = next(event for event in events if event["event"] == "startup")
         return {"start": started_up["time"] - began, "parts": started_up["seconds"]}
+
+
+def _other(trainer: str, environment: dict[str, str], venv: Path) -> dict[str, float]:
+    began = time.time()
+    return {"start": run_other(trainer, START_SHAPE, START_GRID, 1, environment, venv)["first_step"] - began}
