@@ -79,6 +79,17 @@ def test_any_topology_has_the_same(world: World, tmp_path: Path, expected: dict[
         torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["pp2", "dp2-zero3"])
+def test_adapters_alone_have_them(world: World, tmp_path: Path, name: str) -> None:
+    lora = {"finetune": {"lora": {"rank": 4, "alpha": 8}}}
+    one, other = ({**raw, **lora} for raw in (ONE, TOPOLOGIES[name]))
+    expected = world.run(1, averages, one, str(tmp_path / "one"), 4)[0]
+    ours = merged(world.run(ranks(other), averages, other, str(tmp_path / "other"), 4))
+    assert ours.keys() == expected.keys() and all(".lora_" in key for key in ours)
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-9)
+
+
 def stop_and_go(raw: dict[str, Any], root: str, *, save_at: int = 0, resume: bool = False, to: int) -> Any:
     made = trainer(raw, root)
     if resume:
