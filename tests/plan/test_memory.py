@@ -70,6 +70,7 @@ DEEPSEEK = {
     },
 }
 INTERLEAVED = {"schedule": "interleaved1f1b", "virtual_stages": 2}
+ZERO_BUBBLE = {"pp": 2, "schedule": "zbvzerobubble", "virtual_stages": 2, "microbatches": 8}
 MEASURED: dict[str, dict[str, Any]] = {
     "alone": {},
     "alone, one microbatch": {"microbatches": 1},
@@ -105,7 +106,10 @@ MEASURED: dict[str, dict[str, Any]] = {
         "virtual_stages": 2,
         "microbatches": 8,
     },
-    "pp 2, zbv": {"pp": 2, "schedule": "zbvzerobubble", "virtual_stages": 2, "microbatches": 8},
+    "pp 2, zbv": ZERO_BUBBLE,
+    "pp 2, zbv, cheap": {**ZERO_BUBBLE, "training": {"recompute": "cheap"}},
+    "pp 2, zbv, recompute full": {**ZERO_BUBBLE, "training": {"recompute": "full"}},
+    "tp 2, pp 2, sp, zbv": {**ZERO_BUBBLE, "tp": 2, "sequence_parallel": True},
     "pp 2, dualpipev": {"pp": 2, "schedule": "dualpipev", "virtual_stages": 2, "microbatches": 8},
     "pp 4": {"pp": 4},
     "pp 2, dp 2, zero 2": {"pp": 2, "dp": 2, "zero": 2},
@@ -120,9 +124,11 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 
 
-def experts(model: dict[str, Any], recompute: Any = "none", precision: str = "fp32", **topology: Any) -> dict[str, Any]:
+def experts(
+    model: dict[str, Any], recompute: Any = "none", precision: str = "fp32", seq_len: int = 1024, **more: Any
+) -> dict[str, Any]:
     """A mixture whose activations weigh more than its weights."""
-    return {"model": model, "training": {"seq_len": 1024, "precision": precision, "recompute": recompute}, **topology}
+    return {"model": model, "training": {"seq_len": seq_len, "precision": precision, "recompute": recompute}, **more}
 
 
 DUALPIPE = {"pp": 2, "schedule": "dualpipev", "virtual_stages": 2, "microbatches": 8}
@@ -143,8 +149,9 @@ MEASURED |= {
     "deepseek, tp 2, sp, dp 2, ep 4": experts(DEEPSEEK, tp=2, dp=2, ep=4, sequence_parallel=True),
     "deepseek, pp 2, dp 2, ep 2": experts(DEEPSEEK, pp=2, dp=2, ep=2),
     "experts, pp 2, dualpipev": experts(EXPERTS, **DUALPIPE),
+    "deepseek, pp 2, zbv": experts(DEEPSEEK, **ZERO_BUBBLE),
 }
-ALL, FEW = {"rank": 8}, {"rank": 8, "targets": ["wq", "wv"]}
+ALL, FEW, MLP = {"rank": 8}, {"rank": 8, "targets": ["wq", "wv"]}, {"rank": 8, "targets": ["gate", "up", "down"]}
 ADAPTED = {
     "adapters": {"lora": ALL},
     "few adapters, bf16": {"lora": FEW, "training": {"precision": "bf16"}},
@@ -154,6 +161,14 @@ ADAPTED = {
     "adapters, dp 2, zero 0, cheap": {"lora": ALL, "dp": 2, "zero": 0, "training": {"recompute": "cheap"}},
     "few adapters, tp 2, sp": {"lora": FEW, "tp": 2, "sequence_parallel": True},
     "adapters, pp 2, dp 2": {"lora": ALL, "pp": 2, "dp": 2},
+    "adapters, pp 2, zbv": {"lora": ALL, **ZERO_BUBBLE},
+    "few adapters, pp 2, zbv": {"lora": FEW, **ZERO_BUBBLE},
+    "adapters of the mlp": {"lora": MLP},
+    "adapters of the mlp, pp 2, cheap": {"lora": MLP, "pp": 2, "training": {"recompute": "cheap"}},
+    # SwiGLU of experts works on pieces of a fixed size on a CPU, which the planner does not count: long sequences.
+    "adapters, experts": {"lora": ALL, **experts(EXPERTS, seq_len=4096)},
+    "adapters, deepseek": {"lora": ALL, **experts(DEEPSEEK, seq_len=4096)},
+    "adapters, deepseek, pp 2, zbv": {"lora": ALL, **experts(DEEPSEEK, seq_len=4096, **ZERO_BUBBLE)},
 }
 MEASURED |= ADAPTED
 

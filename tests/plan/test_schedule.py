@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tplaunch.plan.schedule import StageCost, predict, run_orders, simulate
+from tplaunch.plan.schedule import Held, StageCost, predict, run_orders, simulate
 from tplaunch.spec.orders import Action, actions_of
 from tplaunch.spec.schedules import SCHEDULES as TABLE
 from tplaunch.spec.schedules import stage_rank, stages_of
@@ -147,10 +147,10 @@ def test_1f1b_holds_p_minus_r_microbatches_and_gpipe_all() -> None:
 
 def test_bytes_in_flight_follow_each_stages_own_size() -> None:
     costs = [StageCost(1, 1, 1, held=10.0), StageCost(1, 1, 1, held=3.0)]
-    assert predict("1f1b", 2, 1, 4, costs).held == [20.0, 3.0]
+    assert predict("1f1b", 2, 1, 4, costs).whole == [Held(20.0), Held(3.0)]
     # In a V, rank 0 holds the first stage and the last.
     v_costs = [StageCost(1, 1, 1, held=b) for b in (1.0, 10.0, 100.0, 1000.0)]
-    held = predict("zbvzerobubble", 2, 2, 8, v_costs).held
+    held = [each.activations for each in predict("zbvzerobubble", 2, 2, 8, v_costs).whole]
     assert held[0] % 1 == 0
     assert held[0] >= 1000.0 + 1.0
     assert held[1] <= 4 * 110.0

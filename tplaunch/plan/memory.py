@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tplaunch.plan.case import Block, Case, Stage
 from tplaunch.plan.muon import hidden, update_bytes
 from tplaunch.plan.schedule import Step
-from tplaunch.recipe.schema import Experts, Part
+from tplaunch.recipe.schema import Experts, Lora, Part
 from tplaunch.spec.lora import is_target, targets
 from tplaunch.spec.messages import messages_held
 from tplaunch.spec.recompute import block_steps, chosen, kept
@@ -141,13 +141,7 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, exper
         experts: of a block that has them.
     """
     tensors = block_tensors(case, experts=experts)
-    statistics = 2 * (case.model.pre_norms + case.model.post_norms) * norm_statistics(case)
-    if case.model.qk_norm:
-        numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
-        statistics += case.tokens * numbers * max(4, case.compute_bytes)
-    if latent := case.model.latent:
-        own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
-        statistics += own * (1 if latent.q_rank is None else 2) * max(4, case.compute_bytes)
+    statistics = 2 * (case.model.pre_norms + case.model.post_norms) * norm_statistics(case) + head_statistics(case)
     names = kept(case.model, parts, experts=experts).kept - _of_frozen_alone(case, experts=experts)
     return sum(tensors[name] for name in names) + statistics + adapter_activations(case, experts=experts)
 
@@ -158,7 +152,9 @@ def _of_frozen_alone(case: Case, *, experts: bool) -> set[str]:
     if lora is None:
         return set()
     names, found = {*targets(lora)}, set()
-    if case.model.pre_norms and case.model.latent is None and not {"wq", "wk", "wv"} & names:
+    if case.model.latent is not None:  # its projections get no adapters
+        found |= {"normed", "latent_normed"} if case.model.pre_norms else {"latent_normed"}
+    elif case.model.pre_norms and not {"wq", "wk", "wv"} & names:
         found.add("normed")
     if experts:
         found |= {"dispatched", "activated"}
@@ -253,6 +249,18 @@ def norm_statistics(case: Case) -> float:
     return case.tokens / slices * max(4, case.compute_bytes) * (1 if case.model.norm == "rmsnorm" else 2)
 
 
+def head_statistics(case: Case) -> float:
+    """Bytes of the saved statistics of a block's norms of heads, or of latents."""
+    total, wide = 0.0, max(4, case.compute_bytes)
+    if case.model.qk_norm:
+        numbers = 2 if case.model.qk_norm_all_heads else sum(local_heads(case))
+        total += case.tokens * numbers * wide
+    if latent := case.model.latent:
+        own = case.tokens // case.topology.tp if case.sequence_parallel else case.tokens
+        total += own * (1 if latent.q_rank is None else 2) * wide
+    return total
+
+
 def head_activations(case: Case) -> float:
     """Bytes that the final norm and the loss keep: their input, the whole sequence's normed states, labels, log Z."""
     gathered = case.tokens * case.model.hidden_size * case.compute_bytes
@@ -279,11 +287,30 @@ def stage_activations(case: Case, stage: Stage) -> float:
     total += sum(n * block_activations(case, b.again, experts=b.experts) for b, n in case.blocks(stage).items())
     if stage.first and case.recipe.lora is None:
         total += embedding_activations(case)
-    if stage.first and case.recipe.lora is not None and stage.layers and case.model.pre_norms:
-        total -= hidden_bytes(case) + norm_statistics(case)  # nobody needs the gradient of the first norm's input
+    if stage.first and case.recipe.lora is not None and stage.layers:
+        total -= _before_adapters(case, case.recipe.lora, stage.layers[0])
     if stage.last:
         total += head_activations(case)
     return total
+
+
+def _before_adapters(case: Case, lora: Lora, layer: int) -> float:
+    """Bytes of `block_activations` that the model's first block does not keep: nobody needs the gradients of what is
+    computed before its first adapter."""
+    experts, names = case.model.has_experts(layer), {*targets(lora)}
+    norm = norm_statistics(case)
+    gone, statistics = {"input"} if case.model.pre_norms else set(), norm * case.model.pre_norms
+    if case.model.latent is not None or not {"wq", "wk", "wv"} & names:
+        gone |= {"input", "normed", "queries", "latent", "latent_normed", "projected", "turned", "softmax"}
+        statistics += head_statistics(case)
+        if "wo" not in names:
+            gone |= {"attended", "attention_made", "middle"}
+            statistics += norm * (case.model.pre_norms + case.model.post_norms)
+    stays = kept(case.model, chosen(case.recipe.training, layer), experts=experts).kept - _of_frozen_alone(
+        case, experts=experts
+    )
+    tensors = block_tensors(case, experts=experts)
+    return statistics + sum(tensors[name] for name in gone & stays)
 
 
 def weights(case: Case, stages: list[Stage]) -> float:
@@ -393,15 +420,19 @@ def _mlp_working(case: Case, block: Block) -> float:
     ffn = model.ffn_hidden_size // tp
     inside = case.tokens * ffn * (2 if model.gated else 1)
     whole = case.tokens * model.hidden_size
-    product = 0 if case.accumulates_in_place and case.gradient_bytes == width else ffn * model.hidden_size
-    if case.recipe.lora is not None:
-        product = 0
     tensors = block_tensors(case)
     # In the backward pass of the activation, or of the first projections, when what these needed is gone.
     gone = sum(tensors[name] for name in ("inside", "activated") if name in kept(model, block.again).kept)
     (first,) = (step.needs[0] for step in block_steps(model) if step.part == "gate_up")
     again = max(_made_again(case, block, "inside", "activated"), _made_again(case, block, first) - gone)
-    return (inside + product + whole) * width + hidden_bytes(case) + again
+    return (inside + whole) * width + _product(case) + hidden_bytes(case) + again
+
+
+def _product(case: Case) -> float:
+    """The gradient of a matrix of the MLP by itself, where no matmul adds it to the sum."""
+    in_place = case.accumulates_in_place and case.gradient_bytes == case.compute_bytes
+    matrix = case.model.ffn_hidden_size // case.topology.tp * case.model.hidden_size * case.compute_bytes
+    return 0.0 if in_place or case.recipe.lora is not None else matrix
 
 
 def _expert_working(case: Case, block: Block) -> float:
@@ -426,23 +457,48 @@ def _expert_working(case: Case, block: Block) -> float:
 
 
 def split_backward_waiting(case: Case, stage: Stage) -> float:
-    """Bytes that one microbatch keeps between the two halves of its backward pass: the gradients of its linear
-    layers' outputs. On the first stage torch leaves all to the second half."""
+    """Bytes that one microbatch keeps between the two halves of its backward pass: the gradients of what has trained
+    weights. On the first stage torch leaves all to the second half."""
     if stage.first:
         return 0.0
-    whole, moe = case.tokens * case.model.hidden_size * case.compute_bytes, case.model.moe
-    total = 0.0
-    for block, number in case.blocks(stage).items():
-        tensors = block_tensors(case, experts=block.experts)
-        outputs = projected_bytes(case) + latent_bytes(case) + tensors["inside"] + whole
-        if moe is None or not block.experts:
-            outputs += whole
-        else:
-            logits = case.own_tokens * moe.experts * max(4, case.compute_bytes)
-            shared = tensors["shared_inside"] + whole * (moe.shared_ffn_hidden_size is not None)
-            outputs += logits + tensors["dispatched"] + shared
-        total += number * outputs
+    head = hidden_bytes(case) if stage.last and case.recipe.lora is None else 0.0
+    return head + sum(number * _block_waiting(case, block) for block, number in case.blocks(stage).items())
+
+
+def _block_waiting(case: Case, block: Block) -> float:
+    """The same of a block: gradients of the outputs of linear layers, and of norms; beneath adapters of layers that
+    have some, and of what these are multiplied by first."""
+    model, lora, moe = case.model, case.recipe.lora, case.model.moe
+    tensors = block_tensors(case, experts=block.experts)
+    hidden, inside, down = hidden_bytes(case), tensors["inside"], 1
+    if moe is not None and block.experts:
+        inside, down = tensors["shared_inside"], int(moe.shared_ffn_hidden_size is not None)
+    if lora is not None:
+        names = {*targets(lora)}
+        total = projected_bytes(case) * (model.latent is None and bool({"wq", "wk", "wv"} & names))
+        total += hidden * (("wo" in names) + down * ("down" in names)) + inside * bool({"gate", "up"} & names)
+        return total + adapter_activations(case, experts=block.experts)
+    norms = hidden * 2 * (model.pre_norms + model.post_norms) + tensors["latent_normed"]
+    if model.qk_norm:
+        norms += case.tokens * sum(local_heads(case)) * head_width(case) * case.compute_bytes
+    total = projected_bytes(case) + latent_bytes(case) + hidden * (1 + down) + inside + norms
+    if moe is not None and block.experts:
+        total += case.own_tokens * moe.experts * max(4, case.compute_bytes) + tensors["dispatched"] + tensors["inside"]
     return total
+
+
+def _split_working(case: Case, stages: list[Stage]) -> float:
+    """Temporaries of a backward pass in two halves, beside all that waits for the second, at their fullest: in a
+    block's MLP, where its own waiting gradients are among them; in its attention; while the second half adds up the
+    gradients of the MLP's first matrices."""
+    fullest = 0.0
+    for block in {block for stage in stages if not stage.first for block in case.blocks(stage)}:
+        tensors = block_tensors(case, experts=block.experts)
+        mlp = block_working(case, block.again, experts=block.experts) - _product(case) - _block_waiting(case, block)
+        attention = turned_bytes(case) + hidden_bytes(case) + _made_again(case, block, "turned", "attended")
+        second = max(_product(case), (1 + case.model.gated) * _product(case) - tensors["activated"])
+        fullest = max(fullest, mlp, attention, second)
+    return fullest
 
 
 def reducing(case: Case, unit: float) -> float:
@@ -564,14 +620,19 @@ def rank_memory(case: Case, pp_rank: int, step: Step) -> Memory:
     """Memory of a rank of the given pipeline rank.
 
     Args:
-        step: the simulated schedule, its costs' `held` from `stage_activations`.
+        step: the simulated schedule, its costs' `held` from `stage_activations`, `waiting` from
+            `split_backward_waiting`.
     """
     stages = case.stages_on(pp_rank)
-    moments = [(step.gradients[pp_rank], moment) for moment in _moments(case, stages, step.held[pp_rank])]
+    whole, split = step.whole[pp_rank], step.split[pp_rank]
+    moments = [(whole.gradients, moment) for moment in _moments(case, stages, whole.activations)]
+    if split.activations:
+        moments.append((split.gradients, _Moment(split.activations, working=_split_working(case, stages))))
     if any(stage.last for stage in stages):
         buffers = _lingering(case, stages) + (gathering(case) if case.zero == 2 else 0.0)
-        head = _Moment(step.held_at_loss[pp_rank], loss=loss_working(case), buffers=buffers)
-        moments.append((step.gradients_at_loss[pp_rank], head))
+        fused = case.accumulates_in_place or case.recipe.lora is not None  # gradients are made in the forward pass
+        held = (step.after_loss if fused else step.before_loss)[pp_rank]
+        moments.append((held.gradients, _Moment(held.activations, loss=loss_working(case), buffers=buffers)))
     if case.flat:
         moments = [(gradients(case, stages), moment) for _, moment in moments]
     if case.recipe.optimizer.name == "muon":

@@ -43,26 +43,37 @@ class Slot(NamedTuple):
     end: float
 
 
+class Held(NamedTuple):
+    """Bytes of a rank, at the moment of a kind when they are most together.
+
+    Args:
+        activations: the sum of `StageCost.held` and `waiting` over the microbatches in flight.
+        gradients: those of stages that have had a backward pass.
+    """
+
+    activations: float = 0.0
+    gradients: float = 0.0
+
+
 class Step(NamedTuple):
     """One step of the pipeline, in sum.
 
     Args:
         seconds: from the first start to the last end.
         busy: by rank, seconds that it computes.
-        held: by rank, the sum of `StageCost.held` and `waiting` over the microbatches in flight, when that and the
-            gradients together are at their largest.
-        gradients: by rank, the gradients of that moment: those of stages that have had a backward pass.
-        held_at_loss, gradients_at_loss: the same, when both are at their largest as a backward pass of the last stage
-            begins, or a half of one; 0 on ranks without that stage.
+        whole: by rank, as a backward pass begins that keeps nothing for a second half.
+        split: by rank, as the first half of a backward pass ends that does.
+        after_loss: by rank, as a forward pass of the last stage ends; 0 on ranks without that stage.
+        before_loss: by rank, as a backward pass of the last stage begins, or a half of one; likewise.
         in_flight: by rank, the most microbatches in flight, counted once for each stage of the rank they are in.
     """
 
     seconds: float
     busy: list[float]
-    held: list[float]
-    gradients: list[float]
-    held_at_loss: list[float]
-    gradients_at_loss: list[float]
+    whole: list[Held]
+    split: list[Held]
+    after_loss: list[Held]
+    before_loss: list[Held]
     in_flight: list[float]
 
     @property
@@ -162,16 +173,19 @@ def predict(
     a, b = step(short * size + rest), step(longer * size + rest)
     further = (rounds - longer) / (longer - short)
 
-    def extend(before: list[float], after: list[float]) -> list[float]:
+    def extend(before: Sequence[float], after: Sequence[float]) -> list[float]:
         return [y + further * (y - x) for x, y in zip(before, after, strict=True)]
+
+    def extend_held(before: list[Held], after: list[Held]) -> list[Held]:
+        return [Held(*extend(x, y)) for x, y in zip(before, after, strict=True)]
 
     return Step(
         extend([a.seconds], [b.seconds])[0],
         extend(a.busy, b.busy),
-        extend(a.held, b.held),
-        extend(a.gradients, b.gradients),
-        extend(a.held_at_loss, b.held_at_loss),
-        extend(a.gradients_at_loss, b.gradients_at_loss),
+        extend_held(a.whole, b.whole),
+        extend_held(a.split, b.split),
+        extend_held(a.after_loss, b.after_loss),
+        extend_held(a.before_loss, b.before_loss),
         extend(a.in_flight, b.in_flight),
     )
 
@@ -232,29 +246,34 @@ def _sum_up(orders: list[list[Action]], ends: list[list[float]], costs: Sequence
     return Step(max(rank_ends[-1] for rank_ends in ends), busy, *map(list, zip(*peaks, strict=True)))
 
 
-def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[float, float, float, float, float]:
-    """Of a rank's order: bytes held and gradients when both together are most, the same as the last stage's backward
-    pass begins, most microbatches in flight."""
+def _peaks(order: list[Action], costs: Sequence[StageCost]) -> tuple[Held, Held, Held, Held, float]:
+    """Of a rank's order: what `Step` has of it, `whole` and so on."""
     last = len(costs) - 1
     held, waiting = [cost.held for cost in costs], [cost.waiting for cost in costs]
     coming = [cost.gradients for cost in costs]
-    now = gradients = max_held = max_gradients = at_loss = gradients_at_loss = 0.0
+    whole = split = after_loss = before_loss = (0.0, 0.0, 0.0)  # the sum first, by which they are compared
+    now = gradients = 0.0
     flying = max_flying = 0
     for kind, stage, _ in order:
-        if stage == last and kind != "F" and now + gradients > at_loss + gradients_at_loss:
-            at_loss, gradients_at_loss = now, gradients
+        moment = (now + gradients, now, gradients)
         if kind == "F":
             now += held[stage]
+            if stage == last:
+                after_loss = max(after_loss, (now + gradients, now, gradients))
             flying += 1
-            if flying > max_flying:
-                max_flying = flying
-        elif kind == "I":
+            max_flying = max(max_flying, flying)
+            continue
+        if stage == last:
+            before_loss = max(before_loss, moment)
+        if kind == "I":
             now += waiting[stage]
-        else:
-            now -= held[stage] + (waiting[stage] if kind == "W" else 0.0)
-            flying -= 1
-            gradients += coming[stage]
-            coming[stage] = 0.0
-        if now + gradients > max_held + max_gradients and flying:
-            max_held, max_gradients = now, gradients
-    return max_held, max_gradients, at_loss, gradients_at_loss, float(max_flying)
+            if waiting[stage]:
+                split = max(split, (now + gradients, now, gradients))
+            continue
+        if kind == "B" or not waiting[stage]:
+            whole = max(whole, moment)
+        now -= held[stage] + (waiting[stage] if kind == "W" else 0.0)
+        flying -= 1
+        gradients += coming[stage]
+        coming[stage] = 0.0
+    return Held(*whole[1:]), Held(*split[1:]), Held(*after_loss[1:]), Held(*before_loss[1:]), float(max_flying)

@@ -20,7 +20,7 @@ from tplaunch.plan.communication import send_seconds
 from tplaunch.plan.estimate import BlockWork, Plan, StageWorks, block_works, dp_exposed, estimate
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, options
 from tplaunch.plan.run import RunPlan
-from tplaunch.plan.schedule import Step
+from tplaunch.plan.schedule import Held, Step
 from tplaunch.plan.tune_run import Tuned
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.context import pays
@@ -238,13 +238,16 @@ def quick_look(case: Case, works: dict[bool, BlockWork]) -> float | None:
     works_of = StageWorks(case, works)
     pp = case.topology.pp
     ends = [0, pp - 1] if pp > 1 else [0]
-    held, in_flight = [0.0] * pp, [0.0] * pp
+    held, in_flight = [Held()] * pp, [0.0] * pp
     for rank in ends:
         stages = case.stages_on(rank)
         in_flight[rank] = passes_in_flight(case, rank)
-        held[rank] = in_flight[rank] * sum(works_of(stage)[1].held for stage in stages) / len(stages)
-        gradients = [memory.gradients(case, stages) / len(stages)] * pp  # of the first stage that has any
-        step = Step(0.0, [0.0] * pp, held, gradients, held, gradients, in_flight)
+        activations = in_flight[rank] * sum(works_of(stage)[1].held for stage in stages) / len(stages)
+        held[rank] = Held(activations, memory.gradients(case, stages) / len(stages))  # of the first stage that has any
+        whole, split = held, [Held()] * pp
+        if SCHEDULES[case.schedule].zero_bubble:
+            whole, split = split, whole
+        step = Step(0.0, [0.0] * pp, whole, split, held, held, in_flight)
         if memory.rank_memory(case, rank, step).total > (1 - HEADROOM) * case.gpu.memory:
             return None
     ranks = {rank: [works_of(stage)[0] for stage in case.stages_on(rank)] for rank in {*ends, pp // 2}}
