@@ -211,8 +211,8 @@ def kept_bytes(raw: dict[str, Any], sets: list[Any]) -> list[tuple[int, float]]:
     from tests.measure import StorageCounter
     from tplaunch.model.build import build_stages
     from tplaunch.parallel.mesh import Mesh
+    from tplaunch.plan.activations import block_activations
     from tplaunch.plan.case import Case
-    from tplaunch.plan.memory import block_activations
     from tplaunch.spec.gpu import GPUS
 
     found = []

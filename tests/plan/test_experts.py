@@ -12,12 +12,12 @@ import pytest
 from tplaunch.check.recipe import check_recipe
 from tplaunch.cli.main import run
 from tplaunch.cli.views.table import plain
+from tplaunch.plan.activations import block_activations
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.communication import axis_group
 from tplaunch.plan.estimate import block_work, estimate
 from tplaunch.plan.experts import bytes_by_link, grouped_efficiency, grouped_linear
-from tplaunch.plan.memory import block_activations
 from tplaunch.plan.tune import expert_cuts, tune
 from tplaunch.recipe.load import load_recipe
 from tplaunch.recipe.presets import PRESETS

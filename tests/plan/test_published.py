@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import pytest
 
+from tplaunch.plan.activations import block_activations
 from tplaunch.plan.case import Case
 from tplaunch.plan.estimate import block_work, estimate
-from tplaunch.plan.memory import block_activations
 from tplaunch.recipe.presets import PRESETS
 from tplaunch.recipe.schema import Recipe
 from tplaunch.spec.gpu import GPUS, Gpu

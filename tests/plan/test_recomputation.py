@@ -14,10 +14,10 @@ import pytest
 from tests.plan.test_plan import case
 from tests.recipes import work_in
 from tplaunch.cli.main import run
+from tplaunch.plan.activations import block_activations
 from tplaunch.plan.case import Case
 from tplaunch.plan.change import Change
 from tplaunch.plan.estimate import block_work, estimate
-from tplaunch.plan.memory import block_activations
 from tplaunch.plan.recomputation import HEADROOM, Option, cheapest, cheapest_change, options, part_costs
 from tplaunch.plan.remedies import remedies
 from tplaunch.recipe.load import load_recipe

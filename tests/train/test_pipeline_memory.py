@@ -7,8 +7,8 @@ import pytest
 from tests.measure import peaks
 from tests.recipes import case, resolved
 from tests.world import World
+from tplaunch.plan.activations import stage_activations
 from tplaunch.plan.case import Case
-from tplaunch.plan.memory import stage_activations
 from tplaunch.spec.gpu import GPUS
 from tplaunch.spec.schedules import SCHEDULES
 

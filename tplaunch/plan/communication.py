@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
+from tplaunch.plan.activations import hidden_bytes
 from tplaunch.plan.case import Case, Stage
-from tplaunch.plan.memory import hidden_bytes
 from tplaunch.plan.muon import hidden, moved_bytes
 from tplaunch.spec.recompute import Step
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tplaunch.plan.activations import head_width, local_heads
 from tplaunch.plan.case import Case, Stage
-from tplaunch.plan.memory import head_width, local_heads
 from tplaunch.plan.muon import hidden
 from tplaunch.spec.context import piece_count
 from tplaunch.spec.flops import attention_flops_per_token

@@ -8,11 +8,11 @@ pass, beside the gradients of the output projection; their gradients go back bes
 
 from __future__ import annotations
 
+from tplaunch.plan.activations import attended_bytes, exchanged_bytes, gathered_keys
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import axis_group, collective_seconds
 from tplaunch.plan.compute import Passes
 from tplaunch.plan.exchange import Exchange, Exchanges
-from tplaunch.plan.memory import attended_bytes, exchanged_bytes, gathered_keys
 
 
 def context_traffic(case: Case, queries: Passes, output: Passes) -> Exchanges:

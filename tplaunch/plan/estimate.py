@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tplaunch.plan import compute, memory
+from tplaunch.plan.activations import hidden_bytes, stage_activations
 from tplaunch.plan.case import Block, Case, Stage
 from tplaunch.plan.communication import (
     BlockTraffic,
@@ -26,6 +27,7 @@ from tplaunch.plan.experts import expert_parts, expert_traffic, grouped_efficien
 from tplaunch.plan.latent import latent_parts, latent_traffic, regions
 from tplaunch.plan.memory import Memory
 from tplaunch.plan.schedule import StageCost, Step, predict
+from tplaunch.plan.working import split_backward_waiting
 from tplaunch.spec.flops import model_flops_per_token, repeated_flops_per_token
 from tplaunch.spec.lora import trainable_count
 from tplaunch.spec.parameters import active_parameter_count, layer_kinds, parameter_count
@@ -315,7 +317,7 @@ class StageWorks:
                 total[0] += number * exchanges.forward
                 total[1] += number * exchanges.backward
         result = StageWork(passes, again, (forward, backward), (context[0], context[1]), (experts[0], experts[1]))
-        held, waiting = memory.stage_activations(case, stage), memory.split_backward_waiting(case, stage)
+        held, waiting = stage_activations(case, stage), split_backward_waiting(case, stage)
         gradients = 0.0 if case.flat else memory.gradients(case, [stage])  # flat buffers are always there
         cost = StageCost(result.forward, result.input_backward, passes.weight_backward, held, waiting, gradients)
         return result, cost
@@ -437,7 +439,7 @@ def _sends(case: Case, pp_rank: int, stages: list[Stage]) -> list[Traffic]:
     seconds = calls * send_seconds(case, pp_rank, neighbour)
     link = axis_group(case, "pp").link
     # How much of it is waited for shows in the simulated schedule only, as part of the pipeline's waiting.
-    return [Traffic("pp", "hidden states", "send", calls, memory.hidden_bytes(case), link, 2, seconds, 0.0)]
+    return [Traffic("pp", "hidden states", "send", calls, hidden_bytes(case), link, 2, seconds, 0.0)]
 
 
 def _breakdown(case: Case, works: list[StageWork], step: Step, traffic: list[list[Traffic]]) -> Breakdown:

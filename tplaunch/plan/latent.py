@@ -3,11 +3,11 @@ narrow vectors, which takes the place of the hidden states where a region begins
 
 from __future__ import annotations
 
+from tplaunch.plan.activations import latent_bytes, local_heads
 from tplaunch.plan.case import Case
 from tplaunch.plan.communication import Regions, axis_group, collective_seconds
 from tplaunch.plan.compute import Passes, linear, pointwise, queries
 from tplaunch.plan.exchange import Exchange, Exchanges
-from tplaunch.plan.memory import latent_bytes, local_heads
 
 
 def latent_parts(case: Case) -> dict[str, Passes]:

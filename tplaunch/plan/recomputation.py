@@ -11,10 +11,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 from tplaunch.check.recipe import Checked
+from tplaunch.plan.activations import block_activations
 from tplaunch.plan.case import Block, Case
 from tplaunch.plan.change import Change, with_values
 from tplaunch.plan.estimate import BlockWork, Plan, block_works, estimate, made_again
-from tplaunch.plan.memory import block_activations
 from tplaunch.recipe.schema import Model, Part, Recompute
 from tplaunch.spec.gpu import Gpu
 from tplaunch.spec.parameters import layer_kinds
