@@ -39,7 +39,7 @@ def measure(
         "cpu": cpu_model(),
         "cores": count_cores(),
         "load": started_with,
-        "first": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # before all other work
+        "first": comes_first(),
         "threads": threads(grid.ranks),
     }
     if reason := cannot(trainer, shape, grid):
@@ -51,6 +51,11 @@ def measure(
     else:
         found = attempt(lambda: run_other(trainer, shape, grid, steps, environment, venv))
     return {**what, **({} if "failed" in found else machine), **found}
+
+
+def comes_first() -> bool:
+    """Whether what is measured comes before all other work of the machine: at real-time priority."""
+    return os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
 
 
 def attempt(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:

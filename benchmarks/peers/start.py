@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.peers.measure import ROOT, attempt, environment_of, our_recipe, run_other, run_program
+from benchmarks.peers.measure import ROOT, attempt, comes_first, environment_of, our_recipe, run_other, run_program
 from benchmarks.peers.work import BARE, EARLIER, OURS, SHAPES, START_GRID, START_SHAPE, cannot
 from tplaunch.data.indexed import IndexedWriter, token_dtype
 
@@ -36,7 +36,7 @@ def measure_start(trainer: str, venv: Path, earlier: Path | None = None) -> dict
         venv: the other trainers' virtual environment.
         earlier: a checkout of tplaunch as it was, for the trainer `EARLIER`.
     """
-    what = {"trainer": trainer, "shape": START_SHAPE, "grid": list(START_GRID)}
+    what = {"trainer": trainer, "shape": START_SHAPE, "grid": list(START_GRID), "first": comes_first()}
     if reason := cannot(trainer, START_SHAPE, START_GRID):
         return {**what, "failed": reason}
     root = earlier if trainer == EARLIER and earlier is not None else ROOT

@@ -67,6 +67,9 @@ def test_a_start_is_held_against_a_bare_torchrun() -> None:
     assert "| tplaunch | 2.50 (2.00..3.00) | 1.25 |" in text and "| transformers | 4.00 (4.00..4.00) | 2.00 |" in text
     assert "torchtitan" not in text
     assert "before a rank runs 1.00, imports 1.00, first step 0.50." in text
+    assert "real-time" not in text
+    first = page(RESULTS, starts=[{**one, "first": True} for one in started]).partition("## Start")[2]
+    assert "one all-reduce. At real-time priority: other work had what was left.\n\n| | seconds" in first
     assert "## Start" not in page(RESULTS)
 
 
