@@ -7,7 +7,7 @@ import math
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tplaunch.units import (
@@ -174,6 +174,7 @@ def test_what_is_no_memory(value: object) -> None:
 
 
 @given(st.text(max_size=12) | st.integers() | st.floats())
+@example(10**34 + 56369247231644950069249)  # of more digits than a Decimal usually has
 def test_any_value_is_slurms_or_a_value_error(value: object) -> None:
     for parse, show in ((parse_slurm_time, format_slurm_time), (parse_slurm_memory, format_slurm_memory)):
         with contextlib.suppress(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Literal
 
 MiB = 2**20
@@ -26,6 +26,7 @@ _SLURM_BYTES: dict[str, int | Decimal] = {
 # minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]; no part is bounded, as with sbatch.
 _SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})", re.ASCII)
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_EXACT = Context(prec=1000)  # digits, of which the usual context keeps 28
 
 
 def _parse(text: str | int | float, table: dict[str, int | Decimal], example: str) -> Decimal:
@@ -46,7 +47,7 @@ def _parse(text: str | int | float, table: dict[str, int | Decimal], example: st
             scale = 1
         else:
             raise ValueError(f"unknown unit {unit!r} in {text!r}: use one of {', '.join(k for k in table if k)}")
-    return number * scale
+    return _EXACT.multiply(number, Decimal(scale))
 
 
 def parse_bytes(text: str | int) -> int:
@@ -133,7 +134,7 @@ def parse_slurm_memory(value: object) -> int:
             f"{text} counts in {smaller} bytes to sbatch, but in {smaller.replace('1024', '1000')} where a recipe has "
             f"other sizes: write {larger}, which is {larger}iB"
         )
-    return math.ceil(_parse(text, _SLURM_BYTES, "64G") / MiB) * MiB
+    return -(-math.ceil(_parse(text, _SLURM_BYTES, "64G")) // MiB) * MiB
 
 
 def format_slurm_memory(count: int) -> str:
