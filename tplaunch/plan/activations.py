@@ -262,8 +262,6 @@ def _before_adapters(case: Case, lora: Lora, layer: int) -> float:
         if "wo" not in names:
             gone |= {"attended", "attention_made", "middle"}
             statistics += norm * (case.model.pre_norms + case.model.post_norms)
-    stays = kept(case.model, chosen(case.recipe.training, layer), experts=experts).kept - _of_frozen_alone(
-        case, experts=experts
-    )
+    stays = kept(case.model, chosen(case.recipe.training, layer), experts=experts).kept
     tensors = block_tensors(case, experts=experts)
-    return statistics + sum(tensors[name] for name in gone & stays)
+    return statistics + sum(tensors[name] for name in gone & (stays - _of_frozen_alone(case, experts=experts)))
