@@ -75,16 +75,16 @@ def measure(job: Job, trainer: str, train: Callable[[Microbatches], float | None
     shape = job.shape
     drawn = torch.randint(shape.vocab, (job.microbatches, shape.micro, shape.seq + 1))
     data = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in drawn]
-    seconds, losses, ends = [], [], []
+    seconds, losses, first_step = [], [], 0.0
     for _ in range(WARM_UP + job.steps):
         dist.barrier()
         began = time.perf_counter()
         loss = train(data)
         seconds.append(time.perf_counter() - began)
         losses.append(loss)
-        ends.append(time.time())
+        first_step = first_step or time.time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mine = (seconds[WARM_UP:], peak, losses, ends[0])
+    mine = (seconds[WARM_UP:], peak, losses, first_step)
     ranks = [mine] * job.grid.ranks
     dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:

@@ -44,13 +44,18 @@ def measure(
     }
     if reason := cannot(trainer, shape, grid):
         return {**what, "failed": reason}
-    root = earlier if trainer == EARLIER and earlier is not None else ROOT
+    root = checkout(trainer, earlier)
     environment = environment_of(grid, root)
     if trainer in (OURS, EARLIER):
         found = attempt(lambda: _ours(SHAPES[shape], grid, steps, environment, root))
     else:
         found = attempt(lambda: run_other(trainer, shape, grid, steps, environment, venv))
     return {**what, **({} if "failed" in found else machine), **found}
+
+
+def checkout(trainer: str, earlier: Path | None) -> Path:
+    """Where the modules of a trainer's processes are: of tplaunch as it was in `earlier`, of all others here."""
+    return earlier if trainer == EARLIER and earlier is not None else ROOT
 
 
 def comes_first() -> bool:
@@ -110,16 +115,20 @@ def run_other(
     Raises:
         subprocess.CalledProcessError, subprocess.TimeoutExpired: it failed.
     """
-    python = [str(venv / "bin" / "python")]
-    if grid.ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        python += ["--nproc-per-node", str(grid.ranks)]
+    python = str(venv / "bin" / "python")
+    start = torchrun(python, grid) if grid.ranks > 1 else [python]
     module = f"benchmarks.peers.{trainer.partition('-')[0]}"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         words = ["--shape", shape, "--grid", ",".join(map(str, grid)), "--steps", str(steps), "--output", str(output)]
-        run_program([*python, "-m", module, *words], environment)
+        run_program([*start, "-m", module, *words], environment)
         return json.loads(output.read_text())
+
+
+def torchrun(python: str, grid: Grid) -> list[str]:
+    """The line that starts a program on each rank of this machine, up to the program."""
+    where = ["--standalone", "--local-addr", "127.0.0.1"]
+    return [python, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(grid.ranks)]
 
 
 def run_program(line: list[str], environment: dict[str, str], root: Path = ROOT) -> str:

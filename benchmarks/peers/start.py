@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.peers.measure import ROOT, attempt, comes_first, environment_of, our_recipe, run_other, run_program
+from benchmarks.peers.measure import (
+    attempt,
+    checkout,
+    comes_first,
+    environment_of,
+    our_recipe,
+    run_other,
+    run_program,
+    torchrun,
+)
 from benchmarks.peers.work import BARE, EARLIER, OURS, SHAPES, START_GRID, START_SHAPE, cannot
 from tplaunch.data.indexed import IndexedWriter, token_dtype
 
@@ -39,7 +48,7 @@ def measure_start(trainer: str, venv: Path, earlier: Path | None = None) -> dict
     what = {"trainer": trainer, "shape": START_SHAPE, "grid": list(START_GRID), "first": comes_first()}
     if reason := cannot(trainer, START_SHAPE, START_GRID):
         return {**what, "failed": reason}
-    root = earlier if trainer == EARLIER and earlier is not None else ROOT
+    root = checkout(trainer, earlier)
     environment = environment_of(START_GRID, root)
     if trainer == BARE:
         return {**what, **attempt(lambda: _bare(environment))}
@@ -52,9 +61,8 @@ def _bare(environment: dict[str, str]) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         program, joined = Path(folder, "join.py"), Path(folder, "joined")
         program.write_text(JOIN)
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         began = time.time()
-        run_program([*line, "--nproc-per-node", str(START_GRID.ranks), str(program), str(joined)], environment)
+        run_program([*torchrun(sys.executable, START_GRID), str(program), str(joined)], environment)
         return {"start": time.time() - began, "joined": float(joined.read_text()) - began}
 
 

@@ -98,8 +98,13 @@ def block_activations(case: Case, parts: frozenset[Part] = frozenset(), *, exper
     """
     tensors = block_tensors(case, experts=experts)
     statistics = 2 * (case.model.pre_norms + case.model.post_norms) * norm_statistics(case) + head_statistics(case)
-    names = kept(case.model, parts, experts=experts).kept - _of_frozen_alone(case, experts=experts)
+    names = _kept_names(case, parts, experts=experts)
     return sum(tensors[name] for name in names) + statistics + adapter_activations(case, experts=experts)
+
+
+def _kept_names(case: Case, parts: frozenset[Part], *, experts: bool) -> frozenset[str]:
+    """Names of the tensors that a block keeps which makes these parts again."""
+    return kept(case.model, parts, experts=experts).kept - _of_frozen_alone(case, experts=experts)
 
 
 def _of_frozen_alone(case: Case, *, experts: bool) -> set[str]:
@@ -253,15 +258,14 @@ def stage_activations(case: Case, stage: Stage) -> float:
 def _before_adapters(case: Case, lora: Lora, layer: int) -> float:
     """Bytes of `block_activations` that the model's first block does not keep: nobody needs the gradients of what is
     computed before its first adapter."""
-    experts, names = case.model.has_experts(layer), {*targets(lora)}
-    norm = norm_statistics(case)
+    experts, parts = case.model.has_experts(layer), chosen(case.recipe.training, layer)
+    adapted, norm = {*targets(lora)}, norm_statistics(case)
     gone, statistics = {"input"} if case.model.pre_norms else set(), norm * case.model.pre_norms
-    if case.model.latent is not None or not {"wq", "wk", "wv"} & names:
+    if case.model.latent is not None or not {"wq", "wk", "wv"} & adapted:
         gone |= {"input", "normed", "queries", "latent", "latent_normed", "projected", "turned", "softmax"}
         statistics += head_statistics(case)
-        if "wo" not in names:
+        if "wo" not in adapted:
             gone |= {"attended", "attention_made", "middle"}
             statistics += norm * (case.model.pre_norms + case.model.post_norms)
-    stays = kept(case.model, chosen(case.recipe.training, layer), experts=experts).kept
-    tensors = block_tensors(case, experts=experts)
-    return statistics + sum(tensors[name] for name in gone & (stays - _of_frozen_alone(case, experts=experts)))
+    tensors, names = block_tensors(case, experts=experts), _kept_names(case, parts, experts=experts)
+    return statistics + sum(tensors[name] for name in gone & names)

@@ -144,7 +144,7 @@ def _block_waiting(case: Case, block: Block) -> float:
         return total + adapter_activations(case, experts=block.experts)
     norms = hidden * 2 * (model.pre_norms + model.post_norms) + tensors["latent_normed"]
     if model.qk_norm:
-        norms += case.tokens * sum(local_heads(case)) * head_width(case) * case.compute_bytes
+        norms += turned_bytes(case)
     total = projected_bytes(case) + latent_bytes(case) + hidden * (1 + down) + inside + norms
     if moe is not None and block.experts:
         total += case.own_tokens * moe.experts * max(4, case.compute_bytes) + tensors["dispatched"] + tensors["inside"]
